@@ -1,0 +1,14 @@
+"""Runs exported classifiers: `import runtime; runtime.load("model.onnx").predict(["a.jpg"])`.
+
+Importing this package loads NumPy and nothing heavier; a backend's library is imported
+when a session or a build first needs it.
+"""
+
+from __future__ import annotations
+
+from runtime import errors
+from runtime.engine.build import build
+from runtime.session import Prediction, Session, load
+from runtime.spec import ModelSpec, Preprocessing
+
+__all__ = ["ModelSpec", "Prediction", "Preprocessing", "Session", "build", "errors", "load"]

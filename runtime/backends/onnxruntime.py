@@ -1,0 +1,121 @@
+"""ONNX Runtime: the default backend, on a CPU or through its CUDA provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.base import Backend, TensorInfo
+from runtime.cuda import find_gpu
+from runtime.errors import BackendUnavailable, ConfigError, ModelFileError
+from runtime.spec import METADATA_KEY, ModelSpec
+
+__all__ = ["OnnxRuntimeBackend"]
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_LOG_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeBackend(Backend):
+    """An ONNX file in ONNX Runtime."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, device: str = "auto", threads: int = 0) -> None:
+        """Loads `path`.
+
+        Args:
+            path: an ONNX file.
+            device: `cpu`, `cuda`, or `auto`: CUDA where a GPU and the provider are there.
+            threads: CPU threads inside one run; 0 leaves it to ONNX Runtime.
+
+        Raises:
+            ModelFileError: no such file, not ONNX, or not an image classifier.
+            BackendUnavailable: ONNX Runtime, or for `cuda` its provider or a GPU, is missing.
+        """
+        ort = _import()
+        self.device = _choose_device(ort, device)
+        options = ort.SessionOptions()
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        options.intra_op_num_threads = threads
+        providers = ["CPUExecutionProvider"]
+        if self.device == "cuda":
+            providers.insert(0, "CUDAExecutionProvider")
+        if not path.is_file():
+            raise ModelFileError(f"no such model file: {path}")
+        try:
+            session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's exceptions share no base but this
+            raise ModelFileError(
+                f"ONNX Runtime cannot load {path}: {_first_line(error)}. "
+                "Is the file whole? `advprop-export` writes it anew"
+            ) from error
+        if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            raise BackendUnavailable(
+                "ONNX Runtime could not start its CUDA provider, most often because its CUDA or "
+                "cuDNN libraries were not found; use device='cpu', or install them: "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        self.input = _single(session.get_inputs(), "input", path, rank=4)
+        self.output = _single(session.get_outputs(), "output", path, rank=2)
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        self.spec = ModelSpec.from_json(text, where=str(path)) if text else None
+        self._session = session
+
+    def _run(self, images_NCHW: NDArray[Any]) -> NDArray[Any]:
+        outputs = self._session.run([self.output.name], {self.input.name: images_NCHW})
+        logits_NK: NDArray[Any] = outputs[0]
+        return logits_NK
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(_LOG_ERRORS_ONLY)
+    except (ImportError, AttributeError) as error:
+        raise BackendUnavailable(
+            f"ONNX Runtime cannot be imported ({error}); pip install onnxruntime-gpu, "
+            "or onnxruntime where there is no NVIDIA GPU, never both"
+        ) from error
+    return onnxruntime
+
+
+def _choose_device(ort: Any, device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu or cuda; found {device!r}")
+    if device == "cpu":
+        return "cpu"
+    provider = "CUDAExecutionProvider" in ort.get_available_providers()
+    gpu = find_gpu()
+    if provider and gpu:
+        return "cuda"
+    if device == "cuda":
+        missing = "no NVIDIA GPU or driver was found" if provider else "this ONNX Runtime has no CUDA"
+        raise BackendUnavailable(f"device='cuda': {missing}; use device='cpu' or 'auto'")
+    return "cpu"
+
+
+def _single(nodes: Any, role: str, path: Path, rank: int) -> TensorInfo:
+    if len(nodes) != 1:
+        raise ModelFileError(
+            f"{path} has {len(nodes)} {role}s, expected 1: not an image classifier as advprop exports it"
+        )
+    node = nodes[0]
+    if node.type not in _DTYPES or len(node.shape) != rank:
+        raise ModelFileError(
+            f"the {role} {node.name!r} of {path} is {node.type} of shape {node.shape}, expected "
+            f"{' or '.join(_DTYPES)} with {rank} dimensions"
+        )
+    shape = tuple(size if isinstance(size, int) else -1 for size in node.shape)
+    return TensorInfo(node.name, np.dtype(_DTYPES[node.type]), shape)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

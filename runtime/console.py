@@ -1,0 +1,57 @@
+"""What every command line shares: logging on the terminal, errors, exit codes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec
+
+import click
+
+from runtime.errors import AdvPropError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["cli_errors", "set_up_logging"]
+
+_Parameters = ParamSpec("_Parameters")
+_OURS = ("train", "export", "calib", "runtime")
+
+
+def set_up_logging(verbose: bool = False) -> Console:
+    """Sends our packages' log to the terminal through rich, and returns the console.
+
+    Only command lines call this; a program that imports us configures `logging` itself.
+    """
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console(stderr=False)
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=True, highlighter=None)
+    for name in _OURS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False
+    return console
+
+
+def cli_errors(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
+    """Turns our errors into `error: …` on stderr and the exit code of `runtime.errors`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except AdvPropError as error:
+            kind = "stopped" if error.exit_code in (130, 143) else "error"
+            click.echo(f"{kind}: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped: nothing half-written was left", err=True)
+            sys.exit(130)
+
+    return wrapped

@@ -1,0 +1,47 @@
+"""What GPU is there, asked of the driver itself, so that no CUDA package is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+
+__all__ = ["Gpu", "find_gpu"]
+
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The first visible GPU."""
+
+    name: str
+    """As the driver says it, e.g. `NVIDIA H100 80GB HBM3`."""
+    compute_capability: tuple[int, int]
+    """(major, minor), e.g. (9, 0)."""
+
+
+@functools.cache
+def find_gpu() -> Gpu | None:
+    """Returns the first visible GPU, or None where there is no driver or no GPU.
+
+    Makes no CUDA context. `CUDA_VISIBLE_DEVICES` is respected, by the driver.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    count, device = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
+        return None
+    if driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGetName(name, len(name), device)
+    capability = []
+    for attribute in (_MAJOR, _MINOR):
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        capability.append(value.value)
+    return Gpu(name.value.decode(errors="replace"), (capability[0], capability[1]))

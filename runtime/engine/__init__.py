@@ -1,0 +1,1 @@
+"""TensorRT engines: building them, and the sidecar that says what each one is."""

@@ -1,0 +1,208 @@
+"""`build`: ONNX file → engine and sidecar, by one code path over every TensorRT.
+
+Precision is in the graph, never in a builder flag: the network is strongly typed, so an
+FP16 graph becomes an FP16 engine on TensorRT 10, TensorRT 11 and TensorRT-RTX alike, or
+the build fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import ConfigError, EngineBuildError, ModelFileError
+
+if TYPE_CHECKING:
+    from runtime.engine.flavours import Flavour
+    from runtime.engine.graph import OnnxSummary
+    from runtime.engine.sidecar import EngineInfo
+
+__all__ = ["build"]
+
+log = logging.getLogger(__name__)
+
+_LEAST_SHARE = 0.5
+"""An engine may carry the name of a precision that holds at least this share of weights."""
+
+
+def build(
+    onnx: str | PathLike[str],
+    engine: str | PathLike[str] | None = None,
+    *,
+    precision: str | None = None,
+    batch: tuple[int, int, int] = (1, 8, 32),
+    sm: Sequence[int] = (),
+    flavour: str = "auto",
+    workspace_bytes: int = 0,
+) -> EngineInfo:
+    """Builds an engine from an ONNX classifier.
+
+    Args:
+        onnx: the ONNX file; its tensors' types decide the engine's precision.
+        engine: where the plan goes; default: the ONNX file's name with `.engine`. The
+            sidecar is written beside it, as `NAME.engine.json`.
+        precision: where given (`fp32`, `fp16`, `bf16`, `int8`), the graph must have at
+            least half its weights in it, or the build is refused before it starts.
+        batch: smallest, most usual and largest batch size of the engine.
+        sm: compute capabilities to build for, e.g. (86, 89). TensorRT-RTX takes several;
+            full TensorRT builds for the GPU at hand only.
+        flavour: `tensorrt`, `tensorrt_rtx`, or `auto`: full TensorRT where it and a GPU
+            are there, else TensorRT-RTX.
+        workspace_bytes: memory the builder may use for scratch; 0 leaves it to the builder.
+
+    Returns:
+        What was built, as the sidecar says it.
+
+    Raises:
+        BackendUnavailable: no builder is installed.
+        ConfigError: impossible batch sizes, or an `sm` the builder does not have.
+        EngineBuildError: the builder refused the graph; the message has its reason.
+        ModelFileError: not an ONNX classifier, or of another precision than asked for.
+        OutputError: the engine's folder cannot be written.
+    """
+    from runtime.engine.flavours import choose_flavour
+    from runtime.engine.graph import summarise
+    from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
+    from runtime.files import output_dir, sha256_file, write_bytes
+
+    source = Path(onnx)
+    target = Path(engine) if engine is not None else source.with_suffix(".engine")
+    summary = summarise(source)
+    _check_precision(source, summary, precision)
+    profile = _profile(summary, batch)
+    chosen = choose_flavour(flavour, tuple(sm))
+    output_dir(target.parent)
+    log.info("building %s with %s %s", target.name, chosen.name, chosen.version)
+    plan, flags = _build_plan(chosen, source, summary, profile, tuple(sm), workspace_bytes)
+    info = EngineInfo(
+        plan_sha256=_sha256(plan),
+        onnx_sha256=sha256_file(source),
+        flavour=chosen.name,
+        version=chosen.version,
+        compute_capabilities=_capabilities(chosen, tuple(sm)),
+        gpu=_gpu_name(chosen),
+        profiles=({summary.input_name: profile},),
+        flags=flags,
+        precision=summary.precision,
+        precision_shares={name: summary.share(name) for name in sorted(summary.weights)},
+        calibration_sha256="",
+        spec=summary.spec,
+    )
+    # A stop between the two writes must not leave an old sidecar beside a new plan.
+    sidecar_path(target).unlink(missing_ok=True)
+    write_bytes(target, plan)
+    write_sidecar(target, info)
+    return info
+
+
+def _check_precision(source: Path, summary: OnnxSummary, precision: str | None) -> None:
+    if precision is None or summary.share(precision) >= _LEAST_SHARE or not summary.weights:
+        return
+    found = ", ".join(f"{share:.0%} {name}" for name, share in _shares(summary))
+    raise ModelFileError(
+        f"an {precision} engine was asked for, but the weights of {source} are {found}; an engine "
+        f"takes its precision from the graph: advprop-export CHECKPOINT --trt {precision}"
+    )
+
+
+def _shares(summary: OnnxSummary) -> list[tuple[str, float]]:
+    return sorted(((name, summary.share(name)) for name in summary.weights), key=lambda item: -item[1])
+
+
+def _profile(summary: OnnxSummary, batch: tuple[int, int, int]) -> dict[str, list[int]]:
+    smallest, usual, largest = batch
+    if not 1 <= smallest <= usual <= largest:
+        raise ConfigError(f"batch sizes are min:opt:max with 1 ≤ min ≤ opt ≤ max; found {batch}")
+    fixed_batch, *size = summary.input_shape
+    if any(length < 1 for length in size):
+        raise ModelFileError(f"the input {summary.input_name} has free sizes {size}; only the batch may vary")
+    if fixed_batch > 0:
+        smallest = usual = largest = fixed_batch
+    return {"min": [smallest, *size], "opt": [usual, *size], "max": [largest, *size]}
+
+
+def _build_plan(
+    flavour: Flavour,
+    source: Path,
+    summary: OnnxSummary,
+    profile: dict[str, list[int]],
+    sms: tuple[int, ...],
+    workspace_bytes: int,
+) -> tuple[memoryview, tuple[str, ...]]:
+    from runtime.engine.flavours import native_logger
+
+    trt = flavour.module
+    logger = native_logger(flavour)
+    logger.errors.clear()
+    builder = trt.Builder(logger)
+    network_flags, flags = _network_flags(trt)
+    network = builder.create_network(network_flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(source.read_bytes(), os.fspath(source)):
+        reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise EngineBuildError(f"{flavour.name} {flavour.version} cannot read {source}: {'; '.join(reasons)}")
+    config = builder.create_builder_config()
+    if workspace_bytes:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    shapes = builder.create_optimization_profile()
+    shapes.set_shape(summary.input_name, profile["min"], profile["opt"], profile["max"])
+    config.add_optimization_profile(shapes)
+    if sms and flavour.name == "tensorrt_rtx":
+        _set_targets(trt, config, sms)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = "; ".join(logger.errors) or "it gave no reason"
+        raise EngineBuildError(f"{flavour.name} {flavour.version} could not build {source}: {reason}")
+    return memoryview(plan), flags
+
+
+def _network_flags(trt: Any) -> tuple[int, tuple[str, ...]]:
+    """STRONGLY_TYPED is needed on TensorRT 10, and ignored where it is the only way."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return (0, ()) if flag is None else (1 << int(flag), ("STRONGLY_TYPED",))
+
+
+def _set_targets(trt: Any, config: Any, sms: tuple[int, ...]) -> None:
+    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
+        capability = known.get(f"SM{sm}")
+        if capability is None or not config.set_compute_capability(capability, index):
+            raise ConfigError(
+                f"TensorRT-RTX {trt.__version__} does not build for SM {sm}; it has {', '.join(known)}. "
+                "Data-centre GPUs (SM 90, 100) need full TensorRT on a machine with that GPU"
+            )
+
+
+def _parser_error(error: Any) -> str:
+    node = error.node_name() if hasattr(error, "node_name") else ""
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    place = f"node {node!r} ({operator}): " if node or operator else ""
+    return place + str(error.desc())
+
+
+def _capabilities(flavour: Flavour, sms: tuple[int, ...]) -> tuple[str, ...]:
+    from runtime.cuda import find_gpu
+
+    gpu = find_gpu()
+    if flavour.name == "tensorrt" and gpu:
+        major, minor = gpu.compute_capability
+        return (f"sm_{major * 10 + minor}",)
+    return tuple(f"sm_{sm}" for sm in sms) or ("default",)
+
+
+def _gpu_name(flavour: Flavour) -> str:
+    from runtime.cuda import find_gpu
+
+    gpu = find_gpu()
+    return gpu.name if flavour.name == "tensorrt" and gpu else ""
+
+
+def _sha256(content: memoryview) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,133 @@
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX, behind the calls they have in common."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.cuda import find_gpu
+from runtime.errors import BackendUnavailable, ConfigError
+
+__all__ = ["Flavour", "choose_flavour", "native_logger", "parse_sm"]
+
+log = logging.getLogger(__name__)
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
+_OLDEST_TENSORRT = 10  # before it there are no strongly typed networks
+
+INSTALL_HELP = (
+    "To build engines, install one of:\n"
+    "  pip install tensorrt-rtx         any x86-64 Linux or Windows machine, GPU or not; for SM 75-89, 12x\n"
+    "  pip install 'advprop[tensorrt]'  a machine with the NVIDIA GPU the engine is for (H100, B200, …)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """One importable TensorRT library."""
+
+    name: str
+    """`tensorrt` or `tensorrt_rtx`."""
+    module: Any
+    """The imported module."""
+
+    @property
+    def version(self) -> str:
+        """The library's full version, e.g. `1.7.1.116`."""
+        return str(self.module.__version__)
+
+
+def parse_sm(text: str) -> int:
+    """Reads a compute capability: `89`, `8.9`, `sm89` or `sm_89` → 89.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    digits = text.lower().removeprefix("sm").removeprefix("_").replace(".", "")
+    if not digits.isdigit() or not 50 <= int(digits) <= 999:
+        raise ConfigError(f"--sm takes a compute capability such as 86, 8.9 or sm_120; found {text!r}")
+    return int(digits)
+
+
+def choose_flavour(name: str, sms: tuple[int, ...]) -> Flavour:
+    """Picks the library that builds: full TensorRT for the GPU at hand, else TensorRT-RTX.
+
+    Args:
+        name: `auto`, `tensorrt` or `tensorrt_rtx`.
+        sms: compute capabilities asked for, e.g. (86, 89); empty for the default.
+
+    Raises:
+        BackendUnavailable: no library that fits is installed; the message says what to install.
+        ConfigError: an unknown name.
+    """
+    if name not in ("auto", *_MODULES):
+        raise ConfigError(f"flavour must be auto, tensorrt or tensorrt_rtx; found {name!r}")
+    problems = []
+    if name != "tensorrt_rtx":
+        flavour, problem = _full_tensorrt(sms)
+        if flavour:
+            return flavour
+        problems.append(problem)
+    if name != "tensorrt":
+        flavour, problem = _import("tensorrt_rtx")
+        if flavour:
+            return flavour
+        problems.append(problem)
+    raise BackendUnavailable("no engine builder can be used here: " + "; ".join(problems) + ".\n" + INSTALL_HELP)
+
+
+def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavour | None, str]:
+    gpu = find_gpu()
+    if gpu is None:
+        return None, "full TensorRT builds only on the GPU it is for, and no NVIDIA GPU was found"
+    here = gpu.compute_capability[0] * 10 + gpu.compute_capability[1]
+    if any(sm != here for sm in sms):
+        return None, f"full TensorRT builds only for the GPU at hand, {gpu.name} (SM {here})"
+    flavour, problem = _import("tensorrt")
+    if flavour and int(flavour.version.split(".")[0]) < _OLDEST_TENSORRT:
+        return None, (
+            f"TensorRT {flavour.version} has no strongly typed networks (they came with "
+            f"{_OLDEST_TENSORRT}), so it might silently build FP32"
+        )
+    return flavour, problem
+
+
+def _import(name: str) -> tuple[Flavour | None, str]:
+    try:
+        return Flavour(name, importlib.import_module(_MODULES[name])), ""
+    except (ImportError, OSError) as error:  # OSError: the native libraries did not load
+        return None, f"{_MODULES[name]} cannot be imported ({error})"
+
+
+@functools.cache
+def native_logger(flavour: Flavour) -> Any:
+    """Returns the library's one logger (a process has one), which forwards to `logging`.
+
+    Its list `errors` collects the texts of native errors; clear it before a build.
+    """
+    trt = flavour.module
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.WARNING,
+        trt.ILogger.INFO: logging.DEBUG,
+        trt.ILogger.VERBOSE: logging.DEBUG,
+    }
+
+    class ForwardingLogger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity, logging.DEBUG)
+            if level == logging.ERROR:
+                # The caller raises an error with this text; a second copy would be noise.
+                self.errors.append(message)
+                level = logging.DEBUG
+            log.log(level, "%s: %s", flavour.name, message)
+
+    return ForwardingLogger()

@@ -1,0 +1,101 @@
+"""The sidecar `NAME.engine.json`: what an engine is, and the check that it still is.
+
+An engine is a raw plan, loadable by any TensorRT tool. It holds native code for one
+TensorRT version and certain GPUs, so it is never deserialised before its bytes have been
+compared with the sidecar's SHA-256.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import ModelFileError, SpecError
+from runtime.files import sha256_file, write_text
+from runtime.spec import ModelSpec
+
+__all__ = ["EngineInfo", "read_sidecar", "sidecar_path", "write_sidecar"]
+
+FORMAT = "advprop.engine/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Everything that decides whether an engine may be used, and for what."""
+
+    plan_sha256: str
+    """SHA-256 of the plan's bytes."""
+    onnx_sha256: str
+    """SHA-256 of the ONNX file it was built from."""
+    flavour: str
+    """`tensorrt` or `tensorrt_rtx`."""
+    version: str
+    """Full version of the library that built it; the one that runs it must be the same."""
+    compute_capabilities: tuple[str, ...]
+    """GPU generations it runs on, e.g. `sm_86`; `default` for TensorRT-RTX's own choice
+    (every generation it supports from Ampere on)."""
+    gpu: str
+    """Name of the GPU it was built on; empty when it was built without one."""
+    profiles: tuple[dict[str, dict[str, list[int]]], ...]
+    """Optimisation profiles: input name → {`min`, `opt`, `max`} → shape."""
+    flags: tuple[str, ...]
+    """Builder and network flags."""
+    precision: str
+    """Type that most weights are computed in: `fp32`, `fp16`, `bf16` or `int8`."""
+    precision_shares: dict[str, float]
+    """Fraction of weight elements by the type they are computed in."""
+    calibration_sha256: str
+    """Hash of the INT8 calibration set; empty where the engine was not calibrated."""
+    spec: ModelSpec | None
+    """The model's description; None for an ONNX file that advprop did not write."""
+
+
+def sidecar_path(engine: Path) -> Path:
+    """Returns the sidecar's place: `m.engine` → `m.engine.json`."""
+    return engine.with_name(engine.name + ".json")
+
+
+def write_sidecar(engine: Path, info: EngineInfo) -> None:
+    """Writes the sidecar of `engine` atomically. Raises OutputError."""
+    content = {"format": FORMAT, **dataclasses.asdict(info)}
+    content["spec"] = json.loads(info.spec.to_json()) if info.spec else None
+    write_text(sidecar_path(engine), json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_sidecar(engine: Path) -> EngineInfo:
+    """Reads the sidecar of `engine` and compares the plan's bytes with it.
+
+    Raises:
+        ModelFileError: the plan or its sidecar is missing, the sidecar is not one, or the
+            plan's bytes are not the ones that were built.
+    """
+    path = sidecar_path(engine)
+    rebuild = f"build it again: advprop build MODEL.onnx --out {engine}"
+    for file in (engine, path):
+        if not file.is_file():
+            raise ModelFileError(f"no such file: {file}; {rebuild}")
+    try:
+        content = json.loads(path.read_text())
+        found = content.pop("format")
+        if found != FORMAT:
+            raise ModelFileError(f"{path} has format {found!r}, expected {FORMAT!r}; {rebuild}")
+        spec = content.pop("spec")
+        info = EngineInfo(
+            spec=ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None,
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()},
+        )
+    except SpecError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"{path} is not an engine's sidecar ({error}); {rebuild}") from error
+    found = sha256_file(engine)
+    if found != info.plan_sha256:
+        raise ModelFileError(
+            f"{engine} is not the plan its sidecar describes: found sha256 {found[:16]}…, expected "
+            f"{info.plan_sha256[:16]}…; it was changed or cut short. {rebuild}"
+        )
+    return info

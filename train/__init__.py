@@ -1,0 +1,46 @@
+"""AdvProp training: images in, dual-BatchNorm checkpoint out.
+
+`python -m train.run --arch efficientnet_b3` trains; `AdvPropTask` and
+`add_auxiliary_bns` are the pieces for a loop of your own. Names load when used, so that
+command-line help does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.attack import LinfPGD
+    from train.config import AttackConfig, TrainConfig
+    from train.dual_bn import add_auxiliary_bns, route, strip_auxiliary
+    from train.loop import fit
+    from train.task import AdvPropTask
+
+__all__ = [
+    "AdvPropTask",
+    "AttackConfig",
+    "LinfPGD",
+    "TrainConfig",
+    "add_auxiliary_bns",
+    "fit",
+    "route",
+    "strip_auxiliary",
+]
+
+_HOMES = {
+    "AdvPropTask": "train.task",
+    "AttackConfig": "train.config",
+    "LinfPGD": "train.attack",
+    "TrainConfig": "train.config",
+    "add_auxiliary_bns": "train.dual_bn",
+    "fit": "train.loop",
+    "route": "train.dual_bn",
+    "strip_auxiliary": "train.dual_bn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'train' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
