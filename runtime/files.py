@@ -75,6 +75,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OutputError:
+        raise
     except OSError as error:
         raise _output_error(path, error) from error
     finally:

@@ -109,9 +109,7 @@ def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, re
     return image if size == image.size else image.resize(size, resample)
 
 
-def _crop_or_pad(
-    image_HWC: NDArray[np.uint8], height: int, width: int, fill: Sequence[int]
-) -> NDArray[np.uint8]:
+def _crop_or_pad(image_HWC: NDArray[np.uint8], height: int, width: int, fill: Sequence[int]) -> NDArray[np.uint8]:
     """torchvision's CenterCrop, timm's CenterCropOrPad: pads with `fill` where too small."""
     image_h, image_w = image_HWC.shape[:2]
     if image_h < height or image_w < width:

@@ -92,9 +92,7 @@ class Session:
             DataError: an image cannot be decoded; the message names it.
             SpecError: the model file does not describe its preprocessing.
         """
-        if isinstance(images, str | bytes | PathLike) or (
-            isinstance(images, np.ndarray) and images.ndim < 4
-        ):
+        if isinstance(images, str | bytes | PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4):
             raise InputError("predict takes a list of images; put the one image in [ ]")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1; found {batch_size}")
@@ -138,16 +136,12 @@ def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float32]:
 
 def _prediction(probabilities_K: NDArray[np.float32], spec: ModelSpec) -> Prediction:
     if len(probabilities_K) != len(spec.classes):
-        raise SpecError(
-            f"the model has {len(probabilities_K)} outputs but its spec names {len(spec.classes)} classes"
-        )
+        raise SpecError(f"the model has {len(probabilities_K)} outputs but its spec names {len(spec.classes)} classes")
     index = int(probabilities_K.argmax())
     return Prediction(spec.classes[index], float(probabilities_K[index]), index, probabilities_K)
 
 
-def load(
-    path: str | PathLike[str], *, backend: str = "auto", device: str = "auto", threads: int = 0
-) -> Session:
+def load(path: str | PathLike[str], *, backend: str = "auto", device: str = "auto", threads: int = 0) -> Session:
     """Loads a model file.
 
     Args:

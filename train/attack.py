@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +36,7 @@ class LinfPGD:
         self._mean_C11 = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self._std_C11 = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
-    def __call__(
-        self, model: nn.Module, images_NCHW: torch.Tensor, labels_N: torch.Tensor, bn: str
-    ) -> torch.Tensor:
+    def __call__(self, model: nn.Module, images_NCHW: torch.Tensor, labels_N: torch.Tensor, bn: str) -> torch.Tensor:
         """Attacks `model` through BatchNorm route `bn`.
 
         Args:
@@ -137,4 +134,4 @@ def evaluation_attack(config: AttackConfig, mean: Sequence[float], std: Sequence
 
 def accuracy(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
     """Returns how many of the N answers are right."""
-    return int(cast(torch.Tensor, (logits_NK.argmax(1) == labels_N).sum()).item())
+    return int((logits_NK.argmax(1) == labels_N).sum().item())

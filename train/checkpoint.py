@@ -51,7 +51,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: not a file, truncated, holding pickled code, or not ours; the
             message says what was found.
     """
-    content = read_torch_file(path)
+    return check_checkpoint(read_torch_file(path), path)
+
+
+def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
+    """Returns `content`, read from `path`, if it is one of our checkpoints.
+
+    Raises:
+        CheckpointError: it is something else; the message says what.
+    """
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMAT:
         raise CheckpointError(f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}")

@@ -14,6 +14,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,7 @@ def embedded_digits() -> ImageData:
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    train, val = train_test_split(
-        np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0
-    )
+    train, val = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
 
     def subset(indices: np.ndarray[Any, Any]) -> ImageSet:
         return ImageSet([pixels[i] for i in indices], [int(digits.target[i]) for i in indices])
@@ -128,9 +127,7 @@ def image_folder(root: Path) -> ImageData:
             f"{root / 'val'} has classes that train has not: {', '.join(sorted(strangers)[:5])}; "
             "both need the same class folders"
         )
-    val_samples, _ = find_images_and_targets(
-        str(root / "val"), class_to_idx={name: i for i, name in enumerate(names)}
-    )
+    val_samples, _ = find_images_and_targets(str(root / "val"), class_to_idx={name: i for i, name in enumerate(names)})
     if not val_samples:
         raise DataError(f"{root / 'val'}: found no images; expected val/CLASS/IMAGE files to measure on")
     wnids = tuple(names) if all(_WNID.fullmatch(name) for name in names) else ()
@@ -202,7 +199,7 @@ class _SeededSamples(Dataset[tuple[torch.Tensor, int]]):
         self._seed = seed
         self._train = train
         # One byte an image, shared with the worker processes: 1 where decoding failed.
-        self.bad = torch.zeros(len(images.labels), dtype=torch.uint8).share_memory_()
+        self.bad = torch.zeros(len(images.labels), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self._images.labels)
@@ -234,24 +231,20 @@ class _SeededSamples(Dataset[tuple[torch.Tensor, int]]):
         return [str(self._images.images[i]) for i in torch.nonzero(self.bad).flatten().tolist()]
 
 
-class _seeded:
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and torch's generators and puts them back afterwards."""
-
-    def __init__(self, *key: int) -> None:
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        self._seed = int.from_bytes(digest, "little")
-
-    def __enter__(self) -> None:
-        self._before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        random.seed(self._seed)
-        np.random.seed(self._seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(self._seed)
-
-    def __exit__(self, *_: object) -> None:
-        python, numpy, torch_state = self._before
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 class _EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -358,7 +351,9 @@ def train_loader(
     )
     samples = _SeededSamples(data.train, transform, seed, train=True)
     if len(samples) < batch_size:
-        raise DataError(f"found {len(samples)} training images, fewer than one batch; use --batch-size {len(samples)} or less")
+        raise DataError(
+            f"found {len(samples)} training images, fewer than one batch; use --batch-size {len(samples)} or less"
+        )
     sampler = _EpochBatches(len(samples), batch_size, seed)
     loader = DataLoader(samples, batch_sampler=sampler, **_workers(config, data, device))
     return Batches(loader, samples, sampler, spec, device, channels_last, "training")

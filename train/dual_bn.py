@@ -68,7 +68,7 @@ class RoutedBatchNorm:
         if x.shape[0] % total:
             raise ValueError(f"a batch of {x.shape[0]} cannot be routed as {plan}")
         scale = x.shape[0] // total
-        parts = x.split([count * scale for _, count in plan])
+        parts = torch.split(x, [count * scale for _, count in plan])
         return torch.cat([self._through(name, part) for (name, _), part in zip(plan, parts, strict=True)])
 
     def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -110,8 +110,8 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
     router = Router(routes)
     for layer in layers:
         copies = {name: copy.deepcopy(layer) for name in routes}
-        layer.__class__ = _routed_class(type(layer))
         routed = cast(Any, layer)
+        routed.__class__ = _routed_class(routed.__class__)
         routed.router = router
         routed.aux = nn.ModuleDict(copies)
     return model

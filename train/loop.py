@@ -110,7 +110,7 @@ class _Run:
             recipe=config.recipe,
         )
         self.task = AdvPropTask(
-            model.to(self.device, memory_format=torch.channels_last),
+            model.to(self.device).to(memory_format=torch.channels_last),
             recipe,
             attack=config.attack,
             mean=spec.mean,
@@ -333,7 +333,8 @@ def _sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]:
     size = spec.height * spec.width * 3
     count = max(8, min(_SAMPLE_IMAGES, _SAMPLE_BYTES // size))
     every = max(1, len(data.val.labels) // count)
-    images, labels = [], []
+    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    labels: list[int] = []
     for image, label in zip(data.val.images[::every], data.val.labels[::every], strict=True):
         if len(images) == count:
             break
@@ -381,7 +382,7 @@ def _replace_by_copy(source: Path, target: Path) -> None:
 def _signals(run: _Run) -> Iterator[None]:
     """The first SIGINT or SIGTERM stops after the step in progress, the second at once."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, _: FrameType | None) -> None:
         if run.stop is not None:
             raise KeyboardInterrupt
         run.stop = signal.Signals(number)
@@ -396,5 +397,3 @@ def _signals(run: _Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

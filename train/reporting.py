@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.files import write_text
 
@@ -47,9 +47,9 @@ def write_metrics(path: Path, rows: list[EpochMetrics]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_metrics(rows: list[dict[str, float]]) -> list[EpochMetrics]:
+def read_metrics(rows: list[dict[str, Any]]) -> list[EpochMetrics]:
     """Turns the rows a checkpoint carries back into metrics."""
-    return [EpochMetrics(**{**row, "epoch": int(row["epoch"]), "step": int(row["step"])}) for row in rows]
+    return [EpochMetrics(**row) for row in rows]
 
 
 class Reporter(Protocol):

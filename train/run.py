@@ -19,19 +19,31 @@ Examples:
 
 @click.command("train", epilog=EXAMPLES)
 @click.option("--arch", required=True, metavar="NAME", help="timm's name of the architecture.")
-@click.option("--data", "root", type=click.Path(path_type=Path), metavar="DIR", help="Folder with train/CLASS/ and val/CLASS/.  [default: the embedded digits]")
-@click.option("--recipe", default="advprop", show_default=True, metavar="NAME", help="vanilla, adversarial, shared-bn or advprop.")
+@click.option(
+    "--data",
+    "root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with train/CLASS/ and val/CLASS/.  [default: the embedded digits]",
+)
+@click.option(
+    "--recipe", default="advprop", show_default=True, metavar="NAME", help="vanilla, adversarial, shared-bn or advprop."
+)
 @click.option("--epsilon", default=1.0, show_default=True, help="Attack strength, in 1/255.")
 @click.option("--attack-steps", type=int, help="PGD steps.  [default: ε + 1, one at ε = 1]")
 @click.option("--epochs", type=int, help="Passes over the data.  [default: 6 on the digits, else 100]")
 @click.option("--batch-size", default=32, show_default=True, help="Clean images a step.")
-@click.option("--img-size", type=int, metavar="PIXELS", help="Input size.  [default: the model's, less for small images]")
+@click.option(
+    "--img-size", type=int, metavar="PIXELS", help="Input size.  [default: the model's, less for small images]"
+)
 @click.option("--lr", default=2e-3, show_default=True, help="Peak learning rate.")
 @click.option("--seed", default=0, show_default=True, help="Seeds everything.")
 @click.option("--workers", type=int, help="Loader processes.  [default: by cores]")
 @click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights (a download).")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where checkpoints go.  [default: runs/ARCH]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where checkpoints go.  [default: runs/ARCH]"
+)
 @click.option("--resume", is_flag=True, help="Continue from last.pt in the output folder.")
 @cli_errors
 def main(

@@ -76,6 +76,7 @@ def build(
     profile = _profile(summary, batch)
     chosen = choose_flavour(flavour, tuple(sm))
     output_dir(target.parent)
+    _warn_where_it_will_not_run(chosen, tuple(sm))
     log.info("building %s with %s %s", target.name, chosen.name, chosen.version)
     plan, flags = _build_plan(chosen, source, summary, profile, tuple(sm), workspace_bytes)
     info = EngineInfo(
@@ -97,6 +98,23 @@ def build(
     write_bytes(target, plan)
     write_sidecar(target, info)
     return info
+
+
+def _warn_where_it_will_not_run(flavour: Flavour, sms: tuple[int, ...]) -> None:
+    """TensorRT-RTX leaves out some GPUs; say so when the one at hand is among them."""
+    from runtime.cuda import find_gpu
+
+    gpu = find_gpu()
+    if gpu is None or flavour.name != "tensorrt_rtx" or sms:
+        return
+    here = gpu.compute_capability[0] * 10 + gpu.compute_capability[1]
+    if f"SM{here}" not in flavour.module.ComputeCapability.__members__:
+        log.warning(
+            "this engine will not run on the GPU here, %s (SM %d): TensorRT-RTX has no kernels for it; "
+            "install full TensorRT: pip install 'advprop[tensorrt]'",
+            gpu.name,
+            here,
+        )
 
 
 def _check_precision(source: Path, summary: OnnxSummary, precision: str | None) -> None:

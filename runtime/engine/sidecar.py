@@ -11,6 +11,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import ModelFileError, SpecError
 from runtime.files import sha256_file, write_text
@@ -81,11 +82,12 @@ def read_sidecar(engine: Path) -> EngineInfo:
         found = content.pop("format")
         if found != FORMAT:
             raise ModelFileError(f"{path} has format {found!r}, expected {FORMAT!r}; {rebuild}")
-        spec = content.pop("spec")
-        info = EngineInfo(
-            spec=ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None,
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()},
-        )
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
+        spec = fields.pop("spec")
+        described = ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None
+        info = EngineInfo(spec=described, **fields)
     except SpecError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

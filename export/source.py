@@ -1,0 +1,158 @@
+"""What is exported: a checkpoint becomes a stock timm model, its spec and real images.
+
+Shape suffixes: N images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.data import ImageNetInfo, resolve_model_data_config
+from torch import nn
+
+from runtime.errors import CheckpointError, DataError
+from runtime.files import sha256_file
+from runtime.images import decode, fit_to_input
+from runtime.spec import ModelSpec, Preprocessing
+from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
+from train.dual_bn import strip_auxiliary
+from train.models import create_model
+
+__all__ = ["Source", "load_source"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model to export."""
+
+    model: nn.Module
+    """The stock timm model with the main route's weights, on the CPU, in eval mode."""
+    spec: ModelSpec
+    """The model's description, with the checkpoint's hash."""
+    images_NHWC: NDArray[np.uint8]
+    """Real images at the input size, RGB, to verify on; N is 0 where there are none."""
+
+
+def load_source(checkpoint: Path, arch: str | None = None, data: Path | None = None, images: int = 64) -> Source:
+    """Reads a checkpoint and strips its auxiliary BatchNorms.
+
+    Args:
+        checkpoint: one of ours, or a plain state dict of a timm model (then give `arch`).
+        arch: timm's name of the architecture; for one of ours, only checked against it.
+        data: folder of images, searched recursively, to verify on instead of the
+            checkpoint's own sample.
+        images: the most images to take from `data`, spread evenly over it.
+
+    Raises:
+        CheckpointError: not a checkpoint, or its weights do not fit the architecture.
+        ArchError: timm does not have the architecture.
+        DataError: `data` has no image that can be decoded.
+    """
+    content = read_torch_file(checkpoint)
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        model, spec, sample_NHWC = _from_ours(checkpoint, check_checkpoint(content, checkpoint), arch)
+    else:
+        model, spec, sample_NHWC = _from_state_dict(checkpoint, content, arch)
+    spec = dataclasses.replace(spec, checkpoint_sha256=sha256_file(checkpoint))
+    if data is not None:
+        sample_NHWC = _images(data, spec.preprocessing, images)
+    return Source(model=model.eval(), spec=spec, images_NHWC=sample_NHWC)
+
+
+def _from_ours(
+    path: Path, checkpoint: dict[str, Any], arch: str | None
+) -> tuple[nn.Module, ModelSpec, NDArray[np.uint8]]:
+    spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
+    if arch is not None and arch != spec.arch:
+        raise CheckpointError(f"{path} holds {spec.arch}, but --arch {arch} was given; leave --arch out")
+    weights = checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
+    model = create_model(checkpoint["arch"], **checkpoint["model_kwargs"])
+    _load(model, weights, path, spec.arch)
+    return model, spec, checkpoint["sample"]["images"].numpy()
+
+
+def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Module, ModelSpec, NDArray[np.uint8]]:
+    # timm's and torch's training scripts nest the weights under one of these keys.
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    plain = isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())
+    if not plain or arch is None:
+        raise CheckpointError(
+            f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}, or a plain "
+            "state_dict together with --arch NAME"
+        )
+    weights = strip_auxiliary({key.removeprefix("module."): value for key, value in content.items()})
+    model = create_model(arch, num_classes=_classes(arch, weights, path))
+    _load(model, weights, path, arch)
+    config = resolve_model_data_config(model)
+    _, height, width = config["input_size"]
+    spec = ModelSpec(
+        arch=arch,
+        classes=_class_names(weights[_classifier(model) + ".weight"].shape[0]),
+        preprocessing=Preprocessing(
+            height=height,
+            width=width,
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        ),
+    )
+    log.warning("%s does not say how it was trained: preprocessing is timm's for %s", path, arch)
+    return model, spec, np.empty((0, height, width, 3), np.uint8)
+
+
+def _classifier(model: nn.Module) -> str:
+    name = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a dict timm attaches
+    return str(name if isinstance(name, str) else name[0])
+
+
+def _classes(arch: str, weights: Mapping[str, torch.Tensor], path: Path) -> int:
+    key = _classifier(create_model(arch)) + ".weight"
+    if key not in weights:
+        raise CheckpointError(f"{path} does not fit {arch}: it has no {key}; is --arch right?")
+    return int(weights[key].shape[0])
+
+
+def _class_names(count: int) -> tuple[str, ...]:
+    if count == 1000:
+        return tuple(ImageNetInfo().label_descriptions())
+    return tuple(f"class {index}" for index in range(count))
+
+
+def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
+    try:
+        model.load_state_dict(strip_auxiliary(weights), strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise CheckpointError(f"the weights in {path} do not fit timm's {arch}: {' '.join(lines)[:300]}") from error
+
+
+def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+
+    if not folder.is_dir():
+        raise DataError(f"--data {folder}: no such folder")
+    paths = [path for path, _ in find_images_and_targets(str(folder))[0]]
+    fitted = []
+    for path in paths[:: max(1, len(paths) // count)][:count]:
+        try:
+            fitted.append(fit_to_input(decode(path), spec))
+        except DataError as error:
+            log.warning("skipped: %s", error)
+    if not fitted:
+        raise DataError(f"--data {folder}: found {len(paths)} image files, none of which can be decoded")
+    return np.stack(fitted)

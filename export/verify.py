@@ -1,0 +1,78 @@
+"""Parity on real images: each stage's logits against those of the stage before.
+
+Shape suffixes: N images, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import VerificationError
+from runtime.session import softmax
+
+__all__ = ["FP16_TOLERANCE", "FP32_TOLERANCE", "Parity", "compare", "require"]
+
+FP32_TOLERANCE = 1e-4
+"""Largest |Δlogit| of FP32 ONNX, as a share of the largest |logit| where that is above 1."""
+FP16_TOLERANCE = 2e-2
+"""The same for FP16."""
+_LEAST_AGREEMENT = 0.99
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """How two stages' logits compare."""
+
+    images: int
+    """Images compared."""
+    max_abs: float
+    """Largest |Δlogit|."""
+    mean_abs: float
+    """Mean |Δlogit|."""
+    scale: float
+    """Largest |logit| of the reference."""
+    agreement: float
+    """Share of images with the same top-1 class, in [0, 1]; ties within the tolerance of
+    the logits do not count against it."""
+    kl: float
+    """Mean KL divergence of the probabilities, nats."""
+
+    @property
+    def relative(self) -> float:
+        """`max_abs` as a share of `scale` where that is above 1."""
+        return self.max_abs / max(1.0, self.scale)
+
+
+def compare(reference_NK: NDArray[np.floating], candidate_NK: NDArray[np.floating]) -> Parity:
+    """Compares logits of the same images."""
+    reference, candidate = reference_NK.astype(np.float64), candidate_NK.astype(np.float64)
+    difference = np.abs(candidate - reference)
+    p, q = softmax(reference).astype(np.float64), softmax(candidate).astype(np.float64)
+    tiny = np.finfo(np.float32).tiny
+    kl = (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(1).mean()
+    rows = np.arange(len(reference))
+    behind = reference.max(1) - reference[rows, candidate.argmax(1)]
+    same = behind <= 2 * FP32_TOLERANCE * max(1.0, float(np.abs(reference).max()))
+    return Parity(
+        images=len(reference),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        scale=float(np.abs(reference).max()),
+        agreement=float(same.mean()),
+        kl=float(kl),
+    )
+
+
+def require(parity: Parity, tolerance: float, stage: str, before: str) -> None:
+    """Raises VerificationError where `parity` is outside `tolerance`, or not finite."""
+    agrees = parity.agreement >= _LEAST_AGREEMENT or parity.agreement * parity.images >= parity.images - 1
+    if parity.relative <= tolerance and agrees:
+        return
+    raise VerificationError(
+        f"{stage} does not agree with {before} on {parity.images} images: max |Δlogit| {parity.max_abs:.3g} "
+        f"at a logit scale of {parity.scale:.3g} (allowed {tolerance:g} of it), top-1 agreement "
+        f"{parity.agreement:.1%}. All files were kept"
+    )

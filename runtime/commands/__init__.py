@@ -1,0 +1,1 @@
+"""Subcommands of `advprop` that need nothing but the runtime, one a module."""

@@ -1,0 +1,91 @@
+"""`advprop inspect`: what a model file is, by its own account."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from runtime.console import cli_errors, set_up_logging
+from runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXAMPLES = """\b
+Examples:
+  advprop inspect model.fp16.onnx
+  advprop inspect model.fp16.engine
+"""
+
+
+@click.command("inspect", epilog=EXAMPLES)
+@click.argument("file", type=click.Path(path_type=Path))
+@cli_errors
+def main(file: Path) -> None:
+    """Say what FILE (ONNX or engine) is; an engine's bytes are checked against its sidecar."""
+    console = set_up_logging()
+    from rich.table import Table
+
+    table = Table("", str(file), show_header=True)
+    if file.suffix in (".engine", ".plan"):
+        _engine(table, file)
+    else:
+        _onnx(table, file)
+    console.print(table)
+
+
+def _engine(table: Table, file: Path) -> None:
+    from runtime.engine.sidecar import read_sidecar
+
+    info = read_sidecar(file)
+    table.add_row("kind", f"TensorRT engine, {file.stat().st_size / 1e6:.1f} MB, bytes as built")
+    table.add_row("built by", f"{info.flavour} {info.version}" + (f" on {info.gpu}" if info.gpu else ""))
+    table.add_row("runs on", ", ".join(info.compute_capabilities))
+    table.add_row("weights", _shares(info.precision_shares))
+    for profile in info.profiles:
+        for name, shapes in profile.items():
+            table.add_row("input", f"{name}: " + ", ".join(f"{key} {shapes[key]}" for key in ("min", "opt", "max")))
+    _spec(table, info.spec)
+
+
+def _onnx(table: Table, file: Path) -> None:
+    from runtime.engine.graph import summarise
+
+    summary = summarise(file)
+    shares = {name: summary.share(name) for name in summary.weights}
+    shape = ", ".join("any" if size < 0 else str(size) for size in summary.input_shape)
+    table.add_row("kind", f"ONNX classifier, {file.stat().st_size / 1e6:.1f} MB")
+    table.add_row("weights", f"{_shares(shares)} of {sum(summary.weights.values()):,}")
+    table.add_row("input", f"{summary.input_name}: ({shape})")
+    table.add_row("operators", ", ".join(f"{count} {name}" for name, count in sorted(summary.ops.items())))
+    _spec(table, summary.spec)
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{share:.1%} {name}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _spec(table: Table, spec: ModelSpec | None) -> None:
+    if spec is None:
+        table.add_row("spec", "none: advprop did not write this file")
+        return
+    size = spec.preprocessing
+    table.add_row("architecture", spec.arch)
+    table.add_row(
+        "trained", f"{spec.recipe or 'unknown recipe'} on {spec.dataset or 'unknown data'}, route {spec.route}"
+    )
+    table.add_row(
+        "classes", f"{len(spec.classes)}: {', '.join(spec.classes[:5])}{', …' if len(spec.classes) > 5 else ''}"
+    )
+    table.add_row(
+        "preprocessing",
+        f"{size.height}×{size.width}, {size.interpolation}, {size.crop_mode} crop {size.crop_pct:g}, "
+        f"mean {size.mean}, std {size.std}",
+    )
+    table.add_row("checkpoint", f"sha256 {spec.checkpoint_sha256 or 'unknown'}")
+
+
+if __name__ == "__main__":
+    main()

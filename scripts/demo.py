@@ -1,0 +1,110 @@
+"""The whole way in one run: train, export, build, predict; ends with one table.
+
+    python scripts/demo.py                       EfficientNet-B3 on the embedded digits
+    python scripts/demo.py --arch resnet18 --epochs 1 --out runs/quick
+
+Calls the same commands a user would, as subprocesses, then classifies the held-out images
+with the checkpoint (torch) and with both ONNX files (ONNX Runtime, from PNG files).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import runtime
+from export.source import load_source
+from runtime.images import preprocess
+from train.data import embedded_digits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="efficientnet_b3")
+    parser.add_argument("--epochs", type=int, help="default: the trainer's")
+    parser.add_argument("--out", type=Path, help="default: runs/demo-ARCH")
+    args = parser.parse_args()
+    out = args.out or Path("runs") / f"demo-{args.arch}"
+    console = Console()
+    began = time.monotonic()
+    train = [sys.executable, "-m", "train.run", "--arch", args.arch, "--out", str(out), "--resume"]
+    for command in (
+        train + (["--epochs", str(args.epochs)] if args.epochs else []),
+        [sys.executable, "-m", "export.cli", str(out / "last.pt"), "--trt", "fp16"],
+    ):
+        console.print("$", *command[1:], style="bold", highlight=False, soft_wrap=True)
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            return done.returncode
+    console.print(results(out))
+    console.print(
+        f"{time.monotonic() - began:.0f} s. Latency: median of single images on this machine's CPU, decoded tensor to "
+        "logits; a CPU computes FP16 graphs in FP32 with casts. The engine needs an NVIDIA GPU to run.",
+        highlight=False,
+    )
+    return 0
+
+
+def results(out: Path) -> Table:
+    """Accuracy on the held-out digits, size and latency of everything that was made."""
+    paths, labels = held_out_files(out / "held-out")
+    source = load_source(out / "last.pt")
+    images_NCHW = preprocess(paths, source.spec.preprocessing)
+    table = Table(title=f"{source.spec.arch}, {len(paths)} held-out images")
+    for heading in ("", "accuracy", "MB", "ms an image"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading else "left")
+
+    with torch.inference_mode():
+        logits = torch.cat([source.model(part) for part in torch.from_numpy(images_NCHW).split(64)])
+        checkpoint_ms = milliseconds(lambda: source.model(torch.from_numpy(images_NCHW[:1])))
+    accuracy = float(np.mean(logits.argmax(1).numpy() == labels))
+    weights = sum(tensor.nbytes for tensor in source.model.state_dict().values())
+    table.add_row("checkpoint (weights)", f"{accuracy:.1%}", f"{weights / 1e6:.1f}", f"{checkpoint_ms:.1f}")
+    for name in ("model.onnx", "model.fp16.onnx"):
+        with runtime.load(out / name) as session:
+            answers = [answer.index for answer in session.predict(paths)]
+            latency = milliseconds(lambda session=session: session.run(images_NCHW[:1]))  # type: ignore[misc]
+        size = (out / name).stat().st_size / 1e6
+        table.add_row(name, f"{np.mean(np.asarray(answers) == labels):.1%}", f"{size:.1f}", f"{latency:.1f}")
+    engine = out / "model.fp16.engine"
+    table.add_row(engine.name, "built", f"{engine.stat().st_size / 1e6:.1f}", "")
+    return table
+
+
+def held_out_files(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """Writes the held-out digits as PNG files, so that prediction starts from files."""
+    data = embedded_digits()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, pixels in enumerate(data.val.images):
+        path = folder / f"{number:03d}.png"
+        Image.fromarray(np.asarray(pixels)).save(path)
+        paths.append(path)
+    return paths, np.asarray(data.val.labels)
+
+
+def milliseconds(call: Callable[[], object], warmup: int = 5, repeats: int = 30) -> float:
+    """Returns the median time of `call`."""
+    times: Sequence[float] = [timed(call) for _ in range(warmup + repeats)][warmup:]
+    return 1000 * statistics.median(times)
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())
