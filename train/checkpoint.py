@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def read_torch_file(path: Path) -> Any:
     if not head:
         raise CheckpointError(f"{path} is empty (0 bytes); the copy or download did not finish")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: refused or read, the outcome says all
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if head[:2] == b"PK" or head[:1] == b"\x80":
             raise CheckpointError(

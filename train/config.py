@@ -74,7 +74,7 @@ class OptimConfig:
 
     optimizer: str = "adamw"
     """A name of `timm.optim`."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.02
     """Weight decay, not applied to biases and BatchNorms."""
@@ -105,7 +105,7 @@ class TrainConfig:
     recipe: str = "advprop"
     """A name of `train.recipes.RECIPES`."""
     epochs: int | None = None
-    """Passes over the data; None: 6 on the embedded digits, 100 on a folder."""
+    """Passes over the data; None: 8 on the embedded digits, 100 on a folder."""
     batch_size: int = 32
     """Clean images a step; the adversarial ones come on top."""
     seed: int = 0
@@ -138,7 +138,7 @@ class TrainConfig:
         """Passes over the data, with the default applied."""
         if self.epochs is not None:
             return self.epochs
-        return 6 if self.data.root is None else 100
+        return 8 if self.data.root is None else 100
 
     @property
     def resolved_out(self) -> Path:

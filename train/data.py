@@ -399,6 +399,9 @@ def _workers(config: DataConfig, data: ImageData, device: torch.device) -> dict[
         cores = os.cpu_count() or 1
         workers = 0 if data.embedded else min(16, cores) if device.type == "cuda" else max(1, cores // 4)
     return {
+        # A loader draws a seed for its workers at every start. Ours seed each sample, so let
+        # that draw not disturb the training's generator.
+        "generator": torch.Generator(),
         "num_workers": workers,
         "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0,

@@ -127,9 +127,11 @@ class _Run:
         self.attack = evaluation_attack(config.attack, spec.mean, spec.std)
         self.sample = _sample(self.data, spec)
         self.epoch = self.batch = self.step = 0
-        self.loss_sum = 0.0
+        self.loss_sum = torch.zeros((), device=self.device)
         self.rows: list[EpochMetrics] = []
         self.stop: signal.Signals | None = None
+        # Anew: what building drew (a library's first import may draw too) must not show in training.
+        _seed_everything(config.seed + 1)
 
     def _open_loaders(self, spec: Preprocessing) -> None:
         config = self.config
@@ -156,14 +158,14 @@ class _Run:
                     epoch=epoch + 1,
                     step=self.step,
                     lr=self.optimizer.param_groups[0]["lr"],
-                    loss=self.loss_sum / max(1, self.batch),
+                    loss=self.loss_sum.item() / max(1, self.batch),
                     top1=clean_accuracy(self.eval_model, self.val),
                     top1_attacked=attacked_accuracy(self.eval_model, self.val_attacked, self.attack),
                     images_per_s=images_per_s,
                     seconds=trained,
                 )
                 self.rows.append(row)
-                self.epoch, self.batch, self.loss_sum = epoch + 1, 0, 0.0
+                self.epoch, self.batch, self.loss_sum = epoch + 1, 0, torch.zeros_like(self.loss_sum)
                 self._save()
                 if row.top1 >= max(other.top1 for other in self.rows):
                     _replace_by_copy(self.last, self.best)
@@ -196,21 +198,18 @@ class _Run:
         steps = len(self.batches) + self.batch
         self.reporter.epoch_started(epoch + 1, epochs, steps, self.batch)
         began, images_seen = time.monotonic(), 0
-        loss_sum = torch.zeros((), device=self.device)
         for images, labels in self.batches:
             loss = self._step(images, labels)
-            loss_sum += loss
+            self.loss_sum += loss
             images_seen += len(labels)
             self.batch += 1
             at_hand = self.device.type == "cpu" or self.batch % 50 == 0 or self.batch == steps
             if at_hand:
-                self._check_finite(loss_sum)
+                self._check_finite()
             self.reporter.stepped(loss.item() if at_hand else None)
             if self.stop is not None:
-                self.loss_sum += loss_sum.item()
                 self._save()
                 self._stop_if_asked()
-        self.loss_sum += loss_sum.item()
         seconds = time.monotonic() - began
         return seconds, images_seen / max(seconds, 1e-9)
 
@@ -227,8 +226,8 @@ class _Run:
         self.task.update_ema(self.step)
         return loss.detach()
 
-    def _check_finite(self, loss_sum: torch.Tensor) -> None:
-        if math.isfinite(loss_sum.item()):
+    def _check_finite(self) -> None:
+        if math.isfinite(self.loss_sum.item()):
             return
         kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was written yet"
         raise TrainingDiverged(
@@ -289,7 +288,7 @@ class _Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
-        self.loss_sum = checkpoint["loss_sum"]
+        self.loss_sum = checkpoint["loss_sum"].to(self.device)
         self.rows = read_metrics(checkpoint["metrics"])
         set_rng_state(checkpoint["rng"])
         log.info("resuming %s at epoch %d, step %d", self.last, self.epoch + 1, self.step)

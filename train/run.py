@@ -31,12 +31,12 @@ Examples:
 )
 @click.option("--epsilon", default=1.0, show_default=True, help="Attack strength, in 1/255.")
 @click.option("--attack-steps", type=int, help="PGD steps.  [default: ε + 1, one at ε = 1]")
-@click.option("--epochs", type=int, help="Passes over the data.  [default: 6 on the digits, else 100]")
+@click.option("--epochs", type=int, help="Passes over the data.  [default: 8 on the digits, else 100]")
 @click.option("--batch-size", default=32, show_default=True, help="Clean images a step.")
 @click.option(
     "--img-size", type=int, metavar="PIXELS", help="Input size.  [default: the model's, less for small images]"
 )
-@click.option("--lr", default=2e-3, show_default=True, help="Peak learning rate.")
+@click.option("--lr", default=3e-3, show_default=True, help="Peak learning rate.")
 @click.option("--seed", default=0, show_default=True, help="Seeds everything.")
 @click.option("--workers", type=int, help="Loader processes.  [default: by cores]")
 @click.option("--pretrained", is_flag=True, help="Start from timm's pretrained weights (a download).")

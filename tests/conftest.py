@@ -1,0 +1,59 @@
+"""Fixtures that several packages' tests share: real data, and one real trained checkpoint."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.config import DataConfig, OptimConfig, TrainConfig
+from train.loop import FitResult, fit
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Unpacks an archive of the data folder beside the checkout, or skips where there is none."""
+
+    def unpack(name: str) -> Path:
+        archive = REPOSITORY.parent / "shared" / "data" / name
+        if not archive.is_file():
+            pytest.skip(f"needs {name} of the data folder beside the checkout, which is not here")
+        folder = tmp_path_factory.mktemp("data")
+        with tarfile.open(archive) as content:
+            content.extractall(folder, filter="data")
+        return folder
+
+    return unpack
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
+    """One AdvProp epoch of a small ResNet on the embedded digits: a real checkpoint."""
+    out = tmp_path_factory.mktemp("trained")
+    config = TrainConfig(
+        arch="resnet10t", epochs=1, out=out, data=DataConfig(workers=0), optim=OptimConfig(ema_decay=0.99)
+    )
+    return fit(config)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """A folder of 2 × 24 training and 2 × 8 validation images: dark and bright noise."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 24), ("val", 8)):
+        for name, level in (("bright", 160), ("dark", 0)):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(level, level + 90, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "images"

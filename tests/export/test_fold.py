@@ -1,0 +1,116 @@
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+
+from export.fold import BatchNormToAffine, FoldBatchNorm
+
+CHANNELS = 6
+
+GRAPHS = {
+    "conv": ("x[n, 4, 8, 8]", "y = Conv<pads=[1, 1, 1, 1]>(x, w, b)", {"w": (6, 4, 3, 3), "b": (6,)}),
+    "conv without bias": ("x[n, 4, 8, 8]", "y = Conv(x, w)", {"w": (6, 4, 3, 3)}),
+    "depthwise": ("x[n, 6, 8, 8]", "y = Conv<group=6>(x, w)", {"w": (6, 1, 3, 3)}),
+    "grouped": ("x[n, 4, 8, 8]", "y = Conv<group=2>(x, w, b)", {"w": (6, 2, 3, 3), "b": (6,)}),
+    "transposed": ("x[n, 4, 8, 8]", "y = ConvTranspose<strides=[2, 2]>(x, w, b)", {"w": (4, 6, 2, 2), "b": (6,)}),
+    "grouped transposed": ("x[n, 4, 8, 8]", "y = ConvTranspose<group=2>(x, w)", {"w": (4, 3, 2, 2)}),
+    "gemm": ("x[n, 4]", "y = Gemm<transB=1>(x, w, b)", {"w": (6, 4), "b": (6,)}),
+    "gemm not transposed": ("x[n, 4]", "y = Gemm(x, w)", {"w": (4, 6)}),
+}
+
+
+def graph(signature: str, body: str, shapes: dict[str, tuple[int, ...]], output: str = "z") -> ir.Model:
+    """A graph written as ONNX text, with random weights and a BatchNormalization of 6 channels."""
+    text = f"""<ir_version: 9, opset_import: ["" : 20]>
+    g (float{signature[1:]} {signature[0]}) => (float[...] {output}) {{ {body} }}"""
+    model = onnx.parser.parse_model(text.replace(f"float{signature[1:]} {signature[0]}", f"float{signature[1:]} x"))
+    random = np.random.default_rng(0)
+    arrays = {name: random.normal(size=shape) for name, shape in shapes.items()}
+    for name in ("scale", "shift", "mean"):
+        arrays[name] = random.normal(size=CHANNELS)
+    arrays["var"] = random.uniform(0.01, 3, CHANNELS)
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def ops(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_fold_is_exact_for_every_linear_operator(name: str) -> None:
+    signature, linear, shapes = GRAPHS[name]
+    model = graph(signature, f"{linear} z = BatchNormalization<epsilon=0.001>(y, scale, shift, mean, var)", shapes)
+    shape = [3 if not str(size).isdigit() else int(size) for size in signature[2:-1].split(", ")]
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    expected = run(model, x)
+    assert FoldBatchNorm()(model).modified
+    assert ops(model) == [linear.split("= ")[1].split("(")[0].split("<")[0]]
+    np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=2e-5)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_folded_weights_are_the_float64_ones_rounded_once() -> None:
+    signature, linear, shapes = GRAPHS["conv"]
+    model = graph(signature, f"{linear} z = BatchNormalization(y, scale, shift, mean, var)", shapes)
+    before = {name: value.const_value.numpy().astype(np.float64) for name, value in model.graph.initializers.items()}
+    FoldBatchNorm()(model)
+    factor = before["scale"] / np.sqrt(before["var"] + 1e-5)
+    conv = next(iter(model.graph))
+    weight, bias = (value.const_value.numpy() for value in conv.inputs[1:])
+    assert np.array_equal(weight, (before["w"] * factor.reshape(-1, 1, 1, 1)).astype(np.float32))
+    shift = before["shift"] - factor * before["mean"]
+    assert np.array_equal(bias, (factor * before["b"] + shift).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("y = Relu(x) z = BatchNormalization(y, scale, shift, mean, var)", "it follows Relu"),
+        ("z = BatchNormalization(x, scale, shift, mean, var)", "it follows the input"),
+        (
+            "y = Conv(x, w) a = BatchNormalization(y, scale, shift, mean, var) z = Add(a, y)",
+            "has other readers",
+        ),
+    ],
+)
+def test_what_cannot_be_folded_is_named_and_becomes_mul_and_add(
+    body: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = graph("x[n, 6, 4, 4]", body, {"w": (6, 6, 1, 1)})
+    x = np.random.default_rng(1).normal(size=(2, 6, 4, 4)).astype(np.float32)
+    expected = run(model, x)
+    with caplog.at_level("INFO"):
+        assert not FoldBatchNorm()(model).modified
+    assert reason in caplog.text
+    assert BatchNormToAffine()(model).modified
+    assert "BatchNormalization" not in ops(model)
+    np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_two_convolutions_share_is_folded_into_copies() -> None:
+    body = """y = Conv(x, w) a = BatchNormalization(y, scale, shift, mean, var)
+              u = Conv(x, w) b = BatchNormalization(u, shift, scale, mean, var) z = Add(a, b)"""
+    model = graph("x[n, 4, 4, 4]", body, {"w": (6, 4, 1, 1)})
+    x = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    expected = run(model, x)
+    FoldBatchNorm()(model)
+    assert ops(model) == ["Conv", "Conv", "Add"]
+    np.testing.assert_allclose(run(model, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gemm_with_factors_is_left_alone() -> None:
+    body = "y = Gemm<alpha=2.0, transB=1>(x, w, b) z = BatchNormalization(y, scale, shift, mean, var)"
+    assert not FoldBatchNorm()(graph("x[n, 4]", body, {"w": (6, 4), "b": (6,)})).modified

@@ -1,0 +1,80 @@
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from calib.collect import collect_amax
+from export.precision import LIMIT, to_fp16
+
+
+def network(gain: float) -> onnx.ModelProto:
+    """Two convolutions; the first is scaled by `gain`, the second by its inverse."""
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+    g (float[n, 3, 8, 8] input) => (float[n, 5] logits) {
+        a = Conv(input, w1) r = Relu(a) b = Conv(r, w2) p = GlobalAveragePool(b) logits = Flatten(p)
+    }"""
+    model = onnx.parser.parse_model(text)
+    random = np.random.default_rng(0)
+    weights = {"w1": random.normal(size=(4, 3, 3, 3)) * gain, "w2": random.normal(size=(5, 4, 1, 1)) / gain}
+    for name, array in weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def images() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
+
+
+def run(model: onnx.ModelProto) -> np.ndarray:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": images()})[0]
+
+
+def test_ranges_are_those_of_the_tensors() -> None:
+    model = network(1.0)
+    batches = [images()[:1], images()[1:]]
+    amax = collect_amax(model, batches)
+    assert set(amax) == {"input", "a", "r", "b", "p", "logits"}
+    assert amax["input"] == pytest.approx(np.abs(images()).max())
+    assert amax["logits"] == pytest.approx(np.abs(run(model)).max(), rel=1e-5)
+
+
+def test_an_ordinary_network_is_fp16_throughout_with_float32_input_and_output() -> None:
+    model = network(1.0)
+    half, decisions = to_fp16(model, collect_amax(model, [images()]))
+    assert decisions == []
+    assert {tensor.data_type for tensor in half.graph.initializer} == {TensorProto.FLOAT16}
+    assert [node.op_type for node in half.graph.node].count("Cast") == 2
+    assert half.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert half.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    np.testing.assert_allclose(run(half), run(model), rtol=1e-2, atol=1e-2)
+
+
+def test_a_planted_overflow_stays_in_fp32_and_is_named() -> None:
+    model = network(1e5)
+    plain = convert_float_to_float16(network(1e5), keep_io_types=True)
+    assert not np.isfinite(run(plain)).all(), "the plain converter is expected to overflow here"
+    half, decisions = to_fp16(model, collect_amax(model, [images()]))
+    np.testing.assert_allclose(run(half), run(model), rtol=1e-2, atol=1e-2)
+    assert [decision.op for decision in decisions] == ["Conv", "Relu", "Conv"]
+    assert all(decision.amax > LIMIT for decision in decisions)
+
+
+def test_a_weight_beyond_fp16_keeps_its_node_in_fp32() -> None:
+    model = network(1.0)
+    weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight[0] *= 1e6 / np.abs(weight[0]).max()
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w1"))
+    _, decisions = to_fp16(model, collect_amax(model, [images()]))
+    assert decisions[0].tensor in ("w1", "a")
+
+
+def test_ranges_need_images() -> None:
+    from runtime.errors import ModelFileError
+
+    with pytest.raises(ModelFileError, match="measured on images"):
+        collect_amax(network(1.0), [])

@@ -1,0 +1,113 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.errors import CheckpointError, OutputError
+from train.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from train.loop import FitResult
+
+CONTENT = {
+    "arch": "resnet10t",
+    "model_kwargs": {"num_classes": 2},
+    "recipe": "advprop",
+    "spec": "{}",
+    "state_dict": {"weight": torch.arange(3.0)},
+    "epoch": 1,
+    "step": 2,
+    "sample": {},
+}
+
+
+class Bomb:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", CONTENT)
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert found["format"] == "advprop.checkpoint/1"
+    assert torch.equal(found["state_dict"]["weight"], torch.arange(3.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_real_checkpoint_holds_what_the_format_says(trained: FitResult) -> None:
+    checkpoint = torch.load(trained.last, weights_only=True)
+    assert set(checkpoint) >= {
+        *("format", "arch", "model_kwargs", "spec", "recipe", "state_dict", "ema_state_dict", "optimizer"),
+        *("scheduler", "scaler", "epoch", "step", "rng", "versions", "sample"),
+    }
+    assert any(".aux.adv." in key for key in checkpoint["state_dict"])
+    assert checkpoint["ema_state_dict"].keys() == checkpoint["state_dict"].keys()
+    assert checkpoint["sample"]["images"].shape == (64, 32, 32, 3)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_code_is_refused_and_not_executed(tmp_path: Path, legacy: bool) -> None:
+    path, trap = tmp_path / "evil.pt", tmp_path / "executed"
+    if legacy:
+        path.write_bytes(pickle.dumps({"format": "advprop.checkpoint/1", "state_dict": Bomb(trap)}))
+    else:
+        torch.save({"format": "advprop.checkpoint/1", "state_dict": Bomb(trap)}, path)
+    with pytest.raises(CheckpointError, match=r"holds pickled Python objects.*refused"):
+        load_checkpoint(path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("empty", "is empty"),
+        ("text", "not a torch file"),
+        ("half", "truncated or damaged"),
+        ("zip", "truncated or damaged"),
+        ("missing", "no such checkpoint"),
+        ("state_dict", "plain state_dict of 1 tensors.*--arch"),
+        ("list", "it holds a list"),
+        ("other", "it is a dict with model, optimizer"),
+        ("incomplete", "lacks arch"),
+    ],
+)
+def test_files_that_are_not_our_checkpoints(tmp_path: Path, trained: FitResult, name: str, expected: str) -> None:
+    path = tmp_path / f"{name}.pt"
+    whole = trained.last.read_bytes()
+    contents = {"empty": b"", "text": b"hello, world", "half": whole[: len(whole) // 2], "zip": b"PK\x03\x04rubbish"}
+    objects = {
+        "state_dict": {"weight": torch.zeros(2)},
+        "list": [1, 2],
+        "other": {"model": 1, "optimizer": 2},
+        "incomplete": {"format": "advprop.checkpoint/1"},
+    }
+    if name in contents:
+        path.write_bytes(contents[name])
+    elif name in objects:
+        torch.save(objects[name], path)
+    with pytest.raises(CheckpointError, match=expected):
+        load_checkpoint(path)
+
+
+def test_unwritable_folder_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        save_checkpoint(tmp_path / "no" / "such" / "folder.pt", CONTENT)
+
+
+def test_random_state_round_trip(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    save_checkpoint(tmp_path / "rng.pt", {**CONTENT, "rng": rng_state()})
+    expected = draw()
+    set_rng_state(load_checkpoint(tmp_path / "rng.pt")["rng"])
+    assert draw() == expected

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from train.run import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--arch", "efficientnet_b33"], "has no architecture 'efficientnet_b33'; did you mean efficientnet_b3 or"),
+        (["--arch", "convnext_atto"], "convnext_atto has no BatchNorm: it has"),
+        (["--arch", "resnet10t", "--recipe", "advpro"], "unknown recipe 'advpro'"),
+        (["--arch", "resnet10t", "--data", "/no/such/folder"], "/no/such/folder: no such folder; expected"),
+        (["--arch", "resnet10t", "--epsilon", "-1"], "attack.epsilon must be above 0 (in /255); found -1.0"),
+        (["--arch", "resnet10t", "--epochs", "0"], "epochs must be at least 1; found 0"),
+        (["--arch", "resnet10t", "--batch-size", "5000"], "found 1437 training images, fewer than one batch"),
+        (["--arch", "resnet10t", "--device", "gpu"], "--device 'gpu' is not a torch device"),
+        (["--arch", "resnet10t", "--out", "/proc/nowhere"], "error: cannot write /proc/nowhere"),
+    ],
+)
+def test_bad_input_has_a_message_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert expected in result.stderr.replace("\n", " ")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_help_has_examples() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert "python -m train.run --arch efficientnet_b3" in result.output
