@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import runtime
+from export.cli import main
+from export.pipeline import ExportResult, export_checkpoint
+from export.source import load_source
+from runtime.cuda import find_gpu
+from runtime.engine.sidecar import read_sidecar
+from runtime.errors import CheckpointError, DataError
+from train.data import embedded_digits
+from train.dual_bn import strip_auxiliary
+from train.loop import FitResult
+
+
+@pytest.fixture(scope="module")
+def exported(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    out = tmp_path_factory.mktemp("exported")
+    return export_checkpoint(trained.last, out=out, precision="fp16", engine=True, sm=(86, 89))
+
+
+@pytest.mark.slow
+def test_files_names_and_parity(exported: ExportResult) -> None:
+    folder = exported.onnx.parent
+    assert {path.name for path in folder.iterdir()} == {
+        *("model.onnx", "model.fp16.onnx", "model.fp16.engine", "model.fp16.engine.json"),
+    }
+    assert exported.onnx_parity.images == 64
+    assert exported.onnx_parity.max_abs <= 1e-4
+    assert exported.fp16_parity.agreement >= 0.98
+    assert exported.fp16_onnx.stat().st_size < 0.6 * exported.onnx.stat().st_size
+
+
+@pytest.mark.slow
+def test_sidecar_says_what_the_engine_is(exported: ExportResult, trained: FitResult) -> None:
+    content = json.loads((exported.onnx.parent / "model.fp16.engine.json").read_text())
+    assert content["format"] == "advprop.engine/1"
+    info = read_sidecar(exported.engine)
+    assert info == exported.engine_info
+    assert (info.precision, info.flavour, info.compute_capabilities) == ("fp16", "tensorrt_rtx", ("sm_86", "sm_89"))
+    assert info.precision_shares["fp16"] == 1.0
+    assert info.profiles[0]["input"]["max"] == [32, 3, 32, 32]
+    assert info.onnx_sha256 == runtime.files.sha256_file(exported.fp16_onnx)
+    assert info.spec.classes == tuple("0123456789")
+    assert info.spec.checkpoint_sha256 == runtime.files.sha256_file(trained.last)
+
+
+@pytest.mark.slow
+def test_predictions_from_files_are_those_of_the_checkpoint(
+    exported: ExportResult, trained: FitResult, tmp_path: Path
+) -> None:
+    data = embedded_digits()
+    paths = []
+    for number, pixels in enumerate(data.val.images[:40]):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    source = load_source(trained.last)
+    from runtime.images import preprocess
+
+    with torch.no_grad():
+        expected = source.model(torch.from_numpy(preprocess(paths, source.spec.preprocessing))).argmax(1).tolist()
+    for path in (exported.onnx, exported.fp16_onnx):
+        with runtime.load(path) as session:
+            assert [answer.index for answer in session.predict(paths)] == expected
+
+
+def test_exported_weights_are_the_moving_average_of_the_main_route(trained: FitResult) -> None:
+    checkpoint = torch.load(trained.last, weights_only=True)
+    model = timm.create_model("resnet10t", num_classes=10)
+    model.load_state_dict(strip_auxiliary(checkpoint["ema_state_dict"]), strict=True)
+    exported = load_source(trained.last).model.state_dict()
+    assert all(torch.equal(value, exported[key]) for key, value in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def state_dict(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plain") / "weights.pth"
+    torch.manual_seed(0)
+    torch.save({"state_dict": timm.create_model("resnet10t", num_classes=4).state_dict()}, path)
+    return path
+
+
+@pytest.mark.slow
+def test_a_plain_state_dict_is_exported_with_arch_and_images(state_dict: Path, image_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"carries no images to verify.*--data DIR"):
+        export_checkpoint(state_dict, arch="resnet10t")
+    result = export_checkpoint(state_dict, arch="resnet10t", data=image_folder)
+    assert result.onnx == state_dict.parent / "model.onnx"
+    assert result.onnx_parity.images == 64
+    with runtime.load(result.onnx) as session:
+        assert session.spec.classes == ("class 0", "class 1", "class 2", "class 3")
+        answers = session.predict([np.zeros((300, 200, 3), np.uint8)])
+    assert answers[0].probabilities.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        (None, r"plain state_dict.*--arch"),
+        ("resnet18", "do not fit timm's resnet18"),
+        ("efficientnet_b0", "does not fit efficientnet_b0: it has no classifier.weight"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit(state_dict: Path, arch: str | None, expected: str) -> None:
+    with pytest.raises(CheckpointError, match=expected):
+        load_source(state_dict, arch)
+
+
+def test_our_checkpoint_with_another_arch(trained: FitResult) -> None:
+    with pytest.raises(CheckpointError, match="holds resnet10t, but --arch resnet18 was given"):
+        load_source(trained.last, "resnet18")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_gpu() is not None, reason="with a GPU, full TensorRT may be able to build")
+def test_without_a_builder_the_onnx_files_stay_and_the_exit_code_is_3(trained: FitResult, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main, [str(trained.last), "--trt", "fp16", "--builder", "tensorrt", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 3, result.output
+    assert "pip install tensorrt-rtx" in result.stderr
+    assert "ONNX files are whole" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.fp16.onnx"}
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitResult, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained.last, weights_only=True)
+    for state in ("state_dict", "ema_state_dict"):
+        checkpoint[state]["fc.bias"][0] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.pt")
+    result = CliRunner().invoke(main, [str(tmp_path / "nan.pt")])
+    assert result.exit_code == 4, result.output
+    assert "does not agree with the checkpoint" in result.stderr
+    onnx.load(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere.pt"], "no such checkpoint: nowhere.pt"),
+        (["CHECKPOINT", "--sm", "86"], "give --trt fp16 too"),
+        (["CHECKPOINT", "--trt", "fp16", "--sm", "ampere"], "--sm takes a compute capability such as 86"),
+        (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
+        (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "leave --precision fp32 out"),
+        (["CHECKPOINT", "--data", "/no/such"], "--data /no/such: no such folder"),
+        (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
+    ],
+)
+def test_bad_input_has_a_message_and_exit_code_2(trained: FitResult, arguments: list[str], expected: str) -> None:
+    arguments = [str(trained.last) if word == "CHECKPOINT" else word for word in arguments]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert expected in result.stderr
+    assert not (trained.last.parent / "model.onnx").exists()

@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from export.pipeline import export_checkpoint
+from runtime.cli import COMMANDS, main
+from train.data import embedded_digits
+from train.loop import FitResult
+
+
+@pytest.fixture(scope="module")
+def model(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_checkpoint(trained.last, out=tmp_path_factory.mktemp("model")).onnx
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    for number, pixels in enumerate(embedded_digits().val.images[:5]):
+        Image.fromarray(np.asarray(pixels)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0, result.output
+    assert "Examples:" in result.output
+
+
+def test_a_misspelt_command_names_the_nearest() -> None:
+    result = CliRunner().invoke(main, ["predikt"])
+    assert result.exit_code == 2
+    assert "no command 'predikt'. did you mean predict?" in result.stderr
+
+
+@pytest.mark.slow
+def test_predict_files_and_folders(model: Path, digits: Path) -> None:
+    result = CliRunner().invoke(main, ["predict", str(model), str(digits), str(digits / "0.png"), "--top", "3"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [str(digits / f"{n}.png") for n in (0, 1, 2, 3, 4, 0)]
+    assert lines[0] == lines[5]
+    assert lines[0].count("%") == 3
+
+
+@pytest.mark.slow
+def test_predict_as_json(model: Path, digits: Path) -> None:
+    result = CliRunner().invoke(main, ["predict", str(model), str(digits), "--json", "--top", "10"])
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(answers) == 5
+    assert sum(item["probability"] for item in answers[0]["classes"]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_predict_names_an_image_it_cannot_decode_and_does_the_others(model: Path, digits: Path) -> None:
+    (digits / "2.png").write_bytes(b"not an image")
+    result = CliRunner().invoke(main, ["predict", str(model), str(digits)])
+    assert result.exit_code == 2
+    assert len(result.stdout.splitlines()) == 4
+    assert f"skipped: cannot decode {digits / '2.png'}" in result.stderr
+    assert "1 of 5 images could not be decoded" in result.stderr
+
+
+def test_predict_with_nothing_to_predict(model: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["predict", str(model), str(tmp_path)])
+    assert result.exit_code == 2
+    assert "holds no image files" in result.stderr

@@ -1,0 +1,155 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import numpy_helper
+
+import runtime
+from calib.collect import collect_amax
+from export.precision import to_fp16
+from runtime.cli import main
+from runtime.cuda import find_gpu
+from runtime.engine.flavours import choose_flavour, parse_sm
+from runtime.engine.graph import summarise
+from runtime.engine.sidecar import read_sidecar, sidecar_path
+from runtime.errors import BackendUnavailable, ConfigError, EngineBuildError, ModelFileError
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+
+
+def classifier() -> onnx.ModelProto:
+    """A convolution of 8 MB, so that the size of an engine tells its precision."""
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+    g (float[n, 3, 32, 32] input) => (float[n, 5] logits) {
+        a = Conv<strides=[2, 2]>(input, w1) r = Relu(a) b = Conv<strides=[2, 2]>(r, w2)
+        p = GlobalAveragePool(b) f = Flatten(p) logits = Gemm<transB=1>(f, w3)
+    }"""
+    model = onnx.parser.parse_model(text)
+    random = np.random.default_rng(0)
+    for name, shape in (("w1", (256, 3, 3, 3)), ("w2", (896, 256, 3, 3)), ("w3", (5, 896))):
+        model.graph.initializer.append(numpy_helper.from_array(random.normal(size=shape).astype(np.float32) / 50, name))
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("engines")
+    model = classifier()
+    images = np.random.default_rng(1).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    half, _ = to_fp16(model, collect_amax(model, [images]))
+    onnx.save(model, folder / "fp32.onnx")
+    onnx.save(half, folder / "fp16.onnx")
+    return {"fp32": folder / "fp32.onnx", "fp16": folder / "fp16.onnx"}
+
+
+def test_precision_comes_from_the_graph_and_shows_in_the_plan(files: dict[str, Path], tmp_path: Path) -> None:
+    built = {name: runtime.build(path, tmp_path / f"{name}.engine", sm=(89,)) for name, path in files.items()}
+    assert {name: info.precision for name, info in built.items()} == {"fp32": "fp32", "fp16": "fp16"}
+    sizes = {name: (tmp_path / f"{name}.engine").stat().st_size for name in built}
+    assert sizes["fp16"] < 0.65 * sizes["fp32"]
+    for name, info in built.items():
+        assert read_sidecar(tmp_path / f"{name}.engine") == info
+        assert info.spec is None
+        assert info.flags == ("STRONGLY_TYPED",)
+
+
+def test_an_fp32_graph_never_becomes_an_fp16_engine(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"fp16 engine was asked for, but the weights of .* are 100% fp32"):
+        runtime.build(files["fp32"], tmp_path / "a.engine", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_targets_and_batch_sizes(files: dict[str, Path], tmp_path: Path) -> None:
+    info = runtime.build(files["fp16"], tmp_path / "a.engine", sm=(86, 120), batch=(2, 4, 6))
+    assert info.compute_capabilities == ("sm_86", "sm_120")
+    assert info.profiles == ({"input": {"min": [2, 3, 32, 32], "opt": [4, 3, 32, 32], "max": [6, 3, 32, 32]}},)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "expected"),
+    [
+        ({"sm": (90,)}, ConfigError, "does not build for SM 90; it has SM75.*full TensorRT"),
+        ({"batch": (4, 2, 8)}, ConfigError, "1 ≤ min ≤ opt ≤ max"),
+        ({"flavour": "trt"}, ConfigError, "flavour must be auto"),
+    ],
+)
+def test_impossible_wishes(
+    files: dict[str, Path], tmp_path: Path, changes: dict[str, object], error: type[Exception], expected: str
+) -> None:
+    if "sm" in changes:
+        changes = {**changes, "flavour": "tensorrt_rtx"}
+    with pytest.raises(error, match=expected):
+        runtime.build(files["fp16"], tmp_path / "a.engine", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_parser_says_is_passed_on(tmp_path: Path) -> None:
+    text = """<ir_version: 9, opset_import: ["" : 20, "my.domain" : 1]>
+    g (float[n, 3, 8, 8] input) => (float[n, 3] logits) { logits = my.domain.Magic(input) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "magic.onnx")
+    with pytest.raises(EngineBuildError, match=r"cannot read .*magic\.onnx: .*Magic"):
+        runtime.build(tmp_path / "magic.onnx", flavour="tensorrt_rtx")
+    assert not (tmp_path / "magic.engine").exists()
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="with a GPU, full TensorRT may be there")
+def test_without_a_gpu_full_tensorrt_is_not_an_option() -> None:
+    with pytest.raises(BackendUnavailable, match="no NVIDIA GPU was found") as error:
+        choose_flavour("tensorrt", ())
+    assert "pip install tensorrt-rtx" in str(error.value)
+    assert choose_flavour("auto", ()).name == "tensorrt_rtx"
+
+
+@pytest.mark.parametrize("text", ["89", "8.9", "sm89", "sm_89", "SM_89"])
+def test_compute_capability(text: str) -> None:
+    assert parse_sm(text) == 89
+
+
+@pytest.mark.parametrize("damage", ["plan", "cut", "sidecar", "format", "no sidecar", "no plan"])
+def test_an_engine_that_is_not_what_its_sidecar_says(files: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    engine = tmp_path / "a.engine"
+    runtime.build(files["fp16"], engine, sm=(89,))
+    plan, sidecar = engine.read_bytes(), sidecar_path(engine)
+    if damage == "plan":
+        engine.write_bytes(plan[:1000] + bytes([plan[1000] ^ 1]) + plan[1001:])
+    elif damage == "cut":
+        engine.write_bytes(plan[:-1])
+    elif damage == "sidecar":
+        sidecar.write_text(sidecar.read_text()[:-20])
+    elif damage == "format":
+        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "format": "other/1"}))
+    else:
+        (sidecar if damage == "no sidecar" else engine).unlink()
+    with pytest.raises(ModelFileError, match=r"build it again: advprop build"):
+        read_sidecar(engine)
+    result = CliRunner().invoke(main, ["inspect", str(engine)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+
+
+def test_build_and_inspect_on_the_command_line(files: dict[str, Path], tmp_path: Path) -> None:
+    engine = tmp_path / "b.engine"
+    result = CliRunner().invoke(main, ["build", str(files["fp16"]), "--out", str(engine), "--sm", "8.6"])
+    assert result.exit_code == 0, result.output
+    assert "fp16, for sm_86" in result.output
+    shown = CliRunner().invoke(main, ["inspect", str(engine)])
+    assert "bytes as built" in shown.output
+    shown = CliRunner().invoke(main, ["inspect", str(files["fp16"])])
+    assert "100.0% fp16" in shown.output
+
+
+def test_summary_of_an_onnx_file(files: dict[str, Path], tmp_path: Path) -> None:
+    summary = summarise(files["fp32"])
+    assert (summary.input_name, summary.input_shape, summary.output_name) == ("input", (-1, 3, 32, 32), "logits")
+    assert summary.weights == {"fp32": 256 * 27 + 896 * 256 * 9 + 5 * 896}
+    assert summarise(files["fp16"]).share("fp16") == 1.0
+    with pytest.raises(ModelFileError, match="no such ONNX file"):
+        summarise(tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_bytes(b"hello hello")
+    with pytest.raises(ModelFileError, match="is not an ONNX file, or is truncated"):
+        summarise(tmp_path / "text.onnx")

@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import runtime
+from runtime.cuda import find_gpu
+from runtime.errors import BackendUnavailable, ConfigError, DataError, InputError, ModelFileError, SpecError
+from runtime.session import softmax
+from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
+
+SPEC = ModelSpec(
+    arch="toy",
+    classes=("red", "green", "blue"),
+    preprocessing=Preprocessing(
+        height=4, width=4, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="nearest", crop_pct=1.0
+    ),
+)
+
+
+def write(path: Path, body: str = "p = GlobalAveragePool(input) logits = Flatten(p)", **kinds: str) -> Path:
+    """A model whose logits are the mean of each colour."""
+    kind, channels = kinds.get("input", "float"), kinds.get("outputs", "float[n, 3] logits")
+    text = f"""<ir_version: 9, opset_import: ["" : 20]> g ({kind}[n, 3, 4, 4] input) => ({channels}) {{ {body} }}"""
+    model = onnx.parser.parse_model(text)
+    if kinds.get("spec", SPEC.to_json()):
+        onnx.helper.set_model_props(model, {METADATA_KEY: kinds.get("spec", SPEC.to_json())})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write(tmp_path / "toy.onnx")
+
+
+def colour(red: int, green: int, blue: int) -> np.ndarray:
+    return np.full((5, 7, 3), (red, green, blue), np.uint8)
+
+
+def test_predict_returns_labels_and_probabilities_in_order(model: Path) -> None:
+    images = [colour(200, 0, 0), colour(0, 0, 250), colour(0, 90, 0), colour(0, 0, 9)]
+    with runtime.load(model) as session:
+        answers = session.predict(images, batch_size=3)
+        assert session.predict([]) == []
+    assert [answer.label for answer in answers] == ["red", "blue", "green", "blue"]
+    first = answers[0]
+    expected = np.exp([200 / 255, 0, 0]) / np.exp([200 / 255, 0, 0]).sum()
+    np.testing.assert_allclose(first.probabilities, expected, rtol=1e-5)
+    assert first.probability == pytest.approx(expected[0], rel=1e-5)
+    assert SPEC.classes[first.index] == first.label
+
+
+def test_run_takes_a_preprocessed_batch(model: Path) -> None:
+    batch = np.random.default_rng(0).normal(size=(5, 3, 4, 4)).astype(np.float32)
+    with runtime.load(model) as session:
+        np.testing.assert_allclose(session.run(batch), batch.mean((2, 3)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        np.zeros((1, 3, 4, 4)),
+        np.zeros((1, 3, 4, 5), np.float32),
+        np.zeros((3, 4, 4), np.float32),
+        np.zeros((0, 3, 4, 4), np.float32),
+        [[1.0]],
+    ],
+)
+def test_run_refuses_what_the_model_does_not_take(model: Path, batch: object) -> None:
+    with runtime.load(model) as session, pytest.raises(InputError, match="found"):
+        session.run(batch)
+
+
+def test_predict_refuses_what_is_not_a_list(model: Path) -> None:
+    with runtime.load(model) as session:
+        for single in ("a.jpg", Path("a.jpg"), colour(0, 0, 0), b"bytes"):
+            with pytest.raises(InputError, match=r"put the one image in \[ \]"):
+                session.predict(single)
+        with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+            session.predict([colour(0, 0, 0)], batch_size=0)
+        with pytest.raises(DataError, match=r"no such image file: a\.jpg"):
+            session.predict(["a.jpg"])
+
+
+def test_a_closed_session_says_so(model: Path) -> None:
+    session = runtime.load(model)
+    assert "onnxruntime on" in repr(session)
+    session.close()
+    session.close()
+    assert "closed" in repr(session)
+    with pytest.raises(InputError, match="is closed; load it again"):
+        session.predict([colour(0, 0, 0)])
+
+
+def test_a_model_without_spec_runs_but_does_not_predict(tmp_path: Path) -> None:
+    with runtime.load(write(tmp_path / "plain.onnx", spec="")) as session:
+        assert session.run(np.zeros((1, 3, 4, 4), np.float32)).shape == (1, 3)
+        with pytest.raises(SpecError, match=r"plain\.onnx carries no advprop\.spec"):
+            session.predict([colour(0, 0, 0)])
+
+
+def test_classes_that_do_not_match_the_outputs(tmp_path: Path) -> None:
+    spec = SPEC.to_json().replace('["red","green","blue"]', '["red","green"]')
+    with (
+        runtime.load(write(tmp_path / "two.onnx", spec=spec)) as session,
+        pytest.raises(SpecError, match="3 outputs but its spec names 2 classes"),
+    ):
+        session.predict([colour(0, 0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("none.onnx", None, "no such model file"),
+        ("text.onnx", b"hello", "ONNX Runtime cannot load"),
+        ("empty.onnx", b"", "ONNX Runtime cannot load"),
+        ("model.engine", b"plan", "builds engines but does not run them"),
+    ],
+)
+def test_files_that_are_not_models(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelFileError, match=expected):
+        runtime.load(tmp_path / name)
+
+
+def test_models_that_are_not_classifiers(tmp_path: Path) -> None:
+    two = write(
+        tmp_path / "two.onnx",
+        "p = GlobalAveragePool(input) a = Flatten(p) logits = Flatten(p)",
+        outputs="float[n, 3] a, float[n, 3] logits",
+    )
+    with pytest.raises(ModelFileError, match="has 2 outputs, expected 1"):
+        runtime.load(two)
+    image = write(tmp_path / "image.onnx", "logits = Relu(input)", outputs="float[n, 3, 4, 4] logits")
+    with pytest.raises(ModelFileError, match="with 2 dimensions"):
+        runtime.load(image)
+
+
+def test_unknown_backend_and_device(model: Path) -> None:
+    with pytest.raises(ConfigError, match="backend must be auto or onnxruntime"):
+        runtime.load(model, backend="tflite")
+    with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
+        runtime.load(model, device="tpu")
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
+def test_cuda_without_a_gpu_says_what_is_missing(model: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="no NVIDIA GPU or driver was found"):
+        runtime.load(model, device="cuda")
+    with runtime.load(model, device="auto") as session:
+        assert session.backend.device == "cpu"
+
+
+def test_softmax_of_large_logits() -> None:
+    found = softmax(np.array([[1e4, 0.0], [-1e4, -1e4]], np.float32))
+    np.testing.assert_allclose(found, [[1, 0], [0.5, 0.5]])
+    assert found.dtype == np.float32
+
+
+def test_fp16_inputs_are_converted(tmp_path: Path) -> None:
+    path = write(tmp_path / "half.onnx", input="float16", outputs="float16[n, 3] logits")
+    with runtime.load(path) as session:
+        assert session.predict([colour(0, 200, 0)])[0].label == "green"
+
+
+def test_the_spec_comes_from_the_file(model: Path) -> None:
+    with runtime.load(model) as session:
+        assert session.spec == SPEC
