@@ -62,7 +62,7 @@ def compare(reference_NK: NDArray[np.floating], candidate_NK: NDArray[np.floatin
         mean_abs=float(difference.mean()),
         scale=float(np.abs(reference).max()),
         agreement=float(same.mean()),
-        kl=float(kl),
+        kl=max(0.0, float(kl)),  # rounding may take it just below
     )
 
 

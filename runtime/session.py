@@ -129,7 +129,8 @@ class Session:
 def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float32]:
     """Returns probabilities, (N, K), computed in float64 so that they sum to one."""
     logits_NK = logits_NK.astype(np.float64)
-    odds_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
+    with np.errstate(invalid="ignore"):  # inf − inf: the probabilities are nan, as they should be
+        odds_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
     probabilities_NK: NDArray[np.float32] = (odds_NK / odds_NK.sum(axis=1, keepdims=True)).astype(np.float32)
     return probabilities_NK
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,7 +87,9 @@ class SilentReporter:
 
 
 class RichReporter:
-    """A progress bar and a line an epoch on the terminal."""
+    """A progress bar and a line an epoch; in a log file, a line each half minute instead of the bar."""
+
+    _LOG_EVERY_S = 30.0
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -102,7 +105,9 @@ class RichReporter:
             transient=True,
         )
         self._task = self._bar.add_task("training", total=None, note="")
-        self._bar.start()
+        self._logged = time.monotonic()
+        if console.is_terminal:
+            self._bar.start()
 
     def epoch_started(self, epoch: int, epochs: int, steps: int, done: int) -> None:
         self._bar.reset(self._task, total=steps, completed=done, description=f"epoch {epoch}/{epochs}", note="")
@@ -110,6 +115,14 @@ class RichReporter:
     def stepped(self, loss: float | None) -> None:
         note = {} if loss is None else {"note": f"loss {loss:.3f}"}
         self._bar.update(self._task, advance=1, **note)  # type: ignore[arg-type]
+        if not self._console.is_terminal and time.monotonic() - self._logged > self._LOG_EVERY_S:
+            self._logged = time.monotonic()
+            task = self._bar.tasks[0]
+            left = "" if task.time_remaining is None else f"  {_duration(task.time_remaining)} left in the epoch"
+            self._console.print(
+                f"{task.description}  step {task.completed:.0f}/{task.total:.0f}  {task.fields['note']}{left}",
+                highlight=False,
+            )
 
     def evaluating(self) -> None:
         self._bar.update(self._task, note="evaluating")

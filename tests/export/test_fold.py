@@ -24,7 +24,7 @@ GRAPHS = {
 def graph(signature: str, body: str, shapes: dict[str, tuple[int, ...]], output: str = "z") -> ir.Model:
     """A graph written as ONNX text, with random weights and a BatchNormalization of 6 channels."""
     text = f"""<ir_version: 9, opset_import: ["" : 20]>
-    g (float{signature[1:]} {signature[0]}) => (float[...] {output}) {{ {body} }}"""
+    g (float{signature[1:]} {signature[0]}) => (float[] {output}) {{ {body} }}"""
     model = onnx.parser.parse_model(text.replace(f"float{signature[1:]} {signature[0]}", f"float{signature[1:]} x"))
     random = np.random.default_rng(0)
     arrays = {name: random.normal(size=shape) for name, shape in shapes.items()}
