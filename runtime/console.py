@@ -35,7 +35,6 @@ def set_up_logging(verbose: bool = False) -> Console:
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
         logger.handlers = [handler]
-        logger.propagate = False
     return console
 
 

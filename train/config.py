@@ -106,8 +106,9 @@ class TrainConfig:
     """A name of `train.recipes.RECIPES`."""
     epochs: int | None = None
     """Passes over the data; None: 8 on the embedded digits, 100 on a folder."""
-    batch_size: int = 32
-    """Clean images a step; the adversarial ones come on top."""
+    batch_size: int | None = None
+    """Clean images a step, the adversarial ones come on top; None: 32 on the embedded digits,
+    128 up to 64 px, else 64."""
     seed: int = 0
     """Seeds weights, order, augmentation and attack."""
     device: str = "auto"
@@ -131,7 +132,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.epochs is None or self.epochs >= 1, "epochs", "at least 1", self.epochs)
-        _check(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs it)", self.batch_size)
+        _check(
+            self.batch_size is None or self.batch_size >= 2,
+            "batch_size",
+            "at least 2 (BatchNorm needs it)",
+            self.batch_size,
+        )
 
     @property
     def resolved_epochs(self) -> int:
@@ -139,6 +145,12 @@ class TrainConfig:
         if self.epochs is not None:
             return self.epochs
         return 8 if self.data.root is None else 100
+
+    def resolved_batch_size(self, img_size: int) -> int:
+        """Clean images a step at an input of `img_size` pixels, with the default applied."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return 32 if self.data.root is None else 128 if img_size <= 64 else 64
 
     @property
     def resolved_out(self) -> Path:

@@ -137,7 +137,12 @@ class _Run:
         config = self.config
         common: dict[str, Any] = {"device": self.device, "channels_last": True}
         self.batches: Batches = train_loader(
-            self.data, config.data, spec, batch_size=config.batch_size, seed=config.seed, **common
+            self.data,
+            config.data,
+            spec,
+            batch_size=config.resolved_batch_size(spec.height),
+            seed=config.seed,
+            **common,
         )
         self.val = eval_loader(self.data, config.data, spec, batch_size=128, **common)
         every = -(-len(self.data.val.labels) // config.eval_attack_images)

@@ -32,7 +32,9 @@ Examples:
 @click.option("--epsilon", default=1.0, show_default=True, help="Attack strength, in 1/255.")
 @click.option("--attack-steps", type=int, help="PGD steps.  [default: ε + 1, one at ε = 1]")
 @click.option("--epochs", type=int, help="Passes over the data.  [default: 8 on the digits, else 100]")
-@click.option("--batch-size", default=32, show_default=True, help="Clean images a step.")
+@click.option(
+    "--batch-size", type=int, help="Clean images a step.  [default: 32 on the digits, 128 up to 64 px, else 64]"
+)
 @click.option(
     "--img-size", type=int, metavar="PIXELS", help="Input size.  [default: the model's, less for small images]"
 )
@@ -53,7 +55,7 @@ def main(
     epsilon: float,
     attack_steps: int | None,
     epochs: int | None,
-    batch_size: int,
+    batch_size: int | None,
     img_size: int | None,
     lr: float,
     seed: int,
