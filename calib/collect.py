@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from runtime.errors import ModelFileError
+from runtime.errors import DataError
 
 __all__ = ["collect_amax"]
 
@@ -37,7 +37,7 @@ def collect_amax(
         Tensor name → max |x| over all batches; inf or nan where a tensor had one.
 
     Raises:
-        ModelFileError: the batches are empty.
+        DataError: the batches are empty.
     """
     import onnxruntime as ort
 
@@ -53,7 +53,7 @@ def collect_amax(
         if progress:
             progress(len(batch))
     if not seen:
-        raise ModelFileError("ranges can only be measured on images, and none were given")
+        raise DataError("ranges can only be measured on images, and none were given")
     return dict(zip(names, amax.tolist(), strict=True))
 
 

@@ -20,8 +20,9 @@ from export.source import Source, load_source
 from export.to_onnx import INPUT, OUTPUT, save_onnx, to_onnx
 from export.verify import FP16_TOLERANCE, FP32_TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
+from runtime.engine.flavours import check_targets, choose_flavour
 from runtime.engine.sidecar import EngineInfo
-from runtime.errors import ConfigError, DataError
+from runtime.errors import BackendUnavailable, ConfigError, DataError
 from runtime.files import output_dir
 from runtime.images import normalise
 from runtime.session import load
@@ -88,9 +89,11 @@ def export_checkpoint(
     if precision not in ("fp32", "fp16"):
         raise ConfigError(f"precision must be fp32 or fp16; found {precision!r}")
     progress = progress or log.debug
-    folder = output_dir(out if out is not None else checkpoint.parent)
+    if engine:
+        _check_wishes(flavour, tuple(sm))
     progress("reading the checkpoint")
     source = load_source(checkpoint, arch, data)
+    folder = output_dir(out if out is not None else checkpoint.parent)
     if not len(source.images_NHWC):
         raise DataError(f"{checkpoint} carries no images to verify the export on; give some: --data DIR")
     progress("tracing and folding")
@@ -116,6 +119,7 @@ def export_checkpoint(
         progress("building the engine")
         engine_path = folder / f"model.{precision}.engine"
         info = build(engine_source, engine_path, precision=precision, batch=batch, sm=sm, flavour=flavour)
+    _warn_of_leftovers(folder, [fp16_path, engine_path])
     return ExportResult(
         onnx=onnx_path,
         onnx_parity=onnx_parity,
@@ -125,6 +129,20 @@ def export_checkpoint(
         engine=engine_path,
         engine_info=info,
     )
+
+
+def _check_wishes(flavour: str, sm: tuple[int, ...]) -> None:
+    """Refuses impossible targets before the work; a missing builder is told after the ONNX files."""
+    try:
+        check_targets(choose_flavour(flavour, sm), sm)
+    except BackendUnavailable:
+        log.debug("no engine builder here")
+
+
+def _warn_of_leftovers(folder: Path, written: Sequence[Path | None]) -> None:
+    for name in ("model.fp16.onnx", "model.fp16.engine", "model.fp32.engine"):
+        if (folder / name).exists() and folder / name not in written:
+            log.warning("%s is of an earlier export, not of this checkpoint", folder / name)
 
 
 def _batches(source: Source) -> Iterator[NDArray[np.float32]]:

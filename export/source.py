@@ -20,9 +20,10 @@ from torch import nn
 
 from runtime.errors import CheckpointError, DataError
 from runtime.files import sha256_file
-from runtime.images import decode, fit_to_input
+from runtime.images import SUFFIXES, decode, fit_to_input
 from runtime.spec import ModelSpec, Preprocessing
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
+from train.data import spread
 from train.dual_bn import strip_auxiliary
 from train.models import create_model
 
@@ -76,7 +77,7 @@ def _from_ours(
     if arch is not None and arch != spec.arch:
         raise CheckpointError(f"{path} holds {spec.arch}, but --arch {arch} was given; leave --arch out")
     weights = checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
-    model = create_model(checkpoint["arch"], **checkpoint["model_kwargs"])
+    model = create_model(checkpoint["arch"], **_model_arguments(checkpoint["model_kwargs"], path))
     _load(model, weights, path, spec.arch)
     return model, spec, checkpoint["sample"]["images"].numpy()
 
@@ -115,6 +116,15 @@ def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Mod
     return model, spec, np.empty((0, height, width, 3), np.uint8)
 
 
+def _model_arguments(found: Any, path: Path) -> dict[str, Any]:
+    """The arguments our trainer gives; others could make timm download or read files."""
+    allowed = {"num_classes": int, "drop_rate": float, "drop_path_rate": float}
+    fine = isinstance(found, dict) and all(isinstance(found[key], allowed.get(key, ())) for key in found)
+    if not fine:
+        raise CheckpointError(f"{path} has model_kwargs {found!r}; expected only {', '.join(allowed)}")
+    return dict(found)
+
+
 def _classifier(model: nn.Module) -> str:
     name = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a dict timm attaches
     return str(name if isinstance(name, str) else name[0])
@@ -142,13 +152,11 @@ def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arc
 
 
 def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
-    from timm.data.readers.reader_image_folder import find_images_and_targets
-
     if not folder.is_dir():
         raise DataError(f"--data {folder}: no such folder")
-    paths = [path for path, _ in find_images_and_targets(str(folder))[0]]
+    paths = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     fitted = []
-    for path in paths[:: max(1, len(paths) // count)][:count]:
+    for path in spread(paths, count):
         try:
             fitted.append(fit_to_input(decode(path), spec))
         except DataError as error:

@@ -42,6 +42,12 @@ def to_onnx(model: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
         ArchError: torch.export cannot trace the architecture.
     """
     size = spec.preprocessing
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if weights >= 2**31:
+        raise ArchError(
+            f"{spec.arch} has {weights / 2**30:.1f} GiB of weights; an ONNX file holds less than 2 GiB, and weights "
+            "beside the file are not supported yet"
+        )
     example_NCHW = torch.zeros(2, 3, size.height, size.width)
     graph_model = _trace(model, example_NCHW, spec.arch)
     optimizer.fold_constants(graph_model)

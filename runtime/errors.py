@@ -38,6 +38,7 @@ __all__ = [
     "SpecError",
     "TrainingDiverged",
     "VerificationError",
+    "first_line",
     "nearest",
 ]
 
@@ -116,6 +117,12 @@ class Interrupted(AdvPropError):
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, shortened, or the name of its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -24,7 +24,13 @@ from runtime.spec import Preprocessing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageLike", "decode", "fit_to_input", "normalise", "preprocess"]
+__all__ = ["SUFFIXES", "ImageLike", "decode", "fit_to_input", "normalise", "preprocess"]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What image files are called, in lower case."""
+
+_MOST_PIXELS = 100_000_000
+"""Bound on an intermediate image: a strip of one pixel's width would fill the memory."""
 
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
 """A path, an encoded file's bytes, a uint8 HWC-RGB or HW-grey array, or a PIL image."""
@@ -43,6 +49,8 @@ def decode(image: ImageLike) -> Image:
         return image.convert("RGB")
     if isinstance(image, np.ndarray):
         return _from_array(image)
+    if not isinstance(image, str | PathLike | bytes):
+        raise DataError(f"an image is a path, bytes, a uint8 array or a PIL image; found {type(image).__name__}")
     name = "the image bytes" if isinstance(image, bytes) else str(Path(image))
     try:
         source: Any = io.BytesIO(image) if isinstance(image, bytes) else name
@@ -50,7 +58,7 @@ def decode(image: ImageLike) -> Image:
             return opened.convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"no such image file: {name}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot decode {name} as an image: {error}") from error
 
 
@@ -97,6 +105,11 @@ def _resize_short_side(image: Image, size: int, resample: Any) -> Image:
         return image
     short, long = min(width, height), max(width, height)
     new_long = int(size * long / short)
+    if size * new_long > _MOST_PIXELS:
+        raise DataError(
+            f"an image of {width}×{height} pixels would be resized to {size}×{new_long} before its centre is cut "
+            f"out, more than {_MOST_PIXELS / 1e6:.0f} megapixels; it is too long and narrow to classify"
+        )
     return image.resize((size, new_long) if width <= height else (new_long, size), resample)
 
 
@@ -105,7 +118,9 @@ def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, re
     image_w, image_h = image.size
     ratio_h, ratio_w = image_h / height, image_w / width
     ratio = max(ratio_h, ratio_w) if crop_mode == "border" else min(ratio_h, ratio_w)
-    size = (round(image_w / ratio), round(image_h / ratio))
+    size = (max(1, round(image_w / ratio)), max(1, round(image_h / ratio)))
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise DataError(f"an image of {image_w}×{image_h} pixels is too long and narrow to classify")
     return image if size == image.size else image.resize(size, resample)
 
 

@@ -92,7 +92,8 @@ class Session:
             DataError: an image cannot be decoded; the message names it.
             SpecError: the model file does not describe its preprocessing.
         """
-        if isinstance(images, str | bytes | PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        if not many and not (isinstance(images, np.ndarray) and images.ndim == 4):
             raise InputError("predict takes a list of images; put the one image in [ ]")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1; found {batch_size}")

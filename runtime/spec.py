@@ -44,7 +44,7 @@ class Preprocessing:
     """The image is resized to `size / crop_pct` before the centre is cut out."""
     crop_mode: str = "center"
     """timm's crop modes: `center` (resize the short side, crop), `squash` (resize both
-    sides, then crop), `border` (resize the long side, pad with black)."""
+    sides, then crop), `border` (resize the long side, pad with the mean)."""
 
     def __post_init__(self) -> None:
         _require(self.height > 0 and self.width > 0, "height and width", "positive pixels", self)
@@ -111,7 +111,7 @@ class ModelSpec:
         try:
             content["preprocessing"] = Preprocessing(**_tuples(content["preprocessing"]))
             return cls(**_tuples(content))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"the spec in {where} is incomplete or has unknown fields: {error}") from error
 
 

@@ -28,6 +28,9 @@ from export.source import load_source
 from runtime.images import preprocess
 from train.data import embedded_digits
 
+NO_ENGINE = 3
+"""Exit code of an export whose ONNX files are there but for whose engine nothing can build."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,14 +41,14 @@ def main() -> int:
     out = args.out or Path("runs") / f"demo-{args.arch}"
     console = Console()
     began = time.monotonic()
-    train = [sys.executable, "-m", "train.run", "--arch", args.arch, "--out", str(out), "--resume"]
+    train = [sys.executable, "-m", "train.run", "--arch", args.arch, "--out", str(out), "--resume", "auto"]
     for command in (
         train + (["--epochs", str(args.epochs)] if args.epochs else []),
         [sys.executable, "-m", "export.cli", str(out / "last.pt"), "--trt", "fp16"],
     ):
         console.print("$", *command[1:], style="bold", highlight=False, soft_wrap=True)
         done = subprocess.run(command, check=False)
-        if done.returncode:
+        if done.returncode not in (0, NO_ENGINE):
             return done.returncode
     console.print(results(out))
     console.print(
@@ -78,7 +81,10 @@ def results(out: Path) -> Table:
         size = (out / name).stat().st_size / 1e6
         table.add_row(name, f"{np.mean(np.asarray(answers) == labels):.1%}", f"{size:.1f}", f"{latency:.1f}")
     engine = out / "model.fp16.engine"
-    table.add_row(engine.name, "built", f"{engine.stat().st_size / 1e6:.1f}", "")
+    if engine.exists():
+        table.add_row(engine.name, "built", f"{engine.stat().st_size / 1e6:.1f}", "")
+    else:
+        table.add_row(engine.name, "no builder", "", "")
     return table
 
 

@@ -19,20 +19,44 @@ from torch import nn
 from train.config import AttackConfig
 from train.dual_bn import route
 
-__all__ = ["LinfPGD", "evaluating", "frozen"]
+__all__ = ["LinfPGD", "Randomness", "correct_answers", "evaluating", "evaluation_attack", "frozen"]
+
+
+class Randomness:
+    """What an attack draws, from torch's generator of the images' device."""
+
+    def noise(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns uniform noise in [-1, 1], like the images."""
+        return torch.empty_like(images_NCHW).uniform_(-1, 1)
+
+    def chance(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns a uniform number in [0, 1) for each image, (N, 1, 1, 1)."""
+        return torch.rand(images_NCHW.shape[0], 1, 1, 1, device=images_NCHW.device)
+
+    def shift(self, labels_N: torch.Tensor, classes: int) -> torch.Tensor:
+        """Returns how far from the true class the target is, 1 to classes - 1."""
+        return torch.randint(1, classes, labels_N.shape, device=labels_N.device)
 
 
 class LinfPGD:
     """Makes adversarial images. One object serves any number of models and batches."""
 
-    def __init__(self, config: AttackConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        config: AttackConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        randomness: Randomness | None = None,
+    ) -> None:
         """
         Args:
             config: strength and kind of the attack.
             mean: per-channel mean the images were normalised with, of pixels in [0, 1].
             std: per-channel standard deviation likewise.
+            randomness: where starts and targets come from; default: torch's generator.
         """
         self.config = config
+        self._randomness = randomness or Randomness()
         self._mean_C11 = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self._std_C11 = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
@@ -47,23 +71,13 @@ class LinfPGD:
 
         Returns:
             Images within ε of the given ones and, where those are, within the pixel range;
-            same shape, dtype and memory format, detached.
+            same shape and memory format, float32 or wider, detached.
         """
-        config = self.config
-        pixel_C11 = (1 / 255 / self._std_C11).to(images_NCHW.device)
-        epsilon_C11 = config.epsilon * pixel_C11
-        # A pixel that is outside the range already (noise of an augmentation, say) may
-        # stay there: pulling it in would move it by more than ε.
-        black_C11 = ((0 - self._mean_C11) / self._std_C11).to(images_NCHW.device)
-        white_C11 = ((1 - self._mean_C11) / self._std_C11).to(images_NCHW.device)
         clean = images_NCHW.detach()
-        lowest = torch.maximum(clean - epsilon_C11, torch.minimum(clean, black_C11))
-        highest = torch.minimum(clean + epsilon_C11, torch.maximum(clean, white_C11))
-
         with frozen(model), evaluating(model), route(model, bn):
-            attacked = torch.clamp(clean + self._start(clean, epsilon_C11), lowest, highest)
+            attacked = self.start(clean)
             goal_N: torch.Tensor | None = None
-            for _ in range(config.resolved_steps):
+            for _ in range(self.config.resolved_steps):
                 attacked.requires_grad_(True)
                 with torch.enable_grad():
                     logits_NK = model(attacked)
@@ -71,23 +85,40 @@ class LinfPGD:
                         goal_N = self._goal(labels_N, logits_NK.shape[1])
                     loss = F.cross_entropy(logits_NK, goal_N, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, attacked)
-                direction = -1 if config.targeted else 1
-                step = gradient.sign() * (direction * config.step_size * pixel_C11)
-                attacked = torch.clamp(attacked.detach() + step, lowest, highest)
+                attacked = self.step(clean, attacked.detach(), gradient)
         return attacked
 
-    def _start(self, clean: torch.Tensor, epsilon_C11: torch.Tensor) -> torch.Tensor:
-        """Uniform noise in ±ε, except for the share of images that start from themselves."""
-        noise = torch.empty_like(clean).uniform_(-1, 1) * epsilon_C11
-        chance_N111 = torch.rand(clean.shape[0], 1, 1, 1, device=clean.device)
-        return noise * (chance_N111 >= self.config.clean_start_share)
+    def start(self, clean_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns where the attack on normalised images starts: uniform noise in ±ε on them,
+        except for the share of images that start from themselves."""
+        kept_N111 = self._randomness.chance(clean_NCHW) >= self.config.clean_start_share
+        noise = self._randomness.noise(clean_NCHW) * self._units(clean_NCHW, self.config.epsilon) * kept_N111
+        return self._within_bounds(clean_NCHW, clean_NCHW + noise)
+
+    def step(self, clean_NCHW: torch.Tensor, attacked_NCHW: torch.Tensor, gradient_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns the images one step along (targeted: against) the sign of the loss's gradient."""
+        length_C11 = self._units(clean_NCHW, self.config.step_size * (-1 if self.config.targeted else 1))
+        return self._within_bounds(clean_NCHW, attacked_NCHW + gradient_NCHW.sign() * length_C11)
+
+    def _units(self, images: torch.Tensor, pixels: float) -> torch.Tensor:
+        """`pixels`/255 in the normalised space, channel by channel."""
+        return (pixels / 255 / self._std_C11).to(images.device)
+
+    def _within_bounds(self, clean: torch.Tensor, attacked: torch.Tensor) -> torch.Tensor:
+        epsilon_C11 = self._units(clean, self.config.epsilon)
+        # A pixel that is outside the range already (noise of an augmentation, say) may
+        # stay there: pulling it in would move it by more than ε.
+        black_C11 = ((0 - self._mean_C11) / self._std_C11).to(clean.device)
+        white_C11 = ((1 - self._mean_C11) / self._std_C11).to(clean.device)
+        lowest = torch.maximum(clean - epsilon_C11, torch.minimum(clean, black_C11))
+        highest = torch.minimum(clean + epsilon_C11, torch.maximum(clean, white_C11))
+        return torch.clamp(attacked, lowest, highest)
 
     def _goal(self, labels_N: torch.Tensor, classes: int) -> torch.Tensor:
         """The class whose loss is followed: a random wrong one, or the true one."""
         if not self.config.targeted:
             return labels_N
-        shift_N = torch.randint(1, classes, labels_N.shape, device=labels_N.device)
-        return (labels_N + shift_N) % classes
+        return (labels_N + self._randomness.shift(labels_N, classes)) % classes
 
 
 @contextmanager
@@ -132,6 +163,6 @@ def evaluation_attack(config: AttackConfig, mean: Sequence[float], std: Sequence
     return LinfPGD(stronger, mean, std)
 
 
-def accuracy(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
+def correct_answers(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
     """Returns how many of the N answers are right."""
     return int((logits_NK.argmax(1) == labels_N).sum().item())

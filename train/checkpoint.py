@@ -13,7 +13,6 @@ Untrusted files stay untrusted: nothing is ever unpickled beyond tensors and pla
 
 from __future__ import annotations
 
-import pickle
 import random
 import warnings
 from collections.abc import Mapping
@@ -79,24 +78,27 @@ def read_torch_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
-    with path.open("rb") as file:
-        head = file.read(4)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if not head:
         raise CheckpointError(f"{path} is empty (0 bytes); the copy or download did not finish")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: refused or read, the outcome says all
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if head[:2] == b"PK" or head[:1] == b"\x80":
+    except Exception as error:  # a damaged pickle stream raises nearly anything
+        if "Unsupported " in str(error) or "Trying to " in str(error):  # global, class or operand
             raise CheckpointError(
                 f"{path} holds pickled Python objects, which could run code when loaded; refused, nothing was "
-                f"executed ({_short(error)}). If you trust its author, save its plain state_dict again"
+                f"executed ({_refused(error)}). If you trust its author, save its plain state_dict again"
             ) from error
-        raise CheckpointError(f"{path} is not a torch file ({_short(error)})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        kind = "is truncated or damaged" if head[:2] == b"PK" else "is not a torch file"
-        raise CheckpointError(f"{path} {kind} ({_short(error)}); copy or download it again") from error
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path} is a TorchScript archive; expected a checkpoint or a state_dict") from error
+        kind = "is truncated or damaged" if head[:2] == b"PK" else "is not a torch file, or is damaged"
+        raise CheckpointError(f"{path} {kind} ({type(error).__name__}); copy or download it again") from error
 
 
 def describe(content: Any) -> str:
@@ -134,6 +136,8 @@ def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
+def _refused(error: Exception) -> str:
+    """The line of torch's long message that says what was refused."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if "Unsupported " in line or "Trying to " in line]
+    return told[0].removeprefix("WeightsUnpickler error: ")[:160]

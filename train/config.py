@@ -7,10 +7,14 @@ what it chose.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from train.recipes import Recipe
 
 __all__ = ["AttackConfig", "DataConfig", "OptimConfig", "TrainConfig"]
 
@@ -56,6 +60,13 @@ class DataConfig:
     where the images are smaller than that."""
     crop_scale: tuple[float, float] | None = None
     """Share of the area that a random training crop keeps; None: by image size."""
+    auto_augment: str = ""
+    """timm's policy for the clean images, e.g. `original`, `rand-m9-mstd0.5`; empty: none. The
+    `fine-grained` recipe has an AutoAugment view of its own besides."""
+    mixup: float = 0.0
+    """Mixup α on the clean images; 0: none."""
+    cutmix: float = 0.0
+    """CutMix α on the clean images; 0: none."""
     hflip: float | None = None
     """Probability of mirroring a training image; None: 0.5, but never for the digits."""
     color_jitter: float | None = None
@@ -88,11 +99,20 @@ class OptimConfig:
     """Largest gradient norm; 0 does not clip."""
     ema_decay: float = 0.0
     """Decay of the moving average of weights, warmed up; 0 keeps none."""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one update."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Further arguments of the optimiser, e.g. `alpha`, `momentum`, `eps`."""
+    decay_epochs: float = 2.4
+    """Epochs between decays, for the `step` schedule."""
+    decay_rate: float = 0.97
+    """Factor of a decay, for the `step` schedule."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0 and math.isfinite(self.lr), "optim.lr", "above 0", self.lr)
         _check(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         _check(0 <= self.label_smoothing < 1, "optim.label_smoothing", "in [0, 1)", self.label_smoothing)
+        _check(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
         _check(0 <= self.ema_decay < 1, "optim.ema_decay", "in [0, 1)", self.ema_decay)
 
 
@@ -113,14 +133,30 @@ class TrainConfig:
     """Seeds weights, order, augmentation and attack."""
     device: str = "auto"
     """A torch device, or `auto`: CUDA where it is available."""
+    amp: str = "none"
+    """Mixed precision of attack and step: `none`, `bf16` or `fp16`."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
     pretrained: bool = False
     """Start from timm's pretrained weights (downloaded by timm)."""
+    init_checkpoint: Path | None = None
+    """Start from the main route's weights of this checkpoint (needed by `finetune`)."""
+    drop: float = 0.0
+    """Dropout rate before the classifier."""
     drop_path: float = 0.0
     """Stochastic depth rate, for architectures that have it."""
+    bn_momentum: float | None = None
+    """Momentum of running statistics in torch's sense (0.01 keeps 99 %); None: the model's."""
+    sync_bn: bool = True
+    """With several processes: batch statistics over all of them, route by route."""
+    save_every: int = 0
+    """Also write `last.pt` each so many steps; 0: after each epoch only."""
     out: Path | None = None
-    """Folder of checkpoints and metrics; None: `runs/ARCH`."""
-    resume: bool = False
-    """Continue from `last.pt` in the output folder, where there is one."""
+    """Folder of checkpoints and metrics; None: `runs/ARCH`, with `-RECIPE` for any but advprop."""
+    resume: str = "never"
+    """`auto`: continue from `last.pt` in the output folder where there is one; or `never`."""
+    overwrite: bool = False
+    """Start anew in an output folder that has a `last.pt`, which is lost."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """The training attack."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -132,6 +168,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.epochs is None or self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _check(self.amp in ("none", "bf16", "fp16"), "amp", "none, bf16 or fp16", self.amp)
+        _check(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
+        _check(self.save_every >= 0, "save_every", "0 or more steps", self.save_every)
         _check(
             self.batch_size is None or self.batch_size >= 2,
             "batch_size",
@@ -152,10 +191,21 @@ class TrainConfig:
             return self.batch_size
         return 32 if self.data.root is None else 128 if img_size <= 64 else 64
 
+    def resolved_attack(self, recipe: Recipe) -> AttackConfig:
+        """The attack: what the recipe prescribes, where a field was left at its default."""
+        default = AttackConfig()
+        prescribed = {
+            name: value for name, value in recipe.attack.items() if getattr(self.attack, name) == getattr(default, name)
+        }
+        changes: dict[str, Any] = dict(prescribed)
+        return replace(self.attack, **changes)
+
     @property
     def resolved_out(self) -> Path:
         """Output folder, with the default applied."""
-        return self.out if self.out is not None else Path("runs") / self.arch
+        if self.out is not None:
+            return self.out
+        return Path("runs") / (self.arch if self.recipe == "advprop" else f"{self.arch}-{self.recipe}")
 
 
 def _check(condition: bool, name: str, expected: str, found: object) -> None:

@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from runtime.errors import DataError
-from runtime.images import decode
+from runtime.errors import ConfigError, DataError
+from runtime.images import SUFFIXES, decode
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 
@@ -110,40 +110,63 @@ def image_folder(root: Path) -> ImageData:
             there = sorted(entry.name for entry in root.iterdir())[:8] if root.is_dir() else None
             found = f"found {', '.join(there) or 'an empty folder'}" if there is not None else "no such folder"
             raise DataError(f"{root}: {found}; expected {part}/CLASS/IMAGE files below it ({root / part} is missing)")
-    train_samples, class_to_idx = find_images_and_targets(str(root / "train"))
-    class_to_idx.pop("", None)
-    if len(class_to_idx) < 2:
+    train = _labelled_files(root / "train")
+    names = sorted((name for name, files in train.items() if files), key=natural_key)
+    if len(names) < 2:
+        count = sum(len(files) for files in train.values())
         raise DataError(
-            f"{root / 'train'}: found {len(train_samples)} images in {len(class_to_idx)} class folders; "
-            "expected at least two folders of images, one a class"
+            f"{root / 'train'}: found {count} images in {len(names)} class folders; expected at least two folders "
+            f"of images ({', '.join(SUFFIXES)}), one a class"
         )
-    train_samples, _ = find_images_and_targets(
-        str(root / "train"), class_to_idx={name: i for i, name in enumerate(class_to_idx)}
-    )
-    names = list(class_to_idx)
-    strangers = {entry.name for entry in (root / "val").iterdir() if entry.is_dir()} - set(names)
+    val = {name: files for name, files in _labelled_files(root / "val").items() if files}
+    strangers = sorted(set(val) - set(names))
     if strangers:
         raise DataError(
-            f"{root / 'val'} has classes that train has not: {', '.join(sorted(strangers)[:5])}; "
+            f"{root / 'val'} has classes that train has not: {', '.join(strangers[:5])}; "
             "both need the same class folders"
         )
-    val_samples, _ = find_images_and_targets(str(root / "val"), class_to_idx={name: i for i, name in enumerate(names)})
-    if not val_samples:
+    if not val:
         raise DataError(f"{root / 'val'}: found no images; expected val/CLASS/IMAGE files to measure on")
     wnids = tuple(names) if all(_WNID.fullmatch(name) for name in names) else ()
     return ImageData(
         name=root.resolve().name,
         classes=_imagenet_names(wnids) if wnids else tuple(names),
         wnids=wnids,
-        train=_image_set(train_samples),
-        val=_image_set(val_samples),
-        short_side=_median_short_side([path for path, _ in train_samples]),
+        train=_image_set(train, names),
+        val=_image_set(val, names),
+        short_side=_median_short_side([path for files in train.values() for path in files]),
         embedded=False,
     )
 
 
-def _image_set(samples: Sequence[tuple[str, int]]) -> ImageSet:
-    return ImageSet([path for path, _ in samples], [label for _, label in samples])
+def _labelled_files(folder: Path) -> dict[str, list[str]]:
+    """Image files by the name of the class folder, whatever is below it; hidden folders are left out."""
+    found: dict[str, list[str]] = {}
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("."):
+            files = (
+                str(Path(where, name))
+                for where, _, names in os.walk(entry, followlinks=True)
+                for name in names
+                if name.lower().endswith(SUFFIXES)
+            )
+            found[entry.name] = sorted(files, key=natural_key)
+    return found
+
+
+def _image_set(files: dict[str, list[str]], classes: Sequence[str]) -> ImageSet:
+    pairs = [(path, label) for label, name in enumerate(classes) for path in files.get(name, ())]
+    return ImageSet([path for path, _ in pairs], [label for _, label in pairs])
+
+
+_Item = TypeVar("_Item")
+
+
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """Returns `count` of the items (all, where there are fewer), spread evenly from first to last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(position)] for position in np.linspace(0, len(items) - 1, count)]
 
 
 def _imagenet_names(wnids: Sequence[str]) -> tuple[str, ...]:
@@ -170,10 +193,14 @@ def choose_preprocessing(data: ImageData, config: DataConfig, model_config: dict
     Args:
         data: the images.
         config: explicit wishes.
-        model_config: what `timm.data.resolve_model_data_config` says.
+        model_config: what `timm.data.resolve_model_data_config` says, and timm's `fixed_input_size`.
     """
     own = int(model_config["input_size"][-1])
     size = config.img_size
+    if model_config.get("fixed_input_size"):
+        if size not in (None, own):
+            raise ConfigError(f"--img-size {size}: the architecture takes {own} px only")
+        size = own
     if size is None:
         size = 32 if data.embedded else min(own, max(32, 32 * -(-data.short_side // 32)))
         if size != own:
@@ -193,9 +220,12 @@ def choose_preprocessing(data: ImageData, config: DataConfig, model_config: dict
 class _SeededSamples(Dataset[tuple[torch.Tensor, int]]):
     """Decoded, augmented samples. An index is (epoch, position)."""
 
-    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], torch.Tensor], seed: int, train: bool):
+    def __init__(
+        self, images: ImageSet, transforms: Sequence[Callable[[Image.Image], torch.Tensor]], seed: int, train: bool
+    ) -> None:
+        """Each of `transforms` makes a view; several views are stacked in front of the channels."""
         self._images = images
-        self._transform = transform
+        self._transforms = transforms
         self._seed = seed
         self._train = train
         # One byte an image, shared with the worker processes: 1 where decoding failed.
@@ -215,7 +245,8 @@ class _SeededSamples(Dataset[tuple[torch.Tensor, int]]):
             index = (index + 1) % len(self)
             image, label = self._decode(index), self._images.labels[index]
         with _seeded(self._seed, epoch, index):
-            return self._transform(image), label
+            views = [transform(image) for transform in self._transforms]
+        return (views[0] if len(views) == 1 else torch.stack(views)), label
 
     def _decode(self, index: int) -> Image.Image | None:
         try:
@@ -226,9 +257,14 @@ class _SeededSamples(Dataset[tuple[torch.Tensor, int]]):
                 raise
             return None
 
+    def name(self, index: int) -> str:
+        """The image's path, or its number where it has none."""
+        image = self._images.images[index]
+        return image if isinstance(image, str) else f"image {index}"
+
     def bad_images(self) -> list[str]:
         """Names of the images that could not be decoded so far."""
-        return [str(self._images.images[i]) for i in torch.nonzero(self.bad).flatten().tolist()]
+        return [self.name(index) for index in torch.nonzero(self.bad).flatten().tolist()]
 
 
 @contextmanager
@@ -248,10 +284,15 @@ def _seeded(*key: int) -> Iterator[None]:
 
 
 class _EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of one epoch in an order that (seed, epoch) fixes. Incomplete ones are dropped."""
+    """Batches of one epoch in an order that (seed, epoch) fixes. Incomplete ones are dropped.
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self._count, self._batch_size, self._seed = count, batch_size, seed
+    With several processes each takes every `world`-th image of a batch `world` times as
+    large, so that together they see the batches that one process would.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._count, self._batch_size, self._seed = count, batch_size * world, seed
+        self._rank, self._world = rank, world
         self.epoch = 0
         self.start = 0
         """First batch to yield: where a resumed epoch goes on."""
@@ -260,11 +301,22 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
         return self._count // self._batch_size - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self._order()
+        for batch in range(self.start, self._count // self._batch_size):
+            yield [(self.epoch, index) for index in self._batch(order, batch)]
+
+    def indices(self, batch: int) -> list[int]:
+        """The images of one batch of the present epoch."""
+        return self._batch(self._order(), batch)
+
+    def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self._count, generator=generator).tolist()
-        size = self._batch_size
-        for batch in range(self.start, self._count // size):
-            yield [(self.epoch, index) for index in order[batch * size : (batch + 1) * size]]
+        order: list[int] = torch.randperm(self._count, generator=generator).tolist()
+        return order
+
+    def _batch(self, order: list[int], batch: int) -> list[int]:
+        whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+        return whole[self._rank :: self._world]
 
 
 class Batches:
@@ -286,7 +338,7 @@ class Batches:
         self._device = device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._what = what
-        self._named = 0
+        self._named: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -300,10 +352,16 @@ class Batches:
         for number, (pixels, labels) in enumerate(self._loader):
             if number % 50 == 0:
                 self.check_bad()
-            images = pixels.to(self._device, non_blocking=True, memory_format=self._format).float()
+            kind = self._format if pixels.ndim == 4 else torch.contiguous_format
+            images = pixels.to(self._device, non_blocking=True, memory_format=kind).float()
             images = images.div_(255).sub_(self._mean).div_(self._std)
             yield images, labels.to(self._device, non_blocking=True)
         self.check_bad()
+
+    def names(self, batch: int) -> list[str]:
+        """The files of batch number `batch` of the epoch, before augmentation."""
+        assert self._sampler is not None, "evaluation has one order"
+        return [self._samples.name(index) for index in self._sampler.indices(batch)]
 
     def check_bad(self) -> None:
         """Names images that could not be decoded, once each.
@@ -312,11 +370,12 @@ class Batches:
             DataError: they are more than one in a hundred.
         """
         bad = self._samples.bad_images()
-        for name in bad[self._named : self._named + 10]:
+        new = [name for name in bad if name not in self._named]
+        for name in new:
             log.warning("skipped an image that cannot be decoded: %s", name)
-        if len(bad) > self._named:
+        if new:
             log.warning("%d of %d %s images cannot be decoded so far", len(bad), len(self._samples), self._what)
-        self._named = len(bad)
+        self._named.update(new)
         if len(bad) > max(1, _MOST_BAD * len(self._samples)):
             raise DataError(
                 f"{len(bad)} of {len(self._samples)} {self._what} images cannot be decoded, more than 1 %: "
@@ -333,28 +392,37 @@ def train_loader(
     seed: int,
     device: torch.device,
     channels_last: bool,
+    views: int = 1,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batches:
-    """Shuffled, augmented batches of the training images."""
+    """Shuffled, augmented batches of the training images, (N, C, H, W); with two views, of
+    which the second has AutoAugment, (N, 2, C, H, W)."""
     small = spec.height < _SMALL
     hflip = config.hflip if config.hflip is not None else (0.0 if data.embedded else 0.5)
     jitter = config.color_jitter if config.color_jitter is not None else (0.0 if small else 0.4)
     scale = config.crop_scale or ((0.8, 1.0) if data.embedded else (0.5, 1.0) if small else (0.08, 1.0))
-    transform = create_transform(
-        (3, spec.height, spec.width),
-        is_training=True,
-        scale=scale,
-        ratio=(0.9, 1.1) if data.embedded else (3 / 4, 4 / 3),
-        hflip=hflip,
-        color_jitter=jitter or None,
-        interpolation=spec.interpolation,
-        use_prefetcher=True,
-    )
-    samples = _SeededSamples(data.train, transform, seed, train=True)
-    if len(samples) < batch_size:
+    transforms = [
+        create_transform(
+            (3, spec.height, spec.width),
+            is_training=True,
+            scale=scale,
+            ratio=(0.9, 1.1) if data.embedded else (3 / 4, 4 / 3),
+            hflip=hflip,
+            color_jitter=jitter or None,
+            auto_augment=policy or None,
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            use_prefetcher=True,
+        )
+        for policy in (config.auto_augment, "original")[:views]
+    ]
+    samples = _SeededSamples(data.train, transforms, seed, train=True)
+    if len(samples) < batch_size * world:
         raise DataError(
             f"found {len(samples)} training images, fewer than one batch; use --batch-size {len(samples)} or less"
         )
-    sampler = _EpochBatches(len(samples), batch_size, seed)
+    sampler = _EpochBatches(len(samples), batch_size, seed, rank, world)
     loader = DataLoader(samples, batch_sampler=sampler, **_workers(config, data, device))
     return Batches(loader, samples, sampler, spec, device, channels_last, "training")
 
@@ -368,10 +436,14 @@ def eval_loader(
     device: torch.device,
     channels_last: bool,
     every: int = 1,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batches:
-    """Batches of every `every`-th validation image, in order, by timm's evaluation transform."""
-    chosen = ImageSet(data.val.images[::every], data.val.labels[::every])
-    samples = _SeededSamples(chosen, eval_transform(spec), 0, train=False)
+    """Batches of every `every`-th validation image, in order, by timm's evaluation transform;
+    of those, this process's share."""
+    mine = slice(rank * every, None, world * every)
+    chosen = ImageSet(data.val.images[mine], data.val.labels[mine])
+    samples = _SeededSamples(chosen, [eval_transform(spec)], 0, train=False)
     order = [(0, index) for index in range(len(samples))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     loader = DataLoader(samples, batch_sampler=batches, **_workers(config, data, device))

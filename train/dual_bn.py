@@ -30,6 +30,7 @@ __all__ = [
     "add_auxiliary_bns",
     "find_router",
     "route",
+    "statistics_kept",
     "strip_auxiliary",
 ]
 
@@ -161,6 +162,19 @@ def route(model: nn.Module, *plan: str | tuple[str, int]) -> Iterator[None]:
         yield
     finally:
         router.plan = before
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """BatchNorms in training mode use batch statistics but do not update the running ones."""
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def strip_auxiliary(state_dict: Mapping[str, _Value]) -> dict[str, _Value]:

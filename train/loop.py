@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
-import math
 import os
-import random
 import shutil
 import signal
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,20 +17,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import resolve_model_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.utils.distributed import distribute_bn
+from timm.utils.model import unwrap_model
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
-from runtime.files import output_dir
-from runtime.images import decode, fit_to_input
+from runtime.files import output_dir, write_text
 from runtime.spec import ModelSpec, Preprocessing
 from train.attack import evaluation_attack
+from train.build import (
+    make_device,
+    make_model,
+    make_optimisation,
+    make_sample,
+    make_task,
+    model_arguments,
+    seed_everything,
+)
 from train.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from train.config import TrainConfig
+from train.config_file import flat, to_toml
 from train.data import (
     Batches,
     ImageData,
@@ -42,18 +48,17 @@ from train.data import (
     image_folder,
     train_loader,
 )
+from train.distributed import barrier, gather, process_group, rank, world_size, world_sum
 from train.evaluate import attacked_accuracy, clean_accuracy
-from train.models import create_model
 from train.recipes import find_recipe
 from train.reporting import EpochMetrics, Reporter, SilentReporter, read_metrics, write_metrics
-from train.task import AdvPropTask
 
 __all__ = ["FitResult", "fit"]
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_IMAGES = 64
-_SAMPLE_BYTES = 8 << 20
+_CHECK_EVERY = 50
+"""Steps between looks at the loss on a GPU, where each look waits for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +72,16 @@ class FitResult:
     metrics: tuple[EpochMetrics, ...]
     """All epochs."""
 
+    @property
+    def best_epoch(self) -> EpochMetrics:
+        """The epoch that `best` is of: the first with the best clean accuracy."""
+        return max(self.metrics, key=lambda row: row.top1)
+
 
 def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
     """Trains as `config` says, writing `last.pt`, `best.pt` and `metrics.csv` after each epoch.
 
+    Under torchrun, all processes call it with the same config; the first one writes.
     SIGINT and SIGTERM end the run after the step in progress: `last.pt` is written first,
     and `config.resume` continues it where it stopped.
 
@@ -81,26 +92,29 @@ def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
     """
     reporter = reporter or SilentReporter()
     try:
-        return _Run(config, reporter).train()
+        with process_group(make_device(config.device)) as device:
+            return _Run(config, reporter, device).train()
     finally:
         reporter.close()
 
 
 class _Run:
-    """The state of one training run."""
+    """The state of one training run, in one of its processes."""
 
-    def __init__(self, config: TrainConfig, reporter: Reporter) -> None:
-        self.config, self.reporter = config, reporter
+    def __init__(self, config: TrainConfig, reporter: Reporter, device: torch.device) -> None:
+        self.config, self.reporter, self.device = config, reporter, device
         recipe = find_recipe(config.recipe)
         self.out = output_dir(config.resolved_out)
-        self.device = _device(config.device)
-        _seed_everything(config.seed)
+        if self.last.exists() and config.resume == "never" and not config.overwrite:
+            raise ConfigError(
+                f"{self.last} is of another run: continue it with --resume, choose another --out, or lose it with "
+                "--overwrite"
+            )
+        seed_everything(config.seed)
         self.data = _open_data(config)
-        self.model_kwargs: dict[str, Any] = {"num_classes": len(self.data.classes)}
-        if config.drop_path:
-            self.model_kwargs["drop_path_rate"] = config.drop_path
-        model = create_model(config.arch, pretrained=config.pretrained, **self.model_kwargs)
-        spec = choose_preprocessing(self.data, config.data, resolve_model_data_config(model))
+        classes = len(self.data.classes)
+        model = make_model(config, recipe, classes)
+        spec = choose_preprocessing(self.data, config.data, _model_config(model))
         self.spec = ModelSpec(
             arch=config.arch,
             classes=self.data.classes,
@@ -109,76 +123,73 @@ class _Run:
             dataset=self.data.name,
             recipe=config.recipe,
         )
-        self.task = AdvPropTask(
-            model.to(self.device).to(memory_format=torch.channels_last),
-            recipe,
-            attack=config.attack,
-            mean=spec.mean,
-            std=spec.std,
-            criterion_kwargs={"smoothing": config.optim.label_smoothing},
-            device=self.device,
-        )
-        self.model: nn.Module = self.task.trainable_module
-        self.model.to(self.device)
-        if config.optim.ema_decay:
-            self.task.setup_ema(decay=config.optim.ema_decay, use_warmup=True)
-        self._open_loaders(spec)
-        self.optimizer, self.scheduler = _optimisation(config, self.model, len(self.batches))
-        self.attack = evaluation_attack(config.attack, spec.mean, spec.std)
-        self.sample = _sample(self.data, spec)
+        self.task = make_task(config, recipe, model, spec, classes, device)
+        self.model: nn.Module = unwrap_model(self.task.trainable_module)
+        self._open_loaders(spec, recipe.views)
+        self.accumulate = config.optim.accumulate
+        self.optimizer, self.scheduler = make_optimisation(config, self.model, -(-len(self.batches) // self.accumulate))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.attack = evaluation_attack(config.resolved_attack(recipe), spec.mean, spec.std)
+        self.sample = make_sample(self.data, spec)
         self.epoch = self.batch = self.step = 0
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), device=device)
+        self.first_bad = torch.full((), -1, device=device)
         self.rows: list[EpochMetrics] = []
+        self.lr = config.optim.lr
         self.stop: signal.Signals | None = None
         # Anew: what building drew (a library's first import may draw too) must not show in training.
-        _seed_everything(config.seed + 1)
+        seed_everything(config.seed + 1 + rank())
 
-    def _open_loaders(self, spec: Preprocessing) -> None:
+    def _open_loaders(self, spec: Preprocessing, views: int) -> None:
         config = self.config
-        common: dict[str, Any] = {"device": self.device, "channels_last": True}
+        common: dict[str, Any] = {
+            "device": self.device,
+            "channels_last": True,
+            "rank": rank(),
+            "world": world_size(),
+        }
         self.batches: Batches = train_loader(
             self.data,
             config.data,
             spec,
             batch_size=config.resolved_batch_size(spec.height),
             seed=config.seed,
+            views=views,
             **common,
         )
-        self.val = eval_loader(self.data, config.data, spec, batch_size=128, **common)
+        size = max(2, min(128, config.resolved_batch_size(spec.height)))  # what training has memory for
+        self.val = eval_loader(self.data, config.data, spec, batch_size=size, **common)
         every = -(-len(self.data.val.labels) // config.eval_attack_images)
-        self.val_attacked = eval_loader(self.data, config.data, spec, batch_size=128, every=every, **common)
+        self.val_attacked = eval_loader(self.data, config.data, spec, batch_size=size, every=every, **common)
 
     def train(self) -> FitResult:
         """Runs all epochs that are left."""
         epochs = self.config.resolved_epochs
-        if self.config.resume:
+        if self.config.resume == "auto":
             self._resume()
+        if rank() == 0:
+            write_text(self.out / "config.toml", to_toml(self.config))
         seconds: list[float] = []
         with _signals(self):
             for epoch in range(self.epoch, epochs):
                 began = time.monotonic()
                 trained, images_per_s = self._train_epoch(epoch, epochs)
+                self._save()  # evaluation takes a while, and may be where a run ends
                 self.reporter.evaluating()
-                row = EpochMetrics(
-                    epoch=epoch + 1,
-                    step=self.step,
-                    lr=self.optimizer.param_groups[0]["lr"],
-                    loss=self.loss_sum.item() / max(1, self.batch),
-                    top1=clean_accuracy(self.eval_model, self.val),
-                    top1_attacked=attacked_accuracy(self.eval_model, self.val_attacked, self.attack),
-                    images_per_s=images_per_s,
-                    seconds=trained,
-                )
+                row = self._evaluate(epoch, trained, images_per_s)
                 self.rows.append(row)
                 self.epoch, self.batch, self.loss_sum = epoch + 1, 0, torch.zeros_like(self.loss_sum)
                 self._save()
-                if row.top1 >= max(other.top1 for other in self.rows):
-                    _replace_by_copy(self.last, self.best)
-                write_metrics(self.out / "metrics.csv", self.rows)
+                if rank() == 0:
+                    if row.top1 > max((other.top1 for other in self.rows[:-1]), default=-1.0):
+                        _replace_by_copy(self.last, self.best)
+                    write_metrics(self.out / "metrics.csv", self.rows)
                 seconds.append(time.monotonic() - began)
                 left = (epochs - epoch - 1) * sum(seconds) / len(seconds)
                 self.reporter.epoch_ended(row, epochs, left)
-                self._stop_if_asked()
+                self._agree_on_stop()
+                if self.epoch < epochs:
+                    self._stop_if_asked()
         return FitResult(last=self.last, best=self.best, metrics=tuple(self.rows))
 
     @property
@@ -190,55 +201,104 @@ class _Run:
         return self.out / "best.pt"
 
     @property
-    def eval_model(self) -> nn.Module:
-        """The weights that would be exported: the moving average where there is one."""
+    def ema(self) -> nn.Module | None:
+        """The moving average of the weights, where one is kept."""
         ema = self.task.get_trainable_module(ema=True)
-        model: nn.Module = self.model if ema is None else ema.module
-        return model
+        return None if ema is None else unwrap_model(ema.module)
+
+    def _evaluate(self, epoch: int, seconds: float, images_per_s: float) -> EpochMetrics:
+        """Measures the weights that would be exported: the moving average where there is one."""
+        if world_size() > 1 and not self.config.sync_bn:
+            distribute_bn(self.model, world_size(), reduce=True)
+        model = self.model if self.ema is None else self.ema
+        return EpochMetrics(
+            epoch=epoch + 1,
+            step=self.step,
+            lr=self.lr,
+            loss=world_sum(self.loss_sum).item() / world_size() / max(1, self.batch),
+            top1=clean_accuracy(model, self._unless_stopped(self.val)),
+            top1_attacked=attacked_accuracy(model, self._unless_stopped(self.val_attacked), self.attack),
+            images_per_s=images_per_s,
+            seconds=seconds,
+        )
+
+    def _unless_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Lets a stop end evaluation at once: the epoch is saved already."""
+        for batch in batches:
+            if world_size() == 1:
+                self._stop_if_asked()
+            yield batch
 
     def _train_epoch(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Returns the seconds spent and the clean images a second."""
+        """Returns the seconds spent and the clean images a second, of all processes together."""
         self.task.train()
         self.batches.start_at(epoch, self.batch)
         steps = len(self.batches) + self.batch
         self.reporter.epoch_started(epoch + 1, epochs, steps, self.batch)
         began, images_seen = time.monotonic(), 0
         for images, labels in self.batches:
-            loss = self._step(images, labels)
+            updates = (self.batch + 1) % self.accumulate == 0 or self.batch + 1 == steps
+            loss = self._step(images, labels, updates)
             self.loss_sum += loss
-            images_seen += len(labels)
+            self.first_bad = torch.where((self.first_bad < 0) & ~torch.isfinite(loss), self.batch, self.first_bad)
             self.batch += 1
-            at_hand = self.device.type == "cpu" or self.batch % 50 == 0 or self.batch == steps
+            images_seen += len(labels) * world_size()
+            at_hand = self.device.type == "cpu" or self.batch % _CHECK_EVERY == 0 or self.batch == steps
             if at_hand:
                 self._check_finite()
             self.reporter.stepped(loss.item() if at_hand else None)
-            if self.stop is not None:
-                self._save()
-                self._stop_if_asked()
+            if updates:
+                self._save_where_due()
         seconds = time.monotonic() - began
         return seconds, images_seen / max(seconds, 1e-9)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One update; returns the loss, detached."""
-        loss: torch.Tensor = self.task(images, labels)["loss"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.config.optim.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-        self.optimizer.step()
-        self.step += 1
-        self.scheduler.step_update(self.step)
-        self.task.update_ema(self.step)
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, updates: bool) -> torch.Tensor:
+        """Adds one batch's gradients and, where `updates`, makes an update. Returns the loss, detached."""
+        with contextlib.nullcontext() if updates else self.task.no_sync():
+            loss: torch.Tensor = self.task(images, labels)["loss"]
+            self.scaler.scale(loss / self.accumulate).backward()  # type: ignore[no-untyped-call]
+        if updates:
+            self.lr = self.optimizer.param_groups[0]["lr"]
+            if self.config.optim.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.scheduler.step_update(self.step)
+            self.task.update_ema(self.step)
         return loss.detach()
 
     def _check_finite(self) -> None:
-        if math.isfinite(self.loss_sum.item()):
+        bad = int(self.first_bad.item())
+        if bad < 0:
             return
         kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was written yet"
+        files = self.batches.names(bad)
         raise TrainingDiverged(
-            f"the loss is not finite at epoch {self.epoch + 1}, step {self.step}; {kept}. "
-            f"Lower the learning rate (--lr, now {self.config.optim.lr:g})"
+            f"the loss is not finite at epoch {self.epoch + 1}, batch {bad + 1}; {kept}. "
+            f"Lower the learning rate (--lr, now {self.config.optim.lr:g}), or look at the batch's images: "
+            f"{', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''}"
         )
+
+    def _save_where_due(self) -> None:
+        """Saves where a stop was asked for, or `save_every` steps have passed."""
+        every = self.config.save_every
+        together = world_size() == 1 or self.step % 10 == 0
+        if together:
+            self._agree_on_stop()
+        stops = together and self.stop is not None
+        if stops or (every and self.step % every == 0):
+            self._save()
+        if stops:
+            self._stop_if_asked()
+
+    def _agree_on_stop(self) -> None:
+        """Processes stop together or not at all: one that went on would wait for the others."""
+        if world_size() > 1:
+            asked = world_sum(torch.tensor([float(self.stop or 0)], device=self.device)).item()
+            self.stop = self.stop or (signal.SIGTERM if asked else None)
 
     def _stop_if_asked(self) -> None:
         if self.stop is not None:
@@ -250,53 +310,96 @@ class _Run:
             )
 
     def _save(self) -> None:
-        ema = self.task.get_trainable_module(ema=True)
-        save_checkpoint(
-            self.last,
-            {
-                "arch": self.config.arch,
-                "model_kwargs": self.model_kwargs,
-                "recipe": self.config.recipe,
-                "spec": self.spec.to_json(),
-                "state_dict": self.model.state_dict(),
-                "ema_state_dict": None if ema is None else ema.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": None,
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "step": self.step,
-                "loss_sum": self.loss_sum,
-                "rng": rng_state(),
-                "metrics": [dataclasses.asdict(row) for row in self.rows],
-                "config": _config_json(self.config),
-                "sample": self.sample,
-                "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy")},
-            },
-        )
+        self._check_finite()
+        weights: list[torch.Tensor] = list(self.model.parameters())
+        if not torch.stack(torch._foreach_norm(weights)).isfinite().all().item():
+            raise TrainingDiverged(
+                f"weights are not finite after step {self.step} of epoch {self.epoch + 1}; they were not saved. "
+                f"Lower the learning rate (--lr, now {self.config.optim.lr:g})"
+            )
+        generators = gather(rng_state())
+        if rank() == 0:
+            save_checkpoint(self.last, self._checkpoint(generators))
+        barrier()
+
+    def _checkpoint(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "arch": self.config.arch,
+            "model_kwargs": model_arguments(self.config, len(self.data.classes)),
+            "recipe": self.config.recipe,
+            "spec": self.spec.to_json(),
+            "state_dict": self.model.state_dict(),
+            "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "rng": generators,
+            "metrics": [dataclasses.asdict(row) for row in self.rows],
+            "config": to_toml(self.config),
+            "sample": self.sample,
+            "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy")},
+        }
 
     def _resume(self) -> None:
         if not self.last.exists():
             log.info("nothing to resume in %s: starting anew", self.out)
             return
         checkpoint = load_checkpoint(self.last)
-        for key, mine in (("arch", self.config.arch), ("recipe", self.config.recipe), ("spec", self.spec.to_json())):
-            if checkpoint[key] != mine:
-                raise CheckpointError(
-                    f"{self.last} cannot be resumed with another {key}: found {checkpoint[key]}, expected {mine}; "
-                    "give the settings it was started with, or another --out"
-                )
+        _check_same_run(self.last, checkpoint, self.config, self.spec)
         self.model.load_state_dict(checkpoint["state_dict"])
-        ema = self.task.get_trainable_module(ema=True)
-        if ema is not None and checkpoint["ema_state_dict"] is not None:
-            ema.module.load_state_dict(checkpoint["ema_state_dict"])
+        if self.ema is not None and checkpoint["ema_state_dict"] is not None:
+            self.ema.load_state_dict(checkpoint["ema_state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
+        if checkpoint["scaler"] is not None:
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
         self.loss_sum = checkpoint["loss_sum"].to(self.device)
         self.rows = read_metrics(checkpoint["metrics"])
-        set_rng_state(checkpoint["rng"])
+        if len(checkpoint["rng"]) == world_size():
+            set_rng_state(checkpoint["rng"][rank()])
+        else:
+            log.warning(
+                "%s was written by %d processes, not %d: the attack draws anew",
+                self.last,
+                len(checkpoint["rng"]),
+                world_size(),
+            )
         log.info("resuming %s at epoch %d, step %d", self.last, self.epoch + 1, self.step)
+
+
+_MAY_CHANGE = {"out", "resume", "overwrite", "device", "compile", "save_every", "data.root", "data.workers"}
+"""Settings that a resumed run may have otherwise: they do not change what is learnt."""
+
+
+def _check_same_run(path: Path, checkpoint: dict[str, Any], config: TrainConfig, spec: ModelSpec) -> None:
+    """Raises CheckpointError where the checkpoint was written under other settings."""
+    before, now = (flat(tomllib.loads(text)) for text in (checkpoint["config"], to_toml(config)))
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name) and name not in _MAY_CHANGE]
+    if not changed:
+        stored = ModelSpec.from_json(checkpoint["spec"], where=str(path))
+        changed = [
+            item.name for item in dataclasses.fields(spec) if getattr(stored, item.name) != getattr(spec, item.name)
+        ]
+        before, now = dataclasses.asdict(stored), dataclasses.asdict(spec)
+    if changed:
+        told = "; ".join(
+            f"{name}: found {str(before.get(name))[:80]}, expected {str(now.get(name))[:80]}" for name in changed
+        )
+        raise CheckpointError(
+            f"{path} was written under other settings ({told}), so the run cannot be resumed; give the settings it was "
+            f"started with (--config {path.with_name('config.toml')}), or another --out"
+        )
+
+
+def _model_config(model: nn.Module) -> dict[str, Any]:
+    """timm's data configuration of the model, and whether its input size is fixed."""
+    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
+    return {**resolve_model_data_config(model), "fixed_input_size": bool(fixed)}
 
 
 def _open_data(config: TrainConfig) -> ImageData:
@@ -309,63 +412,6 @@ def _open_data(config: TrainConfig) -> ImageData:
         len(data.val.labels),
     )
     return data
-
-
-def _optimisation(config: TrainConfig, model: nn.Module, updates_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
-    optim = config.optim
-    try:
-        optimizer = create_optimizer_v2(model, opt=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay)
-    except (ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"timm has no optimiser {optim.optimizer!r}: {error}") from error
-    epochs = config.resolved_epochs
-    warmup = min(optim.warmup_epochs, epochs / 2)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=optim.schedule,
-        num_epochs=epochs,
-        warmup_epochs=warmup,
-        warmup_lr=optim.lr / 100,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    scheduler.step_update(0)
-    return optimizer, scheduler
-
-
-def _sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]:
-    """Validation images, spread evenly, for the exporter to verify itself on."""
-    size = spec.height * spec.width * 3
-    count = max(8, min(_SAMPLE_IMAGES, _SAMPLE_BYTES // size))
-    every = max(1, len(data.val.labels) // count)
-    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    labels: list[int] = []
-    for image, label in zip(data.val.images[::every], data.val.labels[::every], strict=True):
-        if len(images) == count:
-            break
-        with contextlib.suppress(ValueError):  # an image that cannot be decoded; the loader names it
-            images.append(fit_to_input(decode(image), spec))
-            labels.append(label)
-    return {"images": torch.from_numpy(np.stack(images)), "labels": torch.tensor(labels)}
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is not a torch device: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch {torch.__version__} finds no NVIDIA GPU; use --device cpu")
-    return device
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
-
-
-def _config_json(config: TrainConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), default=str, sort_keys=True)
 
 
 def _replace_by_copy(source: Path, target: Path) -> None:

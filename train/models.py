@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from runtime.errors import ArchError, BackendUnavailable, nearest
+from runtime.errors import ArchError, BackendUnavailable, first_line, nearest
 
 __all__ = ["create_model"]
 
@@ -32,12 +32,12 @@ def create_model(arch: str, **kwargs: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(arch, **kwargs)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
-        raise ArchError(f"timm cannot make {arch} with {kwargs}: {str(error).splitlines()[0]}") from error
+        raise ArchError(f"timm cannot make {arch} with {kwargs}: {first_line(error)}") from error
     except Exception as error:  # the hub client's errors share no base with ours
         if not kwargs.get("pretrained"):
             raise
         raise BackendUnavailable(
             f"the pretrained weights of {arch} could not be downloaded ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:160]}); check the network, or train without --pretrained"
+            f"{first_line(error)}); check the network, or train without --pretrained"
         ) from error
     return model

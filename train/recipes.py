@@ -3,20 +3,29 @@
 A recipe is a list of branches; a new idea is a new list, not a new trainer.
 
     vanilla       clean → main
-    adversarial   PGD → main                   adversarial training (Madry et al.)
+    finetune      clean → main, from a checkpoint: the slides' second stage after `adversarial`
+    adversarial   PGD → main                   adversarial training (Madry et al., 2018)
     shared-bn     clean → main + PGD → main    the ablation without a second BN
     advprop       clean → main + PGD → adv     Algorithm 1 of "Adversarial Examples Improve
                                                Image Recognition", CVPR 2020
+    fine-grained  clean → main + AutoAugment → aug + PGD → adv
+                                               the slides' Fine-Grained AdvProp
+    fast          80 % clean → main; the other 20 % as noise → adv, whose gradient is used
+                  twice: for the weights and to make the adversarial images → adv
+                                               Fast AdvProp (Mei et al., ICLR 2022)
+
+Cost of an epoch in passes, relative to vanilla, with K attack steps: advprop (2K + 6) / 3,
+fine-grained (2K + 9) / 3, adversarial (2K + 3) / 3, fast 1.2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal
 
 from runtime.errors import ConfigError, nearest
 
-__all__ = ["MAIN", "RECIPES", "Branch", "Recipe", "auxiliary_routes", "find_recipe"]
+__all__ = ["MAIN", "RECIPES", "Branch", "Recipe", "find_recipe"]
 
 MAIN = "main"
 """The BatchNorm route of inference: the one with the plain state-dict keys."""
@@ -28,25 +37,78 @@ class Branch:
 
     name: str
     """Names the branch's loss in the metrics."""
-    source: Literal["clean", "pgd"]
-    """What makes the images: the batch as loaded, or PGD on it through this branch's `bn`."""
+    source: Literal["clean", "autoaugment", "pgd", "reused-gradient"]
+    """What makes the images: the batch as loaded; its AutoAugment view; PGD on it through
+    this branch's `bn`; or the one-step attack whose noise pass is itself a training pass."""
     bn: str
     """BatchNorm route: `main`, or the name of an auxiliary one."""
     weight: float = 1.0
     """Factor of this branch's mean loss in the sum that is minimised."""
-    share: float = 1.0
-    """Share of the batch that this branch sees, from its front."""
+    start: float = 0.0
+    """Where this branch's part of the batch begins, as a share of the batch."""
+    end: float = 1.0
+    """Where it ends."""
 
 
-Recipe: TypeAlias = tuple[Branch, ...]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The branches of a step, and what goes with them."""
+
+    branches: tuple[Branch, ...]
+    """Data distributions; their losses are added up."""
+    synchronise: bool = False
+    """Scale the gradients of each route's BatchNorms by the inverse of the route's total
+    weight, so that they learn as fast as the shared weights ("synchronizing parameter
+    updating speed" of Fast AdvProp)."""
+    shuffle: bool = False
+    """Shuffle adversarial images across processes, so that batch statistics do not give
+    away which images were attacked together (Fast AdvProp)."""
+    from_checkpoint: bool = False
+    """The recipe continues from another run's weights and makes no sense without them."""
+    attack: dict[str, float | int | bool] = field(default_factory=dict)
+    """Attack settings that belong to the recipe; explicit ones win."""
+
+    @property
+    def auxiliary_routes(self) -> tuple[str, ...]:
+        """The auxiliary BN routes, in order, each once."""
+        return tuple(dict.fromkeys(branch.bn for branch in self.branches if branch.bn != MAIN))
+
+    @property
+    def views(self) -> int:
+        """Views of each image that the loader must make: 2 with an AutoAugment branch."""
+        return 2 if any(branch.source == "autoaugment" for branch in self.branches) else 1
+
+    def route_weight(self, bn: str) -> float:
+        """Sum of the weights on route `bn`; a reused gradient counts like its adversarial pass."""
+        return sum(
+            branch.weight * (2 if branch.source == "reused-gradient" else 1)
+            for branch in self.branches
+            if branch.bn == bn
+        )
+
 
 _CLEAN = Branch(name="clean", source="clean", bn=MAIN)
+_ADV_ON_MAIN = Branch(name="adv", source="pgd", bn=MAIN)
+_ADV = Branch(name="adv", source="pgd", bn="adv")
 
 RECIPES: dict[str, Recipe] = {
-    "vanilla": (_CLEAN,),
-    "adversarial": (Branch(name="adv", source="pgd", bn=MAIN),),
-    "shared-bn": (_CLEAN, Branch(name="adv", source="pgd", bn=MAIN)),
-    "advprop": (_CLEAN, Branch(name="adv", source="pgd", bn="adv")),
+    "vanilla": Recipe(branches=(_CLEAN,)),
+    "finetune": Recipe(branches=(_CLEAN,), from_checkpoint=True),
+    "adversarial": Recipe(branches=(_ADV_ON_MAIN,)),
+    "shared-bn": Recipe(branches=(_CLEAN, _ADV_ON_MAIN)),
+    "advprop": Recipe(branches=(_CLEAN, _ADV)),
+    "fine-grained": Recipe(branches=(_CLEAN, Branch(name="aug", source="autoaugment", bn="aug"), _ADV)),
+    # Published as 4 clean images to 1 adversarial, noise and adversarial losses weighted
+    # 0.5 each, all as one mean over images: 0.8, 0.1 and 0.1 of the means.
+    "fast": Recipe(
+        branches=(
+            Branch(name="clean", source="clean", bn=MAIN, weight=0.8, end=0.8),
+            Branch(name="adv", source="reused-gradient", bn="adv", weight=0.1, start=0.8),
+        ),
+        synchronise=True,
+        shuffle=True,
+        attack={"epsilon": 1.0, "steps": 1, "targeted": False, "clean_start_share": 0.0},
+    ),
 }
 
 
@@ -55,8 +117,3 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}. {nearest(name, RECIPES)}".rstrip())
     return RECIPES[name]
-
-
-def auxiliary_routes(recipe: Recipe) -> tuple[str, ...]:
-    """Returns the auxiliary BN routes that `recipe` uses, in order, each once."""
-    return tuple(dict.fromkeys(branch.bn for branch in recipe if branch.bn != MAIN))

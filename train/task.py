@@ -1,22 +1,27 @@
 """`AdvPropTask`: one training step of any recipe, as a timm training task.
 
-Shape suffixes: N images, C channels, H height, W width, K classes.
+Shape suffixes: N images, V views, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from train.attack import LinfPGD
+from runtime.errors import ConfigError
+from train.attack import LinfPGD, Randomness
 from train.config import AttackConfig
-from train.dual_bn import add_auxiliary_bns, find_router, route
-from train.recipes import Branch, Recipe, auxiliary_routes
+from train.distributed import shuffled_across_processes
+from train.dual_bn import RoutedBatchNorm, add_auxiliary_bns, find_router, route, statistics_kept
+from train.recipes import MAIN, Branch, Recipe
 
 __all__ = ["AdvPropTask"]
 
@@ -24,9 +29,9 @@ __all__ = ["AdvPropTask"]
 class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes are untyped
     """Clean and adversarial images in one step, each through its own BatchNorm.
 
-    `forward` returns the sum of the branches' losses. All branches go through the network
-    in one joint forward, split only at the BatchNorms, so the step needs one backward and
-    works under DistributedDataParallel.
+    `forward` returns the weighted sum of the branches' losses. All branches go through the
+    network in one joint forward, split only at the BatchNorms, so the step needs one
+    backward and works under DistributedDataParallel.
     """
 
     def __init__(
@@ -39,67 +44,180 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
         std: Sequence[float],
         criterion: nn.Module | Callable[..., torch.Tensor] | None = None,
         criterion_kwargs: dict[str, Any] | None = None,
+        mixup: Mixup | None = None,
+        amp_dtype: torch.dtype | None = None,
+        randomness: Randomness | None = None,
         device: torch.device | None = None,
     ) -> None:
         """
         Args:
-            model: a timm model. Auxiliary BNs that the recipe needs are added where missing.
-            recipe: one of `train.recipes.RECIPES`, or your own list of branches.
+            model: a timm model without activation checkpointing. The auxiliary BNs that the
+                recipe needs are added, unless it has them.
+            recipe: one of `train.recipes.RECIPES`, or branches of your own.
             attack: the training attack.
             mean: per-channel mean the images are normalised with, of pixels in [0, 1].
             std: per-channel standard deviation likewise.
             criterion: loss of (logits, labels); default: timm's cross entropy.
             criterion_kwargs: arguments of timm's cross entropy, e.g. {"smoothing": 0.1}.
+            mixup: timm's mixup or cutmix, for the clean branch only.
+            amp_dtype: bfloat16 or float16 to run attack and step under autocast.
+            randomness: what the attack draws; default: torch's generator.
             device: of criterion and model.
 
         Raises:
             ArchError: the recipe needs auxiliary BNs and the model has no BatchNorm.
         """
-        routes = auxiliary_routes(recipe)
-        if routes and find_router(model) is None:
-            add_auxiliary_bns(model, routes)
+        router = find_router(model)
+        if router is None and recipe.auxiliary_routes:
+            add_auxiliary_bns(model, recipe.auxiliary_routes)
+        elif router is not None and set(recipe.auxiliary_routes) - set(router.auxiliary):
+            raise ConfigError(
+                f"the model has the auxiliary routes {', '.join(router.auxiliary)}, the recipe needs "
+                f"{', '.join(recipe.auxiliary_routes)}; start from a model without them"
+            )
+        if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+            raise ConfigError(
+                "activation checkpointing recomputes layers after the BatchNorm route has changed back; "
+                "switch it off: model.set_grad_checkpointing(False)"
+            )
         super().__init__(model, criterion, criterion_kwargs, device=device, verbose=False)
         self.recipe = recipe
-        self.attack = LinfPGD(attack, mean, std)
+        self.attack = LinfPGD(attack, mean, std, randomness)
+        self.mixup = mixup
+        self.amp_dtype = amp_dtype
+        self.soft_criterion = SoftTargetCrossEntropy()
+        self._speed = _synchronise(model, recipe) if recipe.synchronise else {}
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Computes the loss of one step.
 
         Args:
-            input: normalised images, (N, C, H, W).
+            input: normalised images, (N, C, H, W); (N, V, C, H, W) for a recipe with an
+                AutoAugment branch, whose images are view 1.
             target: int64 labels, (N,).
 
         Returns:
             `loss`: what to minimise; `output`: logits of the first branch, (N, K);
             `loss/NAME`: mean loss of each branch, detached.
+
+        Raises:
+            ConfigError: the batch is too small for the recipe's smallest branch.
         """
-        counts = [max(1, round(branch.share * input.shape[0])) for branch in self.recipe]
-        parts = [
-            self._images(branch, input[:count], target[:count])
-            for branch, count in zip(self.recipe, counts, strict=True)
-        ]
-        with route(self.trainable_module, *_merged(self.recipe, counts)):
-            logits = self.trainable_module(torch.cat(parts) if len(parts) > 1 else parts[0])
+        with self._autocast():
+            return self._losses(input, target)
+
+    def _losses(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=input.device)
-        for branch, count, logits_NK in zip(self.recipe, counts, logits.split(counts), strict=True):
-            loss = self.criterion(logits_NK, target[:count])
+        parts, targets = [], []
+        for branch in self.recipe.branches:
+            first, last = round(branch.start * len(target)), round(branch.end * len(target))
+            if last - first < 2:
+                raise ConfigError(
+                    f"the branch {branch.name} gets {last - first} of {len(target)} images, and BatchNorm needs two; "
+                    "use a larger --batch-size"
+                )
+            images, labels = input[first:last], target[first:last]
+            if branch.source == "reused-gradient":
+                images, noise_loss = self._noise_pass(branch, images, labels)
+                total = total + branch.weight * noise_loss
+                result[f"loss/{branch.name}-noise"] = noise_loss.detach()
+            else:
+                images, labels = self._images(branch, images, labels)
+            if self.recipe.shuffle and branch.source in ("pgd", "reused-gradient"):
+                images, labels = shuffled_across_processes(images, labels)
+            parts.append(images)
+            targets.append(labels)
+        counts = [len(part) for part in parts]
+        with route(self.trainable_module, *_merged(self.recipe, counts)):
+            logits = self.trainable_module(torch.cat(parts) if len(parts) > 1 else parts[0])
+        for branch, labels, logits_NK in zip(self.recipe.branches, targets, logits.split(counts), strict=True):
+            loss = (self.soft_criterion if labels.is_floating_point() else self.criterion)(logits_NK, labels)
             total = total + branch.weight * loss
             result.setdefault("output", logits_NK)
             result[f"loss/{branch.name}"] = loss.detach()
         return {"loss": total, **result}
 
-    def _images(self, branch: Branch, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _images(self, branch: Branch, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The branch's images, and its labels (soft ones after mixup)."""
+        if branch.source == "autoaugment":
+            return images[:, 1], labels
+        if images.ndim == 5:
+            images = images[:, 0]
         if branch.source == "clean":
-            return images
+            return self.mixup(images.clone(), labels) if self.mixup is not None else (images, labels)
         # The bare model: the attack needs no gradient synchronisation.
-        return self.attack(unwrap_model(self.trainable_module), images, labels, branch.bn)
+        return self.attack(self._bare(), images, labels, branch.bn), labels
+
+    def _noise_pass(
+        self, branch: Branch, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass over noisy images gives the adversarial images and a training gradient.
+
+        Batch statistics, as published (running ones diverged with reuse); the running
+        statistics are left to the adversarial pass, so that a step moves them once.
+
+        Returns:
+            The adversarial images, and the noise loss, whose backward adds the gradient
+            that is already known.
+        """
+        model = self._bare()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        noisy = self.attack.start(images).requires_grad_(True)
+        with statistics_kept(model), route(model, branch.bn):
+            loss = self.criterion(model(noisy), labels)
+        gradients = torch.autograd.grad(loss, [noisy, *parameters], allow_unused=True)
+        attacked = self.attack.step(images, noisy.detach(), gradients[0])
+        # Hooks that set the speed of a parameter have run, and will run again in the backward.
+        known = [
+            None if gradient is None else gradient / self._speed.get(parameter, 1.0)
+            for parameter, gradient in zip(parameters, gradients[1:], strict=True)
+        ]
+        reused: torch.Tensor = _KnownGradient.apply(loss.detach(), known, *parameters)
+        return attacked, reused
+
+    def _bare(self) -> nn.Module:
+        model: nn.Module = unwrap_model(self.trainable_module)
+        return model
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, self.amp_dtype)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A loss whose gradients with respect to the parameters are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *_: nn.Parameter) -> torch.Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *factor: torch.Tensor) -> Any:
+        return None, None, *(None if known is None else factor[0] * known for known in ctx.gradients)
+
+
+def _synchronise(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, float]:
+    """Scales the gradients of each route's BatchNorms to the speed of the shared weights."""
+    total = sum(recipe.route_weight(bn) for bn in (MAIN, *recipe.auxiliary_routes))
+    speeds: dict[nn.Parameter, float] = {}
+    for layer in model.modules():
+        if not isinstance(layer, RoutedBatchNorm):
+            continue
+        routes = {MAIN: layer, **{name: layer.aux[name] for name in recipe.auxiliary_routes}}
+        for bn, module in routes.items():
+            assert isinstance(module, nn.Module)
+            for parameter in module.parameters(recurse=False):
+                speeds[parameter] = total / recipe.route_weight(bn)
+    for parameter, speed in speeds.items():
+        parameter.register_hook(lambda gradient, speed=speed: gradient * speed)  # type: ignore[no-untyped-call]
+    return speeds
 
 
 def _merged(recipe: Recipe, counts: Sequence[int]) -> list[tuple[str, int]]:
     """Neighbouring branches on one route share its batch statistics."""
     plan: list[tuple[str, int]] = []
-    for branch, count in zip(recipe, counts, strict=True):
+    for branch, count in zip(recipe.branches, counts, strict=True):
         if plan and plan[-1][0] == branch.bn:
             plan[-1] = (branch.bn, plan[-1][1] + count)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, TensorInfo
 from runtime.cuda import find_gpu
-from runtime.errors import BackendUnavailable, ConfigError, ModelFileError
+from runtime.errors import BackendUnavailable, ConfigError, ModelFileError, first_line
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["OnnxRuntimeBackend"]
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _LOG_ERRORS_ONLY = 3
@@ -46,19 +49,24 @@ class OnnxRuntimeBackend(Backend):
             providers.insert(0, "CUDAExecutionProvider")
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
         try:
             session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ModelFileError(
-                f"ONNX Runtime cannot load {path}: {_first_line(error)}. "
+                f"ONNX Runtime cannot load {path}: {first_line(error)}. "
                 "Is the file whole? `advprop-export` writes it anew"
             ) from error
         if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-            raise BackendUnavailable(
-                "ONNX Runtime could not start its CUDA provider, most often because its CUDA or "
-                "cuDNN libraries were not found; use device='cpu', or install them: "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            problem = (
+                "ONNX Runtime could not start its CUDA provider, most often because its CUDA or cuDNN "
+                "libraries were not found; pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
+            if device == "cuda":
+                raise BackendUnavailable(f"{problem}, or use device='cpu'")
+            log.warning("%s. Running on the CPU", problem)
+            self.device = "cpu"
         self.input = _single(session.get_inputs(), "input", path, rank=4)
         self.output = _single(session.get_outputs(), "output", path, rank=2)
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
@@ -115,7 +123,3 @@ def _single(nodes: Any, role: str, path: Path, rank: int) -> TensorInfo:
         )
     shape = tuple(size if isinstance(size, int) else -1 for size in node.shape)
     return TensorInfo(node.name, np.dtype(_DTYPES[node.type]), shape)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,6 +11,7 @@ import click
 
 from runtime.console import cli_errors, set_up_logging
 from runtime.errors import DataError
+from runtime.images import SUFFIXES
 from runtime.session import Prediction, Session, load
 
 EXAMPLES = """\b
@@ -19,8 +20,6 @@ Examples:
   advprop predict model.onnx photos/ --top 5
   advprop predict model.onnx photos/ --json > answers.jsonl
 """
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @click.command("predict", epilog=EXAMPLES)

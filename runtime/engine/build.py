@@ -64,17 +64,20 @@ def build(
         ModelFileError: not an ONNX classifier, or of another precision than asked for.
         OutputError: the engine's folder cannot be written.
     """
-    from runtime.engine.flavours import choose_flavour
+    from runtime.engine.flavours import check_targets, choose_flavour
     from runtime.engine.graph import summarise
     from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
     from runtime.files import output_dir, sha256_file, write_bytes
 
     source = Path(onnx)
     target = Path(engine) if engine is not None else source.with_suffix(".engine")
+    if target.is_dir() or target.resolve() == source.resolve() or target.suffix not in (".engine", ".plan"):
+        raise ConfigError(f"the engine is a file of its own, NAME.engine or NAME.plan; found {target}")
     summary = summarise(source)
     _check_precision(source, summary, precision)
     profile = _profile(summary, batch)
     chosen = choose_flavour(flavour, tuple(sm))
+    check_targets(chosen, tuple(sm))
     output_dir(target.parent)
     _warn_where_it_will_not_run(chosen, tuple(sm))
     log.info("building %s with %s %s", target.name, chosen.name, chosen.version)
@@ -115,6 +118,13 @@ def _warn_where_it_will_not_run(flavour: Flavour, sms: tuple[int, ...]) -> None:
             gpu.name,
             here,
         )
+    elif here < 80:
+        log.warning(
+            "this engine will not run on the GPU here, %s (SM %d), which the default leaves out; add --sm %d",
+            gpu.name,
+            here,
+            here,
+        )
 
 
 def _check_precision(source: Path, summary: OnnxSummary, precision: str | None) -> None:
@@ -123,7 +133,8 @@ def _check_precision(source: Path, summary: OnnxSummary, precision: str | None) 
     found = ", ".join(f"{share:.0%} {name}" for name, share in _shares(summary))
     raise ModelFileError(
         f"an {precision} engine was asked for, but the weights of {source} are {found}; an engine "
-        f"takes its precision from the graph: advprop-export CHECKPOINT --trt {precision}"
+        f"takes its precision from the graph (advprop-export CHECKPOINT --trt {precision} makes one, and lists "
+        "the nodes that have to stay in FP32)"
     )
 
 
@@ -185,15 +196,10 @@ def _network_flags(trt: Any) -> tuple[int, tuple[str, ...]]:
 
 
 def _set_targets(trt: Any, config: Any, sms: tuple[int, ...]) -> None:
-    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
-        capability = known.get(f"SM{sm}")
-        if capability is None or not config.set_compute_capability(capability, index):
-            raise ConfigError(
-                f"TensorRT-RTX {trt.__version__} does not build for SM {sm}; it has {', '.join(known)}. "
-                "Data-centre GPUs (SM 90, 100) need full TensorRT on a machine with that GPU"
-            )
+        if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{sm}"], index):
+            raise EngineBuildError(f"TensorRT-RTX {trt.__version__} refused the target SM {sm}")
 
 
 def _parser_error(error: Any) -> str:

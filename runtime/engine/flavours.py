@@ -11,11 +11,11 @@ from typing import Any
 from runtime.cuda import find_gpu
 from runtime.errors import BackendUnavailable, ConfigError
 
-__all__ = ["Flavour", "choose_flavour", "native_logger", "parse_sm"]
+__all__ = ["Flavour", "check_targets", "choose_flavour", "native_logger", "parse_sm"]
 
 log = logging.getLogger(__name__)
 
-_MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
+_FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _OLDEST_TENSORRT = 10  # before it there are no strongly typed networks
 
 INSTALL_HELP = (
@@ -63,7 +63,7 @@ def choose_flavour(name: str, sms: tuple[int, ...]) -> Flavour:
         BackendUnavailable: no library that fits is installed; the message says what to install.
         ConfigError: an unknown name.
     """
-    if name not in ("auto", *_MODULES):
+    if name not in ("auto", *_FLAVOURS):
         raise ConfigError(f"flavour must be auto, tensorrt or tensorrt_rtx; found {name!r}")
     problems = []
     if name != "tensorrt_rtx":
@@ -77,6 +77,19 @@ def choose_flavour(name: str, sms: tuple[int, ...]) -> Flavour:
             return flavour
         problems.append(problem)
     raise BackendUnavailable("no engine builder can be used here: " + "; ".join(problems) + ".\n" + INSTALL_HELP)
+
+
+def check_targets(flavour: Flavour, sms: tuple[int, ...]) -> None:
+    """Raises ConfigError where `flavour` has no kernels for one of `sms`."""
+    if flavour.name != "tensorrt_rtx":
+        return
+    known = [name for name in flavour.module.ComputeCapability.__members__ if name.startswith("SM")]
+    for sm in sms:
+        if f"SM{sm}" not in known:
+            raise ConfigError(
+                f"TensorRT-RTX {flavour.version} does not build for SM {sm}; it has {', '.join(known)}. "
+                "Data-centre GPUs (SM 90, 100) need full TensorRT on a machine with that GPU"
+            )
 
 
 def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavour | None, str]:
@@ -97,9 +110,9 @@ def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavour | None, str]:
 
 def _import(name: str) -> tuple[Flavour | None, str]:
     try:
-        return Flavour(name, importlib.import_module(_MODULES[name])), ""
+        return Flavour(name, importlib.import_module(name)), ""
     except (ImportError, OSError) as error:  # OSError: the native libraries did not load
-        return None, f"{_MODULES[name]} cannot be imported ({error})"
+        return None, f"{name} cannot be imported ({error})"
 
 
 @functools.cache

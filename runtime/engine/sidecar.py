@@ -88,6 +88,7 @@ def read_sidecar(engine: Path) -> EngineInfo:
         spec = fields.pop("spec")
         described = ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None
         info = EngineInfo(spec=described, **fields)
+        _check_types(info)
     except SpecError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,3 +102,16 @@ def read_sidecar(engine: Path) -> EngineInfo:
             f"{info.plan_sha256[:16]}…; it was changed or cut short. {rebuild}"
         )
     return info
+
+
+def _check_types(info: EngineInfo) -> None:
+    """Raises TypeError where a field is not what it is declared to be."""
+    texts = (info.plan_sha256, info.onnx_sha256, info.flavour, info.version, info.gpu, info.precision)
+    if not all(isinstance(text, str) for text in (*texts, *info.compute_capabilities, *info.flags)):
+        raise TypeError("a text field is not text")
+    if not all(isinstance(share, int | float) for share in info.precision_shares.values()):
+        raise TypeError("precision_shares are not numbers")
+    for profile in info.profiles:
+        for shapes in profile.values():
+            if set(shapes) != {"min", "opt", "max"}:
+                raise TypeError("a profile needs min, opt and max")

@@ -7,7 +7,7 @@ import pytest
 from onnx import numpy_helper
 
 from calib.collect import collect_amax
-from runtime.errors import ModelFileError
+from runtime.errors import DataError
 
 
 @pytest.fixture
@@ -61,5 +61,5 @@ def test_each_batch_is_dropped_once_it_has_run(network: onnx.ModelProto) -> None
 
 
 def test_ranges_need_images(network: onnx.ModelProto) -> None:
-    with pytest.raises(ModelFileError, match="measured on images"):
+    with pytest.raises(DataError, match="measured on images"):
         collect_amax(network, [])

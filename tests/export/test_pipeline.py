@@ -114,6 +114,14 @@ def test_a_state_dict_that_does_not_fit(state_dict: Path, arch: str | None, expe
         load_source(state_dict, arch)
 
 
+def test_a_checkpoint_cannot_make_timm_download_or_read_files(trained: FitResult, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained.last, weights_only=True)
+    checkpoint["model_kwargs"]["checkpoint_path"] = "/etc/passwd"
+    torch.save(checkpoint, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"model_kwargs .*expected only num_classes"):
+        load_source(tmp_path / "evil.pt")
+
+
 def test_our_checkpoint_with_another_arch(trained: FitResult) -> None:
     with pytest.raises(CheckpointError, match="holds resnet10t, but --arch resnet18 was given"):
         load_source(trained.last, "resnet18")
@@ -151,6 +159,7 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
         (["CHECKPOINT", "--trt", "fp16", "--sm", "ampere"], "--sm takes a compute capability such as 86"),
         (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
         (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "leave --precision fp32 out"),
+        (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not build for SM 90"),
         (["CHECKPOINT", "--data", "/no/such"], "--data /no/such: no such folder"),
         (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],

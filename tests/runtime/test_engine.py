@@ -76,6 +76,7 @@ def test_several_targets_and_batch_sizes(files: dict[str, Path], tmp_path: Path)
         ({"sm": (90,)}, ConfigError, "does not build for SM 90; it has SM75.*full TensorRT"),
         ({"batch": (4, 2, 8)}, ConfigError, "1 ≤ min ≤ opt ≤ max"),
         ({"flavour": "trt"}, ConfigError, "flavour must be auto"),
+        ({"engine": "a.onnx"}, ConfigError, r"NAME\.engine or NAME\.plan; found a\.onnx"),
     ],
 )
 def test_impossible_wishes(
@@ -84,7 +85,7 @@ def test_impossible_wishes(
     if "sm" in changes:
         changes = {**changes, "flavour": "tensorrt_rtx"}
     with pytest.raises(error, match=expected):
-        runtime.build(files["fp16"], tmp_path / "a.engine", **changes)
+        runtime.build(files["fp16"], **{"engine": tmp_path / "a.engine", **changes})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,7 +111,7 @@ def test_compute_capability(text: str) -> None:
     assert parse_sm(text) == 89
 
 
-@pytest.mark.parametrize("damage", ["plan", "cut", "sidecar", "format", "no sidecar", "no plan"])
+@pytest.mark.parametrize("damage", ["plan", "cut", "sidecar", "format", "types", "no sidecar", "no plan"])
 def test_an_engine_that_is_not_what_its_sidecar_says(files: dict[str, Path], tmp_path: Path, damage: str) -> None:
     engine = tmp_path / "a.engine"
     runtime.build(files["fp16"], engine, sm=(89,))
@@ -123,6 +124,8 @@ def test_an_engine_that_is_not_what_its_sidecar_says(files: dict[str, Path], tmp
         sidecar.write_text(sidecar.read_text()[:-20])
     elif damage == "format":
         sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "format": "other/1"}))
+    elif damage == "types":
+        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "profiles": [{"input": {}}]}))
     else:
         (sidecar if damage == "no sidecar" else engine).unlink()
     with pytest.raises(ModelFileError, match=r"build it again: advprop build"):

@@ -125,3 +125,15 @@ def test_result_is_contiguous_and_owned() -> None:
     found = fit_to_input(noise(200, 150), SPEC)
     assert found.flags.c_contiguous
     found[:] = 0
+
+
+@pytest.mark.parametrize("size", [(1, 60000), (60000, 1)])
+def test_a_strip_that_would_fill_the_memory_is_refused(size: tuple[int, int]) -> None:
+    for spec in (replace(SPEC, height=224, width=224), replace(SPEC, height=200, width=224)):
+        with pytest.raises(DataError, match="too long and narrow"):
+            preprocess([Image.new("RGB", size)], spec)
+
+
+def test_what_is_no_image_at_all() -> None:
+    with pytest.raises(DataError, match="found NoneType"):
+        decode(None)

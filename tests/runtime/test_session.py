@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 import runtime
 from runtime.cuda import find_gpu
@@ -75,7 +76,7 @@ def test_run_refuses_what_the_model_does_not_take(model: Path, batch: object) ->
 
 def test_predict_refuses_what_is_not_a_list(model: Path) -> None:
     with runtime.load(model) as session:
-        for single in ("a.jpg", Path("a.jpg"), colour(0, 0, 0), b"bytes"):
+        for single in ("a.jpg", Path("a.jpg"), colour(0, 0, 0), b"bytes", Image.new("RGB", (4, 4)), None):
             with pytest.raises(InputError, match=r"put the one image in \[ \]"):
                 session.predict(single)
         with pytest.raises(ConfigError, match="batch_size must be at least 1"):

@@ -2,6 +2,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,28 @@ def test_files_that_are_not_our_checkpoints(tmp_path: Path, trained: FitResult, 
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_file_never_gives_a_traceback(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    path = tmp_path / "damaged.pth"
+    torch.save({"state_dict": {"weight": torch.arange(99.0)}}, path, _use_new_zipfile_serialization=bool(seed % 2))
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    content[random.integers(0, len(content), 20)] ^= random.integers(1, 255, 20, dtype=np.uint8)
+    path.write_bytes(content.tobytes()[: random.integers(4, len(content))])
+    with pytest.raises(CheckpointError, match=r"damaged\.pth"):
+        load_checkpoint(path)
+
+
+def test_a_torchscript_archive_is_called_so(tmp_path: Path) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(tmp_path / "script.pt"))
+    with pytest.raises(CheckpointError, match="is a TorchScript archive"):
+        load_checkpoint(tmp_path / "script.pt")
+
+
 def test_unwritable_folder_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         save_checkpoint(tmp_path / "no" / "such" / "folder.pt", CONTENT)
@@ -101,8 +124,6 @@ def test_unwritable_folder_keeps_the_old_checkpoint(tmp_path: Path) -> None:
 
 def test_random_state_round_trip(tmp_path: Path) -> None:
     import random
-
-    import numpy as np
 
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))

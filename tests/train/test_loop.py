@@ -1,20 +1,21 @@
 import csv
-import json
+import dataclasses
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from runtime.errors import CheckpointError, Interrupted, TrainingDiverged
+from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
 from train.checkpoint import load_checkpoint
 from train.config import DataConfig, OptimConfig, TrainConfig
-from train.loop import FitResult, fit
+from train.loop import FitResult, _Run, fit
 from train.reporting import SilentReporter
 
 
@@ -63,7 +64,7 @@ def test_a_run_leaves_what_it_promises(trained: FitResult) -> None:
     assert float(rows[0]["images_per_s"]) > 0
     checkpoint = load_checkpoint(trained.last)
     assert (checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]) == (1, 0, 44)
-    assert json.loads(checkpoint["config"])["recipe"] == "advprop"
+    assert tomllib.loads(checkpoint["config"])["recipe"] == "advprop"
 
 
 @pytest.mark.slow
@@ -75,7 +76,7 @@ def test_a_run_stopped_mid_epoch_resumes_to_the_same_bits(tmp_path: Path, number
     assert stopped.value.exit_code == code
     part = load_checkpoint(tmp_path / "broken" / "last.pt")
     assert (part["epoch"], part["batch"], part["step"]) == (1, 4, 15)
-    fit(small(tmp_path / "broken", resume=True))
+    fit(small(tmp_path / "broken", resume="auto"))
     whole, resumed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "broken"))
     for key in ("state_dict", "ema_state_dict", "optimizer", "scheduler", "rng", "epoch", "step"):
         assert same(whole[key], resumed[key]), key
@@ -85,13 +86,15 @@ def test_a_run_stopped_mid_epoch_resumes_to_the_same_bits(tmp_path: Path, number
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, trained: FitResult) -> None:
     (tmp_path / "last.pt").write_bytes(trained.last.read_bytes())
-    with pytest.raises(CheckpointError, match="cannot be resumed with another recipe: found advprop, expected vanilla"):
-        fit(small(tmp_path, recipe="vanilla", resume=True))
+    with pytest.raises(CheckpointError, match=r"recipe: found advprop, expected vanilla.*config\.toml"):
+        fit(small(tmp_path, recipe="vanilla", resume="auto"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     wild = OptimConfig(lr=1e30, warmup_epochs=0, clip_grad=0, optimizer="sgd")
-    with pytest.raises(TrainingDiverged, match=r"not finite at epoch 1, step \d+; no checkpoint.*Lower the learning"):
+    with pytest.raises(
+        TrainingDiverged, match=r"not finite at epoch 1, batch \d+; no checkpoint.*Lower the learning.*image \d+"
+    ):
         fit(small(tmp_path, optim=wild))
     assert not (tmp_path / "last.pt").exists()
 
@@ -125,4 +128,63 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
     assert run.returncode == 2, run.stdout + run.stderr
     assert f"error: cannot write {tmp_path / 'last.pt'}" in run.stderr
     assert "Traceback" not in run.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_another_runs_checkpoint_is_not_lost_by_accident(tmp_path: Path, trained: FitResult) -> None:
+    (tmp_path / "last.pt").write_bytes(trained.last.read_bytes())
+    with pytest.raises(ConfigError, match=r"last\.pt is of another run: continue it with --resume.*--overwrite"):
+        fit(small(tmp_path))
+    assert (tmp_path / "last.pt").read_bytes() == trained.last.read_bytes()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Poison(SilentReporter):
+        """An update that overflows where the loss before it was finite: the last one of the epoch."""
+
+        def evaluating(self) -> None:
+            raise AssertionError("the poisoned weights were saved")
+
+    class Run(_Run):
+        def _step(self, images: torch.Tensor, labels: torch.Tensor, updates: bool) -> torch.Tensor:
+            loss = super()._step(images, labels, updates)
+            next(self.model.parameters()).data[0] = float("inf")
+            return loss
+
+    with pytest.raises(TrainingDiverged, match="weights are not finite after step 1 of epoch 1"):
+        Run(small(tmp_path, save_every=1), Poison(), torch.device("cpu")).train()
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_config_toml_of_a_run_repeats_it(tmp_path: Path, trained: FitResult) -> None:
+    from train.config_file import from_mapping, read_toml
+
+    config = from_mapping(read_toml(trained.last.parent / "config.toml"))
+    again = fit(dataclasses.replace(config, out=tmp_path))
+    first, second = (load_checkpoint(run.last)["state_dict"] for run in (trained, again))
+    assert same(first, second)
+
+
+@pytest.mark.slow
+def test_accumulating_batches_makes_fewer_updates(tmp_path: Path) -> None:
+    fit(small(tmp_path, epochs=1, optim=OptimConfig(accumulate=4), save_every=2, recipe="vanilla"))
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["step"] == 3  # 11 batches: 4, 4 and 3
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_and_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    settings = ["--arch", "resnet10t", "--epochs", "2", "--batch-size", "128", "--set", "save_every=3"]
+    command = [sys.executable, "-m", "train.run", *settings, "--img-size", "16", "--workers", "0"]
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    broken = [*command, "--out", str(tmp_path / "broken"), "--resume", "auto"]
+    with subprocess.Popen(broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "broken" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.4)
+        run.kill()
+    subprocess.run(broken, check=True, capture_output=True)
+    whole, resumed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "broken"))
+    for key in ("state_dict", "optimizer", "scheduler", "rng", "step"):
+        assert same(whole[key], resumed[key]), key

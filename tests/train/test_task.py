@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -7,8 +8,8 @@ from torch import nn
 
 from runtime.errors import ConfigError
 from train.config import AttackConfig
-from train.dual_bn import add_auxiliary_bns, route
-from train.recipes import RECIPES, Branch, auxiliary_routes, find_recipe
+from train.dual_bn import add_auxiliary_bns, route, statistics_kept
+from train.recipes import RECIPES, Branch, Recipe, find_recipe
 from train.task import AdvPropTask
 
 HALF = (0.5, 0.5, 0.5)
@@ -81,7 +82,8 @@ def test_losses_are_reported_and_weighted() -> None:
 
 
 def test_a_branch_may_see_a_share_of_the_batch() -> None:
-    recipe = (RECIPES["advprop"][0], Branch(name="adv", source="pgd", bn="adv", share=0.5))
+    adversarial = Branch(name="adv", source="pgd", bn="adv", end=0.5)
+    recipe = Recipe(branches=(RECIPES["advprop"].branches[0], adversarial))
     model = timm.create_model("resnet10t", num_classes=5)
     task = AdvPropTask(model, recipe, attack=AttackConfig(), mean=HALF, std=HALF).train()
     sizes: list[int] = []
@@ -93,7 +95,7 @@ def test_a_branch_may_see_a_share_of_the_batch() -> None:
 def test_a_recipe_without_auxiliary_routes_leaves_the_model_unconverted() -> None:
     task = make_task("vanilla")
     assert not any(".aux." in key for key in task.trainable_module.state_dict())
-    assert auxiliary_routes(RECIPES["vanilla"]) == ()
+    assert RECIPES["vanilla"].auxiliary_routes == ()
 
 
 def test_a_model_that_is_converted_already_is_taken_as_it_is() -> None:
@@ -104,3 +106,106 @@ def test_a_model_that_is_converted_already_is_taken_as_it_is() -> None:
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean advprop"):
         find_recipe("advpro")
+
+
+def test_fine_grained_sends_the_autoaugment_view_through_its_own_route() -> None:
+    task = make_task("fine-grained")
+    images, labels = batch()
+    seen: dict[str, torch.Tensor] = {}
+    layer = task.trainable_module.bn1
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    task.trainable_module.conv1.register_forward_hook(lambda module, args, output: seen.update(joint=args[0]))
+    result = task(torch.stack([images, -images], 1), labels)
+    assert torch.equal(seen["joint"][:6], images)
+    assert torch.equal(seen["joint"][6:12], -images)
+    assert {"loss/clean", "loss/aug", "loss/adv"} < set(result)
+    after = layer.state_dict()
+    moved = [
+        route
+        for route in ("", "aux.aug.", "aux.adv.")
+        if (after[f"{route}running_mean"] != before[f"{route}running_mean"]).any()
+    ]
+    assert moved == ["", "aux.aug.", "aux.adv."]
+
+
+def test_fast_is_the_published_step_written_out() -> None:
+    """Three passes, gradients averaged over images, each parameter divided by the images it saw."""
+    task = make_task("fast")
+    task.attack.config = dataclasses.replace(AttackConfig(), **RECIPES["fast"].attack)
+    torch.manual_seed(3)
+    images, labels = torch.rand(10, 3, 32, 32) * 2 - 1, torch.randint(0, 5, (10,))
+    model = copy.deepcopy(task.trainable_module)
+    torch.manual_seed(7)
+    task(images, labels)["loss"].backward()
+
+    torch.manual_seed(7)
+    clean, few, few_labels = images[:8], images[8:], labels[8:]
+    noisy = task.attack.start(few).requires_grad_(True)
+    with statistics_kept(model), route(model, "adv"):
+        (nn.functional.cross_entropy(model(noisy), few_labels, reduction="sum") / 2).backward()
+    attacked = task.attack.step(few, noisy.detach(), noisy.grad)
+    assert (attacked - few).abs().max() <= 2 / 255 + 1e-6
+    nn.functional.cross_entropy(model(clean), labels[:8], reduction="sum").backward()
+    with route(model, "adv"):
+        (nn.functional.cross_entropy(model(attacked), few_labels, reduction="sum") / 2).backward()
+    norms = {
+        parameter: module
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for parameter in module.parameters(recurse=False)
+    }
+    names = dict(model.named_parameters())
+    for name, mine in task.trainable_module.named_parameters():
+        seen_images = 10 if names[name] not in norms else 2 if ".aux." in name else 8
+        torch.testing.assert_close(mine.grad, names[name].grad / seen_images, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_fast_moves_auxiliary_statistics_once_a_step() -> None:
+    task = make_task("fast")
+    with pytest.raises(ConfigError, match=r"adv gets 1 of 6 images.*larger --batch-size"):
+        task(*batch())
+    task = make_task("fast")
+    task(torch.rand(10, 3, 32, 32), torch.randint(0, 5, (10,)))
+    counts = {
+        int(value) for key, value in task.trainable_module.state_dict().items() if key.endswith("num_batches_tracked")
+    }
+    assert counts == {1}
+
+
+def test_mixup_touches_the_clean_branch_only() -> None:
+    from timm.data import Mixup
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    mixup = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=5)
+    task = AdvPropTask(model, RECIPES["advprop"], attack=AttackConfig(), mean=HALF, std=HALF, mixup=mixup).train()
+    images, labels = batch()
+    kept = images.clone()
+    joint: list[torch.Tensor] = []
+    model.conv1.register_forward_hook(lambda module, args, output: joint.append(args[0].detach()))
+    task(images, labels)
+    assert torch.equal(images, kept)
+    assert (joint[-1][:6] - images).abs().max() > 0.1
+    assert (joint[-1][6:] - images).abs().max() <= 2 / 255 + 1e-6
+
+
+def test_bf16_attack_and_step_run_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    task = AdvPropTask(
+        model, RECIPES["advprop"], attack=AttackConfig(), mean=HALF, std=HALF, amp_dtype=torch.bfloat16
+    ).train()
+    kinds: list[torch.dtype] = []
+    model.fc.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
+    result = task(*batch())
+    assert kinds == [torch.bfloat16] * 2
+    result["loss"].backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_the_routes_of_a_recipe_and_their_weights() -> None:
+    fast = RECIPES["fast"]
+    assert fast.auxiliary_routes == ("adv",)
+    assert (fast.route_weight("main"), fast.route_weight("adv")) == (0.8, 0.2)
+    assert RECIPES["fine-grained"].auxiliary_routes == ("aug", "adv")
+    assert {name: recipe.views for name, recipe in RECIPES.items() if recipe.views > 1} == {"fine-grained": 2}

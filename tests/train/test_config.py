@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from runtime.errors import ConfigError
+from runtime.spec import Preprocessing
+from train.build import make_model, make_task
+from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
+from train.config_file import from_mapping, merge, parse_setting, read_toml, to_mapping, to_toml
+from train.presets import PAPER, paper
+from train.recipes import RECIPES
+
+
+def test_toml_round_trip(tmp_path: Path) -> None:
+    config = TrainConfig(
+        arch="resnet18",
+        out=tmp_path / 'a "quoted" name',
+        attack=AttackConfig(epsilon=4, steps=3),
+        data=DataConfig(root=tmp_path, crop_scale=(0.1, 1.0)),
+        optim=OptimConfig(options={"alpha": 0.9}),
+    )
+    (tmp_path / "c.toml").write_text(to_toml(config))
+    assert from_mapping(read_toml(tmp_path / "c.toml")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.weight_decay=1e-5", {"optim": {"weight_decay": 1e-5}}),
+        ("arch=resnet18", {"arch": "resnet18"}),
+        ("compile=true", {"compile": True}),
+        ("optim.options.alpha=0.9", {"optim": {"options": {"alpha": 0.9}}}),
+        ("data.crop_scale=[0.2, 1.0]", {"data": {"crop_scale": [0.2, 1.0]}}),
+    ],
+)
+def test_settings_on_the_command_line(text: str, expected: dict[str, object]) -> None:
+    assert parse_setting(text) == expected
+
+
+def test_later_settings_win_field_by_field() -> None:
+    merged = merge({"arch": "a", "optim": {"lr": 1, "ema_decay": 0.9}}, {"optim": {"lr": 2}})
+    assert merged == {"arch": "a", "optim": {"lr": 2, "ema_decay": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, "which architecture"),
+        ({"arch": "a", "epoch": 3}, "no setting epoch. did you mean epochs"),
+        ({"arch": "a", "optim": {"learning": 3}}, "no setting optim.learning"),
+        ({"arch": "a", "epochs": "three"}, "epochs must be int; found 'three'"),
+        ({"arch": "a", "epochs": True}, "epochs must be int; found True"),
+        ({"arch": "a", "optim": 3}, "optim is a section"),
+        ({"arch": "a", "amp": "fp8"}, "amp must be none, bf16 or fp16"),
+    ],
+)
+def test_settings_that_do_not_exist_or_fit(content: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        from_mapping(content)
+
+
+def test_files_that_are_not_settings(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("arch = resnet18")
+    with pytest.raises(ConfigError, match=r"bad\.toml is not TOML.*line 1"):
+        read_toml(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="cannot read --config"):
+        read_toml(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="--set takes FIELD=VALUE"):
+        parse_setting("epochs")
+
+
+def test_recipe_prescribes_its_attack_unless_set_explicitly() -> None:
+    fast = RECIPES["fast"]
+    assert TrainConfig(arch="a").resolved_attack(fast).targeted is False
+    explicit = TrainConfig(arch="a", attack=AttackConfig(epsilon=2.0)).resolved_attack(fast)
+    assert (explicit.epsilon, explicit.resolved_steps) == (2.0, 1)
+    assert TrainConfig(arch="a").resolved_attack(RECIPES["advprop"]) == AttackConfig()
+
+
+def test_finetune_needs_a_checkpoint() -> None:
+    with pytest.raises(ConfigError, match="--set init_checkpoint="):
+        make_model(TrainConfig(arch="resnet10t", recipe="finetune"), RECIPES["finetune"], 10)
+
+
+def test_preset_of_an_architecture_that_has_none() -> None:
+    with pytest.raises(ConfigError, match="no recipe was published for resnet18"):
+        paper("resnet18", 256)
+
+
+def test_published_numbers() -> None:
+    b3 = paper("tf_efficientnet_b3.ap_in1k", 2048)
+    assert b3["data"]["img_size"] == 300
+    assert b3["optim"]["lr"] == pytest.approx(0.128)
+    assert (b3["drop"], b3["drop_path"], b3["bn_momentum"]) == (0.3, 0.2, 0.01)
+    assert len(PAPER) == 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", PAPER)
+def test_every_preset_builds_converts_and_steps(arch: str) -> None:
+    content = merge(paper(arch, 2), {"arch": arch, "optim": {"warmup_epochs": 0.0}})
+    config = from_mapping(content)
+    torch.manual_seed(0)
+    recipe = RECIPES["advprop"]
+    model = make_model(config, recipe, 4)
+    momenta = {layer.momentum for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)}
+    assert momenta == {config.bn_momentum or 0.1}
+    spec = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
+    task = make_task(config, recipe, model, spec, 4, torch.device("cpu")).train()
+    optimizer = timm.optim.create_optimizer_v2(
+        model, opt=config.optim.optimizer, lr=config.optim.lr, **config.optim.options
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    # One attack step, whatever ε: the test is of the network.
+    task.attack.config = AttackConfig()
+    loss = task(torch.rand(2, 3, 32, 32), torch.tensor([0, 3]))["loss"]
+    loss.backward()
+    optimizer.step()
+    assert torch.isfinite(loss)
+    moved = sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert moved > 0.9 * len(before)
+    assert to_mapping(config)["attack"]["epsilon"] >= 1

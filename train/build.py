@@ -1,0 +1,186 @@
+"""What a run is made of, built from its TrainConfig: data, model, task, optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from runtime.errors import CheckpointError, ConfigError, DataError, first_line
+from runtime.images import decode, fit_to_input
+from runtime.spec import Preprocessing
+from train.checkpoint import load_checkpoint
+from train.config import TrainConfig
+from train.data import ImageData, spread
+from train.distributed import synchronise_batch_norms, world_size
+from train.dual_bn import strip_auxiliary
+from train.models import create_model
+from train.recipes import Recipe
+from train.task import AdvPropTask
+
+__all__ = ["make_device", "make_model", "make_optimisation", "make_sample", "make_task", "seed_everything"]
+
+_SAMPLE_IMAGES = 64
+_SAMPLE_BYTES = 8 << 20
+_AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_device(name: str) -> torch.device:
+    """Returns the torch device called `name`; `auto` is CUDA where it is available.
+
+    Raises:
+        ConfigError: not a device, or CUDA without a GPU.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is not a torch device: {first_line(error)}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch {torch.__version__} finds no NVIDIA GPU; use --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
+    """Returns the keyword arguments of timm's create_model, as the checkpoint keeps them."""
+    arguments: dict[str, Any] = {"num_classes": classes}
+    if config.drop:
+        arguments["drop_rate"] = config.drop
+    if config.drop_path:
+        arguments["drop_path_rate"] = config.drop_path
+    return arguments
+
+
+def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
+    """Makes the network, with the weights it starts from.
+
+    Raises:
+        ArchError: timm does not have it.
+        ConfigError: the recipe needs a checkpoint to start from.
+        CheckpointError: that checkpoint does not fit.
+    """
+    if recipe.from_checkpoint and config.init_checkpoint is None:
+        raise ConfigError(
+            f"the recipe {config.recipe} starts from another run: --set init_checkpoint=runs/NAME/best.pt"
+        )
+    model = create_model(config.arch, pretrained=config.pretrained, **model_arguments(config, classes))
+    if config.init_checkpoint is not None:
+        checkpoint = load_checkpoint(config.init_checkpoint)
+        weights = strip_auxiliary(checkpoint.get("ema_state_dict") or checkpoint["state_dict"])
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights in {config.init_checkpoint} do not fit {config.arch} with {classes} classes: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+    if config.bn_momentum is not None:
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.momentum = config.bn_momentum
+    if config.sync_bn and world_size() > 1:
+        synchronise_batch_norms(model)
+    return model
+
+
+def make_task(
+    config: TrainConfig, recipe: Recipe, model: nn.Module, spec: Preprocessing, classes: int, device: torch.device
+) -> AdvPropTask:
+    """Makes the training task: routed BatchNorms, attack, losses, mixup, AMP, compile, DDP."""
+    mixup = None
+    if config.data.mixup or config.data.cutmix:
+        mixup = Mixup(
+            mixup_alpha=config.data.mixup,
+            cutmix_alpha=config.data.cutmix,
+            label_smoothing=config.optim.label_smoothing,
+            num_classes=classes,
+        )
+    task = AdvPropTask(
+        model.to(device).to(memory_format=torch.channels_last),
+        recipe,
+        attack=config.resolved_attack(recipe),
+        mean=spec.mean,
+        std=spec.std,
+        criterion_kwargs={"smoothing": config.optim.label_smoothing},
+        mixup=mixup,
+        amp_dtype=_AMP[config.amp],
+        device=device,
+    )
+    task.trainable_module.to(device)
+    if config.optim.ema_decay:
+        task.setup_ema(decay=config.optim.ema_decay, use_warmup=True)
+    if config.compile:
+        task.compile()
+    if world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        task.prepare_distributed(device_ids=ids, broadcast_buffers=False)
+    return task
+
+
+def make_optimisation(
+    config: TrainConfig, model: nn.Module, updates_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Makes timm's optimiser and schedule, the latter stepped at each update.
+
+    Raises:
+        ConfigError: timm does not know one of them.
+    """
+    optim = config.optim
+    try:
+        optimizer = create_optimizer_v2(
+            model, opt=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, **optim.options
+        )
+    except (ValueError, AssertionError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"timm cannot make the optimiser {optim.optimizer!r}: {error}") from error
+    epochs = config.resolved_epochs
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=optim.schedule,
+            num_epochs=epochs,
+            decay_epochs=optim.decay_epochs,
+            decay_rate=optim.decay_rate,
+            warmup_epochs=min(optim.warmup_epochs, epochs / 2),
+            warmup_lr=optim.lr / 100,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"timm cannot make the schedule {optim.schedule!r}: {error}") from error
+    if scheduler is None:
+        raise ConfigError(f"timm has no schedule {optim.schedule!r}; use cosine, step, constant, …")
+    scheduler.step_update(0)
+    return optimizer, scheduler
+
+
+def make_sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]:
+    """Validation images, spread evenly, for the exporter to verify itself on."""
+    size = spec.height * spec.width * 3
+    count = max(8, min(_SAMPLE_IMAGES, _SAMPLE_BYTES // size))
+    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    labels: list[int] = []
+    for image, label in spread(list(zip(data.val.images, data.val.labels, strict=True)), count):
+        with contextlib.suppress(DataError):  # an image that cannot be decoded; the loader names it
+            images.append(fit_to_input(decode(image), spec))
+            labels.append(label)
+    if not images:
+        raise DataError(f"none of {count} validation images of {data.name} can be decoded")
+    return {"images": torch.from_numpy(np.stack(images)), "labels": torch.tensor(labels)}
