@@ -1,0 +1,61 @@
+"""Run by test_distributed.py, alone or under torchrun: 20 steps, the mean loss of each as JSON.
+
+Starts and targets of the attack are made from the images' own pixels, so that they do not
+depend on how many processes share a batch. In float64: the attack takes the sign of a
+gradient, and in float32 another order of additions flips the signs of tiny ones.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from train.attack import Randomness
+from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
+from train.distributed import process_group, rank, world_size, world_sum
+from train.loop import _Run
+from train.reporting import SilentReporter
+
+
+class FromPixels(Randomness):
+    def noise(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return torch.sin(images_NCHW.double() * 12345.678).to(images_NCHW.dtype)
+
+    def chance(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return self.noise(images_NCHW.mean((1, 2, 3), keepdim=True)).abs()
+
+    def shift(self, labels_N: torch.Tensor, classes: int) -> torch.Tensor:
+        return labels_N % (classes - 1) + 1
+
+
+def main(recipe: str, batch_size: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    with process_group(torch.device("cpu")) as device:
+        config = TrainConfig(
+            arch="resnet10t",
+            recipe=recipe,
+            epochs=1,
+            batch_size=batch_size // world_size(),
+            out=out,
+            attack=AttackConfig(epsilon=2.0, steps=2) if recipe == "advprop" else AttackConfig(),
+            data=DataConfig(img_size=32, workers=0),
+            optim=OptimConfig(lr=1e-3, optimizer="sgd", warmup_epochs=0.0),
+        )
+        run = _Run(config, SilentReporter(), device)
+        run.task.attack._randomness = FromPixels()
+        run.task.train()
+        run.batches.start_at(0)
+        losses = []
+        for number, (images, labels) in enumerate(run.batches):
+            if number == 20:
+                break
+            loss = run._step(images.double(), labels, updates=True)
+            losses.append(world_sum(loss).item() / world_size())
+        if rank() == 0:
+            (out / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
