@@ -1,0 +1,42 @@
+"""The code that the documentation shows is run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.pipeline import export_checkpoint
+from train.loop import FitResult
+
+ROOT = Path(__file__).parent.parent
+
+
+def block(file: str, containing: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.S)
+    return next(text for text in blocks if containing in text)
+
+
+def test_a_loop_of_your_own() -> None:
+    loader = [(torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2, 3]))] * 2
+    names: dict[str, object] = {"loader": loader}
+    exec(block("docs/training.md", "AdvPropTask("), names)
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_stripping_a_checkpoint(trained: FitResult) -> None:
+    code = block("docs/training.md", "strip_auxiliary(").replace("runs/resnet50/best.pt", str(trained.best))
+    exec(code.replace('"resnet50"', '"resnet10t"'), {})
+
+
+@pytest.mark.slow
+def test_embedding(trained: FitResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = export_checkpoint(trained.last, out=tmp_path, precision="fp16")
+    Image.fromarray(np.full((9, 9), 128, np.uint8)).save(tmp_path / "photo.jpg")
+    code = block("README.md", "import runtime").replace(
+        '"runs/efficientnet_b3/model.fp16.onnx"', repr(str(result.fp16_onnx))
+    )
+    exec(code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg"))), {})
+    assert re.fullmatch(r"\d 0\.\d+\n", capsys.readouterr().out)
