@@ -10,7 +10,7 @@ import click
 
 from runtime.console import cli_errors, set_up_logging
 from runtime.errors import BackendUnavailable, EngineBuildError
-from runtime.options import BATCH_SIZES
+from runtime.options import engine_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,20 +39,7 @@ Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where files go.  [default: beside the checkpoint]"
 )
-@click.option(
-    "--sm",
-    multiple=True,
-    metavar="SM",
-    help="GPU generation the engine is for: 86, 8.9, sm_120. Repeatable (TensorRT-RTX).",
-)
-@click.option("--batch", default="1:8:32", show_default=True, type=BATCH_SIZES, help="Engine's batch sizes.")
-@click.option(
-    "--builder",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
-    help="Which TensorRT builds.",
-)
+@engine_options
 @click.option("--arch", metavar="NAME", help="timm's name, for a plain state dict.")
 @click.option(
     "--data",
@@ -60,7 +47,6 @@ Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
     metavar="DIR",
     help="Images to verify on.  [default: the checkpoint's own sample]",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Show what the builder says.")
 @cli_errors
 def main(
     checkpoint: Path,
@@ -77,7 +63,7 @@ def main(
     """Export CHECKPOINT as ONNX and, with --trt, as a TensorRT engine.
 
     The auxiliary BatchNorms are dropped, the main ones folded; preprocessing and class
-    names go into the file; each stage is verified on real images against the one before.
+    names go into the file; each ONNX file is verified on real images.
     """
     console = set_up_logging(verbose)
     if trt and precision and trt != precision:

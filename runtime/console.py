@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import click
 
-from runtime.errors import AdvPropError
+from runtime.errors import AdvPropError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,8 +46,7 @@ def cli_errors(command: Callable[_Parameters, None]) -> Callable[_Parameters, No
         try:
             command(*args, **kwargs)
         except AdvPropError as error:
-            kind = "stopped" if error.exit_code in (130, 143) else "error"
-            click.echo(f"{kind}: {error}", err=True)
+            click.echo(str(error) if isinstance(error, Interrupted) else f"error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped: nothing half-written was left", err=True)

@@ -1,12 +1,15 @@
-"""Command-line option types that several commands share."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
-__all__ = ["BATCH_SIZES"]
+__all__ = ["engine_options"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -27,4 +30,27 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic from cl
         return smallest, usual, largest
 
 
-BATCH_SIZES = _BatchSizes()
+def engine_options(command: _Command) -> _Command:
+    """Adds --sm, --batch, --builder and --verbose: what an engine build can be told."""
+    options = (
+        click.option(
+            "--sm",
+            multiple=True,
+            metavar="SM",
+            help="GPU generation the engine is for: 86, 8.9, sm_120. Repeatable (TensorRT-RTX).",
+        ),
+        click.option(
+            "--batch", default="1:8:32", show_default=True, type=_BatchSizes(), help="The engine's batch sizes."
+        ),
+        click.option(
+            "--builder",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
+            help="Which TensorRT builds.",
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Show what the builder says."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

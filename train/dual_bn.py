@@ -119,7 +119,8 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
 
 
 def _no_batchnorm(model: nn.Module) -> str:
-    norms = Counter(type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__)
+    kinds = (type(module).__name__ for module in model.modules() if not any(module.children()))
+    norms = Counter(kind for kind in kinds if "Norm" in kind)
     found = ", ".join(f"{count} {name}" for name, count in norms.most_common()) or "no normalisation layer"
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     return (

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from runtime.console import cli_errors, set_up_logging
-from runtime.options import BATCH_SIZES
+from runtime.options import engine_options
 
 EXAMPLES = """\b
 Examples:
@@ -24,21 +24,7 @@ Examples:
     metavar="FILE",
     help="The engine.  [default: the ONNX file's name, .engine]",
 )
-@click.option(
-    "--sm",
-    multiple=True,
-    metavar="SM",
-    help="GPU generation the engine is for: 86, 8.9, sm_120. Repeatable (TensorRT-RTX).",
-)
-@click.option("--batch", default="1:8:32", show_default=True, type=BATCH_SIZES, help="Batch sizes.")
-@click.option(
-    "--builder",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
-    help="Which TensorRT builds.",
-)
-@click.option("-v", "--verbose", is_flag=True, help="Show what the builder says.")
+@engine_options
 @cli_errors
 def main(
     onnx: Path, out: Path | None, sm: tuple[str, ...], batch: tuple[int, int, int], builder: str, verbose: bool

@@ -108,7 +108,7 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
         run.send_signal(signal.SIGINT)
         output, errors = run.communicate(timeout=60)
     assert run.returncode == 130, output + errors
-    assert re.search(r"stopped: .*--resume continues from there", errors)
+    assert re.search(r"stopped by SIGINT .*--resume continues from there", errors)
     assert "Traceback" not in errors
     load_checkpoint(tmp_path / "last.pt")
 
