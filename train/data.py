@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -464,6 +465,12 @@ def eval_transform(spec: Preprocessing) -> Callable[[Image.Image], torch.Tensor]
     return transform
 
 
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C and most schedulers signal all processes of a run; loaders must live until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _workers(config: DataConfig, data: ImageData, device: torch.device) -> dict[str, Any]:
     """Loader options: the digits need no process of their own, CPU training little help."""
     workers = config.workers
@@ -474,6 +481,7 @@ def _workers(config: DataConfig, data: ImageData, device: torch.device) -> dict[
         # A loader draws a seed for its workers at every start. Ours seed each sample, so let
         # that draw not disturb the training's generator.
         "generator": torch.Generator(),
+        "worker_init_fn": _leave_signals_to_the_main_process,
         "num_workers": workers,
         "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0,

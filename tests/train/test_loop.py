@@ -99,13 +99,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_on_the_command_line(tmp_path: Path, workers: str) -> None:
+    """As from a terminal: all processes of the run get the signal, the loaders too."""
     command = [sys.executable, "-m", "train.run", "--arch", "resnet10t", "--img-size", "16", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    command += ["--workers", workers]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as run:
         deadline = time.monotonic() + 120
         while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        run.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)
         output, errors = run.communicate(timeout=60)
     assert run.returncode == 130, output + errors
     assert re.search(r"stopped by SIGINT .*--resume continues from there", errors)
