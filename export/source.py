@@ -26,6 +26,7 @@ from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
 from train.data import spread
 from train.dual_bn import strip_auxiliary
 from train.models import create_model
+from train.restore import load_weights, restore_model
 
 __all__ = ["Source", "load_source"]
 
@@ -76,10 +77,7 @@ def _from_ours(
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
     if arch is not None and arch != spec.arch:
         raise CheckpointError(f"{path} holds {spec.arch}, but --arch {arch} was given; leave --arch out")
-    weights = checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
-    model = create_model(checkpoint["arch"], **_model_arguments(checkpoint["model_kwargs"], path))
-    _load(model, weights, path, spec.arch)
-    return model, spec, checkpoint["sample"]["images"].numpy()
+    return restore_model(checkpoint, path), spec, checkpoint["sample"]["images"].numpy()
 
 
 def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Module, ModelSpec, NDArray[np.uint8]]:
@@ -96,7 +94,7 @@ def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Mod
         )
     weights = strip_auxiliary({key.removeprefix("module."): value for key, value in content.items()})
     model = create_model(arch, num_classes=_classes(arch, weights, path))
-    _load(model, weights, path, arch)
+    load_weights(model, weights, path, arch)
     config = resolve_model_data_config(model)
     _, height, width = config["input_size"]
     spec = ModelSpec(
@@ -116,15 +114,6 @@ def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Mod
     return model, spec, np.empty((0, height, width, 3), np.uint8)
 
 
-def _model_arguments(found: Any, path: Path) -> dict[str, Any]:
-    """The arguments our trainer gives; others could make timm download or read files."""
-    allowed = {"num_classes": int, "drop_rate": float, "drop_path_rate": float}
-    fine = isinstance(found, dict) and all(isinstance(found[key], allowed.get(key, ())) for key in found)
-    if not fine:
-        raise CheckpointError(f"{path} has model_kwargs {found!r}; expected only {', '.join(allowed)}")
-    return dict(found)
-
-
 def _classifier(model: nn.Module) -> str:
     name = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a dict timm attaches
     return str(name if isinstance(name, str) else name[0])
@@ -141,14 +130,6 @@ def _class_names(count: int) -> tuple[str, ...]:
     if count == 1000:
         return tuple(ImageNetInfo().label_descriptions())
     return tuple(f"class {index}" for index in range(count))
-
-
-def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
-    try:
-        model.load_state_dict(strip_auxiliary(weights), strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise CheckpointError(f"the weights in {path} do not fit timm's {arch}: {' '.join(lines)[:300]}") from error
 
 
 def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import nn
 from train.config import AttackConfig
 from train.dual_bn import route
 
-__all__ = ["LinfPGD", "Randomness", "correct_answers", "evaluating", "evaluation_attack", "frozen"]
+__all__ = ["LOSS_SCALE", "Ball", "LinfPGD", "Randomness", "evaluating", "evaluation_attack", "frozen"]
 
 
 class Randomness:
@@ -36,6 +37,23 @@ class Randomness:
     def shift(self, labels_N: torch.Tensor, classes: int) -> torch.Tensor:
         """Returns how far from the true class the target is, 1 to classes - 1."""
         return torch.randint(1, classes, labels_N.shape, device=labels_N.device)
+
+
+LOSS_SCALE = 1024.0
+"""A power of two, so that float32 gradients scale exactly."""
+
+
+class Ball(NamedTuple):
+    """Where the attack on a batch may go, in the normalised space."""
+
+    clean: torch.Tensor
+    """The images, (N, C, H, W), detached."""
+    lowest: torch.Tensor
+    """Least value of each pixel, (N, C, H, W)."""
+    highest: torch.Tensor
+    """Largest value likewise."""
+    unit_C11: torch.Tensor
+    """1/255 of the pixel range, channel by channel."""
 
 
 class LinfPGD:
@@ -73,9 +91,9 @@ class LinfPGD:
             Images within ε of the given ones and, where those are, within the pixel range;
             same shape and memory format, float32 or wider, detached.
         """
-        clean = images_NCHW.detach()
+        ball = self.ball(images_NCHW)
         with frozen(model), evaluating(model), route(model, bn):
-            attacked = self.start(clean)
+            attacked = self.start(ball)
             goal_N: torch.Tensor | None = None
             for _ in range(self.config.resolved_steps):
                 attacked.requires_grad_(True)
@@ -83,36 +101,37 @@ class LinfPGD:
                     logits_NK = model(attacked)
                     if goal_N is None:
                         goal_N = self._goal(labels_N, logits_NK.shape[1])
-                    loss = F.cross_entropy(logits_NK, goal_N, reduction="sum")
+                    # Scaled so that float16 does not lose a small gradient; its sign stays.
+                    loss = F.cross_entropy(logits_NK, goal_N, reduction="sum") * LOSS_SCALE
                 (gradient,) = torch.autograd.grad(loss, attacked)
-                attacked = self.step(clean, attacked.detach(), gradient)
+                attacked = self.step(ball, attacked.detach(), gradient)
         return attacked
 
-    def start(self, clean_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns where the attack on normalised images starts: uniform noise in ±ε on them,
-        except for the share of images that start from themselves."""
-        kept_N111 = self._randomness.chance(clean_NCHW) >= self.config.clean_start_share
-        noise = self._randomness.noise(clean_NCHW) * self._units(clean_NCHW, self.config.epsilon) * kept_N111
-        return self._within_bounds(clean_NCHW, clean_NCHW + noise)
-
-    def step(self, clean_NCHW: torch.Tensor, attacked_NCHW: torch.Tensor, gradient_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns the images one step along (targeted: against) the sign of the loss's gradient."""
-        length_C11 = self._units(clean_NCHW, self.config.step_size * (-1 if self.config.targeted else 1))
-        return self._within_bounds(clean_NCHW, attacked_NCHW + gradient_NCHW.sign() * length_C11)
-
-    def _units(self, images: torch.Tensor, pixels: float) -> torch.Tensor:
-        """`pixels`/255 in the normalised space, channel by channel."""
-        return (pixels / 255 / self._std_C11).to(images.device)
-
-    def _within_bounds(self, clean: torch.Tensor, attacked: torch.Tensor) -> torch.Tensor:
-        epsilon_C11 = self._units(clean, self.config.epsilon)
+    def ball(self, images_NCHW: torch.Tensor) -> Ball:
+        """Returns how far each pixel of normalised images may be moved."""
+        clean = images_NCHW.detach()
+        if self._std_C11.device != clean.device:  # once, not at every step: a copy waits for the GPU
+            self._mean_C11, self._std_C11 = self._mean_C11.to(clean.device), self._std_C11.to(clean.device)
+        unit_C11 = 1 / 255 / self._std_C11
+        epsilon_C11 = self.config.epsilon * unit_C11
+        black_C11, white_C11 = -self._mean_C11 / self._std_C11, (1 - self._mean_C11) / self._std_C11
         # A pixel that is outside the range already (noise of an augmentation, say) may
         # stay there: pulling it in would move it by more than ε.
-        black_C11 = ((0 - self._mean_C11) / self._std_C11).to(clean.device)
-        white_C11 = ((1 - self._mean_C11) / self._std_C11).to(clean.device)
         lowest = torch.maximum(clean - epsilon_C11, torch.minimum(clean, black_C11))
         highest = torch.minimum(clean + epsilon_C11, torch.maximum(clean, white_C11))
-        return torch.clamp(attacked, lowest, highest)
+        return Ball(clean, lowest, highest, unit_C11)
+
+    def start(self, ball: Ball) -> torch.Tensor:
+        """Returns where the attack starts: uniform noise in ±ε on the clean images, except for the
+        share of images that start from themselves."""
+        kept_N111 = self._randomness.chance(ball.clean) >= self.config.clean_start_share
+        noise = self._randomness.noise(ball.clean) * (self.config.epsilon * ball.unit_C11) * kept_N111
+        return torch.clamp(ball.clean + noise, ball.lowest, ball.highest)
+
+    def step(self, ball: Ball, attacked_NCHW: torch.Tensor, gradient_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns the images one step along (targeted: against) the sign of the loss's gradient."""
+        length_C11 = self.config.step_size * (-1 if self.config.targeted else 1) * ball.unit_C11
+        return torch.clamp(attacked_NCHW + gradient_NCHW.sign() * length_C11, ball.lowest, ball.highest)
 
     def _goal(self, labels_N: torch.Tensor, classes: int) -> torch.Tensor:
         """The class whose loss is followed: a random wrong one, or the true one."""
@@ -147,22 +166,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def evaluation_attack(config: AttackConfig, mean: Sequence[float], std: Sequence[float]) -> LinfPGD:
-    """The attack that validation reports: untargeted PGD-5 at the training ε.
+def evaluation_attack(epsilon: float, mean: Sequence[float], std: Sequence[float], steps: int = 5) -> LinfPGD:
+    """The attack that validation reports: untargeted PGD at `epsilon`/255.
 
     Step size 2.5 ε / steps, as in Madry et al. (2018), from a random start.
     """
-    steps = 5
     stronger = AttackConfig(
-        epsilon=config.epsilon,
+        epsilon=epsilon,
         steps=steps,
-        step_size=2.5 * config.epsilon / steps,
+        step_size=2.5 * epsilon / steps,
         targeted=False,
         clean_start_share=0.0,
     )
     return LinfPGD(stronger, mean, std)
-
-
-def correct_answers(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> int:
-    """Returns how many of the N answers are right."""
-    return int((logits_NK.argmax(1) == labels_N).sum().item())

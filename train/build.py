@@ -14,19 +14,27 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.errors import CheckpointError, ConfigError, DataError, first_line
+from runtime.errors import ConfigError, DataError, first_line
 from runtime.images import decode, fit_to_input
 from runtime.spec import Preprocessing
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import ImageData, spread
 from train.distributed import synchronise_batch_norms, world_size
-from train.dual_bn import strip_auxiliary
 from train.models import create_model
 from train.recipes import Recipe
+from train.restore import load_weights, main_weights
 from train.task import AdvPropTask
 
-__all__ = ["make_device", "make_model", "make_optimisation", "make_sample", "make_task", "seed_everything"]
+__all__ = [
+    "make_device",
+    "make_model",
+    "make_optimisation",
+    "make_sample",
+    "make_task",
+    "model_arguments",
+    "seed_everything",
+]
 
 _SAMPLE_IMAGES = 64
 _SAMPLE_BYTES = 8 << 20
@@ -83,15 +91,8 @@ def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
         )
     model = create_model(config.arch, pretrained=config.pretrained, **model_arguments(config, classes))
     if config.init_checkpoint is not None:
-        checkpoint = load_checkpoint(config.init_checkpoint)
-        weights = strip_auxiliary(checkpoint.get("ema_state_dict") or checkpoint["state_dict"])
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the weights in {config.init_checkpoint} do not fit {config.arch} with {classes} classes: "
-                f"{' '.join(str(error).split())[:200]}"
-            ) from error
+        weights = main_weights(load_checkpoint(config.init_checkpoint))
+        load_weights(model, weights, config.init_checkpoint, f"{config.arch} with {classes} classes")
     if config.bn_momentum is not None:
         for layer in model.modules():
             if isinstance(layer, _BatchNorm):
@@ -124,7 +125,6 @@ def make_task(
         amp_dtype=_AMP[config.amp],
         device=device,
     )
-    task.trainable_module.to(device)
     if config.optim.ema_decay:
         task.setup_ema(decay=config.optim.ema_decay, use_warmup=True)
     if config.compile:

@@ -22,6 +22,7 @@ __all__ = [
     "rank",
     "shuffled_across_processes",
     "synchronise_batch_norms",
+    "unsynchronised",
     "world_size",
     "world_sum",
 ]
@@ -111,6 +112,11 @@ def synchronise_batch_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+def unsynchronised(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class that `synchronise_batch_norms` made `kind` of, or `kind` itself."""
+    return kind.__bases__[1] if issubclass(kind, _Synchronised) else kind
+
+
 class _Synchronised:
     """Mixin: batch statistics over all processes, differentiable on each."""
 
@@ -127,20 +133,20 @@ def _normalise(layer: Any, x: torch.Tensor) -> torch.Tensor:
     dims = [dim for dim in range(x.ndim) if dim != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x.double() if x.device.type == "cpu" else x.float()
-    count = torch.full((1,), x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
-    sums = torch.cat([wide.sum(dims), wide.square().sum(dims), count])
+    # Two sums one after the other, not a difference of squares: that loses a small variance beside a large mean.
+    sums = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() / x.shape[1])])
     totals = cast(torch.Tensor, _AllReduceSum.apply(sums))
-    channels = x.shape[1]
-    mean = totals[:channels] / totals[-1]
-    variance = totals[channels : 2 * channels] / totals[-1] - mean.square()
+    mean, count = totals[:-1] / totals[-1], totals[-1]
+    centred = wide - mean.view(shape)
+    variance = cast(torch.Tensor, _AllReduceSum.apply(centred.square().sum(dims))) / count
     if layer.track_running_stats and layer.running_mean is not None:
         with torch.no_grad():
             layer.num_batches_tracked.add_(1)
             momentum = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
-            unbiased = variance * totals[-1] / (totals[-1] - 1)
+            unbiased = variance * count / (count - 1)
             layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
             layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), momentum)
-    y = (wide - mean.view(shape)) * torch.rsqrt(variance + layer.eps).view(shape)
+    y = centred * torch.rsqrt(variance + layer.eps).view(shape)
     if layer.affine:
         y = y * layer.weight.view(shape) + layer.bias.view(shape)
     return y.to(x.dtype)

@@ -22,12 +22,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.errors import ArchError, ConfigError
+from train.distributed import unsynchronised
+from train.joint_norm import affine_map, applies, is_constant, is_plain, normalise_parts
 from train.recipes import MAIN
 
 __all__ = [
     "RoutedBatchNorm",
     "Router",
     "add_auxiliary_bns",
+    "auxiliary_routes",
     "find_router",
     "route",
     "statistics_kept",
@@ -60,6 +63,10 @@ class RoutedBatchNorm:
 
     router: Router
     aux: nn.ModuleDict
+    plain: bool
+    """Whether the original class is a BatchNorm like torch's."""
+    plain_in_eval: bool
+    """The same for evaluation, where nothing is synchronised."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = self.router.plan
@@ -68,19 +75,32 @@ class RoutedBatchNorm:
         total = sum(count for _, count in plan)
         if x.shape[0] % total:
             raise ValueError(f"a batch of {x.shape[0]} cannot be routed as {plan}")
-        scale = x.shape[0] // total
-        parts = torch.split(x, [count * scale for _, count in plan])
+        counts = [count * (x.shape[0] // total) for _, count in plan]
+        layers = [self._layer(name) for name, _ in plan]
+        if self.plain and applies(layers, x):
+            return normalise_parts(layers, counts, x)
+        parts = torch.split(x, counts)
         return torch.cat([self._through(name, part) for (name, _), part in zip(plan, parts, strict=True)])
 
+    def _layer(self, name: str) -> nn.Module:
+        return cast(nn.Module, self if name == MAIN else self.aux[name])
+
     def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        layer = self._layer(name)
+        if self.plain_in_eval and is_constant(layer, x):
+            return affine_map(layer, x)
         if name == MAIN:
             return cast(torch.Tensor, super().forward(x))  # type: ignore[misc]
-        return cast(torch.Tensor, self.aux[name](x))
+        return cast(torch.Tensor, layer(x))
 
 
 @functools.cache
 def _routed_class(original: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Routed{original.__name__}", (RoutedBatchNorm, original), {})
+    kinds = {
+        "plain": is_plain(original),
+        "plain_in_eval": is_plain(unsynchronised(original)),
+    }
+    return type(f"Routed{original.__name__}", (RoutedBatchNorm, original), kinds)
 
 
 def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
@@ -181,3 +201,9 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 def strip_auxiliary(state_dict: Mapping[str, _Value]) -> dict[str, _Value]:
     """Returns `state_dict` without the auxiliary BatchNorms: the stock model's keys."""
     return {key: value for key, value in state_dict.items() if AUX_KEY not in key}
+
+
+def auxiliary_routes(state_dict: Mapping[str, object]) -> tuple[str, ...]:
+    """Returns the names of the auxiliary routes that a state dict has, in its order."""
+    tails = (key.split(AUX_KEY, 1)[1] for key in state_dict if AUX_KEY in key)
+    return tuple(dict.fromkeys(tail.split(".", 1)[0] for tail in tails))

@@ -49,7 +49,7 @@ from train.data import (
     train_loader,
 )
 from train.distributed import barrier, gather, process_group, rank, world_size, world_sum
-from train.evaluate import attacked_accuracy, clean_accuracy
+from train.evaluate import accuracy
 from train.recipes import find_recipe
 from train.reporting import EpochMetrics, Reporter, SilentReporter, read_metrics, write_metrics
 
@@ -129,7 +129,7 @@ class _Run:
         self.accumulate = config.optim.accumulate
         self.optimizer, self.scheduler = make_optimisation(config, self.model, -(-len(self.batches) // self.accumulate))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.attack = evaluation_attack(config.resolved_attack(recipe), spec.mean, spec.std)
+        self.attack = evaluation_attack(config.resolved_attack(recipe).epsilon, spec.mean, spec.std)
         self.sample = make_sample(self.data, spec)
         self.epoch = self.batch = self.step = 0
         self.loss_sum = torch.zeros((), device=device)
@@ -216,8 +216,8 @@ class _Run:
             step=self.step,
             lr=self.lr,
             loss=world_sum(self.loss_sum).item() / world_size() / max(1, self.batch),
-            top1=clean_accuracy(model, self._unless_stopped(self.val)),
-            top1_attacked=attacked_accuracy(model, self._unless_stopped(self.val_attacked), self.attack),
+            top1=accuracy(model, self._unless_stopped(self.val)),
+            top1_attacked=accuracy(model, self._unless_stopped(self.val_attacked), self.attack),
             images_per_s=images_per_s,
             seconds=seconds,
         )

@@ -17,7 +17,7 @@ from timm.utils.model import unwrap_model
 from torch import nn
 
 from runtime.errors import ConfigError
-from train.attack import LinfPGD, Randomness
+from train.attack import LOSS_SCALE, LinfPGD, Randomness
 from train.config import AttackConfig
 from train.distributed import shuffled_across_processes
 from train.dual_bn import RoutedBatchNorm, add_auxiliary_bns, find_router, route, statistics_kept
@@ -120,8 +120,8 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
             images, labels = input[first:last], target[first:last]
             if branch.source == "reused-gradient":
                 images, noise_loss = self._noise_pass(branch, images, labels)
-                total = total + branch.weight * noise_loss
-                result[f"loss/{branch.name}-noise"] = noise_loss.detach()
+                total = total + noise_loss
+                result[f"loss/{branch.name}-noise"] = noise_loss.detach() / branch.weight
             else:
                 images, labels = self._images(branch, images, labels)
             if self.recipe.shuffle and branch.source in ("pgd", "reused-gradient"):
@@ -158,22 +158,25 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
         statistics are left to the adversarial pass, so that a step moves them once.
 
         Returns:
-            The adversarial images, and the noise loss, whose backward adds the gradient
-            that is already known.
+            The adversarial images, and the noise loss times the branch's weight, whose
+            backward adds the gradient that is already known.
         """
         model = self._bare()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        noisy = self.attack.start(images).requires_grad_(True)
+        ball = self.attack.ball(images)
+        noisy = self.attack.start(ball).requires_grad_(True)
+        scale = LOSS_SCALE if self.amp_dtype == torch.float16 else 1.0
         with statistics_kept(model), route(model, branch.bn):
-            loss = self.criterion(model(noisy), labels)
-        gradients = torch.autograd.grad(loss, [noisy, *parameters], allow_unused=True)
-        attacked = self.attack.step(images, noisy.detach(), gradients[0])
-        # Hooks that set the speed of a parameter have run, and will run again in the backward.
-        known = [
-            None if gradient is None else gradient / self._speed.get(parameter, 1.0)
-            for parameter, gradient in zip(parameters, gradients[1:], strict=True)
-        ]
-        reused: torch.Tensor = _KnownGradient.apply(loss.detach(), known, *parameters)
+            loss = branch.weight * self.criterion(model(noisy), labels)
+        gradients = torch.autograd.grad(loss * scale, [noisy, *parameters], allow_unused=True)
+        attacked = self.attack.step(ball, noisy.detach(), gradients[0])
+        known = {p: gradient for p, gradient in zip(parameters, gradients[1:], strict=True) if gradient is not None}
+        if scale != 1:
+            torch._foreach_div_(list(known.values()), scale)
+        for parameter, gradient in known.items():
+            if parameter in self._speed:  # its hook has run, and will run again in the backward
+                gradient.div_(self._speed[parameter])
+        reused: torch.Tensor = _KnownGradient.apply(loss.detach(), list(known.values()), *known)
         return attacked, reused
 
     def _bare(self) -> nn.Module:
@@ -188,13 +191,17 @@ class _KnownGradient(torch.autograd.Function):
     """A loss whose gradients with respect to the parameters are known already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *_: nn.Parameter) -> torch.Tensor:
+    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor], *_: nn.Parameter) -> torch.Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *factor: torch.Tensor) -> Any:
-        return None, None, *(None if known is None else factor[0] * known for known in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        # On a CPU the factor can be looked at without waiting, and is 1 unless losses are scaled.
+        if factor[0].device.type != "cpu" or factor[0].item() != 1:
+            torch._foreach_mul_(gradients, factor[0])
+        return None, None, *gradients
 
 
 def _synchronise(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, float]:

@@ -34,7 +34,6 @@ def measure(arch: str, recipe: str, compiled: bool, batch: int, steps: int) -> t
     task = AdvPropTask(
         model, RECIPES[recipe], attack=attack, mean=MEAN, std=STD, amp_dtype=torch.bfloat16, device=device
     ).train()
-    task.trainable_module.to(device)
     if compiled:
         task.compile()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

@@ -111,7 +111,7 @@ def test_targets_are_wrong_classes_and_all_of_them() -> None:
 
 def test_share_of_clean_starts() -> None:
     attack = LinfPGD(AttackConfig(clean_start_share=0.2), *INCEPTION)
-    noise = attack.start(torch.zeros(4000, 3, 2, 2))
+    noise = attack.start(attack.ball(torch.zeros(4000, 3, 2, 2)))
     clean = (noise.abs().amax((1, 2, 3)) == 0).float().mean()
     assert clean == pytest.approx(0.2, abs=0.03)
     assert noise.abs().max() <= 2 / 255 + 1e-7
@@ -125,7 +125,7 @@ def test_published_number_of_steps() -> None:
 @torch.no_grad()
 def test_attack_does_more_than_noise_of_the_same_size(model: nn.Module) -> None:
     images, labels = torch.rand(8, 3, 32, 32), torch.randint(0, 5, (8,))
-    attack = evaluation_attack(AttackConfig(epsilon=8), *INCEPTION)
+    attack = evaluation_attack(8, *INCEPTION)
     attacked = attack(model, images, labels, "main")
     noisy = images + (attacked - images).abs() * torch.randn_like(images).sign()
     model.eval()

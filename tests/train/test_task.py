@@ -140,10 +140,11 @@ def test_fast_is_the_published_step_written_out() -> None:
 
     torch.manual_seed(7)
     clean, few, few_labels = images[:8], images[8:], labels[8:]
-    noisy = task.attack.start(few).requires_grad_(True)
+    ball = task.attack.ball(few)
+    noisy = task.attack.start(ball).requires_grad_(True)
     with statistics_kept(model), route(model, "adv"):
         (nn.functional.cross_entropy(model(noisy), few_labels, reduction="sum") / 2).backward()
-    attacked = task.attack.step(few, noisy.detach(), noisy.grad)
+    attacked = task.attack.step(ball, noisy.detach(), noisy.grad)
     assert (attacked - few).abs().max() <= 2 / 255 + 1e-6
     nn.functional.cross_entropy(model(clean), labels[:8], reduction="sum").backward()
     with route(model, "adv"):

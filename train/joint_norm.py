@@ -1,0 +1,146 @@
+"""BatchNorm without detours, for the two places where AdvProp spends time on it.
+
+`normalise_parts` gives consecutive parts of a batch their own statistics and writes them
+side by side: normalising slices and joining them with `torch.cat` copies every activation
+twice more. `affine_map` is BatchNorm on running statistics as an attack needs it.
+
+Both compute what the layers themselves do; `applies` and `is_constant` say where. Shapes: N
+images first, C channels, whatever follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["affine_map", "applies", "is_constant", "is_plain", "normalise_parts"]
+
+
+def is_plain(kind: type[nn.Module]) -> bool:
+    """Whether `kind` normalises as torch's BatchNorm, followed at most by timm's drop and act."""
+    return any(kind.forward is known.forward for known in (_BatchNorm, BatchNormAct2d))
+
+
+def is_constant(layer: Any, x: torch.Tensor) -> bool:
+    """Whether only the input's gradient is wanted, through running statistics: an attack."""
+    return (
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and not layer.training
+        and layer.affine
+        and layer.running_var is not None
+        and not layer.weight.requires_grad
+        and layer.weight.dtype == x.dtype
+        and not _is_watched(layer)
+    )
+
+
+def affine_map(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """A BatchNorm on running statistics as `x * scale + shift`.
+
+    The gradient needs one pass over memory and keeps no activations, where that of a
+    BatchNorm reads them and makes sums over them that an attack has no use for.
+    """
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    scale = layer.weight * torch.rsqrt(layer.running_var + layer.eps)
+    shift = layer.bias - layer.running_mean * scale
+    return _activated(layer, torch.addcmul(shift.view(shape), x, scale.view(shape)))
+
+
+def applies(layers: Sequence[Any], x: torch.Tensor) -> bool:
+    """Whether `normalise_parts` can stand in for the layers.
+
+    On a CPU only: elsewhere it was never measured. torch.compile joins the parts by itself.
+    """
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and all(
+            layer.training
+            and layer.affine
+            and layer.weight.dtype == x.dtype
+            and (layer.momentum is not None or not layer.track_running_stats)
+            and not _is_watched(layer)
+            for layer in layers
+        )
+    )
+
+
+def normalise_parts(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    """Normalises the first `counts[0]` images by `layers[0]`, the next by `layers[1]`, and so on.
+
+    Running statistics move as in the layers' own forward; `drop` and `act` of the first layer
+    follow (they are the same in all).
+    """
+    for layer in layers:
+        if layer.track_running_stats and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+    parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    return _activated(layers[0], cast(torch.Tensor, _NormalisedParts.apply(x, layers, counts, *parameters)))
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody waits for the layer's own forward."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _activated(layer: Any, y: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, layer.act(layer.drop(y)) if isinstance(layer, BatchNormAct2d) else y)
+
+
+class _NormalisedParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layers: Sequence[Any], counts: Sequence[int], *_: nn.Parameter
+    ) -> torch.Tensor:
+        y = torch.empty_like(x)
+        saved: list[torch.Tensor] = [x]
+        for layer, x_part, y_part in zip(layers, x.split(counts), y.split(counts), strict=True):
+            mean, inverse_std = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+            kept = layer.track_running_stats
+            torch.ops.aten.native_batch_norm.out(
+                x_part,
+                layer.weight,
+                layer.bias,
+                layer.running_mean if kept else None,
+                layer.running_var if kept else None,
+                True,
+                layer.momentum or 0.0,
+                layer.eps,
+                out=y_part,
+                save_mean=mean,
+                save_invstd=inverse_std,
+            )
+            saved += [layer.weight, mean, inverse_std]
+        ctx.counts, ctx.eps = counts, [layer.eps for layer in layers]
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        x, *saved = ctx.saved_tensors
+        gradient_x = torch.empty_like(x)
+        gradients: list[torch.Tensor] = []
+        parts = zip(x.split(ctx.counts), gradient[0].split(ctx.counts), gradient_x.split(ctx.counts), strict=True)
+        for number, (x_part, gradient_part, result) in enumerate(parts):
+            weight, mean, inverse_std = saved[3 * number : 3 * number + 3]
+            by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient_part,
+                x_part,
+                weight,
+                None,
+                None,
+                mean,
+                inverse_std,
+                True,
+                ctx.eps[number],
+                [True, True, True],
+            )
+            result.copy_(by_x)
+            gradients += [by_weight, by_bias]
+        return gradient_x, None, None, *gradients
