@@ -29,12 +29,13 @@ from runtime.console import set_up_logging
 from runtime.errors import AdvPropError
 from runtime.spec import ModelSpec
 from train.attack import evaluation_attack
+from train.build import make_device
 from train.checkpoint import load_checkpoint
 from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
-from train.build import make_device
-from train.data import ImageData, eval_loader, image_folder
+from train.data import ImageData, image_folder
 from train.dual_bn import find_router
 from train.evaluate import accuracy
+from train.loaders import eval_loader
 from train.loop import fit
 from train.recipes import MAIN, RECIPES
 from train.reporting import RichReporter
@@ -98,7 +99,7 @@ def measure(checkpoint: Path, data: ImageData, arguments: argparse.Namespace) ->
     model = restore_model(content, checkpoint, routes=True).to(device).to(memory_format=torch.channels_last)
     common: dict[str, Any] = {"batch_size": 128, "device": device, "channels_last": True}
     settings = DataConfig(root=arguments.data, workers=arguments.workers)
-    every = max(1, len(data.val.labels) // arguments.attacked_images)
+    every = max(1, len(data.val) // arguments.attacked_images)
     router = find_router(model)
     figures = {}
     for route in (MAIN, *(router.auxiliary if router else ())):
@@ -194,8 +195,9 @@ def main() -> int:
         return error.exit_code
     seconds = sum(result["all_s"] for result in results)
     print(
-        f"{arguments.arch}, {arguments.epochs} epoch(s), attack ε = {arguments.epsilon:g}/255 in {arguments.attack_steps} "
-        f"steps of {arguments.step_size:g}/255, {len(arguments.seeds)} seed(s), {seconds / 60:.0f} minutes\n"
+        f"{arguments.arch}, {arguments.epochs} epoch(s), attack ε = {arguments.epsilon:g}/255 in "
+        f"{arguments.attack_steps} steps of {arguments.step_size:g}/255, {len(arguments.seeds)} seed(s), "
+        f"{seconds / 60:.0f} minutes\n"
     )
     print(table(results))
     if set(order) == set(RECIPES):

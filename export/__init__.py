@@ -6,8 +6,9 @@ Python.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from export.pipeline import ExportResult, export_checkpoint
@@ -22,8 +23,4 @@ _HOMES = {
     "load_source": "export.source",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'export' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from runtime.console import cli_errors, set_up_logging
 from runtime.errors import BackendUnavailable, EngineBuildError
@@ -68,8 +69,10 @@ def main(
     console = set_up_logging(verbose)
     if trt and precision and trt != precision:
         raise click.UsageError(f"--trt {trt} makes {trt} files; leave --precision {precision} out")
-    if sm and not trt:
-        raise click.UsageError("--sm says what an engine is for; give --trt fp16 too")
+    given = click.get_current_context().get_parameter_source
+    for name in ("sm", "batch", "builder"):
+        if not trt and given(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} says how an engine is built; give --trt fp16 too")
     from runtime.engine.flavours import parse_sm
 
     targets = [parse_sm(text) for text in sm]

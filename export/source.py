@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.data import ImageNetInfo, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import nn
 
 from runtime.errors import CheckpointError, DataError
@@ -23,7 +23,7 @@ from runtime.files import sha256_file
 from runtime.images import SUFFIXES, decode, fit_to_input
 from runtime.spec import ModelSpec, Preprocessing
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
-from train.data import spread
+from train.data import class_names, spread
 from train.dual_bn import strip_auxiliary
 from train.models import create_model
 from train.restore import load_weights, restore_model
@@ -99,7 +99,7 @@ def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Mod
     _, height, width = config["input_size"]
     spec = ModelSpec(
         arch=arch,
-        classes=_class_names(weights[_classifier(model) + ".weight"].shape[0]),
+        classes=class_names(weights[_classifier(model) + ".weight"].shape[0]),
         preprocessing=Preprocessing(
             height=height,
             width=width,
@@ -124,12 +124,6 @@ def _classes(arch: str, weights: Mapping[str, torch.Tensor], path: Path) -> int:
     if key not in weights:
         raise CheckpointError(f"{path} does not fit {arch}: it has no {key}; is --arch right?")
     return int(weights[key].shape[0])
-
-
-def _class_names(count: int) -> tuple[str, ...]:
-    if count == 1000:
-        return tuple(ImageNetInfo().label_descriptions())
-    return tuple(f"class {index}" for index in range(count))
 
 
 def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:

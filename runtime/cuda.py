@@ -21,6 +21,11 @@ class Gpu:
     compute_capability: tuple[int, int]
     """(major, minor), e.g. (9, 0)."""
 
+    @property
+    def sm(self) -> int:
+        """The compute capability as one number, 89 for 8.9, as TensorRT names its targets."""
+        return self.compute_capability[0] * 10 + self.compute_capability[1]
+
 
 @functools.cache
 def find_gpu() -> Gpu | None:

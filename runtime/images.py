@@ -24,7 +24,7 @@ from runtime.spec import Preprocessing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["SUFFIXES", "ImageLike", "decode", "fit_to_input", "normalise", "preprocess"]
+__all__ = ["SUFFIXES", "ImageLike", "decode", "fit_to_input", "image_size", "normalise", "preprocess"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """What image files are called, in lower case."""
@@ -60,6 +60,23 @@ def decode(image: ImageLike) -> Image:
         raise DataError(f"no such image file: {name}") from error
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot decode {name} as an image: {error}") from error
+
+
+def image_size(image: ImageLike) -> tuple[int, int]:
+    """Returns (width, height) in pixels, without decoding a file.
+
+    Raises:
+        DataError: as `decode`.
+    """
+    from PIL import Image
+
+    if isinstance(image, str | PathLike | bytes):
+        try:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return opened.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"not an image that can be read: {error}") from error
+    return decode(image).size
 
 
 def _from_array(array: NDArray[Any]) -> Image:

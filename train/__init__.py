@@ -7,8 +7,9 @@ command-line help does not wait for torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from train.attack import LinfPGD
@@ -39,8 +40,4 @@ _HOMES = {
     "strip_auxiliary": "train.dual_bn",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'train' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(__name__, _HOMES)

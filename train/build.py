@@ -19,7 +19,7 @@ from runtime.images import decode, fit_to_input
 from runtime.spec import Preprocessing
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
-from train.data import ImageData, spread
+from train.data import ImageData
 from train.distributed import synchronise_batch_norms, world_size
 from train.models import create_model
 from train.recipes import Recipe
@@ -172,12 +172,12 @@ def make_optimisation(
 
 
 def make_sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]:
-    """Validation images, spread evenly, for the exporter to verify itself on."""
+    """Validation images for the exporter to verify itself on."""
     size = spec.height * spec.width * 3
     count = max(8, min(_SAMPLE_IMAGES, _SAMPLE_BYTES // size))
     images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     labels: list[int] = []
-    for image, label in spread(list(zip(data.val.images, data.val.labels, strict=True)), count):
+    for image, label in data.val.probe(count):
         with contextlib.suppress(DataError):  # an image that cannot be decoded; the loader names it
             images.append(fit_to_input(decode(image), spec))
             labels.append(label)

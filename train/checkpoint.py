@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from runtime.errors import CheckpointError, OutputError
 from runtime.files import atomic_write
 
-__all__ = ["FORMAT", "load_checkpoint", "read_torch_file", "rng_state", "save_checkpoint", "set_rng_state"]
+__all__ = ["FORMAT", "load_checkpoint", "read_torch_file", "rng_kept", "rng_state", "save_checkpoint", "set_rng_state"]
 
 FORMAT = "advprop.checkpoint/1"
 _NEEDED = ("arch", "model_kwargs", "recipe", "spec", "state_dict", "epoch", "step", "sample")
@@ -130,6 +131,17 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """What runs within leaves the generators as they were: a library that draws at its first
+    import must not make a resumed run another one."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
 
 
 def _as_tuple(value: Any) -> Any:

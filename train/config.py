@@ -54,7 +54,22 @@ class DataConfig:
     """Images and how they are cropped."""
 
     root: Path | None = None
-    """Folder with `train/CLASS/*` and `val/CLASS/*`; None: the embedded digits."""
+    """Folder with `train/CLASS/*` and `val/CLASS/*`, or with tar files of them; where a `dataset` is
+    (to be) kept; None: the embedded digits."""
+    dataset: str | None = None
+    """A data set by timm's name: `torch/cifar10`, `hfds/uoft-cs/cifar10`, `wds/…`, `tfds/…`."""
+    train_split: str = "train"
+    """What `dataset` calls the part to train on."""
+    val_split: str = "validation"
+    """What it calls the part to measure on (Hugging Face: often `test`)."""
+    input_key: str = ""
+    """Column of the images in a Hugging Face, TFDS or WebDataset set; empty: timm's default."""
+    target_key: str = ""
+    """Column of the labels likewise."""
+    num_classes: int = 0
+    """Classes of a stream that does not tell them."""
+    download: bool = False
+    """Let torchvision or TFDS download `dataset`."""
     img_size: int | None = None
     """Height and width of the network's input, pixels; None: the model's own, or less
     where the images are smaller than that."""
@@ -77,6 +92,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(self.img_size is None or self.img_size >= 8, "data.img_size", "at least 8 pixels", self.img_size)
         _check(self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded digits are what is trained on."""
+        return self.root is None and self.dataset is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +171,12 @@ class TrainConfig:
     """With several processes: batch statistics over all of them, route by route."""
     save_every: int = 0
     """Also write `last.pt` each so many steps; 0: after each epoch only."""
+    log_every: int = 50
+    """Updates between the entries of TensorBoard and W&B: loss by branch, learning rate."""
+    tensorboard: bool = True
+    """Write event files for TensorBoard."""
+    wandb: str = ""
+    """Project of Weights & Biases to log to (needs the package `wandb`); empty: none."""
     out: Path | None = None
     """Folder of checkpoints and metrics; None: `runs/ARCH`, with `-RECIPE` for any but advprop."""
     resume: str = "never"
@@ -170,6 +196,7 @@ class TrainConfig:
         _check(self.epochs is None or self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _check(self.amp in ("none", "bf16", "fp16"), "amp", "none, bf16 or fp16", self.amp)
         _check(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
+        _check(self.log_every >= 1, "log_every", "at least 1 update", self.log_every)
         _check(self.save_every >= 0, "save_every", "0 or more steps", self.save_every)
         _check(
             self.batch_size is None or self.batch_size >= 2,
@@ -183,13 +210,13 @@ class TrainConfig:
         """Passes over the data, with the default applied."""
         if self.epochs is not None:
             return self.epochs
-        return 8 if self.data.root is None else 100
+        return 8 if self.data.embedded else 100
 
     def resolved_batch_size(self, img_size: int) -> int:
         """Clean images a step at an input of `img_size` pixels, with the default applied."""
         if self.batch_size is not None:
             return self.batch_size
-        return 32 if self.data.root is None else 128 if img_size <= 64 else 64
+        return 32 if self.data.embedded else 128 if img_size <= 64 else 64
 
     def resolved_attack(self, recipe: Recipe) -> AttackConfig:
         """The attack: what the recipe prescribes, where a field was left at its default."""

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from train.attack import LinfPGD, evaluating
-from train.data import BAD_LABEL
 from train.distributed import world_sum
 from train.dual_bn import route
 from train.recipes import MAIN
+from train.samples import BAD_LABEL
 
 __all__ = ["accuracy"]
 

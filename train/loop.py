@@ -36,22 +36,18 @@ from train.build import (
     model_arguments,
     seed_everything,
 )
-from train.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from train.checkpoint import load_checkpoint, rng_kept, rng_state, save_checkpoint, set_rng_state
 from train.config import TrainConfig
 from train.config_file import flat, to_toml
-from train.data import (
-    Batches,
-    ImageData,
-    choose_preprocessing,
-    embedded_digits,
-    eval_loader,
-    image_folder,
-    train_loader,
-)
+from train.data import choose_preprocessing
+from train.datasets import open_data
 from train.distributed import barrier, gather, process_group, rank, world_size, world_sum
 from train.evaluate import accuracy
+from train.loaders import Batches, eval_loader, train_loader
+from train.plots import plot_curves
 from train.recipes import find_recipe
-from train.reporting import EpochMetrics, Reporter, SilentReporter, read_metrics, write_metrics
+from train.reporting import EpochMetrics, Reporter, SilentReporter, best_epoch, read_metrics, write_metrics
+from train.tracking import Tracker, epoch_values, open_trackers
 
 __all__ = ["FitResult", "fit"]
 
@@ -75,7 +71,7 @@ class FitResult:
     @property
     def best_epoch(self) -> EpochMetrics:
         """The epoch that `best` is of: the first with the best clean accuracy."""
-        return max(self.metrics, key=lambda row: row.top1)
+        return best_epoch(self.metrics)
 
 
 def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
@@ -111,7 +107,7 @@ class _Run:
                 "--overwrite"
             )
         seed_everything(config.seed)
-        self.data = _open_data(config)
+        self.data = open_data(config.data)
         classes = len(self.data.classes)
         model = make_model(config, recipe, classes)
         spec = choose_preprocessing(self.data, config.data, _model_config(model))
@@ -126,8 +122,8 @@ class _Run:
         self.task = make_task(config, recipe, model, spec, classes, device)
         self.model: nn.Module = unwrap_model(self.task.trainable_module)
         self._open_loaders(spec, recipe.views)
-        self.accumulate = config.optim.accumulate
-        self.optimizer, self.scheduler = make_optimisation(config, self.model, -(-len(self.batches) // self.accumulate))
+        updates = -(-len(self.batches) // config.optim.accumulate)
+        self.optimizer, self.scheduler = make_optimisation(config, self.model, updates)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.attack = evaluation_attack(config.resolved_attack(recipe).epsilon, spec.mean, spec.std)
         self.sample = make_sample(self.data, spec)
@@ -135,6 +131,8 @@ class _Run:
         self.loss_sum = torch.zeros((), device=device)
         self.first_bad = torch.full((), -1, device=device)
         self.rows: list[EpochMetrics] = []
+        self.trackers: list[Tracker] = []
+        self.parts: dict[str, torch.Tensor] = {}
         self.lr = config.optim.lr
         self.stop: signal.Signals | None = None
         # Anew: what building drew (a library's first import may draw too) must not show in training.
@@ -159,7 +157,7 @@ class _Run:
         )
         size = max(2, min(128, config.resolved_batch_size(spec.height)))  # what training has memory for
         self.val = eval_loader(self.data, config.data, spec, batch_size=size, **common)
-        every = -(-len(self.data.val.labels) // config.eval_attack_images)
+        every = -(-len(self.data.val) // config.eval_attack_images)
         self.val_attacked = eval_loader(self.data, config.data, spec, batch_size=size, every=every, **common)
 
     def train(self) -> FitResult:
@@ -169,28 +167,36 @@ class _Run:
             self._resume()
         if rank() == 0:
             write_text(self.out / "config.toml", to_toml(self.config))
-        seconds: list[float] = []
-        with _signals(self):
-            for epoch in range(self.epoch, epochs):
-                began = time.monotonic()
-                trained, images_per_s = self._train_epoch(epoch, epochs)
-                self._save()  # evaluation takes a while, and may be where a run ends
-                self.reporter.evaluating()
-                row = self._evaluate(epoch, trained, images_per_s)
-                self.rows.append(row)
-                self.epoch, self.batch, self.loss_sum = epoch + 1, 0, torch.zeros_like(self.loss_sum)
-                self._save()
-                if rank() == 0:
-                    if row.top1 > max((other.top1 for other in self.rows[:-1]), default=-1.0):
-                        _replace_by_copy(self.last, self.best)
-                    write_metrics(self.out / "metrics.csv", self.rows)
-                seconds.append(time.monotonic() - began)
-                left = (epochs - epoch - 1) * sum(seconds) / len(seconds)
-                self.reporter.epoch_ended(row, epochs, left)
-                self._agree_on_stop()
-                if self.epoch < epochs:
-                    self._stop_if_asked()
+            with rng_kept():
+                self.trackers = open_trackers(self.config, self.out, self.step)
+        try:
+            with _signals(self):
+                self._train_epochs(epochs)
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
         return FitResult(last=self.last, best=self.best, metrics=tuple(self.rows))
+
+    def _train_epochs(self, epochs: int) -> None:
+        seconds: list[float] = []
+        for epoch in range(self.epoch, epochs):
+            began = time.monotonic()
+            trained, images_per_s = self._train_epoch(epoch, epochs)
+            self._save()  # evaluation takes a while, and may be where a run ends
+            self.reporter.evaluating()
+            row = self._evaluate(epoch, trained, images_per_s)
+            self.rows.append(row)
+            self.epoch, self.batch, self.loss_sum = epoch + 1, 0, torch.zeros_like(self.loss_sum)
+            self._save()
+            with rng_kept():
+                self._publish()
+                self._track(epoch_values(row))
+            seconds.append(time.monotonic() - began)
+            left = (epochs - epoch - 1) * sum(seconds) / len(seconds)
+            self.reporter.epoch_ended(row, epochs, left)
+            self._agree_on_stop()
+            if self.epoch < epochs:
+                self._stop_if_asked()
 
     @property
     def last(self) -> Path:
@@ -205,6 +211,20 @@ class _Run:
         """The moving average of the weights, where one is kept."""
         ema = self.task.get_trainable_module(ema=True)
         return None if ema is None else unwrap_model(ema.module)
+
+    def _publish(self) -> None:
+        """Writes what follows from `last.pt` at the end of an epoch; again after a resume, in
+        case that the run was killed in between."""
+        if rank() != 0 or not self.rows:
+            return
+        if self.rows[-1].top1 > max((other.top1 for other in self.rows[:-1]), default=-1.0):
+            _replace_by_copy(self.last, self.best)
+        write_metrics(self.out / "metrics.csv", self.rows)
+        plot_curves(self.out / "curves.png", self.rows, f"{self.config.arch}, {self.config.recipe}, {self.data.name}")
+
+    def _track(self, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(self.step, values)
 
     def _evaluate(self, epoch: int, seconds: float, images_per_s: float) -> EpochMetrics:
         """Measures the weights that would be exported: the moving average where there is one."""
@@ -234,11 +254,14 @@ class _Run:
         self.task.train()
         self.batches.start_at(epoch, self.batch)
         steps = len(self.batches) + self.batch
+        accumulate = self.config.optim.accumulate
         self.reporter.epoch_started(epoch + 1, epochs, steps, self.batch)
         began, images_seen = time.monotonic(), 0
         for images, labels in self.batches:
-            updates = (self.batch + 1) % self.accumulate == 0 or self.batch + 1 == steps
-            loss = self._step(images, labels, updates)
+            # The last group of an epoch may be smaller.
+            group = min(accumulate, steps - self.batch // accumulate * accumulate)
+            updates = (self.batch + 1) % accumulate == 0 or self.batch + 1 == steps
+            loss = self._step(images, labels, group, updates)
             self.loss_sum += loss
             self.first_bad = torch.where((self.first_bad < 0) & ~torch.isfinite(loss), self.batch, self.first_bad)
             self.batch += 1
@@ -247,16 +270,25 @@ class _Run:
             if at_hand:
                 self._check_finite()
             self.reporter.stepped(loss.item() if at_hand else None)
+            if updates and self.trackers and self.step % self.config.log_every == 0:
+                with rng_kept():
+                    self._track({name: value.item() for name, value in self.parts.items()} | {"lr": self.lr})
             if updates:
                 self._save_where_due()
         seconds = time.monotonic() - began
         return seconds, images_seen / max(seconds, 1e-9)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor, updates: bool) -> torch.Tensor:
-        """Adds one batch's gradients and, where `updates`, makes an update. Returns the loss, detached."""
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, group: int, updates: bool) -> torch.Tensor:
+        """Adds the gradients of one batch of a `group` and, where it `updates`, makes an update.
+
+        Returns:
+            The batch's loss, detached.
+        """
         with contextlib.nullcontext() if updates else self.task.no_sync():
-            loss: torch.Tensor = self.task(images, labels)["loss"]
-            self.scaler.scale(loss / self.accumulate).backward()  # type: ignore[no-untyped-call]
+            result = self.task(images, labels)
+            loss: torch.Tensor = result["loss"]
+            self.parts = {name: value.detach() for name, value in result.items() if name.startswith("loss")}
+            self.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
         if updates:
             self.lr = self.optimizer.param_groups[0]["lr"]
             if self.config.optim.clip_grad:
@@ -369,10 +401,16 @@ class _Run:
                 len(checkpoint["rng"]),
                 world_size(),
             )
+        if self.batch == 0:
+            with rng_kept():
+                self._publish()
         log.info("resuming %s at epoch %d, step %d", self.last, self.epoch + 1, self.step)
 
 
-_MAY_CHANGE = {"out", "resume", "overwrite", "device", "compile", "save_every", "data.root", "data.workers"}
+_MAY_CHANGE = {
+    *("out", "resume", "overwrite", "device", "compile", "save_every", "log_every", "tensorboard", "wandb"),
+    *("data.root", "data.workers", "data.download"),
+}
 """Settings that a resumed run may have otherwise: they do not change what is learnt."""
 
 
@@ -400,18 +438,6 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     """timm's data configuration of the model, and whether its input size is fixed."""
     fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
     return {**resolve_model_data_config(model), "fixed_input_size": bool(fixed)}
-
-
-def _open_data(config: TrainConfig) -> ImageData:
-    if config.data.root is not None:
-        return image_folder(config.data.root)
-    data = embedded_digits()
-    log.warning(
-        "no --data given: training on the embedded digits, %d images (%d more held out)",
-        len(data.train.labels),
-        len(data.val.labels),
-    )
-    return data
 
 
 def _replace_by_copy(source: Path, target: Path) -> None:

@@ -4,8 +4,11 @@ Source: the EfficientNet recipe and AdvProp's, as the CVPR 2020 paper and the TP
 code have them: RMSProp (decay 0.9, momentum 0.9, ε 0.001), weight decay 1e-5, label
 smoothing 0.1, BatchNorm momentum 0.99, 350 epochs, learning rate 0.016 for 256 images, decayed by
 0.97 each 2.4 epochs after 5 epochs of warm-up, moving average of weights 0.9999,
-AutoAugment, stochastic depth 0.2. ResNets: SGD with momentum 0.9, 0.1 for 256 images, cosine,
-weight decay 1e-4, 105 epochs (as in Fast AdvProp's published script).
+AutoAugment, stochastic depth 0.2.
+
+ResNets: SGD with momentum 0.9, learning rate 0.1 for 256 images, weight decay 1e-4, 105 epochs, as in
+Fast AdvProp's published script. That script divides the rate by 10 after epochs 30, 60, 90 and 100 and has
+no warm-up; here it falls along a cosine after 5 epochs of warm-up.
 
 The paper's ε grows with the network; here 1 up to B2 and ResNet-50, 2 up to B5 and the
 other ResNets, 4 above (our reading of "weaker for smaller networks", not a published table).

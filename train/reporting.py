@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,8 +14,19 @@ from runtime.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-__all__ = ["EpochMetrics", "Reporter", "RichReporter", "SilentReporter", "read_metrics", "write_metrics"]
+__all__ = [
+    "EpochMetrics",
+    "Reporter",
+    "RichReporter",
+    "SilentReporter",
+    "best_epoch",
+    "duration",
+    "read_metrics",
+    "summary_table",
+    "write_metrics",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +63,31 @@ def write_metrics(path: Path, rows: list[EpochMetrics]) -> None:
 def read_metrics(rows: list[dict[str, Any]]) -> list[EpochMetrics]:
     """Turns the rows a checkpoint carries back into metrics."""
     return [EpochMetrics(**row) for row in rows]
+
+
+def best_epoch(rows: Sequence[EpochMetrics]) -> EpochMetrics:
+    """Returns the first epoch with the best clean accuracy."""
+    return max(rows, key=lambda row: row.top1)
+
+
+def summary_table(arch: str, recipe: str, rows: Sequence[EpochMetrics]) -> Table:
+    """Returns what a finished run came to, its best and its last epoch side by side."""
+    from rich.table import Table
+
+    best, last = best_epoch(rows), rows[-1]
+    table = Table(f"{arch}, {recipe}", f"best: epoch {best.epoch}", f"last: epoch {last.epoch}", title_justify="left")
+    for name, form in (("top1", "{:.1%}"), ("top1_attacked", "{:.1%}"), ("loss", "{:.3f}"), ("images_per_s", "{:.0f}")):
+        table.add_row(_IN_WORDS[name], *(form.format(getattr(row, name)) for row in (best, last)))
+    table.add_row("training time", "", duration(sum(row.seconds for row in rows)))
+    return table
+
+
+_IN_WORDS = {
+    "top1": "clean accuracy",
+    "top1_attacked": "accuracy under attack",
+    "loss": "training loss",
+    "images_per_s": "images a second",
+}
 
 
 class Reporter(Protocol):
@@ -118,7 +155,7 @@ class RichReporter:
         if not self._console.is_terminal and time.monotonic() - self._logged > self._LOG_EVERY_S:
             self._logged = time.monotonic()
             task = self._bar.tasks[0]
-            left = "" if task.time_remaining is None else f"  {_duration(task.time_remaining)} left in the epoch"
+            left = "" if task.time_remaining is None else f"  {duration(task.time_remaining)} left in the epoch"
             self._console.print(
                 f"{task.description}  step {task.completed:.0f}/{task.total:.0f}  {task.fields['note']}{left}",
                 highlight=False,
@@ -131,7 +168,7 @@ class RichReporter:
         self._console.print(
             f"epoch {metrics.epoch}/{epochs}  loss {metrics.loss:.3f}  "
             f"clean {metrics.top1:.1%}  under attack {metrics.top1_attacked:.1%}  "
-            f"{metrics.images_per_s:.0f} images/s  {_duration(seconds_left)} left",
+            f"{metrics.images_per_s:.0f} images/s  {duration(seconds_left)} left",
             highlight=False,
         )
 
@@ -139,7 +176,8 @@ class RichReporter:
         self._bar.stop()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time as people write it: 1h05m, 3m07s, 9s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -15,6 +15,7 @@ Examples:
   python -m train.run --arch efficientnet_b3                  the embedded digits
   python -m train.run --arch resnet50 --data ~/imagenet       train/CLASS/*, val/CLASS/*
   python -m train.run --arch resnet50 --data ~/imagenet --resume
+  python -m train.run --arch resnet18 --dataset torch/cifar10 --data ~/cifar --set data.download=true
   python -m train.run --arch efficientnet_b3 --data ~/imagenet --preset paper
   python -m train.run --arch resnet18 --recipe vanilla        the baseline without AdvProp
   python -m train.run --config runs/resnet18/config.toml --set optim.ema_decay=0.999
@@ -28,6 +29,7 @@ or a TOML file. Order of precedence: options, --set, --config, --preset, default
 OPTIONS = {  # option → field
     "arch": "arch",
     "root": "data.root",
+    "dataset": "data.dataset",
     "recipe": "recipe",
     "epsilon": "attack.epsilon",
     "attack_steps": "attack.steps",
@@ -49,7 +51,13 @@ OPTIONS = {  # option → field
 @click.command("train", epilog=EXAMPLES)
 @click.option("--arch", metavar="NAME", help="timm's name of the architecture.")
 @click.option(
-    "--data", "root", metavar="DIR", help="Folder with train/CLASS/ and val/CLASS/.  [default: the embedded digits]"
+    "--data",
+    "root",
+    metavar="DIR",
+    help="Folder with train/CLASS/ and val/CLASS/, or tar files of them.  [default: the embedded digits]",
+)
+@click.option(
+    "--dataset", metavar="NAME", help="A data set by timm's name, e.g. torch/cifar10; --data is where it is kept."
 )
 @click.option(
     "--recipe",
@@ -108,7 +116,7 @@ def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...]
     """Train a classifier on clean and adversarial images together (AdvProp).
 
     Each kind goes through its own BatchNorm; the clean one is used afterwards. Writes
-    last.pt, best.pt, metrics.csv and config.toml. Ctrl-C saves first; --resume goes on
+    last.pt, best.pt, metrics.csv, curves.png and config.toml. Ctrl-C saves first; --resume goes on
     from there.
     """
     console = set_up_logging()
@@ -126,15 +134,15 @@ def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...]
         content = merge(paper(content.get("arch", ""), content.get("batch_size") or 256), content)
     config = from_mapping(content)
     from train.loop import fit
-    from train.reporting import RichReporter, SilentReporter
+    from train.reporting import RichReporter, SilentReporter, summary_table
 
     result = fit(config, RichReporter(console) if _is_first() else SilentReporter())
     if not _is_first():
         return
-    best = result.best_epoch
+    console.print(summary_table(config.arch, config.recipe, result.metrics))
     console.print(
-        f"best epoch {best.epoch}: clean {best.top1:.1%}, under attack {best.top1_attacked:.1%}\n"
-        f"wrote {result.last}, {result.best}, metrics.csv and config.toml\n"
+        f"in {result.last.parent}: last.pt, best.pt, metrics.csv, curves.png, config.toml"
+        f"{', tensorboard/' if config.tensorboard else ''}\n"
         f"next: advprop-export {result.best} --trt fp16",
         highlight=False,
         soft_wrap=True,

@@ -4,7 +4,8 @@
     python benchmarks/gpu/train_speed.py --batch 64 --steps 30
 
 Not executed so far. Prints one line a row: clean images a second, ratio to vanilla of the
-same net and mode, peak memory allocated.
+same net and mode, peak memory allocated. "reference" is the plain step of benchmarks/train_step.py,
+with PGD-1 like advprop. Accuracy on a GPU: benchmarks/recipes.py with --epochs 100 --seeds 0 1 2 --amp bf16.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import timm
 import torch
@@ -20,41 +22,50 @@ from train.config import AttackConfig
 from train.recipes import RECIPES
 from train.task import AdvPropTask
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from train_step import CLASSES, MEAN, STD, Step, reference_step
+
 NETS = {"efficientnet_b3": 300, "resnet50": 224}
-MEAN = STD = (0.5, 0.5, 0.5)
+ROWS = ("vanilla", "advprop", "reference", "shared-bn", "fine-grained", "fast")
 
 
-def measure(arch: str, recipe: str, compiled: bool, batch: int, steps: int) -> tuple[float, float]:
-    """Returns clean images a second and the peak of allocated memory in GB."""
-    device = torch.device("cuda")
-    torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
-    model = timm.create_model(arch, num_classes=1000).to(device).to(memory_format=torch.channels_last)
+def our_step(arch: str, recipe: str, compiled: bool) -> Step:
+    model = timm.create_model(arch, num_classes=CLASSES).to("cuda").to(memory_format=torch.channels_last)
     attack = AttackConfig(targeted=recipe != "fast")
+    device = torch.device("cuda")
     task = AdvPropTask(
         model, RECIPES[recipe], attack=attack, mean=MEAN, std=STD, amp_dtype=torch.bfloat16, device=device
     ).train()
     if compiled:
         task.compile()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    views = RECIPES[recipe].views
-    shape = (batch, 3, NETS[arch], NETS[arch]) if views == 1 else (batch, views, 3, NETS[arch], NETS[arch])
-    images = torch.rand(shape, device=device) * 2 - 1
-    if views == 1:
-        images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (batch,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    def step() -> None:
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         optimizer.zero_grad()
         task(images, labels)["loss"].backward()
         optimizer.step()
 
+    return step
+
+
+def measure(arch: str, row: str, compiled: bool, batch: int, steps: int) -> tuple[float, float]:
+    """Returns clean images a second and the peak of allocated memory in GB."""
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = reference_step(arch, 1, "cuda", torch.bfloat16) if row == "reference" else our_step(arch, row, compiled)
+    views = 1 if row == "reference" else RECIPES[row].views
+    images = torch.rand(batch, views, 3, NETS[arch], NETS[arch], device="cuda") * 2 - 1
+    if views == 1:
+        kind = torch.contiguous_format if row == "reference" else torch.channels_last
+        images = images[:, 0].contiguous(memory_format=kind)
+    labels = torch.randint(0, CLASSES, (batch,), device="cuda")
     for _ in range(5):
-        step()
+        step(images, labels)
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(steps):
-        step()
+        step(images, labels)
     torch.cuda.synchronize()
     return batch * steps / (time.perf_counter() - began), torch.cuda.max_memory_allocated() / 1e9
 
@@ -71,11 +82,13 @@ def main() -> int:
     for arch in NETS:
         for compiled in (False, True):
             vanilla = 0.0
-            for recipe in ("vanilla", "advprop", "shared-bn", "fine-grained", "fast"):
-                speed, memory = measure(arch, recipe, compiled, arguments.batch, arguments.steps)
+            for row in ROWS:
+                if compiled and row == "reference":
+                    continue  # the plain way is not compiled
+                speed, memory = measure(arch, row, compiled, arguments.batch, arguments.steps)
                 vanilla = vanilla or speed
                 mode = "compiled" if compiled else "eager"
-                print(f"{arch:16} {mode:9} {recipe:13} {speed:8.0f} img/s  {vanilla / speed:5.2f}x  {memory:5.1f} GB")
+                print(f"{arch:16} {mode:9} {row:13} {speed:8.0f} img/s  {vanilla / speed:5.2f}x  {memory:5.1f} GB")
     return 0
 
 

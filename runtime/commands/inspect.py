@@ -54,10 +54,9 @@ def _onnx(table: Table, file: Path) -> None:
     from runtime.engine.graph import summarise
 
     summary = summarise(file)
-    shares = {name: summary.share(name) for name in summary.weights}
     shape = ", ".join("any" if size < 0 else str(size) for size in summary.input_shape)
     table.add_row("kind", f"ONNX classifier, {file.stat().st_size / 1e6:.1f} MB")
-    table.add_row("weights", f"{_shares(shares)} of {sum(summary.weights.values()):,}")
+    table.add_row("weights", f"{_shares(summary.shares)} of {sum(summary.weights.values()):,}")
     table.add_row("input", f"{summary.input_name}: ({shape})")
     table.add_row("operators", ", ".join(f"{count} {name}" for name, count in sorted(summary.ops.items())))
     _spec(table, summary.spec)

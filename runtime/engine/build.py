@@ -7,19 +7,20 @@ the build fails.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from runtime.cuda import find_gpu
+from runtime.engine.flavours import Flavour, check_targets, choose_flavour, native_logger
+from runtime.engine.graph import OnnxSummary, summarise
+from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
 from runtime.errors import ConfigError, EngineBuildError, ModelFileError
-
-if TYPE_CHECKING:
-    from runtime.engine.flavours import Flavour
-    from runtime.engine.graph import OnnxSummary
-    from runtime.engine.sidecar import EngineInfo
+from runtime.files import output_dir, sha256_file, write_bytes
 
 __all__ = ["build"]
 
@@ -64,11 +65,6 @@ def build(
         ModelFileError: not an ONNX classifier, or of another precision than asked for.
         OutputError: the engine's folder cannot be written.
     """
-    from runtime.engine.flavours import check_targets, choose_flavour
-    from runtime.engine.graph import summarise
-    from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
-    from runtime.files import output_dir, sha256_file, write_bytes
-
     source = Path(onnx)
     target = Path(engine) if engine is not None else source.with_suffix(".engine")
     if target.is_dir() or target.resolve() == source.resolve() or target.suffix not in (".engine", ".plan"):
@@ -92,7 +88,7 @@ def build(
         profiles=({summary.input_name: profile},),
         flags=flags,
         precision=summary.precision,
-        precision_shares={name: summary.share(name) for name in sorted(summary.weights)},
+        precision_shares=summary.shares,
         calibration_sha256="",
         spec=summary.spec,
     )
@@ -105,12 +101,10 @@ def build(
 
 def _warn_where_it_will_not_run(flavour: Flavour, sms: tuple[int, ...]) -> None:
     """TensorRT-RTX leaves out some GPUs; say so when the one at hand is among them."""
-    from runtime.cuda import find_gpu
-
     gpu = find_gpu()
     if gpu is None or flavour.name != "tensorrt_rtx" or sms:
         return
-    here = gpu.compute_capability[0] * 10 + gpu.compute_capability[1]
+    here = gpu.sm
     if f"SM{here}" not in flavour.module.ComputeCapability.__members__:
         log.warning(
             "this engine will not run on the GPU here, %s (SM %d): TensorRT-RTX has no kernels for it; "
@@ -130,16 +124,12 @@ def _warn_where_it_will_not_run(flavour: Flavour, sms: tuple[int, ...]) -> None:
 def _check_precision(source: Path, summary: OnnxSummary, precision: str | None) -> None:
     if precision is None or summary.share(precision) >= _LEAST_SHARE or not summary.weights:
         return
-    found = ", ".join(f"{share:.0%} {name}" for name, share in _shares(summary))
+    found = ", ".join(f"{share:.0%} {name}" for name, share in summary.shares.items())
     raise ModelFileError(
         f"an {precision} engine was asked for, but the weights of {source} are {found}; an engine "
         f"takes its precision from the graph (advprop-export CHECKPOINT --trt {precision} makes one, and lists "
         "the nodes that have to stay in FP32)"
     )
-
-
-def _shares(summary: OnnxSummary) -> list[tuple[str, float]]:
-    return sorted(((name, summary.share(name)) for name in summary.weights), key=lambda item: -item[1])
 
 
 def _profile(summary: OnnxSummary, batch: tuple[int, int, int]) -> dict[str, list[int]]:
@@ -162,8 +152,6 @@ def _build_plan(
     sms: tuple[int, ...],
     workspace_bytes: int,
 ) -> tuple[memoryview, tuple[str, ...]]:
-    from runtime.engine.flavours import native_logger
-
     trt = flavour.module
     logger = native_logger(flavour)
     logger.errors.clear()
@@ -210,23 +198,16 @@ def _parser_error(error: Any) -> str:
 
 
 def _capabilities(flavour: Flavour, sms: tuple[int, ...]) -> tuple[str, ...]:
-    from runtime.cuda import find_gpu
-
     gpu = find_gpu()
     if flavour.name == "tensorrt" and gpu:
-        major, minor = gpu.compute_capability
-        return (f"sm_{major * 10 + minor}",)
+        return (f"sm_{gpu.sm}",)
     return tuple(f"sm_{sm}" for sm in sms) or ("default",)
 
 
 def _gpu_name(flavour: Flavour) -> str:
-    from runtime.cuda import find_gpu
-
     gpu = find_gpu()
     return gpu.name if flavour.name == "tensorrt" and gpu else ""
 
 
 def _sha256(content: memoryview) -> str:
-    import hashlib
-
     return hashlib.sha256(content).hexdigest()

@@ -96,7 +96,7 @@ def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavour | None, str]:
     gpu = find_gpu()
     if gpu is None:
         return None, "full TensorRT builds only on the GPU it is for, and no NVIDIA GPU was found"
-    here = gpu.compute_capability[0] * 10 + gpu.compute_capability[1]
+    here = gpu.sm
     if any(sm != here for sm in sms):
         return None, f"full TensorRT builds only for the GPU at hand, {gpu.name} (SM {here})"
     flavour, problem = _import("tensorrt")

@@ -39,6 +39,12 @@ class OnnxSummary:
         """The type that most weight elements are computed in; `fp32` where there is none."""
         return max(self.weights, key=lambda name: self.weights[name]) if self.weights else "fp32"
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Fraction of the weight elements by the type they are computed in, the largest first."""
+        by_size = sorted(self.weights, key=lambda name: -self.weights[name])
+        return {name: self.share(name) for name in by_size}
+
     def share(self, precision: str) -> float:
         """Fraction of the weight elements computed in `precision`, 0 to 1."""
         total = sum(self.weights.values())

@@ -13,7 +13,7 @@ import torch
 
 from train.attack import Randomness
 from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
-from train.distributed import process_group, rank, world_size, world_sum
+from train.distributed import process_group, rank, shuffled_across_processes, world_size, world_sum
 from train.loop import _Run
 from train.reporting import SilentReporter
 
@@ -51,11 +51,21 @@ def main(recipe: str, batch_size: int, out: Path) -> None:
         for number, (images, labels) in enumerate(run.batches):
             if number == 20:
                 break
-            loss = run._step(images.double(), labels, updates=True)
+            loss = run._step(images.double(), labels, group=1, updates=True)
             losses.append(world_sum(loss).item() / world_size())
         if rank() == 0:
             (out / "losses.json").write_text(json.dumps(losses))
 
 
-if __name__ == "__main__":
+def shuffle(out: Path) -> None:
+    """Each process gives images that say where they come from, and tells what it got."""
+    with process_group(torch.device("cpu")):
+        labels = torch.arange(64) + 64 * rank()
+        images, got = shuffled_across_processes(labels.view(-1, 1, 1, 1).double(), labels)
+        (out / f"{rank()}.json").write_text(json.dumps([images.flatten().tolist(), got.tolist()]))
+
+
+if __name__ == "__main__" and sys.argv[1] == "shuffle":
+    shuffle(Path(sys.argv[3]))
+elif __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

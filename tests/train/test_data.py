@@ -10,14 +10,12 @@ from runtime.errors import DataError
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 from train.data import (
-    BAD_LABEL,
     ImageSet,
     choose_preprocessing,
     embedded_digits,
-    eval_loader,
     image_folder,
-    train_loader,
 )
+from train.loaders import BAD_LABEL, eval_loader, train_loader
 
 CPU = torch.device("cpu")
 SPEC = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)

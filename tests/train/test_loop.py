@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
 from train.checkpoint import load_checkpoint
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.loop import FitResult, _Run, fit
 from train.reporting import SilentReporter
+
+CPU = torch.device("cpu")
 
 
 def small(out: Path, **changes: object) -> TrainConfig:
@@ -152,8 +156,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
             raise AssertionError("the poisoned weights were saved")
 
     class Run(_Run):
-        def _step(self, images: torch.Tensor, labels: torch.Tensor, updates: bool) -> torch.Tensor:
-            loss = super()._step(images, labels, updates)
+        def _step(self, images: torch.Tensor, labels: torch.Tensor, group: int, updates: bool) -> torch.Tensor:
+            loss = super()._step(images, labels, group, updates)
             next(self.model.parameters()).data[0] = float("inf")
             return loss
 
@@ -176,6 +180,64 @@ def test_accumulating_batches_makes_fewer_updates(tmp_path: Path) -> None:
     fit(small(tmp_path, epochs=1, optim=OptimConfig(accumulate=4), save_every=2, recipe="vanilla"))
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert checkpoint["step"] == 3  # 11 batches: 4, 4 and 3
+
+
+@pytest.mark.parametrize("batches", [2, 4])
+def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path: Path, batches: int) -> None:
+    """Two or four small batches update the weights as their mean loss does."""
+    config = small(tmp_path, recipe="vanilla", batch_size=16, amp="none")
+    runs = [_Run(dataclasses.replace(config, out=tmp_path / str(n)), SilentReporter(), CPU) for n in range(2)]
+    for run in runs:
+        run.task.eval()  # batch statistics would differ between the small batches and the large one
+    images, labels = next(iter(runs[0].batches))
+    for part, target in zip(images.chunk(batches), labels.chunk(batches), strict=True):
+        runs[0].task(part, target)["loss"].div(batches).backward()
+    expected = [parameter.grad.clone() for parameter in runs[0].model.parameters()]
+    gradients: list[torch.Tensor] = []
+    runs[1].optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(parameter.grad.clone() for parameter in runs[1].model.parameters())
+    )
+    runs[1].config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_grad=0.0))
+    for number, (part, target) in enumerate(zip(images.chunk(batches), labels.chunk(batches), strict=True), 1):
+        runs[1]._step(part, target, batches, number == batches)
+    assert same(gradients, expected)
+
+
+def test_a_run_leaves_curves_and_event_files(trained: FitResult) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = trained.last.parent
+    with Image.open(folder / "curves.png") as image:
+        assert image.size == (1200, 400)
+        assert len(image.getcolors(1 << 20)) > 20  # something is drawn
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    (clean,) = events.Scalars("epoch/top1")
+    assert (clean.step, clean.value) == (44, pytest.approx(trained.metrics[0].top1))
+
+
+def test_tensorboard_keeps_each_branchs_loss(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(small(tmp_path, epochs=1, log_every=5))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "loss/clean", "loss/adv", "lr"):
+        values = events.Scalars(name)
+        assert [value.step for value in values] == [5, 10]
+        assert all(0 < value.value < 100 for value in values)
+
+
+def test_best_is_written_again_where_a_kill_came_before_it(tmp_path: Path) -> None:
+    fit(small(tmp_path, epochs=2))
+    before = load_checkpoint(tmp_path / "best.pt")["epoch"]
+    shutil.copy(tmp_path / "best.pt", tmp_path / "kept.pt")
+    (tmp_path / "best.pt").unlink()
+    (tmp_path / "metrics.csv").unlink()
+    fit(small(tmp_path, epochs=2, resume="auto"))
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert len(rows) == 2
+    assert (tmp_path / "best.pt").exists() == (before == 2)
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from archive_files import files_of, pack
+from PIL import Image
+
+from runtime.errors import DataError
+from runtime.spec import Preprocessing
+from train.archives import image_archives
+from train.config import DataConfig
+from train.data import image_folder as read_folder
+from train.datasets import open_data
+from train.loaders import train_loader
+
+CPU = torch.device("cpu")
+SPEC = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
+
+
+@pytest.fixture
+def packed(image_folder: Path, tmp_path: Path) -> Path:
+    """The image folder as train.tar and val.tar."""
+    for part in ("train", "val"):
+        pack(tmp_path / "packed" / f"{part}.tar", files_of(image_folder / part))
+    return tmp_path / "packed"
+
+
+def batches(root: Path, workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    config = DataConfig(root=root, workers=workers)
+    loader = train_loader(open_data(config), config, SPEC, batch_size=8, seed=5, device=CPU, channels_last=False)
+    loader.start_at(0)
+    return list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_file_is_the_same_as_its_folder(image_folder: Path, packed: Path, workers: int) -> None:
+    folder, archive = read_folder(image_folder), image_archives(packed)
+    assert archive.classes == folder.classes == ("bright", "dark")
+    assert archive.short_side == 36
+    assert archive.train.name(0) == f"{packed / 'train.tar'}:bright/0.png"
+    for (images, labels), (expected, truth) in zip(batches(packed, workers), batches(image_folder, 0), strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, truth)
+
+
+def test_a_tar_file_for_each_class(image_folder: Path, tmp_path: Path) -> None:
+    for part in ("train", "validation"):
+        for name in ("bright", "dark"):
+            files = files_of(image_folder / ("val" if part == "validation" else part) / name)
+            pack(tmp_path / "classes" / part / f"{name}.tar", files)
+    data = open_data(DataConfig(root=tmp_path / "classes"))
+    assert data.classes == ("bright", "dark")
+    assert (len(data.train), len(data.val)) == (48, 16)
+
+
+def test_webdataset_shards(image_folder: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        names = {"bright": b"0", "dark": b"1\n"}
+        for shard, (name, label) in enumerate(names.items()):
+            files: dict[str, bytes] = {}
+            for path, content in files_of(image_folder / part / name).items():
+                files[f"{name}{path}".replace(".png", ".seg.png")] = content
+                files[f"{name}{path}".replace(".png", ".cls")] = label
+            files["orphan.png"] = content
+            pack(tmp_path / "shards" / f"digits-{part}-{shard:04}.tar", files)
+    data = open_data(DataConfig(root=tmp_path / "shards"))
+    assert data.classes == ("class 0", "class 1")
+    assert (len(data.train), sum(data.train.labels)) == (48, 24)
+    with Image.open(io.BytesIO(data.val.images[15])) as image:
+        assert image.size == (36, 40)
+
+
+def test_an_unpacked_folder_wins_over_the_archive_it_came_from(image_folder: Path) -> None:
+    pack(image_folder / "train.tar", {"a/1.png": b"", "b/1.png": b""})
+    assert open_data(DataConfig(root=image_folder)).classes == ("bright", "dark")
+
+
+def test_archives_that_cannot_be_used(tmp_path: Path, image_folder: Path) -> None:
+    files = files_of(image_folder / "train")
+    pack(tmp_path / "one" / "train.tar", files)
+    with pytest.raises(DataError, match=r"no tar files of val; expected val\.tar"):
+        open_data(DataConfig(root=tmp_path / "one"))
+    pack(tmp_path / "one" / "val.tar", files, "w:gz")
+    with pytest.raises(DataError, match=r"val\.tar as a plain tar file: .*a compressed one is unpacked first"):
+        open_data(DataConfig(root=tmp_path / "one"))
+    pack(tmp_path / "one" / "val.tar", {"dark/x.png": b"", "other/x.png": b""})
+    with pytest.raises(DataError, match="classes that train has not: other"):
+        open_data(DataConfig(root=tmp_path / "one"))
+    pack(tmp_path / "two" / "train.tar", {"1.png": files["dark/0.png"], "1.cls": b"cat"})
+    pack(tmp_path / "two" / "val.tar", {})
+    with pytest.raises(DataError, match=r"1\.cls holds 'cat'; expected a class number"):
+        open_data(DataConfig(root=tmp_path / "two"))
+
+
+def test_a_truncated_archive_is_told_when_it_is_read(packed: Path) -> None:
+    data = image_archives(packed)
+    archive = packed / "train.tar"
+    archive.write_bytes(archive.read_bytes()[:9000])
+    with pytest.raises(DataError, match=r"train\.tar is truncated at dark/23\.png"):
+        data.train.images[47]

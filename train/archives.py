@@ -1,0 +1,166 @@
+"""Images in tar files, read at random and without unpacking.
+
+Two layouts are known, both as timm and WebDataset have them:
+
+    by class     train.tar with CLASS/IMAGE in it, or train/CLASS.tar with IMAGE in it
+    WebDataset   shards train*.tar or train/*.tar with KEY.jpg beside KEY.cls, a class number
+
+A tar file is a list of headers, each followed by its file; one pass over the headers finds
+every image, so order, augmentation and resuming are as exact as for a folder. Only plain
+tar files can be read so: a compressed one has no places to jump to.
+"""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, overload
+
+from timm.utils.misc import natural_key
+
+from runtime.errors import DataError
+from runtime.images import SUFFIXES
+from train.data import ImageData, ImageSet, by_class, class_names, median_short_side
+
+__all__ = ["find_archives", "image_archives"]
+
+log = logging.getLogger(__name__)
+
+_PARTS = {"train": ("train",), "val": ("val", "validation")}
+
+
+class Member(NamedTuple):
+    """A file in a tar file."""
+
+    archive: str
+    """Path of the tar file."""
+    name: str
+    """Path within."""
+    offset: int
+    """Where its bytes begin."""
+    size: int
+    """How many they are."""
+
+    def read(self) -> bytes:
+        """Returns the file's bytes. Raises DataError where there are fewer."""
+        try:
+            with Path(self.archive).open("rb") as file:  # anew each time: loader processes share no file
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise DataError(f"cannot read {self.archive}: {error.strerror}") from error
+        if len(content) != self.size:
+            raise DataError(f"{self.archive} is truncated at {self.name}")
+        return content
+
+
+class TarImages:
+    """Encoded images in tar files."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TarImages: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | TarImages:
+        if isinstance(index, slice):
+            return TarImages(self._members[index])
+        return self._members[index].read()
+
+    def name(self, index: int) -> str:
+        """The tar file and the path within."""
+        return f"{self._members[index].archive}:{self._members[index].name}"
+
+
+def find_archives(root: Path) -> dict[str, list[Path]]:
+    """Returns the tar files of `train` and `val` below `root`; empty lists where there are none."""
+    found = {}
+    for part, names in _PARTS.items():
+        places = (pattern for name in names for pattern in (f"{name}/*.tar", f"{name}.tar", f"*{name}*.tar"))
+        matches = (sorted(root.glob(pattern), key=lambda path: natural_key(path.name)) for pattern in places)
+        found[part] = next((files for files in matches if files), [])
+    return found
+
+
+def image_archives(root: Path) -> ImageData:
+    """Reads the headers of the tar files of `root`.
+
+    Raises:
+        DataError: a part is missing, a file is no plain tar file, there are no images, or
+            their classes do not make a data set.
+    """
+    archives = find_archives(root)
+    for part, files in archives.items():
+        if not files:
+            raise DataError(f"{root}: found no tar files of {part}; expected {part}.tar, {part}/*.tar or *{part}*.tar")
+    members = {part: [member for file in files for member in _members(file)] for part, files in archives.items()}
+    if any(member.name.endswith(".cls") for member in members["train"]):
+        train, val = _shards(members["train"], root / "train"), _shards(members["val"], root / "val")
+        count = 1 + max(max(train.labels), max(val.labels))
+        return ImageData(
+            name=root.resolve().name,
+            classes=class_names(count),
+            wnids=(),
+            train=train,
+            val=val,
+            short_side=median_short_side(train),
+        )
+    return by_class(root, _classes(members["train"]), _classes(members["val"]), TarImages)
+
+
+def _members(archive: Path) -> list[Member]:
+    log.info("reading the headers of %s", archive)
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            return [Member(str(archive), file.name, file.offset_data, file.size) for file in tar if file.isreg()]
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"cannot read {archive} as a plain tar file: {error}; a compressed one is unpacked first"
+        ) from error
+
+
+def _is_image(member: Member) -> bool:
+    return member.name.lower().endswith(SUFFIXES)
+
+
+def _classes(members: Sequence[Member]) -> dict[str, list[Member]]:
+    """By the folder within the tar file, or else by the tar file's own name."""
+    found: dict[str, list[Member]] = defaultdict(list)
+    for member in filter(_is_image, members):
+        folder = PurePosixPath(member.name).parent.name
+        found[folder or Path(member.archive).stem].append(member)
+    return {name: sorted(files, key=lambda file: natural_key(file.name)) for name, files in found.items()}
+
+
+def _shards(members: Sequence[Member], where: Path) -> ImageSet:
+    """WebDataset samples: consecutive files that share the name up to the first dot."""
+    images: dict[tuple[str, str], Member] = {}
+    labels: dict[tuple[str, str], int] = {}
+    for member in members:
+        path = PurePosixPath(member.name)
+        key = (member.archive, str(path.parent / path.name.split(".", 1)[0]))
+        if _is_image(member):
+            images[key] = member
+        elif path.name.endswith(".cls"):
+            text = member.read().decode("ascii", "replace").strip()
+            if not text.isdecimal():
+                raise DataError(f"{member.archive}: {member.name} holds {text[:40]!r}; expected a class number")
+            labels[key] = int(text)
+    both = [key for key in images if key in labels]
+    if not both:
+        raise DataError(f"{where}: found {len(images)} images and {len(labels)} labels, none of which belong together")
+    if len(both) < len(images):
+        log.warning(
+            "%s: %d of %d images have no .cls beside them and are left out", where, len(images) - len(both), len(images)
+        )
+    return ImageSet(TarImages([images[key] for key in both]), [labels[key] for key in both])

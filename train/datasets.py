@@ -1,0 +1,189 @@
+"""Data sets by name: torchvision's, Hugging Face's, TFDS's and WebDataset's, through timm.
+
+    torch/cifar10            torchvision, downloaded with data.download = true
+    hfds/uoft-cs/cifar10     Hugging Face, cached on disk (needs the package `datasets`)
+    hfids/…, wds/…, tfds/…   streams: Hugging Face, WebDataset, TensorFlow Datasets
+
+The first two are read at random, like a folder. A stream comes in its own order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from timm.data import create_dataset
+
+from runtime.errors import ConfigError, DataError, first_line
+from runtime.images import ImageLike
+from train.archives import find_archives, image_archives
+from train.config import DataConfig
+from train.data import (
+    ImageData,
+    ImageSet,
+    ImageStream,
+    class_names,
+    embedded_digits,
+    image_folder,
+    median_short_side,
+)
+from train.distributed import barrier, rank
+
+__all__ = ["open_data"]
+
+log = logging.getLogger(__name__)
+
+_RANDOM, _STREAMED = ("torch", "hfds"), ("hfids", "wds", "tfds")
+_NEEDS = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
+
+
+def open_data(config: DataConfig) -> ImageData:
+    """Finds the images that `config` names.
+
+    Raises:
+        DataError: there are none, or they do not make a data set.
+        ConfigError: no such kind of data set, or the package that reads it is missing.
+    """
+    if config.dataset is not None:
+        if rank() != 0:  # one process downloads, the others find it done
+            barrier()
+        data = _named(config.dataset, config)
+        if rank() == 0:
+            barrier()
+        return data
+    if config.root is not None:
+        return image_archives(config.root) if _is_archived(config.root) else image_folder(config.root)
+    data = embedded_digits()
+    log.warning(
+        "no --data given: training on the embedded digits, %d images (%d more held out)",
+        len(data.train),
+        len(data.val),
+    )
+    return data
+
+
+def _is_archived(root: Path) -> bool:
+    """Whether the images are in tar files and not, as in the end they mostly are, in folders beside them."""
+    folder = root / "train"
+    unpacked = folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir())
+    return not unpacked and bool(find_archives(root)["train"])
+
+
+def _named(name: str, config: DataConfig) -> ImageData:
+    kind, slash, rest = name.partition("/")
+    kind = kind.lower()
+    if kind not in _RANDOM + _STREAMED or not slash:
+        raise ConfigError(
+            f"--dataset {name!r} is no kind of data set; expected "
+            f"{', '.join(f'{kind}/…' for kind in _RANDOM + _STREAMED)}. "
+            "A folder or tar files are given with --data alone"
+        )
+    if kind in _STREAMED:
+        return _streamed(name, kind, config)
+    train, val = (_create(name, kind, config, split) for split in (config.train_split, config.val_split))
+    images = _torchvision if kind == "torch" else _hugging_face
+    trained, names = images(train, name)
+    return ImageData(
+        name=rest,
+        classes=names or class_names(1 + max(trained.labels)),
+        wnids=(),
+        train=trained,
+        val=images(val, name)[0],
+        short_side=median_short_side(trained),
+    )
+
+
+def _create(name: str, kind: str, config: DataConfig, split: str, **more: Any) -> Any:
+    root = None if config.root is None else str(config.root)
+    if kind in ("torch", "wds") and root is None:
+        raise ConfigError(f"--dataset {name} needs --data DIR, where its files are")
+    keys = {"input_key": config.input_key or None, "target_key": config.target_key or None} if kind != "torch" else {}
+    try:
+        return create_dataset(name, root=root, split=split, download=config.download, **keys, **more)
+    except ImportError as error:
+        raise ConfigError(f"--dataset {name} needs a package: pip install {_NEEDS.get(kind, 'torchvision')}") from error
+    except (RuntimeError, AssertionError, OSError, ValueError, KeyError, TypeError) as error:
+        hint = "; --set data.download=true fetches it" if kind in ("torch", "tfds") and not config.download else ""
+        raise DataError(
+            f"timm cannot open {name}, split {split!r}, in {root}: {first_line(error) or type(error).__name__}{hint}. "
+            "Splits are named by data.train_split and data.val_split"
+        ) from error
+
+
+class _Items:
+    """Images that a function reads by index."""
+
+    def __init__(self, read: Callable[[int], ImageLike], indices: Sequence[int], names: Callable[[int], str]) -> None:
+        self._read, self._indices, self._names = read, indices, names
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageLike: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> _Items: ...
+
+    def __getitem__(self, index: int | slice) -> ImageLike | _Items:
+        if isinstance(index, slice):
+            return _Items(self._read, self._indices[index], self._names)
+        try:
+            return self._read(self._indices[index])
+        except (OSError, SyntaxError, ValueError, AssertionError) as error:
+            raise DataError(f"cannot read {self.name(index)}: {error}") from error
+
+    def name(self, index: int) -> str:
+        return self._names(self._indices[index])
+
+
+def _torchvision(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        raise DataError(f"{name} has no list of labels to train on")
+
+    def read(index: int) -> ImageLike:
+        image: ImageLike = dataset[index][0]
+        return image
+
+    images = _Items(read, range(len(dataset)), lambda index: f"{name}[{index}]")
+    return ImageSet(images, [int(label) for label in labels]), tuple(map(str, getattr(dataset, "classes", ())))
+
+
+def _hugging_face(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
+    reader = dataset.reader
+
+    def read(index: int) -> ImageLike:
+        with reader[index][0] as file:
+            content: bytes = file.read()
+        return content
+
+    labels = [int(label) for label in reader.iter_targets()]
+    by_index = {index: label for label, index in (reader.class_to_idx or {}).items()}
+    return ImageSet(_Items(read, range(len(labels)), lambda index: f"{name}[{index}]"), labels), tuple(
+        str(by_index[index]) for index in sorted(by_index)
+    )
+
+
+def _streamed(name: str, kind: str, config: DataConfig) -> ImageData:
+    def opener(split: str) -> Callable[[bool, int, int], Any]:
+        def open_stream(training: bool, batch_size: int, seed: int) -> Any:
+            return _create(name, kind, config, split, is_training=training, batch_size=batch_size, seed=seed)
+
+        return open_stream
+
+    train, val = ImageStream(opener(config.train_split)), ImageStream(opener(config.val_split))
+    reader = val.open(False, 1, 0).reader
+    by_index = {index: label for label, index in (getattr(reader, "class_to_idx", None) or {}).items()}
+    if not by_index and not config.num_classes:
+        raise ConfigError(f"{name} does not say how many classes it has: --set data.num_classes=N")
+    return ImageData(
+        name=str(Path(config.root).name) if kind == "wds" and config.root else name.partition("/")[2],
+        classes=tuple(str(by_index[index]) for index in sorted(by_index)) or class_names(config.num_classes),
+        wnids=(),
+        train=train,
+        val=val,
+        short_side=median_short_side(val),
+    )

@@ -1,0 +1,252 @@
+"""Loaders: batches of decoded, augmented images on the device.
+
+Shape suffixes: N images, V views, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader
+
+from runtime.errors import DataError
+from runtime.spec import Preprocessing
+from train.config import DataConfig
+from train.data import ImageData, ImageSet, ImageStream
+from train.samples import BAD_LABEL, EpochBatches, SeededSamples, StreamedSamples, Transform
+
+__all__ = ["BAD_LABEL", "Batches", "SetBatches", "StreamBatches", "eval_loader", "train_loader"]
+
+log = logging.getLogger(__name__)
+
+_MOST_BAD = 0.01
+_SMALL = 128
+
+
+class Batches:
+    """Iterates over (normalised float32 NCHW images, int64 labels) on the device."""
+
+    def __init__(self, loader: DataLoader[Any], spec: Preprocessing, device: torch.device, channels_last: bool) -> None:
+        self._loader = loader
+        self._mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
+        self._std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
+        self._device = device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for pixels, labels in self._loader:
+            kind = self._format if pixels.ndim == 4 else torch.contiguous_format
+            images = pixels.to(self._device, non_blocking=True, memory_format=kind).float()
+            images = images.div_(255).sub_(self._mean).div_(self._std)
+            yield images, labels.to(self._device, non_blocking=True)
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        """Makes the next iteration that of `epoch`, from its batch number `batch` on."""
+        raise NotImplementedError("evaluation has one order")
+
+    def names(self, batch: int) -> list[str]:
+        """The files of batch number `batch` of the epoch, before augmentation."""
+        raise NotImplementedError
+
+
+class SetBatches(Batches):
+    """Batches of images that are read at random."""
+
+    def __init__(
+        self, loader: DataLoader[Any], samples: SeededSamples, sampler: EpochBatches | None, what: str, *rest: Any
+    ) -> None:
+        super().__init__(loader, *rest)
+        self._samples, self._sampler, self._what = samples, sampler, what
+        self._named: set[str] = set()
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        assert self._sampler is not None, "evaluation has one order"
+        self._sampler.epoch, self._sampler.start = epoch, batch
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number, batch in enumerate(super().__iter__()):
+            if number % 50 == 0:
+                self.check_bad()
+            yield batch
+        self.check_bad()
+
+    def names(self, batch: int) -> list[str]:
+        assert self._sampler is not None, "evaluation has one order"
+        return [self._samples.name(index) for index in self._sampler.indices(batch)]
+
+    def check_bad(self) -> None:
+        """Names images that could not be decoded, once each.
+
+        Raises:
+            DataError: they are more than one in a hundred.
+        """
+        bad = self._samples.bad_images()
+        new = [name for name in bad if name not in self._named]
+        for name in new:
+            log.warning("skipped an image that cannot be decoded: %s", name)
+        if new:
+            log.warning("%d of %d %s images cannot be decoded so far", len(bad), len(self._samples), self._what)
+        self._named.update(new)
+        if len(bad) > max(1, _MOST_BAD * len(self._samples)):
+            raise DataError(
+                f"{len(bad)} of {len(self._samples)} {self._what} images cannot be decoded, more than 1 %: "
+                f"{', '.join(bad[:3])}, …; remove or replace them"
+            )
+
+
+class StreamBatches(Batches):
+    """Batches of a stream. Going on within an epoch means reading what came before again."""
+
+    def __init__(self, loader: DataLoader[Any], samples: StreamedSamples, batches: int, *rest: Any) -> None:
+        super().__init__(loader, *rest)
+        self._samples, self._batches, self._start = samples, batches, 0
+
+    def __len__(self) -> int:
+        return self._batches - self._start
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return itertools.islice(super().__iter__(), self._start, self._batches)
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        self._samples.start(epoch)
+        self._start = batch
+
+    def names(self, batch: int) -> list[str]:
+        return ["(a stream does not tell)"]
+
+
+def train_loader(
+    data: ImageData,
+    config: DataConfig,
+    spec: Preprocessing,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    channels_last: bool,
+    views: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> Batches:
+    """Shuffled, augmented batches of the training images, (N, C, H, W); with two views, of
+    which the second has AutoAugment, (N, 2, C, H, W)."""
+    transforms = _train_transforms(data, config, spec, views)
+    options = _workers(config, data, device)
+    if isinstance(data.train, ImageStream):
+        stream = data.train.open(True, batch_size, seed)
+        stream.set_loader_cfg(num_workers=options["num_workers"])
+        streamed = StreamedSamples(stream, transforms, seed)
+        # Workers start anew each epoch: that is how they learn which it is.
+        loader = DataLoader(streamed, batch_size, drop_last=True, **options | {"persistent_workers": False})
+        batches = len(stream) // (batch_size * world)
+        _check_one_batch(batches, len(stream))
+        return StreamBatches(loader, streamed, batches, spec, device, channels_last)
+    samples = SeededSamples(data.train, transforms, seed, train=True)
+    _check_one_batch(len(samples) // (batch_size * world), len(samples))
+    sampler = EpochBatches(len(samples), batch_size, seed, rank, world)
+    loader = DataLoader(samples, batch_sampler=sampler, **options)
+    return SetBatches(loader, samples, sampler, "training", spec, device, channels_last)
+
+
+def eval_loader(
+    data: ImageData,
+    config: DataConfig,
+    spec: Preprocessing,
+    *,
+    batch_size: int,
+    device: torch.device,
+    channels_last: bool,
+    every: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> Batches:
+    """Batches of every `every`-th validation image, in order, by timm's evaluation transform;
+    of those, this process's share."""
+    options = _workers(config, data, device)
+    if isinstance(data.val, ImageStream):
+        streamed = StreamedSamples(data.val.open(False, batch_size, 0), [eval_transform(spec)], 0, every)
+        return Batches(DataLoader(streamed, batch_size, **options), spec, device, channels_last)
+    mine = slice(rank * every, None, world * every)
+    samples = SeededSamples(
+        ImageSet(data.val.images[mine], data.val.labels[mine]), [eval_transform(spec)], 0, train=False
+    )
+    order = [(0, index) for index in range(len(samples))]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    loader = DataLoader(samples, batch_sampler=batches, **options)
+    return SetBatches(loader, samples, None, "validation", spec, device, channels_last)
+
+
+def _train_transforms(data: ImageData, config: DataConfig, spec: Preprocessing, views: int) -> list[Transform]:
+    """timm's training transforms up to the uint8 CHW tensor, one a view."""
+    small = spec.height < _SMALL
+    hflip = config.hflip if config.hflip is not None else (0.0 if data.embedded else 0.5)
+    jitter = config.color_jitter if config.color_jitter is not None else (0.0 if small else 0.4)
+    scale = config.crop_scale or ((0.8, 1.0) if data.embedded else (0.5, 1.0) if small else (0.08, 1.0))
+    return [
+        create_transform(
+            (3, spec.height, spec.width),
+            is_training=True,
+            scale=scale,
+            ratio=(0.9, 1.1) if data.embedded else (3 / 4, 4 / 3),
+            hflip=hflip,
+            color_jitter=jitter or None,
+            auto_augment=policy or None,
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            use_prefetcher=True,
+        )
+        for policy in (config.auto_augment, "original")[:views]
+    ]
+
+
+def _check_one_batch(batches: int, images: int) -> None:
+    if not batches:
+        raise DataError(f"found {images} training images, fewer than one batch; use --batch-size {images} or less")
+
+
+def eval_transform(spec: Preprocessing) -> Transform:
+    """timm's evaluation transform up to the uint8 CHW tensor."""
+    transform: Transform = create_transform(
+        (3, spec.height, spec.width),
+        is_training=False,
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,
+        mean=spec.mean,
+        use_prefetcher=True,
+    )
+    return transform
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C and most schedulers signal all processes of a run; loaders must live until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _workers(config: DataConfig, data: ImageData, device: torch.device) -> dict[str, Any]:
+    """Loader options: the digits need no process of their own, CPU training little help."""
+    workers = config.workers
+    if workers is None:
+        cores = os.cpu_count() or 1
+        workers = 0 if data.embedded else min(16, cores) if device.type == "cuda" else max(1, cores // 4)
+    return {
+        # A loader draws a seed for its workers at every start. Ours seed each sample, so let
+        # that draw not disturb the training's generator.
+        "generator": torch.Generator(),
+        "worker_init_fn": _leave_signals_to_the_main_process,
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "prefetch_factor": 4 if workers else None,
+    }

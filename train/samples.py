@@ -1,0 +1,162 @@
+"""Decoded, augmented samples, and the order in which an epoch takes them.
+
+Every sample's augmentation is seeded by (seed, epoch, index), so the images of an epoch
+do not depend on the number of workers nor on where a resumed run starts. Samples of a
+stream have no index: they are seeded by their place in the worker's part of it.
+
+Shape suffixes: V views, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+from runtime.errors import DataError
+from runtime.images import decode
+from train.data import ImageSet
+
+__all__ = ["BAD_LABEL", "EpochBatches", "SeededSamples", "StreamedSamples", "Transform", "seeded"]
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+BAD_LABEL = -1
+"""Label of a validation image that could not be decoded."""
+
+
+class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
+    """Decoded, augmented samples. An index is (epoch, position)."""
+
+    def __init__(self, images: ImageSet, transforms: Sequence[Transform], seed: int, train: bool) -> None:
+        """Each of `transforms` makes a view; several views are stacked in front of the channels."""
+        self._images = images
+        self._transforms = transforms
+        self._seed = seed
+        self._train = train
+        # One byte an image, shared with the worker processes: 1 where decoding failed.
+        self.bad = torch.zeros(len(images.labels), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index = key
+        image = self._decode(index)
+        label = self._images.labels[index]
+        if image is None and not self._train:
+            image, label = Image.new("RGB", (8, 8)), BAD_LABEL
+        while image is None:
+            # The next image of the set stands in, so that batches keep their size.
+            index = (index + 1) % len(self)
+            image, label = self._decode(index), self._images.labels[index]
+        with seeded(self._seed, epoch, index):
+            return _views(self._transforms, image), label
+
+    def _decode(self, index: int) -> Image.Image | None:
+        try:
+            return decode(self._images.images[index])
+        except DataError:
+            self.bad[index] = 1
+            if int(self.bad.sum()) == len(self):
+                raise
+            return None
+
+    def name(self, index: int) -> str:
+        """The image's path, or its number where it has none."""
+        return self._images.name(index)
+
+    def bad_images(self) -> list[str]:
+        """Names of the images that could not be decoded so far."""
+        return [self.name(index) for index in torch.nonzero(self.bad).flatten().tolist()]
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seeds Python's, NumPy's and torch's generators and puts them back afterwards."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of one epoch in an order that (seed, epoch) fixes. Incomplete ones are dropped.
+
+    With several processes each takes every `world`-th image of a batch `world` times as
+    large, so that together they see the batches that one process would.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._count, self._batch_size, self._seed = count, batch_size * world, seed
+        self._rank, self._world = rank, world
+        self.epoch = 0
+        self.start = 0
+        """First batch to yield: where a resumed epoch goes on."""
+
+    def __len__(self) -> int:
+        return self._count // self._batch_size - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self._order()
+        for batch in range(self.start, self._count // self._batch_size):
+            yield [(self.epoch, index) for index in self._batch(order, batch)]
+
+    def indices(self, batch: int) -> list[int]:
+        """The images of one batch of the present epoch."""
+        return self._batch(self._order(), batch)
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        order: list[int] = torch.randperm(self._count, generator=generator).tolist()
+        return order
+
+    def _batch(self, order: list[int], batch: int) -> list[int]:
+        whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+        return whole[self._rank :: self._world]
+
+
+class StreamedSamples(IterableDataset[tuple[torch.Tensor, int]]):
+    """Augmented samples of a stream that timm reads, each worker its part."""
+
+    def __init__(self, stream: Any, transforms: Sequence[Transform], seed: int, every: int = 1) -> None:
+        """`stream` is a timm IterableImageDataset; `every` takes only each so-manieth of its images."""
+        self._stream = stream
+        self._transforms = transforms
+        self._seed = seed
+        self._every = every
+        self._epoch = 0
+
+    def start(self, epoch: int) -> None:
+        """Makes the next iteration, by workers yet to be started, that of `epoch`."""
+        self._epoch = epoch
+        self._stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        worker = get_worker_info()
+        part = 0 if worker is None else worker.id
+        for number, (image, label) in enumerate(itertools.islice(self._stream, 0, None, self._every)):
+            with seeded(self._seed, self._epoch, part, number):
+                sample = _views(self._transforms, image.convert("RGB"))
+            yield sample, int(label)
+
+
+def _views(transforms: Sequence[Transform], image: Image.Image) -> torch.Tensor:
+    """Each transform's view of the image, uint8: (C, H, W), or (V, C, H, W) of several."""
+    views = [transform(image) for transform in transforms]
+    return views[0] if len(views) == 1 else torch.stack(views)
