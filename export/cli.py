@@ -24,6 +24,9 @@ Examples:
   advprop-export runs/resnet50/best.pt --trt fp16            + model.fp16.onnx and an engine
   advprop-export best.pt --trt fp16 --sm 86 --sm 89          for these GPU generations
   advprop-export weights.pth --arch resnet50 --data photos/  a plain timm state dict
+  advprop-export timm:tf_efficientnet_b3.ap_in1k --data photos/    published AdvProp weights
+  advprop-export best.pt --input uint8-nhwc --output probs   pixels in, probabilities out
+  advprop-export best.pt --route adv --out adv/              an auxiliary BatchNorm, for study
 
 \b
 Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
@@ -31,8 +34,11 @@ Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
 """
 
 
+_INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": "uint8 NHWC"}
+
+
 @click.command("export", epilog=EXAMPLES)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.option("--trt", type=click.Choice(["fp32", "fp16"]), help="Also build a TensorRT engine of this precision.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), help="ONNX files to write without an engine.  [default: fp32]"
@@ -41,7 +47,31 @@ Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where files go.  [default: beside the checkpoint]"
 )
 @engine_options
+@click.option(
+    "--input",
+    "input_form",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "uint8", "uint8-nhwc"]),
+    help="Normalised floats, or pixels at the network's size that the file normalises itself.",
+)
+@click.option(
+    "--output",
+    "output_form",
+    default="logits",
+    show_default=True,
+    type=click.Choice(["logits", "probs"]),
+    help="What the file gives.",
+)
 @click.option("--arch", metavar="NAME", help="timm's name, for a plain state dict.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Weights of timm:NAME.  [default: timm downloads them]",
+)
+@click.option("--route", default="main", show_default=True, metavar="NAME", help="BatchNorm route to export.")
+@click.option("--no-ema", is_flag=True, help="Export the weights themselves, not their moving average.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -50,14 +80,19 @@ Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
 )
 @cli_errors
 def main(
-    checkpoint: Path,
+    checkpoint: str,
     trt: str | None,
     precision: str | None,
     out: Path | None,
     sm: tuple[str, ...],
     batch: tuple[int, int, int],
     builder: str,
+    input_form: str,
+    output_form: str,
     arch: str | None,
+    weights: Path | None,
+    route: str,
+    no_ema: bool,
     data: Path | None,
     verbose: bool,
 ) -> None:
@@ -77,7 +112,7 @@ def main(
 
     targets = [parse_sm(text) for text in sm]
     with console.status("importing torch") as status:
-        from export.pipeline import export_checkpoint
+        from export.pipeline import default_folder, export_checkpoint
 
         try:
             result = export_checkpoint(
@@ -88,13 +123,18 @@ def main(
                 batch=batch,
                 sm=targets,
                 flavour=builder,
+                input_form=_INPUT_FORMS[input_form],
+                output_form=output_form,
                 arch=arch,
+                weights=weights,
+                bn=route,
+                ema=not no_ema,
                 data=data,
                 progress=status.update,
             )
         except (BackendUnavailable, EngineBuildError) as error:
             status.stop()
-            click.echo(f"error: {error}\nThe ONNX files are whole, in {out or checkpoint.parent}.", err=True)
+            click.echo(f"error: {error}\nThe ONNX files are whole, in {out or default_folder(checkpoint)}.", err=True)
             sys.exit(error.exit_code)
     _show(console, result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from calib.collect import collect_amax
+from export.io_forms import with_forms
 from export.precision import Decision, to_fp16
 from export.rounding import with_fp16_roundings
 from export.source import Source, load_source
@@ -22,12 +24,13 @@ from export.verify import FP16_TOLERANCE, FP32_TOLERANCE, Parity, compare, requi
 from runtime.engine.build import build
 from runtime.engine.flavours import check_targets, choose_flavour
 from runtime.engine.sidecar import EngineInfo
-from runtime.errors import BackendUnavailable, ConfigError, DataError
+from runtime.errors import BackendUnavailable, ConfigError, DataError, VerificationError
 from runtime.files import output_dir
-from runtime.images import normalise
-from runtime.session import load
+from runtime.images import network_input, normalise
+from runtime.session import load, softmax
+from train.recipes import MAIN
 
-__all__ = ["ExportResult", "export_checkpoint"]
+__all__ = ["ExportResult", "default_folder", "export_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class ExportResult:
 
 
 def export_checkpoint(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
     out: Path | None = None,
     precision: str = "fp32",
@@ -64,21 +67,31 @@ def export_checkpoint(
     sm: Sequence[int] = (),
     flavour: str = "auto",
     arch: str | None = None,
+    weights: Path | None = None,
+    bn: str = MAIN,
+    ema: bool = True,
     data: Path | None = None,
+    input_form: str = "float32 NCHW",
+    output_form: str = "logits",
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Exports a checkpoint as `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`).
 
     Args:
-        checkpoint: one of ours, or a plain timm state dict together with `arch`.
-        out: folder of the results; default: the checkpoint's.
+        checkpoint: one of ours, a plain timm state dict together with `arch`, or `timm:NAME`.
+        out: folder of the results; default: the checkpoint's, or NAME.
         precision: `fp32` or `fp16`: the last ONNX file to make, and the engine's.
         engine: build an engine too.
         batch: smallest, most usual and largest batch size of the engine.
         sm: compute capabilities to build for; see `runtime.build`.
         flavour: engine builder; see `runtime.build`.
         arch: timm's name of the architecture, for a plain state dict.
+        weights: a file of the weights of `timm:NAME`; see `load_source`.
+        bn: the BatchNorm route to export.
+        ema: prefer the moving average of the weights.
         data: folder of real images to verify on, instead of the checkpoint's sample.
+        input_form: what the files take, one of `runtime.spec.INPUT_FORMS`.
+        output_form: what they give, one of `runtime.spec.OUTPUT_FORMS`.
         progress: called with the name of each stage as it starts.
 
     Raises:
@@ -92,28 +105,30 @@ def export_checkpoint(
     if engine:
         _check_wishes(flavour, tuple(sm))
     progress("reading the checkpoint")
-    source = load_source(checkpoint, arch, data)
-    folder = output_dir(out if out is not None else checkpoint.parent)
+    source = load_source(checkpoint, arch, weights=weights, bn=bn, ema=ema, data=data)
+    folder = output_dir(out if out is not None else default_folder(checkpoint))
     if not len(source.images_NHWC):
         raise DataError(f"{checkpoint} carries no images to verify the export on; give some: --data DIR")
     progress("tracing and folding")
+    spec = dataclasses.replace(source.spec, input_form=input_form, output_form=output_form)
     model = to_onnx(source.model, source.spec)
     onnx_path = folder / "model.onnx"
-    save_onnx(model, onnx_path)
+    save_onnx(with_forms(model, spec), onnx_path)
     progress(f"verifying on {len(source.images_NHWC)} images")
-    reference_NK = _torch_logits(source)
-    logits_NK = _onnx_logits(onnx_path, source)
-    onnx_parity = compare(reference_NK, logits_NK)
+    logits_NK = _logits(model, source)
+    onnx_parity = compare(_torch_logits(source), logits_NK)
     require(onnx_parity, FP32_TOLERANCE, str(onnx_path), "the checkpoint")
+    _check_file(onnx_path, source, logits_NK)
     engine_source, fp16_path, fp16_parity = onnx_path, None, None
     decisions: list[Decision] = []
     if precision == "fp16":
         progress("measuring ranges, converting to FP16")
         half, decisions = to_fp16(model, collect_amax(model, _batches(source)))
         engine_source = fp16_path = folder / "model.fp16.onnx"
-        save_onnx(half, fp16_path)
-        fp16_parity = compare(logits_NK, _rounded_logits(half, source))
+        save_onnx(with_forms(half, spec), fp16_path)
+        fp16_parity = compare(logits_NK, _logits(with_fp16_roundings(half), source))
         require(fp16_parity, FP16_TOLERANCE, str(fp16_path), onnx_path.name)
+        _check_file(fp16_path, source, _logits(half, source))
     engine_path, info = None, None
     if engine:
         progress("building the engine")
@@ -131,6 +146,12 @@ def export_checkpoint(
     )
 
 
+def default_folder(checkpoint: str | Path) -> Path:
+    """Where files go unless told otherwise: beside the checkpoint, or in a folder of timm's name."""
+    name = str(checkpoint)
+    return Path(name.removeprefix("timm:")) if name.startswith("timm:") else Path(checkpoint).parent
+
+
 def _check_wishes(flavour: str, sm: tuple[int, ...]) -> None:
     """Refuses impossible targets before the work; a missing builder is told after the ONNX files."""
     try:
@@ -145,9 +166,14 @@ def _warn_of_leftovers(folder: Path, written: Sequence[Path | None]) -> None:
             log.warning("%s is of an earlier export, not of this checkpoint", folder / name)
 
 
-def _batches(source: Source) -> Iterator[NDArray[np.float32]]:
+def _fitted(source: Source) -> Iterator[NDArray[np.uint8]]:
     for start in range(0, len(source.images_NHWC), _BATCH):
-        yield normalise(source.images_NHWC[start : start + _BATCH], source.spec.preprocessing)
+        yield source.images_NHWC[start : start + _BATCH]
+
+
+def _batches(source: Source) -> Iterator[NDArray[np.float32]]:
+    for images_NHWC in _fitted(source):
+        yield normalise(images_NHWC, source.spec.preprocessing)
 
 
 @torch.no_grad()
@@ -155,12 +181,22 @@ def _torch_logits(source: Source) -> NDArray[np.float32]:
     return np.concatenate([source.model(torch.from_numpy(batch)).numpy() for batch in _batches(source)])
 
 
-def _rounded_logits(half: onnx.ModelProto, source: Source) -> NDArray[np.float32]:
-    """Logits of an FP16 graph with every FP16 rounding done, which ONNX Runtime leaves out on a CPU."""
-    session = ort.InferenceSession(with_fp16_roundings(half).SerializeToString(), providers=["CPUExecutionProvider"])
+def _logits(model: onnx.ModelProto, source: Source) -> NDArray[np.float32]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in _batches(source)])
 
 
-def _onnx_logits(path: Path, source: Source) -> NDArray[np.float32]:
+def _check_file(path: Path, source: Source, logits_NK: NDArray[np.float32]) -> None:
+    """Runs the file that was written, as a user would, against the logits of its network."""
     with load(path, device="cpu") as session:
-        return np.concatenate([session.run(batch) for batch in _batches(source)])
+        spec = session.spec
+        batches = _fitted(source)
+        answers_NK = np.concatenate(
+            [session.run(network_input(batch, spec.preprocessing, spec.input_form)) for batch in batches]
+        )
+    expected_NK = softmax(logits_NK) if spec.output_form == "probs" else logits_NK
+    difference = float(np.abs(answers_NK - expected_NK).max())
+    if not difference <= FP32_TOLERANCE * max(1.0, float(np.abs(expected_NK).max())):
+        raise VerificationError(
+            f"{path} gives other {spec.output_form} than its network: max |Δ| {difference:.3g}. All files were kept"
+        )

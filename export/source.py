@@ -6,6 +6,7 @@ Shape suffixes: N images, C channels, H height, W width.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,19 +19,22 @@ from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from runtime.errors import CheckpointError, DataError
+from runtime.errors import CheckpointError, ConfigError, DataError
 from runtime.files import sha256_file
 from runtime.images import SUFFIXES, decode, fit_to_input
 from runtime.spec import ModelSpec, Preprocessing
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
 from train.data import class_names, spread
-from train.dual_bn import strip_auxiliary
+from train.dual_bn import select_route
 from train.models import create_model
+from train.recipes import MAIN
 from train.restore import load_weights, restore_model
 
 __all__ = ["Source", "load_source"]
 
 log = logging.getLogger(__name__)
+
+_TIMM = "timm:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,61 +49,114 @@ class Source:
     """Real images at the input size, RGB, to verify on; N is 0 where there are none."""
 
 
-def load_source(checkpoint: Path, arch: str | None = None, data: Path | None = None, images: int = 64) -> Source:
-    """Reads a checkpoint and strips its auxiliary BatchNorms.
+def load_source(
+    source: str | Path,
+    arch: str | None = None,
+    *,
+    weights: Path | None = None,
+    bn: str = MAIN,
+    ema: bool = True,
+    data: Path | None = None,
+    images: int = 64,
+) -> Source:
+    """Reads what is to be exported and strips its auxiliary BatchNorms.
 
     Args:
-        checkpoint: one of ours, or a plain state dict of a timm model (then give `arch`).
+        source: one of our checkpoints; a plain state dict of a timm model (then give `arch`),
+            timm's split BatchNorms included; or `timm:NAME`, e.g. `timm:tf_efficientnet_b3.ap_in1k`,
+            whose weights timm downloads.
         arch: timm's name of the architecture; for one of ours, only checked against it.
+        weights: a file of the weights of `timm:NAME`, where they are not to be downloaded.
+        bn: the BatchNorm route to export: an auxiliary one on purpose, for robustness studies.
+        ema: prefer the moving average of the weights.
         data: folder of images, searched recursively, to verify on instead of the
             checkpoint's own sample.
         images: the most images to take from `data`, spread evenly over it.
 
     Raises:
         CheckpointError: not a checkpoint, or its weights do not fit the architecture.
+        ConfigError: there is no route `bn`, or arguments that do not go together.
         ArchError: timm does not have the architecture.
+        BackendUnavailable: timm could not download the weights.
         DataError: `data` has no image that can be decoded.
     """
-    content = read_torch_file(checkpoint)
-    if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        model, spec, sample_NHWC = _from_ours(checkpoint, check_checkpoint(content, checkpoint), arch)
+    name = str(source)
+    if name.startswith(_TIMM):
+        model, spec, sha256 = _from_timm(name.removeprefix(_TIMM), arch, weights, bn)
+        sample_NHWC = _no_images(spec)
     else:
-        model, spec, sample_NHWC = _from_state_dict(checkpoint, content, arch)
-    spec = dataclasses.replace(spec, checkpoint_sha256=sha256_file(checkpoint))
+        if weights is not None:
+            raise ConfigError(f"--weights goes with timm:NAME; {name} is a file of weights itself")
+        path = Path(source)
+        content = read_torch_file(path)
+        sha256 = sha256_file(path)
+        if isinstance(content, Mapping) and content.get("format") == FORMAT:
+            model, spec, sample_NHWC = _from_ours(path, check_checkpoint(content, path), arch, bn, ema)
+        else:
+            model, spec = _from_state_dict(path, content, arch, bn)
+            sample_NHWC = _no_images(spec)
+    spec = dataclasses.replace(spec, checkpoint_sha256=sha256, route=bn)
     if data is not None:
         sample_NHWC = _images(data, spec.preprocessing, images)
     return Source(model=model.eval(), spec=spec, images_NHWC=sample_NHWC)
 
 
 def _from_ours(
-    path: Path, checkpoint: dict[str, Any], arch: str | None
+    path: Path, checkpoint: dict[str, Any], arch: str | None, bn: str, ema: bool
 ) -> tuple[nn.Module, ModelSpec, NDArray[np.uint8]]:
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
     if arch is not None and arch != spec.arch:
         raise CheckpointError(f"{path} holds {spec.arch}, but --arch {arch} was given; leave --arch out")
-    return restore_model(checkpoint, path), spec, checkpoint["sample"]["images"].numpy()
+    return restore_model(checkpoint, path, bn=bn, ema=ema), spec, checkpoint["sample"]["images"].numpy()
 
 
-def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Module, ModelSpec, NDArray[np.uint8]]:
+def _from_state_dict(path: Path, content: Any, arch: str | None, bn: str) -> tuple[nn.Module, ModelSpec]:
+    if arch is None:
+        raise CheckpointError(
+            f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}, or a plain "
+            "state_dict together with --arch NAME"
+        )
+    weights = select_route(_state_dict(path, content), bn)
+    model = create_model(arch, num_classes=_classes(arch, weights, path))
+    load_weights(model, weights, path, arch)
+    log.warning("%s does not say how it was trained: preprocessing is timm's for %s", path, arch)
+    return model, _timm_spec(model, arch)
+
+
+def _from_timm(name: str, arch: str | None, weights: Path | None, bn: str) -> tuple[nn.Module, ModelSpec, str]:
+    """timm's pretrained model, its spec, and the SHA-256 of the weights' file (of the weights themselves,
+    where timm downloads them)."""
+    if arch is not None:
+        raise ConfigError(f"{_TIMM}{name} names the architecture; leave --arch out")
+    if weights is None:
+        if bn != MAIN:
+            raise ConfigError(f"timm's weights have one BatchNorm route, {MAIN}; leave --route out")
+        model = create_model(name, pretrained=True)
+        return model, _timm_spec(model, name), _sha256_of_weights(model)
+    state = select_route(_state_dict(weights, read_torch_file(weights)), bn)
+    model = create_model(name, num_classes=_classes(name, state, weights))
+    load_weights(model, state, weights, name)
+    return model, _timm_spec(model, name), sha256_file(weights)
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
     # timm's and torch's training scripts nest the weights under one of these keys.
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    plain = isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())
-    if not plain or arch is None:
-        raise CheckpointError(
-            f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}, or a plain "
-            "state_dict together with --arch NAME"
-        )
-    weights = strip_auxiliary({key.removeprefix("module."): value for key, value in content.items()})
-    model = create_model(arch, num_classes=_classes(arch, weights, path))
-    load_weights(model, weights, path, arch)
+    if not (isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())):
+        raise CheckpointError(f"{path} is no state dict of weights: {describe(content)}")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _timm_spec(model: nn.Module, arch: str) -> ModelSpec:
+    """What timm's configuration says of the model; of `.ap_in1k` weights, mean and std 0.5."""
     config = resolve_model_data_config(model)
     _, height, width = config["input_size"]
-    spec = ModelSpec(
+    return ModelSpec(
         arch=arch,
-        classes=class_names(weights[_classifier(model) + ".weight"].shape[0]),
+        classes=class_names(model.num_classes),  # type: ignore[arg-type]  # every timm classifier has it
         preprocessing=Preprocessing(
             height=height,
             width=width,
@@ -110,8 +167,17 @@ def _from_state_dict(path: Path, content: Any, arch: str | None) -> tuple[nn.Mod
             crop_mode=config["crop_mode"],
         ),
     )
-    log.warning("%s does not say how it was trained: preprocessing is timm's for %s", path, arch)
-    return model, spec, np.empty((0, height, width, 3), np.uint8)
+
+
+def _no_images(spec: ModelSpec) -> NDArray[np.uint8]:
+    return np.empty((0, spec.preprocessing.height, spec.preprocessing.width, 3), np.uint8)
+
+
+def _sha256_of_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _classifier(model: nn.Module) -> str:

@@ -24,7 +24,17 @@ from runtime.spec import Preprocessing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["SUFFIXES", "ImageLike", "decode", "fit_to_input", "image_size", "normalise", "preprocess"]
+__all__ = [
+    "SUFFIXES",
+    "ImageLike",
+    "decode",
+    "fit_all",
+    "fit_to_input",
+    "image_size",
+    "network_input",
+    "normalise",
+    "preprocess",
+]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """What image files are called, in lower case."""
@@ -174,6 +184,19 @@ def normalise(images_NHWC: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np
     return images_NCHW
 
 
+def fit_all(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.uint8]:
+    """Decodes, resizes and crops images of any kind and size.
+
+    Returns:
+        uint8 RGB, (len(images), spec.height, spec.width, 3).
+
+    Raises:
+        DataError: an image cannot be decoded; the message names it.
+    """
+    fitted = [fit_to_input(decode(image), spec) for image in images]
+    return np.stack(fitted) if fitted else np.empty((0, spec.height, spec.width, 3), np.uint8)
+
+
 def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.float32]:
     """Turns images of any kind and size into one network input.
 
@@ -183,7 +206,19 @@ def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.f
     Raises:
         DataError: an image cannot be decoded; the message names it.
     """
-    fitted = [fit_to_input(decode(image), spec) for image in images]
-    if not fitted:
-        return np.empty((0, 3, spec.height, spec.width), np.float32)
-    return normalise(np.stack(fitted), spec)
+    return normalise(fit_all(images, spec), spec)
+
+
+def network_input(images_NHWC: NDArray[np.uint8], spec: Preprocessing, form: str) -> NDArray[Any]:
+    """Makes what a model file of the given input form takes of fitted images.
+
+    Args:
+        images_NHWC: uint8 RGB at the network's size.
+        spec: mean and standard deviation.
+        form: one of `runtime.spec.INPUT_FORMS`.
+    """
+    if form == "uint8 NHWC":
+        return images_NHWC
+    if form == "uint8 NCHW":
+        return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
+    return normalise(images_NHWC, spec)

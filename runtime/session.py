@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import Backend
 from runtime.errors import ConfigError, InputError, ModelFileError, SpecError
-from runtime.images import ImageLike, preprocess
+from runtime.images import ImageLike, fit_all, network_input
 from runtime.spec import ModelSpec
 
 __all__ = ["Prediction", "Session", "load"]
@@ -67,10 +67,10 @@ class Session:
         """Runs the network on a preprocessed batch.
 
         Args:
-            images_NCHW: normalised float32 (unless the model says otherwise), (N, 3, H, W).
+            images_NCHW: normalised float32, (N, 3, H, W), or pixels; `spec.input_form` says which.
 
         Returns:
-            logits, (N, K).
+            logits or probabilities, as `spec.output_form` says, (N, K).
 
         Raises:
             InputError: wrong dtype or shape, an empty batch, or a closed session.
@@ -100,9 +100,11 @@ class Session:
         spec = self.spec
         predictions: list[Prediction] = []
         for start in range(0, len(images), batch_size):
-            batch_NCHW = preprocess(images[start : start + batch_size], spec.preprocessing)
-            logits_NK = self.run(batch_NCHW.astype(self.backend.input.dtype, copy=False))
-            predictions += [_prediction(row, spec) for row in softmax(logits_NK)]
+            fitted_NHWC = fit_all(images[start : start + batch_size], spec.preprocessing)
+            batch = network_input(fitted_NHWC, spec.preprocessing, spec.input_form)
+            answers_NK = self.run(batch.astype(self.backend.input.dtype, copy=False))
+            probabilities_NK = softmax(answers_NK) if spec.output_form == "logits" else answers_NK
+            predictions += [_prediction(row, spec) for row in probabilities_NK]
         return predictions
 
     def close(self) -> None:

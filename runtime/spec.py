@@ -16,13 +16,23 @@ from typing import Any
 
 from runtime.errors import SpecError
 
-__all__ = ["CROP_MODES", "INTERPOLATIONS", "METADATA_KEY", "ModelSpec", "Preprocessing"]
+__all__ = [
+    "CROP_MODES",
+    "INPUT_FORMS",
+    "INTERPOLATIONS",
+    "METADATA_KEY",
+    "OUTPUT_FORMS",
+    "ModelSpec",
+    "Preprocessing",
+]
 
 METADATA_KEY = "advprop.spec"
 """Key of the spec's JSON in an ONNX file's `metadata_props`."""
 
 SCHEMA = "advprop.spec/1"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+INPUT_FORMS = ("float32 NCHW", "uint8 NCHW", "uint8 NHWC")
+OUTPUT_FORMS = ("logits", "probs")
 CROP_MODES = ("center", "squash", "border")
 
 
@@ -76,12 +86,19 @@ class ModelSpec:
     """Training recipe, e.g. `advprop`."""
     route: str = "main"
     """BatchNorm route that the exported weights belong to."""
+    input_form: str = "float32 NCHW"
+    """What the file takes, one of INPUT_FORMS: normalised floats, or uint8 RGB pixels at the
+    network's size, which it normalises itself."""
+    output_form: str = "logits"
+    """What it gives, one of OUTPUT_FORMS."""
     checkpoint_sha256: str = ""
     """SHA-256 of the checkpoint the file was made from; empty in the checkpoint itself."""
 
     def __post_init__(self) -> None:
         _require(bool(self.arch), "arch", "the name of an architecture", self.arch)
         _require(len(self.classes) >= 2, "classes", "at least two names", self.classes)
+        _require(self.input_form in INPUT_FORMS, "input_form", INPUT_FORMS, self.input_form)
+        _require(self.output_form in OUTPUT_FORMS, "output_form", OUTPUT_FORMS, self.output_form)
         fine = not self.wnids or len(self.wnids) == len(self.classes)
         _require(fine, "wnids", f"none or {len(self.classes)} ids", f"{len(self.wnids)} ids")
 

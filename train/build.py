@@ -23,7 +23,7 @@ from train.data import ImageData
 from train.distributed import synchronise_batch_norms, world_size
 from train.models import create_model
 from train.recipes import Recipe
-from train.restore import load_weights, main_weights
+from train.restore import load_weights, route_weights
 from train.task import AdvPropTask
 
 __all__ = [
@@ -91,7 +91,7 @@ def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
         )
     model = create_model(config.arch, pretrained=config.pretrained, **model_arguments(config, classes))
     if config.init_checkpoint is not None:
-        weights = main_weights(load_checkpoint(config.init_checkpoint))
+        weights = route_weights(load_checkpoint(config.init_checkpoint))
         load_weights(model, weights, config.init_checkpoint, f"{config.arch} with {classes} classes")
     if config.bn_momentum is not None:
         for layer in model.modules():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,12 +34,14 @@ __all__ = [
     "auxiliary_routes",
     "find_router",
     "route",
+    "select_route",
     "statistics_kept",
     "strip_auxiliary",
 ]
 
-AUX_KEY = ".aux."
-"""What every auxiliary state-dict key contains, and no other key does."""
+_AUX_KEY = re.compile(r"\.(?:aux\.([^.]+)|(aux_bn(?:\.\d+)?))\.")
+"""What every auxiliary state-dict key contains and no other key does: `.aux.NAME.` where we
+wrote it, `.aux_bn.0.` in timm's split BatchNorms, `.aux_bn.` in other AdvProp code."""
 
 _Value = TypeVar("_Value")
 
@@ -200,10 +203,29 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 def strip_auxiliary(state_dict: Mapping[str, _Value]) -> dict[str, _Value]:
     """Returns `state_dict` without the auxiliary BatchNorms: the stock model's keys."""
-    return {key: value for key, value in state_dict.items() if AUX_KEY not in key}
+    return {key: value for key, value in state_dict.items() if _route_of(key) == MAIN}
+
+
+def select_route(state_dict: Mapping[str, _Value], name: str) -> dict[str, _Value]:
+    """Returns `state_dict` with the BatchNorms of route `name` under the stock model's keys.
+
+    Raises:
+        ConfigError: it has no such route.
+    """
+    known = (MAIN, *auxiliary_routes(state_dict))
+    if name not in known:
+        raise ConfigError(f"there is no BatchNorm route {name!r}; there are {', '.join(known)}")
+    selected = strip_auxiliary(state_dict)
+    if name != MAIN:
+        selected |= {_AUX_KEY.sub(".", key): value for key, value in state_dict.items() if _route_of(key) == name}
+    return selected
 
 
 def auxiliary_routes(state_dict: Mapping[str, object]) -> tuple[str, ...]:
     """Returns the names of the auxiliary routes that a state dict has, in its order."""
-    tails = (key.split(AUX_KEY, 1)[1] for key in state_dict if AUX_KEY in key)
-    return tuple(dict.fromkeys(tail.split(".", 1)[0] for tail in tails))
+    return tuple(name for name in dict.fromkeys(map(_route_of, state_dict)) if name != MAIN)
+
+
+def _route_of(key: str) -> str:
+    match = _AUX_KEY.search(key)
+    return MAIN if match is None else match[1] or match[2]

@@ -10,30 +10,35 @@ import torch
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError
-from train.dual_bn import add_auxiliary_bns, auxiliary_routes, strip_auxiliary
+from train.dual_bn import add_auxiliary_bns, auxiliary_routes, select_route
 from train.models import create_model
+from train.recipes import MAIN
 
-__all__ = ["load_weights", "main_weights", "restore_model"]
+__all__ = ["load_weights", "restore_model", "route_weights"]
 
 
-def restore_model(checkpoint: Mapping[str, Any], path: Path, *, routes: bool = False, ema: bool = True) -> nn.Module:
+def restore_model(
+    checkpoint: Mapping[str, Any], path: Path, *, routes: bool = False, bn: str = MAIN, ema: bool = True
+) -> nn.Module:
     """Makes the network of one of our checkpoints, with its weights, on the CPU.
 
     Args:
         checkpoint: what `load_checkpoint` returned.
         path: where it came from, for messages.
         routes: keep the auxiliary BatchNorms; else it is the stock timm model.
+        bn: whose BatchNorms the stock model gets.
         ema: take the moving average of the weights, where there is one.
 
     Raises:
         CheckpointError: the weights do not fit the architecture, or the arguments of the
             model are not those our trainer gives.
         ArchError: timm does not have the architecture.
+        ConfigError: there is no route `bn`.
     """
     arch = str(checkpoint["arch"])
     model = create_model(arch, **_model_arguments(checkpoint["model_kwargs"], path))
     if not routes:
-        load_weights(model, main_weights(checkpoint, ema=ema), path, arch)
+        load_weights(model, route_weights(checkpoint, bn=bn, ema=ema), path, arch)
         return model
     weights = _weights(checkpoint, ema)
     names = auxiliary_routes(weights)
@@ -44,9 +49,13 @@ def restore_model(checkpoint: Mapping[str, Any], path: Path, *, routes: bool = F
     return model
 
 
-def main_weights(checkpoint: Mapping[str, Any], *, ema: bool = True) -> dict[str, torch.Tensor]:
-    """Returns the main route's weights, under the stock model's keys."""
-    return strip_auxiliary(_weights(checkpoint, ema))
+def route_weights(checkpoint: Mapping[str, Any], *, bn: str = MAIN, ema: bool = True) -> dict[str, torch.Tensor]:
+    """Returns the weights of route `bn`, under the stock model's keys.
+
+    Raises:
+        ConfigError: there is no such route.
+    """
+    return select_route(_weights(checkpoint, ema), bn)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:

@@ -47,10 +47,10 @@ class OnnxRuntimeBackend(Backend):
         providers = ["CPUExecutionProvider"]
         if self.device == "cuda":
             providers.insert(0, "CUDAExecutionProvider")
-        if not path.is_file():
-            raise ModelFileError(f"no such model file: {path}")
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
+        if not path.is_file():
+            raise ModelFileError(f"no such model file: {path}")
         try:
             session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this

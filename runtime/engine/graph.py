@@ -23,9 +23,9 @@ class OnnxSummary:
     input_name: str
     """Name of the image input."""
     input_shape: tuple[int, ...]
-    """(N, 3, H, W); -1 where the size is free."""
+    """(N, 3, H, W), or (N, H, W, 3) of pixels; -1 where the size is free."""
     output_name: str
-    """Name of the logits."""
+    """Name of the logits or probabilities."""
     spec: ModelSpec | None
     """The model's description, where advprop wrote the file."""
     weights: dict[str, int]

@@ -8,7 +8,7 @@ from runtime.errors import CheckpointError
 from train.checkpoint import load_checkpoint
 from train.dual_bn import route
 from train.loop import FitResult
-from train.restore import main_weights, restore_model
+from train.restore import restore_model, route_weights
 
 
 def test_both_routes_come_back(trained: FitResult) -> None:
@@ -28,8 +28,8 @@ def test_the_moving_average_is_preferred(trained: FitResult) -> None:
     content = load_checkpoint(trained.last)
     content["ema_state_dict"] = {key: value + 1 for key, value in content["state_dict"].items()}
     key = next(iter(content["state_dict"]))
-    assert torch.equal(main_weights(content)[key], content["ema_state_dict"][key])
-    assert torch.equal(main_weights(content, ema=False)[key], content["state_dict"][key])
+    assert torch.equal(route_weights(content)[key], content["ema_state_dict"][key])
+    assert torch.equal(route_weights(content, ema=False)[key], content["state_dict"][key])
 
 
 def test_what_does_not_fit_is_named(trained: FitResult) -> None:
