@@ -7,6 +7,8 @@ whatever the precision of the network between.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -60,7 +62,7 @@ class PixelInput(ir.passes.InPlacePass):
             type=ir.TensorType(ir.DataType.UINT8),
         )
         wide = ir.Shape([batch, 3, height, width])
-        nodes = []
+        nodes: list[ir.Node] = []
         value = pixels
         if nhwc:
             value = _append(nodes, "Transpose", [value], wide, ir.DataType.UINT8, {"perm": [0, 3, 1, 2]})
@@ -100,7 +102,7 @@ def _append(
     inputs: list[ir.Value],
     shape: ir.Shape,
     kind: ir.DataType,
-    attributes: dict[str, object] | None = None,
+    attributes: Mapping[str, int | list[int]] | None = None,
 ) -> ir.Value:
     node = ir.node(op, inputs, attributes or {}, name=f"{PREFIX}{op.lower()}_{len(nodes)}")
     output = node.outputs[0]

@@ -71,7 +71,7 @@ def applies(layers: Sequence[Any], x: torch.Tensor) -> bool:
     )
 
 
-def normalise_parts(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+def normalise_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -> torch.Tensor:
     """Normalises the first `counts[0]` images by `layers[0]`, the next by `layers[1]`, and so on.
 
     Running statistics move as in the layers' own forward; `drop` and `act` of the first layer
@@ -95,12 +95,10 @@ def _activated(layer: Any, y: torch.Tensor) -> torch.Tensor:
 
 class _NormalisedParts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, layers: Sequence[Any], counts: Sequence[int], *_: nn.Parameter
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layers: Sequence[Any], counts: list[int], *_: nn.Parameter) -> torch.Tensor:
         y = torch.empty_like(x)
         saved: list[torch.Tensor] = [x]
-        for layer, x_part, y_part in zip(layers, x.split(counts), y.split(counts), strict=True):
+        for layer, x_part, y_part in zip(layers, torch.split(x, counts), torch.split(y, counts), strict=True):
             mean, inverse_std = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
             kept = layer.track_running_stats
             torch.ops.aten.native_batch_norm.out(
@@ -126,7 +124,7 @@ class _NormalisedParts(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         gradient_x = torch.empty_like(x)
         gradients: list[torch.Tensor] = []
-        parts = zip(x.split(ctx.counts), gradient[0].split(ctx.counts), gradient_x.split(ctx.counts), strict=True)
+        parts = zip(*(torch.split(tensor, ctx.counts) for tensor in (x, gradient[0], gradient_x)), strict=True)
         for number, (x_part, gradient_part, result) in enumerate(parts):
             weight, mean, inverse_std = saved[3 * number : 3 * number + 3]
             by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(

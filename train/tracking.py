@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ from train.config_file import flat, to_mapping
 from train.reporting import EpochMetrics
 
 __all__ = ["TensorBoardTracker", "Tracker", "WandbTracker", "epoch_values", "open_trackers"]
+
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -33,14 +37,24 @@ class TensorBoardTracker:
         """`step`: updates done so far; later values that an aborted run left are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with self._full_disk_told():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        with self._full_disk_told():
+            self._writer.close()
+
+    @contextmanager
+    def _full_disk_told(self) -> Iterator[None]:
+        """A run is worth more than its curves: it goes on without them."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("TensorBoard's event file cannot be written: %s", error)
 
 
 class WandbTracker:

@@ -21,6 +21,11 @@ CPU = torch.device("cpu")
 SPEC = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
 
 
+webdataset_leaves_files_open = pytest.mark.filterwarnings(
+    "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning"
+)
+
+
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded digits in MNIST's files."""
@@ -94,6 +99,7 @@ def test_hugging_face(image_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert darkness == [label == 1 for label in data.val.labels]
 
 
+@webdataset_leaves_files_open
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_repeatable_and_resumes(shards: Path, workers: int) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
@@ -122,6 +128,7 @@ def test_a_stream_is_repeatable_and_resumes(shards: Path, workers: int) -> None:
     assert sorted(some.tolist()) == [0] * 2 + [1] * 2
 
 
+@webdataset_leaves_files_open
 @pytest.mark.slow
 def test_a_stream_can_be_trained_on(shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
@@ -148,6 +155,7 @@ def test_names_that_cannot_be_opened(
         open_data(DataConfig(**{**config, **root}))
 
 
+@webdataset_leaves_files_open
 def test_a_stream_that_does_not_tell_its_classes(shards: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
     with pytest.raises(ConfigError, match=r"how many classes it has: --set data\.num_classes=N"):

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
     assert run.returncode == 2, run.stdout + run.stderr
     assert f"error: cannot write {tmp_path / 'last.pt'}" in run.stderr
     assert "Traceback" not in run.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "tensorboard"}
 
 
 def test_another_runs_checkpoint_is_not_lost_by_accident(tmp_path: Path, trained: FitResult) -> None:
@@ -235,8 +235,7 @@ def test_best_is_written_again_where_a_kill_came_before_it(tmp_path: Path) -> No
     (tmp_path / "best.pt").unlink()
     (tmp_path / "metrics.csv").unlink()
     fit(small(tmp_path, epochs=2, resume="auto"))
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
-    assert len(rows) == 2
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
     assert (tmp_path / "best.pt").exists() == (before == 2)
 
 
