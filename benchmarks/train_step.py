@@ -30,6 +30,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# oneDNN keeps 1,024 prepared operations. One recipe needs about half of that; all rows in one process
+# need more, and would make theirs anew at each step.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
 import timm
 import torch
 import torch.nn.functional as F

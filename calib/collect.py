@@ -7,7 +7,7 @@ does not grow with the number of images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -16,9 +16,18 @@ from onnx import TensorProto, helper
 
 from runtime.errors import DataError
 
-__all__ = ["collect_amax"]
+__all__ = ["Collected", "collect", "collect_amax"]
 
 _PREFIX = "advprop_amax/"
+
+
+class Collected(NamedTuple):
+    """What one pass over the images gives."""
+
+    amax: dict[str, float]
+    """Tensor name → max |x|."""
+    output: NDArray[Any]
+    """The graph's first output, (N, …)."""
 
 
 def collect_amax(
@@ -39,22 +48,32 @@ def collect_amax(
     Raises:
         DataError: the batches are empty.
     """
+    return collect(model, batches, progress).amax
+
+
+def collect(
+    model: onnx.ModelProto,
+    batches: Iterable[NDArray[Any]],
+    progress: Callable[[int], None] | None = None,
+) -> Collected:
+    """Does what `collect_amax` does, and keeps the graph's first output, in the same pass."""
     import onnxruntime as ort
 
     names = _float_tensors(model)
     session = ort.InferenceSession(_with_maxima(model, names), providers=["CPUExecutionProvider"])
     input_name = session.get_inputs()[0].name
     amax = np.zeros(len(names))
-    seen = 0
+    outputs = []
+    wanted = [model.graph.output[0].name, *(_PREFIX + name for name in names)]
     for batch in batches:
-        values = session.run([_PREFIX + name for name in names], {input_name: batch})
+        output, *values = session.run(wanted, {input_name: batch})
         amax = np.maximum(amax, np.asarray(values, np.float64))  # keeps nan
-        seen += len(batch)
+        outputs.append(output)
         if progress:
             progress(len(batch))
-    if not seen:
+    if not outputs:
         raise DataError("ranges can only be measured on images, and none were given")
-    return dict(zip(names, amax.tolist(), strict=True))
+    return Collected(dict(zip(names, amax.tolist(), strict=True)), np.concatenate(outputs))
 
 
 def _float_tensors(model: onnx.ModelProto) -> list[str]:
@@ -73,7 +92,7 @@ def _with_maxima(model: onnx.ModelProto, names: list[str]) -> bytes:
     """A copy of the graph whose outputs are ReduceMax(Abs(x)) of each tensor."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    del probe.graph.output[:]
+    del probe.graph.output[1:]
     for name in names:
         output = _PREFIX + name
         probe.graph.node.append(helper.make_node("Abs", [name], [output + "/abs"]))

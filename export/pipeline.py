@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from calib.collect import collect_amax
+from calib.collect import collect
 from export.io_forms import with_forms
 from export.precision import Decision, to_fp16
 from export.rounding import with_fp16_roundings
@@ -35,6 +35,8 @@ __all__ = ["ExportResult", "default_folder", "export_checkpoint"]
 log = logging.getLogger(__name__)
 
 _BATCH = 32
+_FEW = 8
+"""Images that show whether a file is the network that was verified on all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,20 +117,22 @@ def export_checkpoint(
     onnx_path = folder / "model.onnx"
     save_onnx(with_forms(model, spec), onnx_path)
     progress(f"verifying on {len(source.images_NHWC)} images")
-    logits_NK = _logits(model, source)
+    # One pass for both: what FP16 needs to know, and the logits.
+    ranges, logits_NK = collect(model, _batches(source)) if precision == "fp16" else ({}, _logits(model, source))
     onnx_parity = compare(_torch_logits(source), logits_NK)
     require(onnx_parity, FP32_TOLERANCE, str(onnx_path), "the checkpoint")
-    _check_file(onnx_path, source, logits_NK)
+    _check_file(onnx_path, source, logits_NK[:_FEW])
     engine_source, fp16_path, fp16_parity = onnx_path, None, None
     decisions: list[Decision] = []
     if precision == "fp16":
-        progress("measuring ranges, converting to FP16")
-        half, decisions = to_fp16(model, collect_amax(model, _batches(source)))
+        progress("converting to FP16")
+        half, decisions = to_fp16(model, ranges)
         engine_source = fp16_path = folder / "model.fp16.onnx"
         save_onnx(with_forms(half, spec), fp16_path)
         fp16_parity = compare(logits_NK, _logits(with_fp16_roundings(half), source))
         require(fp16_parity, FP16_TOLERANCE, str(fp16_path), onnx_path.name)
-        _check_file(fp16_path, source, _logits(half, source))
+        few = dataclasses.replace(source, images_NHWC=source.images_NHWC[:_FEW])
+        _check_file(fp16_path, source, _logits(half, few))
     engine_path, info = None, None
     if engine:
         progress("building the engine")
@@ -187,13 +191,11 @@ def _logits(model: onnx.ModelProto, source: Source) -> NDArray[np.float32]:
 
 
 def _check_file(path: Path, source: Source, logits_NK: NDArray[np.float32]) -> None:
-    """Runs the file that was written, as a user would, against the logits of its network."""
+    """Runs the file that was written, as a user would, against its network's logits of the first N images."""
     with load(path, device="cpu") as session:
         spec = session.spec
-        batches = _fitted(source)
-        answers_NK = np.concatenate(
-            [session.run(network_input(batch, spec.preprocessing, spec.input_form)) for batch in batches]
-        )
+        images_NHWC = source.images_NHWC[: len(logits_NK)]
+        answers_NK = session.run(network_input(images_NHWC, spec.preprocessing, spec.input_form))
     expected_NK = softmax(logits_NK) if spec.output_form == "probs" else logits_NK
     difference = float(np.abs(answers_NK - expected_NK).max())
     if not difference <= FP32_TOLERANCE * max(1.0, float(np.abs(expected_NK).max())):

@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from onnx import numpy_helper
+from PIL import Image
+
+import runtime
+from export.cli import main
+from export.io_forms import with_forms
+from runtime.images import network_input, normalise
+from runtime.session import softmax
+from runtime.spec import INPUT_FORMS, ModelSpec, Preprocessing
+from train.loop import FitResult
+
+PREPROCESSING = Preprocessing(
+    height=8, width=10, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear", crop_pct=1.0
+)
+
+
+def spec(**forms: str) -> ModelSpec:
+    return ModelSpec(arch="x", classes=("a", "b", "c", "d"), preprocessing=PREPROCESSING, **forms)
+
+
+@pytest.fixture
+def network() -> onnx.ModelProto:
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+    g (float[batch, 3, 8, 10] input) => (float[batch, 4] logits) {
+        a = Conv(input, w) r = Relu(a) p = GlobalAveragePool(r) logits = Flatten(p)
+    }"""
+    model = onnx.parser.parse_model(text)
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    return model
+
+
+def pixels() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (5, 8, 10, 3), dtype=np.uint8)
+
+
+def run(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": batch})[0]
+
+
+@pytest.mark.parametrize("form", INPUT_FORMS)
+@pytest.mark.parametrize("output", ["logits", "probs"])
+def test_every_form_gives_the_same_answers(network: onnx.ModelProto, form: str, output: str) -> None:
+    logits = run(network, normalise(pixels(), PREPROCESSING))
+    changed = with_forms(network, spec(input_form=form, output_form=output))
+    answers = run(changed, network_input(pixels(), PREPROCESSING, form))
+    np.testing.assert_allclose(answers, logits if output == "logits" else softmax(logits), rtol=1e-6, atol=1e-6)
+    assert [value.name for value in changed.graph.output] == [output]
+    assert changed.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert ModelSpec.from_json(changed.metadata_props[0].value).input_form == form
+
+
+def test_pixels_are_normalised_to_the_very_bits(network: onnx.ModelProto) -> None:
+    changed = with_forms(network, spec(input_form="uint8 NHWC"))
+    inside = onnx.helper.make_tensor_value_info("advprop/normalised", onnx.TensorProto.FLOAT, None)
+    changed.graph.output.append(inside)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(changed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (normalised,) = session.run(["advprop/normalised"], {"input": pixels()})
+    assert np.array_equal(normalised, normalise(pixels(), PREPROCESSING))
+
+
+@pytest.mark.slow
+def test_pixels_in_and_probabilities_out_all_the_way(trained: FitResult, tmp_path: Path) -> None:
+    """The file, its FP16 sibling and the engine; predictions are those of the plain file."""
+    arguments = [str(trained.last), "--out", str(tmp_path / "pixels"), "--trt", "fp16", "--sm", "86"]
+    result = CliRunner().invoke(main, [*arguments, "--input", "uint8-nhwc", "--output", "probs"])
+    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(main, [str(trained.last), "--out", str(tmp_path / "plain")]).exit_code == 0
+    images = [Image.fromarray(image) for image in np.random.default_rng(2).integers(0, 256, (4, 40, 30), np.uint8)]
+    with runtime.load(tmp_path / "plain" / "model.onnx") as plain:
+        expected = plain.predict(images)
+    for name, tolerance in (("model.onnx", 1e-6), ("model.fp16.onnx", 0.02)):
+        with runtime.load(tmp_path / "pixels" / name) as session:
+            assert session.backend.input.dtype == np.uint8
+            answers = session.predict(images)
+        for answer, truth in zip(answers, expected, strict=True):
+            np.testing.assert_allclose(answer.probabilities, truth.probabilities, atol=tolerance)
+    assert (tmp_path / "pixels" / "model.fp16.engine").stat().st_size > 1e6

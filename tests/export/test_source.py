@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from timm.layers import convert_splitbn_model
+
+from export.cli import main
+from export.pipeline import export_checkpoint
+from export.source import load_source
+from runtime.errors import CheckpointError, ConfigError
+from runtime.images import preprocess
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.dual_bn import add_auxiliary_bns, route
+from train.loop import FitResult
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state dict of tf_efficientnet_b0, as timm publishes them."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(timm.create_model("tf_efficientnet_b0").state_dict(), path)
+    return path
+
+
+def test_published_weights_come_with_their_own_mean(published: Path) -> None:
+    source = load_source("timm:tf_efficientnet_b0.ap_in1k", weights=published)
+    assert source.spec.preprocessing.mean == source.spec.preprocessing.std == (0.5, 0.5, 0.5)
+    assert source.spec.preprocessing.interpolation == "bicubic"
+    assert len(source.spec.classes) == 1000
+    other = load_source("timm:tf_efficientnet_b0.in1k", weights=published)
+    assert other.spec.preprocessing.mean == (0.485, 0.456, 0.406)
+    white = np.full((300, 300, 3), 255, np.uint8)
+    assert preprocess([white], source.spec.preprocessing).max() == 1.0
+    assert preprocess([white], other.spec.preprocessing).max() > 2
+
+
+def test_timms_split_batch_norms_are_stripped(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = convert_splitbn_model(timm.create_model("resnet10t", num_classes=5), 2)
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "s.pth"
+    )
+    source = load_source(tmp_path / "s.pth", "resnet10t")
+    assert torch.equal(logits(source.model), logits(model.eval()))
+    split = load_source(tmp_path / "s.pth", "resnet10t", bn="aux_bn.0")
+    assert torch.equal(split.model.bn1.running_var, model.bn1.aux_bn[0].running_var)
+
+
+def test_an_auxiliary_route_is_exported_on_purpose(trained: FitResult) -> None:
+    content = load_checkpoint(trained.last)
+    model = add_auxiliary_bns(timm.create_model("resnet10t", num_classes=10), ["adv"])
+    model.load_state_dict(content["state_dict"])
+    source = load_source(trained.last, bn="adv", ema=False)
+    assert source.spec.route == "adv"
+    with route(model.eval(), "adv"):
+        assert torch.equal(logits(source.model), logits(model))
+    assert not torch.equal(logits(source.model), logits(load_source(trained.last, ema=False).model))
+    with pytest.raises(ConfigError, match="no BatchNorm route 'nonsense'; there are main, adv"):
+        load_source(trained.last, bn="nonsense")
+
+
+def test_the_moving_average_can_be_left_aside(trained: FitResult) -> None:
+    content = load_checkpoint(trained.last)
+    model = load_source(trained.last, ema=False).model
+    assert torch.equal(model.conv1[0].weight, content["state_dict"]["conv1.0.weight"])
+    assert not torch.equal(model.conv1[0].weight, load_source(trained.last).model.conv1[0].weight)
+
+
+@pytest.mark.slow
+def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp_path: Path) -> None:
+    content = load_checkpoint(trained.last)
+    for name in ("state_dict", "ema_state_dict"):
+        content[name] = {
+            key: torch.full_like(value, float("nan")) if ".aux." in key and value.is_floating_point() else value
+            for key, value in content[name].items()
+        }
+    save_checkpoint(tmp_path / "garbage.pt", content)
+    files = [
+        export_checkpoint(path, out=tmp_path / name, precision="fp16")
+        for name, path in (("clean", trained.last), ("garbage", tmp_path / "garbage.pt"))
+    ]
+    for kind in ("onnx", "fp16_onnx"):
+        clean, garbage = (getattr(result, kind).read_bytes() for result in files)
+        # The hash of the checkpoint is in the file, and is another one.
+        hashes = [load_source(path).spec.checkpoint_sha256.encode() for path in (trained.last, tmp_path / "garbage.pt")]
+        assert clean.replace(*hashes) == garbage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["timm:tf_efficientnet_b0", "--arch", "resnet18"], "leave --arch out"),
+        (["timm:tf_efficientnet_b0", "--route", "adv"], "timm's weights have one BatchNorm route, main"),
+        (["timm:tf_efficientnet_b00"], "no architecture 'tf_efficientnet_b00'; did you mean"),
+        (["{published}", "--arch", "tf_efficientnet_b0", "--weights", "{published}"], "--weights goes with timm:NAME"),
+        (["{published}"], r"plain state_dict"),
+        (["timm:resnet18", "--weights", "{published}"], "does not fit resnet18: it has no fc.weight"),
+        (["timm:tf_efficientnet_b0", "--weights", "{published}"], "give some: --data DIR"),
+    ],
+)
+def test_what_does_not_go_together(published: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    filled = [argument.format(published=published) for argument in arguments]
+    result = CliRunner().invoke(main, [*filled, "--out", str(tmp_path)])
+    assert result.exit_code == 2, result.output
+    assert expected in " ".join(result.output.split())
+
+
+def test_a_file_without_weights(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="is no state dict of weights: it is a dict with a"):
+        load_source(tmp_path / "a.pth", "resnet18")
