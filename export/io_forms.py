@@ -56,17 +56,14 @@ class PixelInput(ir.passes.InPlacePass):
         batch = image.shape[0]
         height, width = self._spec.height, self._spec.width
         nhwc = self._layout == "NHWC"
-        pixels = ir.Value(
-            name=image.name,
-            shape=ir.Shape([batch, height, width, 3] if nhwc else [batch, 3, height, width]),
-            type=ir.TensorType(ir.DataType.UINT8),
-        )
+        given = ir.Shape([batch, height, width, 3] if nhwc else [batch, 3, height, width])
+        pixels = ir.Value(name=image.name, shape=given, type=ir.TensorType(ir.DataType.UINT8))
         wide = ir.Shape([batch, 3, height, width])
         nodes: list[ir.Node] = []
-        value = pixels
+        # Cast first: TensorRT knows uint8 at the edge of a network only.
+        value = _append(nodes, "Cast", [pixels], given, ir.DataType.FLOAT, {"to": int(ir.DataType.FLOAT)})
         if nhwc:
-            value = _append(nodes, "Transpose", [value], wide, ir.DataType.UINT8, {"perm": [0, 3, 1, 2]})
-        value = _append(nodes, "Cast", [value], wide, ir.DataType.FLOAT, {"to": int(ir.DataType.FLOAT)})
+            value = _append(nodes, "Transpose", [value], wide, ir.DataType.FLOAT, {"perm": [0, 3, 1, 2]})
         # The same three steps as runtime.images.normalise, so that the bits are the same.
         steps = (("Div", [255.0]), ("Sub", list(self._spec.mean)), ("Div", list(self._spec.std)))
         for number, (op, numbers) in enumerate(steps):

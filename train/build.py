@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from typing import Any
 
@@ -35,6 +36,8 @@ __all__ = [
     "model_arguments",
     "seed_everything",
 ]
+
+log = logging.getLogger(__name__)
 
 _SAMPLE_IMAGES = 64
 _SAMPLE_BYTES = 8 << 20
@@ -106,6 +109,12 @@ def make_task(
     config: TrainConfig, recipe: Recipe, model: nn.Module, spec: Preprocessing, classes: int, device: torch.device
 ) -> AdvPropTask:
     """Makes the training task: routed BatchNorms, attack, losses, mixup, AMP, compile, DDP."""
+    if config.amp != "none" and device.type == "cpu":
+        log.warning(
+            "--amp %s on a CPU is mostly slower, and torch's bfloat16 convolutions there may give gradients that are "
+            "not finite; leave it out",
+            config.amp,
+        )
     mixup = None
     if config.data.mixup or config.data.cutmix:
         mixup = Mixup(

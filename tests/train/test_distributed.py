@@ -1,13 +1,17 @@
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+from train.checkpoint import load_checkpoint
 from train.distributed import shuffled_across_processes, synchronise_batch_norms, world_size
 from train.dual_bn import add_auxiliary_bns
 
@@ -59,6 +63,27 @@ def test_adversarial_images_change_processes_with_their_labels(tmp_path: Path) -
         strangers = sum(label // 64 != rank for label in labels)
         assert 16 <= strangers <= 48  # 32 ± 4 by chance
     assert sorted(results[0][1] + results[1][1]) == list(range(128))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc, as Linux has it")
+def test_torchrun_restarts_a_killed_process_and_the_run_goes_on(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    settings = ["--arch", "resnet10t", "--img-size", "16", "--epochs", "2", "--batch-size", "64", "--workers", "0"]
+    settings += ["--out", str(tmp_path), "--resume", "auto", "--set", "save_every=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*launch, "-m", "train.run", *settings], cwd=ROOT, env=environment, **pipes) as run:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        output, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, output
+    assert re.search(r"resuming \S*last\.pt at epoch \d, step \d+", " ".join(output.split())), output
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 22)
 
 
 def test_nothing_is_shuffled_in_a_single_process() -> None:
