@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from calib.collect import collect
 from export.io_forms import with_forms
-from export.precision import Decision, to_fp16
+from export.precision import LIMIT, Decision, to_fp16
 from export.rounding import with_fp16_roundings
 from export.source import Source, load_source
 from export.to_onnx import INPUT, OUTPUT, save_onnx, to_onnx
@@ -25,7 +26,7 @@ from runtime.engine.build import build
 from runtime.engine.flavours import check_targets, choose_flavour
 from runtime.engine.sidecar import EngineInfo
 from runtime.errors import BackendUnavailable, ConfigError, DataError, VerificationError
-from runtime.files import output_dir
+from runtime.files import output_dir, write_text
 from runtime.images import network_input, normalise
 from runtime.session import load, softmax
 from train.recipes import MAIN
@@ -129,6 +130,7 @@ def export_checkpoint(
         half, decisions = to_fp16(model, ranges)
         engine_source = fp16_path = folder / "model.fp16.onnx"
         save_onnx(with_forms(half, spec), fp16_path)
+        _save_decisions(folder / "model.fp16.json", decisions, ranges, len(source.images_NHWC))
         fp16_parity = compare(logits_NK, _logits(with_fp16_roundings(half), source))
         require(fp16_parity, FP16_TOLERANCE, str(fp16_path), onnx_path.name)
         few = dataclasses.replace(source, images_NHWC=source.images_NHWC[:_FEW])
@@ -148,6 +150,19 @@ def export_checkpoint(
         engine=engine_path,
         engine_info=info,
     )
+
+
+def _save_decisions(path: Path, decisions: Sequence[Decision], amax: dict[str, float], images: int) -> None:
+    """Writes which nodes stay in FP32 and why, and every measured range, the largest first."""
+    content = {
+        "format": "advprop.fp16/1",
+        "images": images,
+        "limit": LIMIT,
+        "kept_fp32": [dataclasses.asdict(decision) for decision in decisions],
+        "amax": {name: amax[name] for name in sorted(amax, key=lambda name: -amax[name])},
+    }
+    # A range that is not finite is written as JSON has no word for it: NaN, Infinity.
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def default_folder(checkpoint: str | Path) -> Path:

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-__all__ = ["Decision", "ToFloat16", "to_fp16"]
+__all__ = ["LIMIT", "Decision", "ToFloat16", "to_fp16"]
 
 LIMIT = float(np.finfo(np.float16).max) / 2
 """Tensors above this on the measured images stay in FP32: half of FP16's 65504, since

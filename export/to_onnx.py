@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 OPSET = 20
 """FP16 scales of Q/DQ are legal from 19; ONNX Runtime's INT8 tooling fails from 21."""
 INPUT, OUTPUT = "input", "logits"
+_ALL = 1 << 40
 
 
 def to_onnx(model: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
@@ -50,7 +51,8 @@ def to_onnx(model: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
         )
     example_NCHW = torch.zeros(2, 3, size.height, size.width)
     graph_model = _trace(model, example_NCHW, spec.arch)
-    optimizer.fold_constants(graph_model)
+    # Without the limits that spare large tensors: standardised weights (NF-nets, BiT) are computed in the trace.
+    optimizer.fold_constants(graph_model, input_size_limit=_ALL, output_size_limit=_ALL)
     FoldBatchNorm()(graph_model)
     BatchNormToAffine()(graph_model)
     optimizer.optimize(graph_model)

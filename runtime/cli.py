@@ -18,6 +18,7 @@ COMMANDS = {
     "build": ("runtime.commands.build:main", "ONNX → TensorRT engine."),
     "predict": ("runtime.commands.predict:main", "Classify images with an exported model."),
     "inspect": ("runtime.commands.inspect:main", "Say what a model file or engine is."),
+    "doctor": ("runtime.commands.doctor:main", "Say which backends work here, and what mends the others."),
 }
 """Command → (module:attribute, one line of help)."""
 

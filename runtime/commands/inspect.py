@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from runtime.console import cli_errors, set_up_logging
+from runtime.errors import BackendUnavailable, ModelFileError, first_line
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ EXAMPLES = """\b
 Examples:
   advprop inspect model.fp16.onnx
   advprop inspect model.fp16.engine
+  advprop inspect runs/resnet50/best.pt
 """
 
 
@@ -24,13 +26,15 @@ Examples:
 @click.argument("file", type=click.Path(path_type=Path))
 @cli_errors
 def main(file: Path) -> None:
-    """Say what FILE (ONNX or engine) is; an engine's bytes are checked against its sidecar."""
+    """Say what FILE (checkpoint, ONNX or engine) is; an engine's bytes are checked against its sidecar."""
     console = set_up_logging()
     from rich.table import Table
 
     table = Table("", str(file), show_header=True)
     if file.suffix in (".engine", ".plan"):
         _engine(table, file)
+    elif file.suffix in (".pt", ".pth"):
+        _checkpoint(table, file)
     else:
         _onnx(table, file)
     console.print(table)
@@ -60,6 +64,44 @@ def _onnx(table: Table, file: Path) -> None:
     table.add_row("input", f"{summary.input_name}: ({shape})")
     table.add_row("operators", ", ".join(f"{count} {name}" for name, count in sorted(summary.ops.items())))
     _spec(table, summary.spec)
+
+
+def _checkpoint(table: Table, file: Path) -> None:
+    content = _read_checkpoint(file)
+    weights = content["state_dict"]
+    main = sum(value.numel() for name, value in weights.items() if ".aux." not in name)
+    routes = sorted({name.split(".aux.")[1].split(".")[0] for name in weights if ".aux." in name})
+    table.add_row("kind", f"advprop checkpoint, {file.stat().st_size / 1e6:.1f} MB")
+    table.add_row(
+        "weights", f"{main:,} at inference, {sum(value.numel() for value in weights.values()) - main:,} auxiliary"
+    )
+    table.add_row("BatchNorm routes", ", ".join(["main", *routes]))
+    table.add_row("moving average", "yes" if content.get("ema_state_dict") else "none")
+    table.add_row("trained for", f"{content['epoch']} epochs, {content['step']} steps")
+    rows = content.get("metrics") or []
+    if rows:
+        best = max(rows, key=lambda row: row["top1"])
+        table.add_row(
+            "best epoch", f"{best['epoch']}: clean {best['top1']:.1%}, under attack {best['top1_attacked']:.1%}"
+        )
+    _spec(table, ModelSpec.from_json(content["spec"], where=str(file)))
+
+
+def _read_checkpoint(file: Path) -> dict[str, Any]:
+    """The checkpoint's plain values and the shapes of its tensors; no tensor's bytes are read."""
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendUnavailable(f"reading checkpoints needs torch ({error}); pip install torch") from error
+    if not file.is_file():
+        raise ModelFileError(f"no such file: {file}")
+    try:
+        content = torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:  # torch raises whatever its reader ran into
+        raise ModelFileError(f"{file} is no checkpoint, or is damaged: {first_line(error)[:200]}") from error
+    if not (isinstance(content, dict) and str(content.get("format", "")).startswith("advprop.checkpoint/")):
+        raise ModelFileError(f"{file} is not an advprop checkpoint; advprop-export takes it with --arch NAME")
+    return content
 
 
 def _shares(shares: dict[str, float]) -> str:

@@ -31,8 +31,11 @@ def exported(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> Ex
 def test_files_names_and_parity(exported: ExportResult) -> None:
     folder = exported.onnx.parent
     assert {path.name for path in folder.iterdir()} == {
-        *("model.onnx", "model.fp16.onnx", "model.fp16.engine", "model.fp16.engine.json"),
+        *("model.onnx", "model.fp16.onnx", "model.fp16.json", "model.fp16.engine", "model.fp16.engine.json"),
     }
+    decisions = json.loads((folder / "model.fp16.json").read_text())
+    assert decisions["kept_fp32"] == []
+    assert (decisions["images"], decisions["amax"]["logits"] > 0) == (64, True)
     assert exported.onnx_parity.images == 64
     assert exported.onnx_parity.max_abs <= 1e-4
     assert exported.fp16_parity.agreement >= 0.98
@@ -136,7 +139,7 @@ def test_without_a_builder_the_onnx_files_stay_and_the_exit_code_is_3(trained: F
     assert result.exit_code == 3, result.output
     assert "pip install tensorrt-rtx" in result.stderr
     assert "ONNX files are whole" in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.fp16.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.fp16.onnx", "model.fp16.json"}
 
 
 @pytest.mark.slow

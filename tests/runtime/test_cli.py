@@ -69,3 +69,14 @@ def test_predict_with_nothing_to_predict(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["predict", str(model), str(tmp_path)])
     assert result.exit_code == 2
     assert "holds no image files" in result.stderr
+
+
+def test_inspect_a_checkpoint(trained: FitResult, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(trained.last)])
+    assert result.exit_code == 0, result.output
+    for text in ("advprop checkpoint", "main, adv", "1 epochs, 44 steps", "resnet10t", "advprop on digits"):
+        assert text in result.output
+    (tmp_path / "other.pt").write_bytes(b"nothing")
+    refused = CliRunner().invoke(main, ["inspect", str(tmp_path / "other.pt")])
+    assert refused.exit_code == 2
+    assert "is no checkpoint, or is damaged" in refused.output

@@ -40,7 +40,7 @@ def main(recipe: str, batch_size: int, out: Path) -> None:
             batch_size=batch_size // world_size(),
             out=out,
             attack=AttackConfig(epsilon=2.0, steps=2) if recipe == "advprop" else AttackConfig(),
-            data=DataConfig(img_size=32, workers=0),
+            data=DataConfig(img_size=16, workers=0),
             optim=OptimConfig(lr=1e-3, optimizer="sgd", warmup_epochs=0.0),
         )
         run = _Run(config, SilentReporter(), device)

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -181,6 +182,7 @@ def test_mixup_touches_the_clean_branch_only() -> None:
     mixup = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=5)
     task = AdvPropTask(model, RECIPES["advprop"], attack=AttackConfig(), mean=HALF, std=HALF, mixup=mixup).train()
     images, labels = batch()
+    np.random.seed(0)  # timm's mixup draws from NumPy's generator
     kept = images.clone()
     joint: list[torch.Tensor] = []
     model.conv1.register_forward_hook(lambda module, args, output: joint.append(args[0].detach()))
@@ -202,6 +204,28 @@ def test_bf16_attack_and_step_run_under_autocast() -> None:
     assert kinds == [torch.bfloat16] * 2
     result["loss"].backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def fast_gradients(amp_dtype: torch.dtype | None, factor: float) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    task = AdvPropTask(model, RECIPES["fast"], attack=AttackConfig(), mean=HALF, std=HALF, amp_dtype=amp_dtype).train()
+    torch.manual_seed(4)
+    images, labels = torch.rand(80, 3, 32, 32) * 2 - 1, torch.randint(0, 5, (80,))
+    (task(images, labels)["loss"] * factor).backward()
+    return [parameter.grad / factor for parameter in model.parameters()]
+
+
+def test_the_reused_gradient_follows_the_scale_of_the_loss() -> None:
+    """As a GradScaler and gradient accumulation need it."""
+    for scaled, plain in zip(fast_gradients(None, 64), fast_gradients(None, 1), strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-8)
+
+
+def test_float16_keeps_the_reused_gradient() -> None:
+    half, full = (torch.cat([g.flatten() for g in fast_gradients(kind, 1024)]) for kind in (torch.float16, None))
+    assert torch.isfinite(half).all()
+    assert nn.functional.cosine_similarity(half, full, dim=0) > 0.98
 
 
 def test_the_routes_of_a_recipe_and_their_weights() -> None:

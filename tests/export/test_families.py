@@ -1,0 +1,81 @@
+"""Twelve families of networks, each from timm to an FP16 engine at a small size."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from torch import nn
+
+import runtime
+from calib.collect import collect
+from export.precision import to_fp16
+from export.rounding import with_fp16_roundings
+from export.to_onnx import save_onnx, to_onnx
+from export.verify import FP16_TOLERANCE, FP32_TOLERANCE, compare
+from runtime.spec import ModelSpec, Preprocessing
+
+FAMILIES = {
+    "efficientnet_b0": 64,
+    "tf_efficientnet_b0": 64,  # TensorFlow's asymmetric padding
+    "tf_efficientnetv2_b0": 64,
+    "tf_efficientnet_lite0": 64,
+    "resnet18": 64,
+    "resnext26ts": 64,
+    "regnety_002": 64,
+    "mobilenetv3_small_050": 64,
+    "densenet121": 64,  # BatchNorm before the convolution
+    "inception_v3": 96,
+    "nf_regnet_b0": 64,  # no BatchNorm: weights are standardised
+    "convnext_atto": 64,  # no BatchNorm
+}
+
+
+OVERFLOWS = ("inception_v3",)
+"""Whose random weights make activations that do not fit into FP16."""
+
+
+def used(arch: str) -> nn.Module:
+    """A model whose BatchNorms have moved, as in training, and are not the identity."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=10).train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, FAMILIES[arch], FAMILIES[arch]))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_family_all_the_way_to_an_engine(arch: str, tmp_path: Path) -> None:
+    model, size = used(arch), FAMILIES[arch]
+    spec = ModelSpec(
+        arch=arch,
+        classes=tuple("0123456789"),
+        preprocessing=Preprocessing(
+            height=size, width=size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0
+        ),
+    )
+    proto = to_onnx(model, spec)
+    assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
+    images = np.random.default_rng(0).normal(size=(16, 3, size, size)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images)).numpy()
+    ranges, logits = collect(proto, [images])
+    full = compare(expected, logits)
+    assert full.relative <= FP32_TOLERANCE
+    half, decisions = to_fp16(proto, ranges)
+    assert bool(decisions) == (arch in OVERFLOWS)
+    session = ort.InferenceSession(with_fp16_roundings(half).SerializeToString(), providers=["CPUExecutionProvider"])
+    rounded = compare(logits, session.run(None, {"input": images})[0])
+    assert rounded.relative <= FP16_TOLERANCE
+    save_onnx(half, tmp_path / "model.onnx")
+    info = runtime.build(tmp_path / "model.onnx", sm=(86,))
+    assert info.precision_shares["fp16"] == 1.0 or arch in OVERFLOWS
+    assert (tmp_path / "model.engine").stat().st_size > 1e6
