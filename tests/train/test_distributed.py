@@ -22,7 +22,7 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 def work(out: Path, what: str, processes: int) -> None:
     out.mkdir()
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launch, str(WORKER), what, "40", str(out)]
+    command = [sys.executable, *launch, str(WORKER), what, "20", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
