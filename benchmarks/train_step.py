@@ -102,10 +102,16 @@ def reference_step(arch: str, steps: int, device: str = "cpu", amp: torch.dtype 
     return step
 
 
-def our_step(arch: str, recipe: str, steps: int) -> Step:
-    model = timm.create_model(arch, num_classes=CLASSES).to(memory_format=torch.channels_last)
+def our_step(
+    arch: str, recipe: str, steps: int, device: str = "cpu", amp: torch.dtype | None = None, compiled: bool = False
+) -> Step:
+    model = timm.create_model(arch, num_classes=CLASSES).to(device).to(memory_format=torch.channels_last)
     attack = AttackConfig(epsilon=max(1, steps - 1), steps=steps, targeted=recipe != "fast")
-    task = AdvPropTask(model, RECIPES[recipe], attack=attack, mean=MEAN, std=STD).train()
+    task = AdvPropTask(
+        model, RECIPES[recipe], attack=attack, mean=MEAN, std=STD, amp_dtype=amp, device=torch.device(device)
+    ).train()
+    if compiled:
+        task.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from export.initializers import add_initializer
+
 __all__ = ["BatchNormToAffine", "FoldBatchNorm"]
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class BatchNormToAffine(ir.passes.InPlacePass):
             shape = (-1, *[1] * (len(data.shape) - 2))
             names = (f"{node.name}_scale", f"{node.name}_shift")
             scale, shift = (
-                _initializer(model.graph, name, value.reshape(shape).astype(dtype))
+                add_initializer(model.graph, name, value.reshape(shape).astype(dtype))
                 for name, value in zip(names, parameters, strict=True)
             )
             product = ir.node("Mul", [data, scale], name=f"{node.name}_mul")
@@ -93,8 +95,8 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
         return f"{linear.op_type} {linear.name} has scalar factors"
     new_bias = shift if bias is None else scale * bias.astype(np.float64) + shift
     inputs = (
-        _initializer(graph, f"{batch_norm.name}_weight", new_weight.astype(weight.dtype)),
-        _initializer(graph, f"{batch_norm.name}_bias", new_bias.astype(weight.dtype)),
+        add_initializer(graph, f"{batch_norm.name}_weight", new_weight.astype(weight.dtype)),
+        add_initializer(graph, f"{batch_norm.name}_bias", new_bias.astype(weight.dtype)),
     )
     replacement = ir.Node(
         linear.domain,
@@ -142,13 +144,6 @@ def _array(value: ir.Value | None) -> NDArray[np.floating]:
     array = _constant(value)
     assert array is not None
     return array
-
-
-def _initializer(graph: ir.Graph, name: str, array: NDArray[np.floating]) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _replace(graph: ir.Graph, node: ir.Node, replacements: list[ir.Node]) -> None:

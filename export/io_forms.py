@@ -13,12 +13,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from export.initializers import add_initializer
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
-__all__ = ["PREFIX", "PixelInput", "ProbabilityOutput", "with_forms"]
+__all__ = ["PixelInput", "ProbabilityOutput", "with_forms"]
 
-PREFIX = "advprop/"
-"""Names of the nodes made here begin with it; they stay in float32."""
+_PREFIX = "advprop/"
+"""Names of the nodes made here begin with it."""
 
 
 def with_forms(model: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:
@@ -68,11 +69,11 @@ class PixelInput(ir.passes.InPlacePass):
         steps = (("Div", [255.0]), ("Sub", list(self._spec.mean)), ("Div", list(self._spec.std)))
         for number, (op, numbers) in enumerate(steps):
             array = np.asarray(numbers, np.float32).reshape(1, -1, 1, 1)
-            constant = _constant(graph, f"{PREFIX}normalise_{number}", array)
+            constant = add_initializer(graph, f"{_PREFIX}normalise_{number}", array)
             value = _append(nodes, op, [value, constant], wide, ir.DataType.FLOAT)
         for node, position in list(image.uses()):
             node.replace_input_with(position, value)
-        value.name = f"{PREFIX}normalised"
+        value.name = f"{_PREFIX}normalised"
         graph.inputs[0] = pixels
         graph.insert_before(next(iter(graph)), nodes)
         return ir.passes.PassResult(model, modified=True)
@@ -101,15 +102,8 @@ def _append(
     kind: ir.DataType,
     attributes: Mapping[str, int | list[int]] | None = None,
 ) -> ir.Value:
-    node = ir.node(op, inputs, attributes or {}, name=f"{PREFIX}{op.lower()}_{len(nodes)}")
+    node = ir.node(op, inputs, attributes or {}, name=f"{_PREFIX}{op.lower()}_{len(nodes)}")
     output = node.outputs[0]
     output.name, output.shape, output.type = f"{node.name}_out", shape, ir.TensorType(kind)
     nodes.append(node)
     return output
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

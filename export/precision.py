@@ -18,6 +18,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from export.initializers import add_initializer
+
 __all__ = ["LIMIT", "Decision", "ToFloat16", "to_fp16"]
 
 LIMIT = float(np.finfo(np.float16).max) / 2
@@ -128,11 +130,7 @@ def _is_float(value: ir.Value) -> bool:
 
 def _half_initializer(graph: ir.Graph, value: ir.Value) -> ir.Value:
     assert value.const_value is not None
-    name = f"{value.name}_fp16"
-    tensor = ir.tensor(value.const_value.numpy().astype(np.float16), name=name)
-    half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=tensor)
-    graph.register_initializer(half)
-    return half
+    return add_initializer(graph, f"{value.name}_fp16", value.const_value.numpy().astype(np.float16))
 
 
 def _cast(graph: ir.Graph, reader: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:

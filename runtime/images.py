@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -61,15 +62,8 @@ def decode(image: ImageLike) -> Image:
         return _from_array(image)
     if not isinstance(image, str | PathLike | bytes):
         raise DataError(f"an image is a path, bytes, a uint8 array or a PIL image; found {type(image).__name__}")
-    name = "the image bytes" if isinstance(image, bytes) else str(Path(image))
-    try:
-        source: Any = io.BytesIO(image) if isinstance(image, bytes) else name
-        with Image.open(source) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"no such image file: {name}") from error
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot decode {name} as an image: {error}") from error
+    with _opened(image) as opened:
+        return opened.convert("RGB")
 
 
 def image_size(image: ImageLike) -> tuple[int, int]:
@@ -78,15 +72,26 @@ def image_size(image: ImageLike) -> tuple[int, int]:
     Raises:
         DataError: as `decode`.
     """
+    if isinstance(image, str | PathLike | bytes):
+        with _opened(image) as opened:
+            return opened.size
+    return decode(image).size
+
+
+@contextmanager
+def _opened(image: str | PathLike[str] | bytes) -> Iterator[Image]:
+    """Opens an encoded image. What goes wrong then or while it is read is a DataError."""
     from PIL import Image
 
-    if isinstance(image, str | PathLike | bytes):
-        try:
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                return opened.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"not an image that can be read: {error}") from error
-    return decode(image).size
+    name = "the image bytes" if isinstance(image, bytes) else str(Path(image))
+    try:
+        source: Any = io.BytesIO(image) if isinstance(image, bytes) else name
+        with Image.open(source) as opened:
+            yield opened
+    except FileNotFoundError as error:
+        raise DataError(f"no such image file: {name}") from error
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot decode {name} as an image: {error}") from error
 
 
 def _from_array(array: NDArray[Any]) -> Image:

@@ -161,10 +161,13 @@ def _hugging_face(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
         return content
 
     labels = [int(label) for label in reader.iter_targets()]
-    by_index = {index: label for label, index in (reader.class_to_idx or {}).items()}
-    return ImageSet(_Items(read, range(len(labels)), lambda index: f"{name}[{index}]"), labels), tuple(
-        str(by_index[index]) for index in sorted(by_index)
-    )
+    return ImageSet(_Items(read, range(len(labels)), lambda index: f"{name}[{index}]"), labels), _class_names(reader)
+
+
+def _class_names(reader: Any) -> tuple[str, ...]:
+    """The classes that timm's reader knows, in label order; none where it knows none."""
+    by_index = {index: label for label, index in (getattr(reader, "class_to_idx", None) or {}).items()}
+    return tuple(str(by_index[index]) for index in sorted(by_index))
 
 
 def _streamed(name: str, kind: str, config: DataConfig) -> ImageData:
@@ -175,13 +178,12 @@ def _streamed(name: str, kind: str, config: DataConfig) -> ImageData:
         return open_stream
 
     train, val = ImageStream(opener(config.train_split)), ImageStream(opener(config.val_split))
-    reader = val.open(False, 1, 0).reader
-    by_index = {index: label for label, index in (getattr(reader, "class_to_idx", None) or {}).items()}
-    if not by_index and not config.num_classes:
+    names = _class_names(val.open(False, 1, 0).reader)
+    if not names and not config.num_classes:
         raise ConfigError(f"{name} does not say how many classes it has: --set data.num_classes=N")
     return ImageData(
         name=str(Path(config.root).name) if kind == "wds" and config.root else name.partition("/")[2],
-        classes=tuple(str(by_index[index]) for index in sorted(by_index)) or class_names(config.num_classes),
+        classes=names or class_names(config.num_classes),
         wnids=(),
         train=train,
         val=val,

@@ -20,9 +20,9 @@ from runtime.errors import DataError
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 from train.data import ImageData, ImageSet, ImageStream
-from train.samples import BAD_LABEL, EpochBatches, SeededSamples, StreamedSamples, Transform
+from train.samples import EpochBatches, SeededSamples, StreamedSamples, Transform
 
-__all__ = ["BAD_LABEL", "Batches", "SetBatches", "StreamBatches", "eval_loader", "train_loader"]
+__all__ = ["Batches", "SetBatches", "StreamBatches", "eval_loader", "train_loader"]
 
 log = logging.getLogger(__name__)
 

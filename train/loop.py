@@ -188,9 +188,8 @@ class _Run:
             self.rows.append(row)
             self.epoch, self.batch, self.loss_sum = epoch + 1, 0, torch.zeros_like(self.loss_sum)
             self._save()
-            with rng_kept():
-                self._publish()
-                self._track(epoch_values(row))
+            self._publish()
+            self._track(epoch_values(row))
             seconds.append(time.monotonic() - began)
             left = (epochs - epoch - 1) * sum(seconds) / len(seconds)
             self.reporter.epoch_ended(row, epochs, left)
@@ -212,6 +211,7 @@ class _Run:
         ema = self.task.get_trainable_module(ema=True)
         return None if ema is None else unwrap_model(ema.module)
 
+    @rng_kept()
     def _publish(self) -> None:
         """Writes what follows from `last.pt` at the end of an epoch; again after a resume, in
         case that the run was killed in between."""
@@ -222,6 +222,7 @@ class _Run:
         write_metrics(self.out / "metrics.csv", self.rows)
         plot_curves(self.out / "curves.png", self.rows, f"{self.config.arch}, {self.config.recipe}, {self.data.name}")
 
+    @rng_kept()
     def _track(self, values: dict[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(self.step, values)
@@ -271,8 +272,7 @@ class _Run:
                 self._check_finite()
             self.reporter.stepped(loss.item() if at_hand else None)
             if updates and self.trackers and self.step % self.config.log_every == 0:
-                with rng_kept():
-                    self._track({name: value.item() for name, value in self.parts.items()} | {"lr": self.lr})
+                self._track({name: value.item() for name, value in self.parts.items()} | {"lr": self.lr})
             if updates:
                 self._save_where_due()
         seconds = time.monotonic() - began
@@ -402,8 +402,7 @@ class _Run:
                 world_size(),
             )
         if self.batch == 0:
-            with rng_kept():
-                self._publish()
+            self._publish()
         log.info("resuming %s at epoch %d, step %d", self.last, self.epoch + 1, self.step)
 
 

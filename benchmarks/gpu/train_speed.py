@@ -15,37 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-import timm
 import torch
 
-from train.config import AttackConfig
 from train.recipes import RECIPES
-from train.task import AdvPropTask
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from train_step import CLASSES, MEAN, STD, Step, reference_step
+from train_step import CLASSES, our_step, reference_step
 
 NETS = {"efficientnet_b3": 300, "resnet50": 224}
 ROWS = ("vanilla", "advprop", "reference", "shared-bn", "fine-grained", "fast")
-
-
-def our_step(arch: str, recipe: str, compiled: bool) -> Step:
-    model = timm.create_model(arch, num_classes=CLASSES).to("cuda").to(memory_format=torch.channels_last)
-    attack = AttackConfig(targeted=recipe != "fast")
-    device = torch.device("cuda")
-    task = AdvPropTask(
-        model, RECIPES[recipe], attack=attack, mean=MEAN, std=STD, amp_dtype=torch.bfloat16, device=device
-    ).train()
-    if compiled:
-        task.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
-        optimizer.zero_grad()
-        task(images, labels)["loss"].backward()
-        optimizer.step()
-
-    return step
 
 
 def measure(arch: str, row: str, compiled: bool, batch: int, steps: int) -> tuple[float, float]:
@@ -53,7 +31,10 @@ def measure(arch: str, row: str, compiled: bool, batch: int, steps: int) -> tupl
     torch.manual_seed(0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step = reference_step(arch, 1, "cuda", torch.bfloat16) if row == "reference" else our_step(arch, row, compiled)
+    if row == "reference":
+        step = reference_step(arch, 1, "cuda", torch.bfloat16)
+    else:
+        step = our_step(arch, row, 1, "cuda", torch.bfloat16, compiled)
     views = 1 if row == "reference" else RECIPES[row].views
     images = torch.rand(batch, views, 3, NETS[arch], NETS[arch], device="cuda") * 2 - 1
     if views == 1:

@@ -15,7 +15,8 @@ from train.data import (
     embedded_digits,
     image_folder,
 )
-from train.loaders import BAD_LABEL, eval_loader, train_loader
+from train.loaders import eval_loader, train_loader
+from train.samples import BAD_LABEL
 
 CPU = torch.device("cpu")
 SPEC = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
