@@ -1,12 +1,12 @@
-"""Streaming ranges: the largest magnitude of every tensor over any number of images.
+"""Streaming ranges: the largest magnitude of tensors over any number of images.
 
-The maxima are taken inside the graph, so a run returns one number a tensor and memory
+The maxima are taken inside the graph, so a run returns a few numbers a tensor and memory
 does not grow with the number of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from runtime.errors import DataError
 
 __all__ = ["Collected", "collect", "collect_amax"]
 
-_PREFIX = "advprop_amax/"
+_PREFIX = "advprop_range/"
 
 
 class Collected(NamedTuple):
@@ -34,6 +34,8 @@ def collect_amax(
     model: onnx.ModelProto,
     batches: Iterable[NDArray[Any]],
     progress: Callable[[int], None] | None = None,
+    *,
+    tensors: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Measures the largest magnitude of the input and of every float32 node output.
 
@@ -41,62 +43,77 @@ def collect_amax(
         model: a float32 graph with one input.
         batches: inputs of the graph; each is dropped once it has run.
         progress: called after each batch with its number of images.
+        tensors: measure only these, which is quicker; others of that name are passed over.
 
     Returns:
-        Tensor name → max |x| over all batches; inf or nan where a tensor had one.
+        Tensor name → max |x| over all batches; inf from 1.8e19 on, where the square overflows. A single
+        nan may be passed over, as ONNX Runtime's maximum does.
 
     Raises:
         DataError: the batches are empty.
     """
-    return collect(model, batches, progress).amax
+    return collect(model, batches, progress, tensors=tensors).amax
 
 
 def collect(
     model: onnx.ModelProto,
     batches: Iterable[NDArray[Any]],
     progress: Callable[[int], None] | None = None,
+    *,
+    tensors: Collection[str] | None = None,
 ) -> Collected:
     """Does what `collect_amax` does, and keeps the graph's first output, in the same pass."""
     import onnxruntime as ort
 
-    names = _float_tensors(model)
-    session = ort.InferenceSession(_with_maxima(model, names), providers=["CPUExecutionProvider"])
+    ranks = {name: rank for name, rank in _float_tensors(model).items() if tensors is None or name in tensors}
+    session = ort.InferenceSession(_with_maxima(model, ranks), providers=["CPUExecutionProvider"])
     input_name = session.get_inputs()[0].name
-    amax = np.zeros(len(names))
+    squares = np.zeros(len(ranks))
     outputs = []
-    wanted = [model.graph.output[0].name, *(_PREFIX + name for name in names)]
+    wanted = [model.graph.output[0].name, *(_PREFIX + name for name in ranks)]
     for batch in batches:
-        output, *values = session.run(wanted, {input_name: batch})
-        amax = np.maximum(amax, np.asarray(values, np.float64))  # keeps nan
+        output, *maxima = session.run(wanted, {input_name: batch})
+        squares = np.maximum(squares, [float(value.max()) for value in maxima])  # keeps nan
         outputs.append(output)
         if progress:
             progress(len(batch))
     if not outputs:
         raise DataError("ranges can only be measured on images, and none were given")
-    return Collected(dict(zip(names, amax.tolist(), strict=True)), np.concatenate(outputs))
+    # In binary floating point the root of a rounded square is the very number, unless the square overflowed.
+    amax = np.sqrt(squares.astype(np.float32))
+    return Collected(dict(zip(ranks, amax.tolist(), strict=True)), np.concatenate(outputs))
 
 
-def _float_tensors(model: onnx.ModelProto) -> list[str]:
+def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
+    """Names of the float32 tensors that images flow through, and their ranks."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    types = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*inferred.value_info, *inferred.input, *inferred.output)
-    }
+    values = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
     initializers = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in initializers]
     outputs = [name for node in model.graph.node for name in node.output if name]
-    return [name for name in (*inputs, *outputs) if types.get(name) == TensorProto.FLOAT]
+    return {
+        name: len(values[name].shape.dim)
+        for name in (*inputs, *outputs)
+        if name in values and values[name].elem_type == TensorProto.FLOAT
+    }
 
 
-def _with_maxima(model: onnx.ModelProto, names: list[str]) -> bytes:
-    """A copy of the graph whose outputs are ReduceMax(Abs(x)) of each tensor."""
+def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int]) -> bytes:
+    """A copy of the graph that also gives the largest square of each tensor; of (N, C, H, W), that of each (H, W).
+
+    Mul and GlobalMaxPool, since ONNX Runtime has them for the blocked layout its convolutions like: an
+    operator that has it not, Abs or ReduceMax, costs two changes of layout a tensor.
+    """
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[1:]
-    for name in names:
+    for name, rank in ranks.items():
         output = _PREFIX + name
-        probe.graph.node.append(helper.make_node("Abs", [name], [output + "/abs"]))
-        probe.graph.node.append(helper.make_node("ReduceMax", [output + "/abs"], [output], keepdims=0))
-        probe.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
+        probe.graph.node.append(helper.make_node("Mul", [name, name], [output + "/square"]))
+        if rank == 4:
+            probe.graph.node.append(helper.make_node("GlobalMaxPool", [output + "/square"], [output]))
+        else:
+            probe.graph.node.append(helper.make_node("ReduceMax", [output + "/square"], [output], keepdims=0))
+        probe.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
     content: bytes = probe.SerializeToString()
     return content

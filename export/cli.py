@@ -11,12 +11,14 @@ from click.core import ParameterSource
 
 from runtime.console import cli_errors, set_up_logging
 from runtime.errors import BackendUnavailable, EngineBuildError
-from runtime.options import engine_options
+from runtime.options import engine_options, image_size_option
+from runtime.sizes import ImageSizes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from export.pipeline import ExportResult
+    from export.precision import Decision
 
 EXAMPLES = """\b
 Examples:
@@ -26,6 +28,7 @@ Examples:
   advprop-export weights.pth --arch resnet50 --data photos/  a plain timm state dict
   advprop-export timm:tf_efficientnet_b3.ap_in1k --data photos/    published AdvProp weights
   advprop-export best.pt --input uint8-nhwc --output probs   pixels in, probabilities out
+  advprop-export best.pt --img-size 160:224:320 --trt fp16   image size open, an engine for that range
   advprop-export best.pt --route adv --out adv/              an auxiliary BatchNorm, for study
 
 \b
@@ -34,14 +37,15 @@ Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
 """
 
 
+_PRECISIONS = ["fp32", "fp16", "bf16"]
 _INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": "uint8 NHWC"}
 
 
 @click.command("export", epilog=EXAMPLES)
 @click.argument("checkpoint")
-@click.option("--trt", type=click.Choice(["fp32", "fp16"]), help="Also build a TensorRT engine of this precision.")
+@click.option("--trt", type=click.Choice(_PRECISIONS), help="Also build a TensorRT engine of this precision.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16"]), help="ONNX files to write without an engine.  [default: fp32]"
+    "--precision", type=click.Choice(_PRECISIONS), help="ONNX files to write without an engine.  [default: fp32]"
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where files go.  [default: beside the checkpoint]"
@@ -60,9 +64,17 @@ _INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": 
     "output_form",
     default="logits",
     show_default=True,
-    type=click.Choice(["logits", "probs"]),
-    help="What the file gives.",
+    type=click.Choice(["logits", "probs", "topk"]),
+    help="What the file gives; topk: the five largest probabilities and their classes.",
 )
+@click.option(
+    "--io",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "fp16"]),
+    help="Floats that the FP16 file takes and gives.",
+)
+@image_size_option("N or HxW instead of the checkpoint's; MIN:OPT:MAX leaves the size open.")
 @click.option("--arch", metavar="NAME", help="timm's name, for a plain state dict.")
 @click.option(
     "--weights",
@@ -78,6 +90,12 @@ _INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": 
     metavar="DIR",
     help="Images to verify on.  [default: the checkpoint's own sample]",
 )
+@click.option(
+    "--bisect/--no-bisect",
+    default=True,
+    show_default=True,
+    help="Where a file does not agree, find the first layer that does not.",
+)
 @cli_errors
 def main(
     checkpoint: str,
@@ -87,13 +105,17 @@ def main(
     sm: tuple[str, ...],
     batch: tuple[int, int, int],
     builder: str,
+    timing_cache: Path | None,
     input_form: str,
     output_form: str,
+    io: str,
+    image_sizes: ImageSizes | None,
     arch: str | None,
     weights: Path | None,
     route: str,
     no_ema: bool,
     data: Path | None,
+    bisect: bool,
     verbose: bool,
 ) -> None:
     """Export CHECKPOINT as ONNX and, with --trt, as a TensorRT engine.
@@ -105,9 +127,12 @@ def main(
     if trt and precision and trt != precision:
         raise click.UsageError(f"--trt {trt} makes {trt} files; leave --precision {precision} out")
     given = click.get_current_context().get_parameter_source
-    for name in ("sm", "batch", "builder"):
+    for name in ("sm", "batch", "builder", "timing_cache"):
         if not trt and given(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name} says how an engine is built; give --trt fp16 too")
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option} says how an engine is built; give --trt fp16 too")
+    if io == "fp16" and (trt or precision) != "fp16":
+        raise click.UsageError("--io fp16 is of FP16 files; give --trt fp16 or --precision fp16 too")
     from runtime.engine.flavours import parse_sm
 
     targets = [parse_sm(text) for text in sm]
@@ -123,8 +148,12 @@ def main(
                 batch=batch,
                 sm=targets,
                 flavour=builder,
+                timing_cache=timing_cache,
                 input_form=_INPUT_FORMS[input_form],
                 output_form=output_form,
+                io=io,
+                sizes=image_sizes,
+                bisect=bisect,
                 arch=arch,
                 weights=weights,
                 bn=route,
@@ -148,7 +177,7 @@ def _show(console: Console, result: ExportResult) -> None:
         table.add_column(heading, no_wrap=True, justify="right")
     rows = (
         (result.onnx, "checkpoint", result.onnx_parity),
-        (result.fp16_onnx, result.onnx.name, result.fp16_parity),
+        (result.reduced_onnx, result.onnx.name, result.reduced_parity),
         (result.engine, "", None),
     )
     for path, against, parity in rows:
@@ -169,13 +198,19 @@ def _show(console: Console, result: ExportResult) -> None:
     )
     for decision in result.kept_fp32:
         console.print(
-            f"kept in FP32: {decision.op} {decision.node}: {decision.tensor} reaches {decision.amax:.3g}",
+            f"kept in FP32: {decision.op} {decision.node}: {_reason(decision)}",
             highlight=False,
         )
     if result.engine_info:
         info = result.engine_info
         targets = ", ".join(info.compute_capabilities)
         console.print(f"engine: {info.flavour} {info.version}, {info.precision}, for {targets}", highlight=False)
+
+
+def _reason(decision: Decision) -> str:
+    if decision.reason == "overflow":
+        return f"{decision.tensor} reaches {decision.amax:.3g}"
+    return f"{decision.tensor} would be off by {decision.error:.1%}"
 
 
 if __name__ == "__main__":

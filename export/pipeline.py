@@ -1,41 +1,42 @@
-"""`export_checkpoint`: checkpoint → ONNX → FP16 ONNX → engine, verified at each stage."""
+"""`export_checkpoint`: checkpoint → ONNX → FP16 or BF16 ONNX → engine, verified at each stage."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnx
-import onnxruntime as ort
-import torch
-from numpy.typing import NDArray
-
 from calib.collect import collect
+from export.checks import (
+    batches,
+    check_file,
+    check_size,
+    first_module,
+    first_tensor,
+    graph_logits,
+    torch_logits,
+)
 from export.io_forms import with_forms
-from export.precision import LIMIT, Decision, to_fp16
-from export.rounding import with_fp16_roundings
-from export.source import Source, load_source
-from export.to_onnx import INPUT, OUTPUT, save_onnx, to_onnx
-from export.verify import FP16_TOLERANCE, FP32_TOLERANCE, Parity, compare, require
+from export.precision import REDUCED, Decision, deciding_tensors
+from export.record import save_decisions, save_record
+from export.reduce import reduce_precision
+from export.source import load_source
+from export.to_onnx import save_onnx, to_onnx
+from export.verify import TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
 from runtime.engine.flavours import check_targets, choose_flavour
 from runtime.engine.sidecar import EngineInfo
-from runtime.errors import BackendUnavailable, ConfigError, DataError, VerificationError
-from runtime.files import output_dir, write_text
-from runtime.images import network_input, normalise
-from runtime.session import load, softmax
+from runtime.errors import BackendUnavailable, ConfigError, DataError
+from runtime.files import output_dir
+from runtime.sizes import ImageSizes
 from train.recipes import MAIN
 
 __all__ = ["ExportResult", "default_folder", "export_checkpoint"]
 
 log = logging.getLogger(__name__)
 
-_BATCH = 32
 _FEW = 8
 """Images that show whether a file is the network that was verified on all of them."""
 
@@ -48,12 +49,12 @@ class ExportResult:
     """The FP32 ONNX file."""
     onnx_parity: Parity
     """Checkpoint against FP32 ONNX."""
-    fp16_onnx: Path | None = None
-    """The FP16 ONNX file, where asked for."""
-    fp16_parity: Parity | None = None
-    """FP32 ONNX against FP16 ONNX, every FP16 tensor rounded as a GPU would."""
+    reduced_onnx: Path | None = None
+    """The FP16 or BF16 ONNX file, where asked for."""
+    reduced_parity: Parity | None = None
+    """FP32 ONNX against it, every FP16 or BF16 tensor rounded as a GPU would."""
     kept_fp32: tuple[Decision, ...] = ()
-    """Nodes of the FP16 file that stay in FP32."""
+    """Its nodes that stay in FP32."""
     engine: Path | None = None
     """The engine, where asked for."""
     engine_info: EngineInfo | None = None
@@ -69,6 +70,7 @@ def export_checkpoint(
     batch: tuple[int, int, int] = (1, 8, 32),
     sm: Sequence[int] = (),
     flavour: str = "auto",
+    timing_cache: Path | None = None,
     arch: str | None = None,
     weights: Path | None = None,
     bn: str = MAIN,
@@ -76,6 +78,9 @@ def export_checkpoint(
     data: Path | None = None,
     input_form: str = "float32 NCHW",
     output_form: str = "logits",
+    io: str = "fp32",
+    sizes: ImageSizes | None = None,
+    bisect: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Exports a checkpoint as `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`).
@@ -83,11 +88,12 @@ def export_checkpoint(
     Args:
         checkpoint: one of ours, a plain timm state dict together with `arch`, or `timm:NAME`.
         out: folder of the results; default: the checkpoint's, or NAME.
-        precision: `fp32` or `fp16`: the last ONNX file to make, and the engine's.
+        precision: `fp32`, `fp16` or `bf16`: the last ONNX file to make, and the engine's.
         engine: build an engine too.
         batch: smallest, most usual and largest batch size of the engine.
         sm: compute capabilities to build for; see `runtime.build`.
         flavour: engine builder; see `runtime.build`.
+        timing_cache: see `runtime.build`.
         arch: timm's name of the architecture, for a plain state dict.
         weights: a file of the weights of `timm:NAME`; see `load_source`.
         bn: the BatchNorm route to export.
@@ -95,6 +101,10 @@ def export_checkpoint(
         data: folder of real images to verify on, instead of the checkpoint's sample.
         input_form: what the files take, one of `runtime.spec.INPUT_FORMS`.
         output_form: what they give, one of `runtime.spec.OUTPUT_FORMS`.
+        io: `fp16` makes the FP16 file take and give FP16 where it would float32.
+        sizes: another image size than the checkpoint's; a range leaves the size open in the
+            files, and the engine takes that range.
+        bisect: where a stage does not agree with the one before, find the first layer that does not.
         progress: called with the name of each stage as it starts.
 
     Raises:
@@ -102,73 +112,93 @@ def export_checkpoint(
         DataError: there are no real images to verify on.
         VerificationError: a stage does not agree with the one before; files are kept.
     """
-    if precision not in ("fp32", "fp16"):
-        raise ConfigError(f"precision must be fp32 or fp16; found {precision!r}")
+    _check_choices(precision, io)
     progress = progress or log.debug
     if engine:
         _check_wishes(flavour, tuple(sm))
     progress("reading the checkpoint")
-    source = load_source(checkpoint, arch, weights=weights, bn=bn, ema=ema, data=data)
+    source = load_source(
+        checkpoint, arch, weights=weights, bn=bn, ema=ema, data=data, size=sizes.usual if sizes else None
+    )
     folder = output_dir(out if out is not None else default_folder(checkpoint))
     if not len(source.images_NHWC):
         raise DataError(f"{checkpoint} carries no images to verify the export on; give some: --data DIR")
     progress("tracing and folding")
     spec = dataclasses.replace(source.spec, input_form=input_form, output_form=output_form)
-    model = to_onnx(source.model, source.spec)
+    model = to_onnx(source.model, source.spec, free_size=sizes is not None and not sizes.fixed)
     onnx_path = folder / "model.onnx"
     save_onnx(with_forms(model, spec), onnx_path)
+
     progress(f"verifying on {len(source.images_NHWC)} images")
     # One pass for both: what FP16 needs to know, and the logits.
-    ranges, logits_NK = collect(model, _batches(source)) if precision == "fp16" else ({}, _logits(model, source))
-    onnx_parity = compare(_torch_logits(source), logits_NK)
-    require(onnx_parity, FP32_TOLERANCE, str(onnx_path), "the checkpoint")
-    _check_file(onnx_path, source, logits_NK[:_FEW])
-    engine_source, fp16_path, fp16_parity = onnx_path, None, None
-    decisions: list[Decision] = []
-    if precision == "fp16":
-        progress("converting to FP16")
-        half, decisions = to_fp16(model, ranges)
-        engine_source = fp16_path = folder / "model.fp16.onnx"
-        save_onnx(with_forms(half, spec), fp16_path)
-        _save_decisions(folder / "model.fp16.json", decisions, ranges, len(source.images_NHWC))
-        fp16_parity = compare(logits_NK, _logits(with_fp16_roundings(half), source))
-        require(fp16_parity, FP16_TOLERANCE, str(fp16_path), onnx_path.name)
-        few = dataclasses.replace(source, images_NHWC=source.images_NHWC[:_FEW])
-        _check_file(fp16_path, source, _logits(half, few))
-    engine_path, info = None, None
+    wanted = deciding_tensors(model) if precision == "fp16" else set()
+    amax, logits_NK = collect(model, batches(source), tensors=wanted)
+    onnx_parity = compare(torch_logits(source), logits_NK)
+    first = first_module(source, model) if bisect else None
+    require(onnx_parity, TOLERANCE["fp32"], str(onnx_path), "the checkpoint", first)
+    if sizes is not None:
+        for size in {sizes.smallest, sizes.largest} - {sizes.usual}:
+            check_size(source, model, size)
+    check_file(onnx_path, source, logits_NK[:_FEW])
+    stages = [(onnx_path, "the checkpoint", onnx_parity)]
+    result = ExportResult(onnx=onnx_path, onnx_parity=onnx_parity)
+
+    if precision in REDUCED:
+        progress(f"converting to {precision.upper()}")
+        path = folder / f"model.{precision}.onnx"
+        reduced = reduce_precision(
+            model,
+            precision,
+            amax=amax,
+            logits_NK=logits_NK,
+            batches=lambda: batches(source),
+            run=lambda graph: graph_logits(graph, source),
+        )
+        if io == "fp16" and input_form == "float32 NCHW":
+            spec = dataclasses.replace(spec, input_form="float16 NCHW")
+        save_onnx(with_forms(reduced.model, spec, half_output=io == "fp16"), path)
+        save_decisions(path.with_suffix(".json"), reduced.decisions, amax, reduced.parity)
+        first = first_tensor(source, model, reduced.rounded, TOLERANCE[precision]) if bisect else None
+        require(reduced.parity, TOLERANCE[precision], str(path), onnx_path.name, first)
+        if precision == "fp16":
+            few = dataclasses.replace(source, images_NHWC=source.images_NHWC[:_FEW])
+            check_file(path, source, graph_logits(reduced.model, few), 1e-2 if io == "fp16" else TOLERANCE["fp32"])
+        stages.append((path, onnx_path.name, reduced.parity))
+        result = dataclasses.replace(
+            result, reduced_onnx=path, reduced_parity=reduced.parity, kept_fp32=reduced.decisions
+        )
+    save_record(folder, spec.checkpoint_sha256, stages)
     if engine:
         progress("building the engine")
         engine_path = folder / f"model.{precision}.engine"
-        info = build(engine_source, engine_path, precision=precision, batch=batch, sm=sm, flavour=flavour)
-    _warn_of_leftovers(folder, [fp16_path, engine_path])
-    return ExportResult(
-        onnx=onnx_path,
-        onnx_parity=onnx_parity,
-        fp16_onnx=fp16_path,
-        fp16_parity=fp16_parity,
-        kept_fp32=tuple(decisions),
-        engine=engine_path,
-        engine_info=info,
-    )
-
-
-def _save_decisions(path: Path, decisions: Sequence[Decision], amax: dict[str, float], images: int) -> None:
-    """Writes which nodes stay in FP32 and why, and every measured range, the largest first."""
-    content = {
-        "format": "advprop.fp16/1",
-        "images": images,
-        "limit": LIMIT,
-        "kept_fp32": [dataclasses.asdict(decision) for decision in decisions],
-        "amax": {name: amax[name] for name in sorted(amax, key=lambda name: -amax[name])},
-    }
-    # A range that is not finite is written as JSON has no word for it: NaN, Infinity.
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        info = build(
+            result.reduced_onnx or onnx_path,
+            engine_path,
+            precision=precision,
+            batch=batch,
+            sizes=None if sizes is None or sizes.fixed else sizes,
+            sm=sm,
+            flavour=flavour,
+            timing_cache=timing_cache,
+        )
+        result = dataclasses.replace(result, engine=engine_path, engine_info=info)
+    _warn_of_leftovers(folder, [result.reduced_onnx, result.engine])
+    return result
 
 
 def default_folder(checkpoint: str | Path) -> Path:
     """Where files go unless told otherwise: beside the checkpoint, or in a folder of timm's name."""
     name = str(checkpoint)
     return Path(name.removeprefix("timm:")) if name.startswith("timm:") else Path(checkpoint).parent
+
+
+def _check_choices(precision: str, io: str) -> None:
+    if precision not in ("fp32", *REDUCED):
+        raise ConfigError(f"precision must be one of fp32, {', '.join(REDUCED)}; found {precision!r}")
+    if io not in ("fp32", "fp16"):
+        raise ConfigError(f"io must be fp32 or fp16; found {io!r}")
+    if io == "fp16" and precision != "fp16":
+        raise ConfigError(f"FP16 in and out goes with the precision fp16; found {precision}")
 
 
 def _check_wishes(flavour: str, sm: tuple[int, ...]) -> None:
@@ -180,40 +210,7 @@ def _check_wishes(flavour: str, sm: tuple[int, ...]) -> None:
 
 
 def _warn_of_leftovers(folder: Path, written: Sequence[Path | None]) -> None:
-    for name in ("model.fp16.onnx", "model.fp16.engine", "model.fp32.engine"):
+    names = [f"model.{precision}.{suffix}" for precision in ("fp32", *REDUCED) for suffix in ("onnx", "engine")]
+    for name in names:
         if (folder / name).exists() and folder / name not in written:
             log.warning("%s is of an earlier export, not of this checkpoint", folder / name)
-
-
-def _fitted(source: Source) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(source.images_NHWC), _BATCH):
-        yield source.images_NHWC[start : start + _BATCH]
-
-
-def _batches(source: Source) -> Iterator[NDArray[np.float32]]:
-    for images_NHWC in _fitted(source):
-        yield normalise(images_NHWC, source.spec.preprocessing)
-
-
-@torch.no_grad()
-def _torch_logits(source: Source) -> NDArray[np.float32]:
-    return np.concatenate([source.model(torch.from_numpy(batch)).numpy() for batch in _batches(source)])
-
-
-def _logits(model: onnx.ModelProto, source: Source) -> NDArray[np.float32]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in _batches(source)])
-
-
-def _check_file(path: Path, source: Source, logits_NK: NDArray[np.float32]) -> None:
-    """Runs the file that was written, as a user would, against its network's logits of the first N images."""
-    with load(path, device="cpu") as session:
-        spec = session.spec
-        images_NHWC = source.images_NHWC[: len(logits_NK)]
-        answers_NK = session.run(network_input(images_NHWC, spec.preprocessing, spec.input_form))
-    expected_NK = softmax(logits_NK) if spec.output_form == "probs" else logits_NK
-    difference = float(np.abs(answers_NK - expected_NK).max())
-    if not difference <= FP32_TOLERANCE * max(1.0, float(np.abs(expected_NK).max())):
-        raise VerificationError(
-            f"{path} gives other {spec.output_form} than its network: max |Δ| {difference:.3g}. All files were kept"
-        )

@@ -1,66 +1,113 @@
-"""Runs an FP16 graph as a GPU would round it, on a CPU.
+"""Runs an FP16 or BF16 graph as a GPU would round it, on a CPU.
 
 ONNX Runtime's CPU provider has few FP16 kernels: it computes an FP16 graph in FP32 and drops
-the roundings in between, so an overflow that a GPU would have does not show. Here every
-FP16 tensor is rounded for real: each node computes in FP32 and its result passes through
-FP16. (A GPU accumulates FP16 convolutions in FP32 too and rounds the result.)
+the roundings in between, so an overflow that a GPU would have does not show; BF16 it cannot
+run at all. Here every such tensor is rounded for real: each node computes in FP32 and its
+result passes through the narrow type. (A GPU accumulates convolutions in FP32 too and rounds
+the result.)
+
+Rounding keeps the order of numbers, so max(0, x) and its like may be taken before it as well as
+after, with the same bits: that leaves ONNX Runtime its fused Conv + Relu.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["with_fp16_roundings"]
+__all__ = ["rounded_name", "with_roundings"]
+
+_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_ORDERLY = frozenset({"Clip", "Flatten", "Identity", "MaxPool", "Relu", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that pick among the elements of their first input and, Clip, its bounds."""
 
 
-def with_fp16_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a float32 graph that rounds every tensor to FP16 where `model` has one in FP16.
+def with_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns a float32 graph that rounds every tensor where `model` has a narrow one.
 
     Args:
-        model: a graph with FP16 tensors and float32 or FP16 inputs and outputs; unchanged.
+        model: a graph with FP16 or BF16 tensors, whose inputs and outputs are any; unchanged.
 
     Returns:
         A graph of the same inputs and outputs for ONNX Runtime on a CPU.
     """
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    half = {
-        value.name
-        for value in (*inferred.value_info, *inferred.input, *inferred.output)
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
-    }
-    half -= {tensor.name for tensor in model.graph.initializer}
+    narrow = _narrow_tensors(model)
     ends = {value.name for value in (*model.graph.input, *model.graph.output)}
+    later = narrow.keys() - ends - _read_otherwise(model.graph.node)
+    unrounded: set[str] = set()
     rounded = onnx.ModelProto()
     rounded.CopyFrom(model)
     graph = rounded.graph
     del graph.node[:]
     del graph.value_info[:]
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
-            array = numpy_helper.to_array(tensor).astype("float32")
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    inner = half - ends
-    for name in half & {value.name for value in model.graph.input}:
-        graph.node.append(helper.make_node("Cast", [name], [_wide(name)], to=TensorProto.FLOAT))
+    _widen_constants(graph)
+    for value in model.graph.input:
+        if value.name in narrow:
+            graph.node.append(_cast(value.name, rounded_name(value.name), TensorProto.FLOAT))
     for node in model.graph.node:
         copy = graph.node.add()
         copy.CopyFrom(node)
-        if node.op_type == "Cast":
-            for attribute in copy.attribute:
-                if attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                    attribute.i = TensorProto.FLOAT
+        _cast_to_wide(copy)
         for position, name in enumerate(node.input):
-            if name in half:
-                copy.input[position] = _wide(name)
+            if name in narrow:
+                copy.input[position] = rounded_name(name)
+        is_rounded = node.op_type in _ORDERLY and node.input[0] in narrow and node.input[0] not in unrounded
         for position, name in enumerate(node.output):
-            if name in half:
-                copy.output[position] = name + "/unrounded"
-                narrow = name + "/fp16" if name in inner else name
-                graph.node.append(helper.make_node("Cast", [name + "/unrounded"], [narrow], to=TensorProto.FLOAT16))
-                graph.node.append(helper.make_node("Cast", [narrow], [_wide(name)], to=TensorProto.FLOAT))
+            if name not in narrow:
+                continue
+            if name not in ends and (is_rounded or name in later):
+                copy.output[position] = rounded_name(name)
+                unrounded |= set() if is_rounded else {name}
+                continue
+            copy.output[position] = name + "/unrounded"
+            short = name if name in ends else name + "/narrow"
+            graph.node.append(_cast(name + "/unrounded", short, narrow[name]))
+            graph.node.append(_cast(short, rounded_name(name), TensorProto.FLOAT))
     return rounded
 
 
-def _wide(name: str) -> str:
-    return name + "/rounded"
+def rounded_name(tensor: str) -> str:
+    """Returns what the narrow tensor `tensor` is called in `with_roundings`' graph, where it is float32."""
+    return tensor + "/rounded"
+
+
+def _narrow_tensors(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return {name: kind for name, kind in kinds.items() if kind in _NARROW and name not in constants}
+
+
+def _read_otherwise(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Tensors that some node reads that is not orderly, or not as its data."""
+    return {
+        name
+        for node in nodes
+        for position, name in enumerate(node.input)
+        if node.op_type not in _ORDERLY or position > 0
+    }
+
+
+def _widen_constants(graph: onnx.GraphProto) -> None:
+    for tensor in graph.initializer:
+        if tensor.data_type in _NARROW:
+            array = numpy_helper.to_array(tensor).astype("float32")
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], to=kind)
+
+
+def _cast_to_wide(node: onnx.NodeProto) -> None:
+    """Makes a Cast to a narrow type one to float32: its result is rounded like any other."""
+    if node.op_type != "Cast":
+        return
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.i in _NARROW:
+            attribute.i = TensorProto.FLOAT

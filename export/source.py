@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -30,7 +31,7 @@ from train.models import create_model
 from train.recipes import MAIN
 from train.restore import load_weights, restore_model
 
-__all__ = ["Source", "load_source"]
+__all__ = ["Source", "load_source", "resized"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def load_source(
     bn: str = MAIN,
     ema: bool = True,
     data: Path | None = None,
+    size: tuple[int, int] | None = None,
     images: int = 64,
 ) -> Source:
     """Reads what is to be exported and strips its auxiliary BatchNorms.
@@ -71,6 +73,7 @@ def load_source(
         ema: prefer the moving average of the weights.
         data: folder of images, searched recursively, to verify on instead of the
             checkpoint's own sample.
+        size: another input size, (height, width); the checkpoint's sample is resized to it.
         images: the most images to take from `data`, spread evenly over it.
 
     Raises:
@@ -96,6 +99,11 @@ def load_source(
             model, spec = _from_state_dict(path, content, arch, bn)
             sample_NHWC = _no_images(spec)
     spec = dataclasses.replace(spec, checkpoint_sha256=sha256, route=bn)
+    if size is not None:
+        height, width = size
+        preprocessing = dataclasses.replace(spec.preprocessing, height=height, width=width)
+        spec = dataclasses.replace(spec, preprocessing=preprocessing)
+        sample_NHWC = resized(sample_NHWC, size)
     if data is not None:
         sample_NHWC = _images(data, spec.preprocessing, images)
     return Source(model=model.eval(), spec=spec, images_NHWC=sample_NHWC)
@@ -167,6 +175,15 @@ def _timm_spec(model: nn.Module, arch: str) -> ModelSpec:
             crop_mode=config["crop_mode"],
         ),
     )
+
+
+def resized(images_NHWC: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Returns the images at another size, (height, width), by PIL's bicubic filter."""
+    height, width = size
+    images = [
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)) for image in images_NHWC
+    ]
+    return np.stack(images) if images else np.empty((0, height, width, 3), np.uint8)
 
 
 def _no_images(spec: ModelSpec) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ Shape suffixes: N images, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +14,11 @@ from numpy.typing import NDArray
 from runtime.errors import VerificationError
 from runtime.session import softmax
 
-__all__ = ["FP16_TOLERANCE", "FP32_TOLERANCE", "Parity", "compare", "require"]
+__all__ = ["TOLERANCE", "Parity", "agrees", "compare", "require"]
 
-FP32_TOLERANCE = 1e-4
-"""Largest |Δlogit| of FP32 ONNX, as a share of the largest |logit| where that is above 1."""
-FP16_TOLERANCE = 2e-2
-"""The same for FP16."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest |Δlogit| of each precision, as a share of the largest |logit| where that is above 1.
+BF16 has three bits less than FP16."""
 _LEAST_AGREEMENT = 0.99
 
 
@@ -55,7 +55,7 @@ def compare(reference_NK: NDArray[np.floating], candidate_NK: NDArray[np.floatin
     kl = (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(1).mean()
     rows = np.arange(len(reference))
     behind = reference.max(1) - reference[rows, candidate.argmax(1)]
-    same = behind <= 2 * FP32_TOLERANCE * max(1.0, float(np.abs(reference).max()))
+    same = behind <= 2 * TOLERANCE["fp32"] * max(1.0, float(np.abs(reference).max()))
     return Parity(
         images=len(reference),
         max_abs=float(difference.max()),
@@ -66,13 +66,27 @@ def compare(reference_NK: NDArray[np.floating], candidate_NK: NDArray[np.floatin
     )
 
 
-def require(parity: Parity, tolerance: float, stage: str, before: str) -> None:
-    """Raises VerificationError where `parity` is outside `tolerance`, or not finite."""
-    agrees = parity.agreement >= _LEAST_AGREEMENT or parity.agreement * parity.images >= parity.images - 1
-    if parity.relative <= tolerance and agrees:
+def agrees(parity: Parity, tolerance: float) -> bool:
+    """Tells whether `parity` is within `tolerance`: its logits, and its top-1 but for one image."""
+    same_top1 = parity.agreement >= _LEAST_AGREEMENT or parity.agreement * parity.images >= parity.images - 1
+    return parity.relative <= tolerance and same_top1
+
+
+def require(parity: Parity, tolerance: float, stage: str, before: str, first: Callable[[], str] | None = None) -> None:
+    """Raises VerificationError where `parity` is outside `tolerance`, or not finite.
+
+    Args:
+        parity: of `stage` against `before`.
+        tolerance: see TOLERANCE.
+        stage: what was verified, for the message.
+        before: what it was verified against.
+        first: finds where the two part, in words; called only where they do.
+    """
+    if agrees(parity, tolerance):
         return
+    where = f" {first()}" if first is not None else ""
     raise VerificationError(
         f"{stage} does not agree with {before} on {parity.images} images: max |Δlogit| {parity.max_abs:.3g} "
         f"at a logit scale of {parity.scale:.3g} (allowed {tolerance:g} of it), top-1 agreement "
-        f"{parity.agreement:.1%}. All files were kept"
+        f"{parity.agreement:.1%}. All files were kept.{where}"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from runtime import errors
 from runtime.engine.build import build
 from runtime.session import Prediction, Session, load
+from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
 
-__all__ = ["ModelSpec", "Prediction", "Preprocessing", "Session", "build", "errors", "load"]
+__all__ = ["ImageSizes", "ModelSpec", "Prediction", "Preprocessing", "Session", "build", "errors", "load"]

@@ -13,7 +13,7 @@ from runtime.cuda import find_gpu
 from runtime.engine.flavours import choose_flavour
 from runtime.errors import BackendUnavailable, first_line
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "look"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,12 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at the GPU and tries every library that runs or builds models."""
-    return [look() for look in _LOOKS]
+    return [look(name) for name in _LOOKS]
+
+
+def look(name: str) -> Finding:
+    """Looks at one part: a key of the table at the end, such as `onnxruntime` or `tensorrt_rtx`."""
+    return _LOOKS[name]()
 
 
 def _machine() -> Finding:
@@ -146,15 +151,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-_LOOKS: tuple[Callable[[], Finding], ...] = (
-    _machine,
-    _gpu,
-    _onnxruntime,
-    _onnxruntime_on_the_gpu,
-    lambda: _builder("tensorrt", "pip install 'advprop[tensorrt]'"),
-    lambda: _builder("tensorrt_rtx", "pip install tensorrt-rtx"),
-    _torch,
-    lambda: _package("timm (trains, exports)", "timm", "timm"),
-    lambda: _package("pycuda (GPUArray inputs)", "pycuda", "pycuda", "'advprop[pycuda]'"),
-    _vnni,
-)
+_LOOKS: dict[str, Callable[[], Finding]] = {
+    "machine": _machine,
+    "gpu": _gpu,
+    "onnxruntime": _onnxruntime,
+    "onnxruntime_gpu": _onnxruntime_on_the_gpu,
+    "tensorrt": lambda: _builder("tensorrt", "pip install 'advprop[tensorrt]'"),
+    "tensorrt_rtx": lambda: _builder("tensorrt_rtx", "pip install tensorrt-rtx"),
+    "torch": _torch,
+    "timm": lambda: _package("timm (trains, exports)", "timm", "timm"),
+    "pycuda": lambda: _package("pycuda (GPUArray inputs)", "pycuda", "pycuda", "'advprop[pycuda]'"),
+    "vnni": _vnni,
+}

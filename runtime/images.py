@@ -226,4 +226,5 @@ def network_input(images_NHWC: NDArray[np.uint8], spec: Preprocessing, form: str
         return images_NHWC
     if form == "uint8 NCHW":
         return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
-    return normalise(images_NHWC, spec)
+    images_NCHW = normalise(images_NHWC, spec)
+    return images_NCHW.astype(np.float16) if form == "float16 NCHW" else images_NCHW

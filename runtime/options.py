@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["engine_options"]
+from runtime.errors import ConfigError
+from runtime.sizes import ImageSizes
+
+__all__ = ["engine_options", "image_size_option"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -30,8 +34,27 @@ class _BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic from cl
         return smallest, usual, largest
 
 
+class _ImageSizes(click.ParamType):  # type: ignore[type-arg]
+    """`N`, `HxW` or `MIN:OPT:MAX`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ImageSizes:
+        if isinstance(value, ImageSizes):
+            return value
+        try:
+            return ImageSizes.parse(str(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+def image_size_option(help_text: str) -> Callable[[_Command], _Command]:
+    """Makes --img-size."""
+    return click.option("--img-size", "image_sizes", type=_ImageSizes(), metavar="SIZE", help=help_text)
+
+
 def engine_options(command: _Command) -> _Command:
-    """Adds --sm, --batch, --builder and --verbose: what an engine build can be told."""
+    """Adds --sm, --batch, --builder, --timing-cache and --verbose: what an engine build can be told."""
     options = (
         click.option(
             "--sm",
@@ -48,6 +71,12 @@ def engine_options(command: _Command) -> _Command:
             show_default=True,
             type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
             help="Which TensorRT builds.",
+        ),
+        click.option(
+            "--timing-cache",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Full TensorRT: kernel timings, read and written; a second build is quicker.",
         ),
         click.option("-v", "--verbose", is_flag=True, help="Show what the builder says."),
     )

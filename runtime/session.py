@@ -34,7 +34,15 @@ class Prediction:
     index: int
     """Its position among the model's classes."""
     probabilities: NDArray[np.float32]
-    """All probabilities, (K,), in the order of `Session.spec.classes`."""
+    """All probabilities, (K,), in the order of `Session.spec.classes`; of a `topk` file the
+    largest few, the largest first."""
+    indices: NDArray[np.int64]
+    """The classes that the probabilities belong to: 0 to K − 1 but for a `topk` file."""
+
+    def top(self, count: int) -> list[tuple[int, float]]:
+        """Returns the `count` most probable classes, or as many as there are: index and probability."""
+        best = (-self.probabilities).argsort(kind="stable")[:count]
+        return [(int(self.indices[place]), float(self.probabilities[place])) for place in best]
 
 
 class Session:
@@ -70,12 +78,19 @@ class Session:
             images_NCHW: normalised float32, (N, 3, H, W), or pixels; `spec.input_form` says which.
 
         Returns:
-            logits or probabilities, as `spec.output_form` says, (N, K).
+            logits or probabilities, as `spec.output_form` says, (N, K); of a `topk` file the largest
+            probabilities, whose classes `run_outputs` gives too.
 
         Raises:
             InputError: wrong dtype or shape, an empty batch, or a closed session.
         """
-        return self.backend.run(images_NCHW)
+        return self.backend.run(images_NCHW)[0]
+
+    def run_outputs(self, images_NCHW: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Does what `run` does, and returns every output of the file by its name."""
+        backend = self.backend
+        answers = backend.run(images_NCHW)
+        return {output.name: answer for output, answer in zip(backend.outputs, answers, strict=True)}
 
     def predict(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> list[Prediction]:
         """Classifies images of any size; the model file says how to preprocess them.
@@ -102,9 +117,14 @@ class Session:
         for start in range(0, len(images), batch_size):
             fitted_NHWC = fit_all(images[start : start + batch_size], spec.preprocessing)
             batch = network_input(fitted_NHWC, spec.preprocessing, spec.input_form)
-            answers_NK = self.run(batch.astype(self.backend.input.dtype, copy=False))
-            probabilities_NK = softmax(answers_NK) if spec.output_form == "logits" else answers_NK
-            predictions += [_prediction(row, spec) for row in probabilities_NK]
+            answers_NK, *classes = self.backend.run(batch.astype(self.backend.input.dtype, copy=False))
+            probabilities_NK = softmax(answers_NK) if spec.output_form == "logits" else answers_NK.astype(np.float32)
+            if classes:
+                indices_NK = classes[0]
+            else:
+                _check_classes(probabilities_NK, spec)
+                indices_NK = np.broadcast_to(np.arange(len(spec.classes)), probabilities_NK.shape)
+            predictions += [_prediction(*rows, spec) for rows in zip(probabilities_NK, indices_NK, strict=True)]
         return predictions
 
     def close(self) -> None:
@@ -138,11 +158,16 @@ def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float32]:
     return probabilities_NK
 
 
-def _prediction(probabilities_K: NDArray[np.float32], spec: ModelSpec) -> Prediction:
-    if len(probabilities_K) != len(spec.classes):
-        raise SpecError(f"the model has {len(probabilities_K)} outputs but its spec names {len(spec.classes)} classes")
-    index = int(probabilities_K.argmax())
-    return Prediction(spec.classes[index], float(probabilities_K[index]), index, probabilities_K)
+def _check_classes(probabilities_NK: NDArray[np.float32], spec: ModelSpec) -> None:
+    outputs = probabilities_NK.shape[1]
+    if outputs != len(spec.classes):
+        raise SpecError(f"the model has {outputs} outputs but its spec names {len(spec.classes)} classes")
+
+
+def _prediction(probabilities_K: NDArray[np.float32], indices_K: NDArray[np.int64], spec: ModelSpec) -> Prediction:
+    place = int(probabilities_K.argmax())
+    index = int(indices_K[place])
+    return Prediction(spec.classes[index], float(probabilities_K[place]), index, probabilities_K, indices_K)
 
 
 def load(path: str | PathLike[str], *, backend: str = "auto", device: str = "auto", threads: int = 0) -> Session:

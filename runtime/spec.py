@@ -31,8 +31,8 @@ METADATA_KEY = "advprop.spec"
 
 SCHEMA = "advprop.spec/1"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-INPUT_FORMS = ("float32 NCHW", "uint8 NCHW", "uint8 NHWC")
-OUTPUT_FORMS = ("logits", "probs")
+INPUT_FORMS = ("float32 NCHW", "float16 NCHW", "uint8 NCHW", "uint8 NHWC")
+OUTPUT_FORMS = ("logits", "probs", "topk")
 CROP_MODES = ("center", "squash", "border")
 
 
@@ -90,7 +90,7 @@ class ModelSpec:
     """What the file takes, one of INPUT_FORMS: normalised floats, or uint8 RGB pixels at the
     network's size, which it normalises itself."""
     output_form: str = "logits"
-    """What it gives, one of OUTPUT_FORMS."""
+    """What it gives, one of OUTPUT_FORMS; `topk` is two outputs, `probs` and `classes`, the largest first."""
     checkpoint_sha256: str = ""
     """SHA-256 of the checkpoint the file was made from; empty in the checkpoint itself."""
 

@@ -32,25 +32,26 @@ class TensorInfo:
 
 
 class Backend(ABC):
-    """A loaded model with one image input and one logits output. Safe to share by threads."""
+    """A loaded model with one image input. Safe to share by threads."""
 
     name: str
     """Short name, e.g. `onnxruntime`."""
     device: str
     """`cpu` or `cuda`."""
     input: TensorInfo
-    output: TensorInfo
+    outputs: tuple[TensorInfo, ...]
+    """Logits or probabilities; of a `topk` file, the probabilities and their classes."""
     spec: ModelSpec | None
     """The description inside the model file; None for a file that advprop did not write."""
 
-    def run(self, images_NCHW: NDArray[Any]) -> NDArray[Any]:
+    def run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         """Runs the model once on an already preprocessed batch.
 
         Args:
             images_NCHW: of exactly `self.input`'s dtype and shape; N ≥ 1.
 
         Returns:
-            logits, (N, K), of `self.output`'s dtype.
+            (N, K) of each of `self.outputs`.
 
         Raises:
             InputError: wrong type, dtype, rank, size or an empty batch.
@@ -71,7 +72,7 @@ class Backend(ABC):
         return self._run(images_NCHW)
 
     @abstractmethod
-    def _run(self, images_NCHW: NDArray[Any]) -> NDArray[Any]:
+    def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         """Runs a checked batch."""
 
     @abstractmethod

@@ -18,7 +18,12 @@ __all__ = ["OnnxRuntimeBackend"]
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int64)": np.int64,
+}
 _LOG_ERRORS_ONLY = 3
 
 
@@ -54,6 +59,11 @@ class OnnxRuntimeBackend(Backend):
         try:
             session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
+            if "NOT_IMPLEMENTED" in str(error):
+                raise ModelFileError(
+                    f"ONNX Runtime cannot run {path} on the {self.device}: {first_line(error)}. BF16 files are for "
+                    "TensorRT: advprop build makes an engine"
+                ) from error
             raise ModelFileError(
                 f"ONNX Runtime cannot load {path}: {first_line(error)}. "
                 "Is the file whole? `advprop-export` writes it anew"
@@ -67,16 +77,15 @@ class OnnxRuntimeBackend(Backend):
                 raise BackendUnavailable(f"{problem}, or use device='cpu'")
             log.warning("%s. Running on the CPU", problem)
             self.device = "cpu"
-        self.input = _single(session.get_inputs(), "input", path, rank=4)
-        self.output = _single(session.get_outputs(), "output", path, rank=2)
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         self.spec = ModelSpec.from_json(text, where=str(path)) if text else None
+        expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
+        (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)
+        self.outputs = _tensors(session.get_outputs(), "output", path, expected, rank=2)
         self._session = session
 
-    def _run(self, images_NCHW: NDArray[Any]) -> NDArray[Any]:
-        outputs = self._session.run([self.output.name], {self.input.name: images_NCHW})
-        logits_NK: NDArray[Any] = outputs[0]
-        return logits_NK
+    def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        return tuple(self._session.run([output.name for output in self.outputs], {self.input.name: images_NCHW}))
 
     def close(self) -> None:
         self._session = None
@@ -110,16 +119,22 @@ def _choose_device(ort: Any, device: str) -> str:
     return "cpu"
 
 
-def _single(nodes: Any, role: str, path: Path, rank: int) -> TensorInfo:
-    if len(nodes) != 1:
+def _tensors(nodes: Any, role: str, path: Path, expected: int, rank: int) -> tuple[TensorInfo, ...]:
+    if len(nodes) != expected:
         raise ModelFileError(
-            f"{path} has {len(nodes)} {role}s, expected 1: not an image classifier as advprop exports it"
+            f"{path} has {len(nodes)} {role}s, expected {expected}: not an image classifier as advprop exports it"
         )
-    node = nodes[0]
-    if node.type not in _DTYPES or len(node.shape) != rank:
-        raise ModelFileError(
-            f"the {role} {node.name!r} of {path} is {node.type} of shape {node.shape}, expected "
-            f"{' or '.join(_DTYPES)} with {rank} dimensions"
+    for node in nodes:
+        if node.type not in _DTYPES or len(node.shape) != rank:
+            raise ModelFileError(
+                f"the {role} {node.name!r} of {path} is {node.type} of shape {node.shape}, expected "
+                f"{' or '.join(_DTYPES)} with {rank} dimensions"
+            )
+    return tuple(
+        TensorInfo(
+            node.name,
+            np.dtype(_DTYPES[node.type]),
+            tuple(size if isinstance(size, int) else -1 for size in node.shape),
         )
-    shape = tuple(size if isinstance(size, int) else -1 for size in node.shape)
-    return TensorInfo(node.name, np.dtype(_DTYPES[node.type]), shape)
+        for node in nodes
+    )

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runtime.console import cli_errors, set_up_logging
+from runtime.engine.record import verification
 from runtime.errors import BackendUnavailable, ModelFileError, first_line
+from runtime.files import sha256_file
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def main(file: Path) -> None:
     console = set_up_logging()
     from rich.table import Table
 
-    table = Table("", str(file), show_header=True)
+    table = Table("", show_header=True)
+    table.add_column(str(file), overflow="fold")
     if file.suffix in (".engine", ".plan"):
         _engine(table, file)
     elif file.suffix in (".pt", ".pth"):
@@ -51,6 +54,10 @@ def _engine(table: Table, file: Path) -> None:
     for profile in info.profiles:
         for name, shapes in profile.items():
             table.add_row("input", f"{name}: " + ", ".join(f"{key} {shapes[key]}" for key in ("min", "opt", "max")))
+    _verified(table, file, info.onnx_sha256, "its ONNX file ")
+    from runtime.support import engine_support
+
+    table.add_row("runs", "\n".join(engine_support(info)))
     _spec(table, info.spec)
 
 
@@ -63,7 +70,30 @@ def _onnx(table: Table, file: Path) -> None:
     table.add_row("weights", f"{_shares(summary.shares)} of {sum(summary.weights.values()):,}")
     table.add_row("input", f"{summary.input_name}: ({shape})")
     table.add_row("operators", ", ".join(f"{count} {name}" for name, count in sorted(summary.ops.items())))
+    if summary.nodes:
+        table.add_row("nodes compute in", _shares(_fractions(summary.nodes)))
+    if summary.macs:
+        table.add_row("work", f"{_scaled(summary.macs)}MACs an image")
+    _verified(table, file, sha256_file(file))
+    from runtime.support import onnx_support
+
+    table.add_row("runs", "\n".join(onnx_support(summary)))
     _spec(table, summary.spec)
+
+
+def _verified(table: Table, file: Path, sha256: str, what: str = "") -> None:
+    text = verification(file.parent, sha256)
+    if text:
+        table.add_row("verified", what + text)
+
+
+def _fractions(counts: dict[str, int]) -> dict[str, float]:
+    return {name: count / sum(counts.values()) for name, count in counts.items()}
+
+
+def _scaled(number: int) -> str:
+    power = 3 if number >= 10**9 else 2
+    return f"{number / 1000**power:.2f} {'M' if power == 2 else 'G'}"
 
 
 def _checkpoint(table: Table, file: Path) -> None:

@@ -43,8 +43,7 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
                 failed += 1
                 click.echo(f"skipped: {answer}", err=True)
                 continue
-            best = answer.probabilities.argsort()[::-1][:top]
-            ranked = [(session.spec.classes[index], float(answer.probabilities[index])) for index in best]
+            ranked = [(session.spec.classes[index], probability) for index, probability in answer.top(top)]
             if as_json:
                 classes = [{"label": label, "probability": probability} for label, probability in ranked]
                 click.echo(json.dumps({"file": str(path), "classes": classes}, ensure_ascii=False))

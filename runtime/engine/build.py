@@ -21,6 +21,7 @@ from runtime.engine.graph import OnnxSummary, summarise
 from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
 from runtime.errors import ConfigError, EngineBuildError, ModelFileError
 from runtime.files import output_dir, sha256_file, write_bytes
+from runtime.sizes import ImageSizes
 
 __all__ = ["build"]
 
@@ -36,8 +37,10 @@ def build(
     *,
     precision: str | None = None,
     batch: tuple[int, int, int] = (1, 8, 32),
+    sizes: ImageSizes | None = None,
     sm: Sequence[int] = (),
     flavour: str = "auto",
+    timing_cache: Path | None = None,
     workspace_bytes: int = 0,
 ) -> EngineInfo:
     """Builds an engine from an ONNX classifier.
@@ -49,10 +52,13 @@ def build(
         precision: where given (`fp32`, `fp16`, `bf16`, `int8`), the graph must have at
             least half its weights in it, or the build is refused before it starts.
         batch: smallest, most usual and largest batch size of the engine.
+        sizes: image sizes of the engine, where the ONNX file leaves them open.
         sm: compute capabilities to build for, e.g. (86, 89). TensorRT-RTX takes several;
             full TensorRT builds for the GPU at hand only.
         flavour: `tensorrt`, `tensorrt_rtx`, or `auto`: full TensorRT where it and a GPU
             are there, else TensorRT-RTX.
+        timing_cache: full TensorRT's kernel timings, used where the file is there and written
+            after the build; TensorRT-RTX has none.
         workspace_bytes: memory the builder may use for scratch; 0 leaves it to the builder.
 
     Returns:
@@ -71,13 +77,16 @@ def build(
         raise ConfigError(f"the engine is a file of its own, NAME.engine or NAME.plan; found {target}")
     summary = summarise(source)
     _check_precision(source, summary, precision)
-    profile = _profile(summary, batch)
+    profile = _profile(summary, batch, sizes)
     chosen = choose_flavour(flavour, tuple(sm))
     check_targets(chosen, tuple(sm))
     output_dir(target.parent)
     _warn_where_it_will_not_run(chosen, tuple(sm))
     log.info("building %s with %s %s", target.name, chosen.name, chosen.version)
-    plan, flags = _build_plan(chosen, source, summary, profile, tuple(sm), workspace_bytes)
+    if timing_cache is not None and chosen.name != "tensorrt":
+        log.warning("%s times no kernels when it builds: --timing-cache has no effect", chosen.name)
+        timing_cache = None
+    plan, flags = _build_plan(chosen, source, summary, profile, tuple(sm), workspace_bytes, timing_cache)
     info = EngineInfo(
         plan_sha256=_sha256(plan),
         onnx_sha256=sha256_file(source),
@@ -132,16 +141,35 @@ def _check_precision(source: Path, summary: OnnxSummary, precision: str | None) 
     )
 
 
-def _profile(summary: OnnxSummary, batch: tuple[int, int, int]) -> dict[str, list[int]]:
+def _profile(summary: OnnxSummary, batch: tuple[int, int, int], sizes: ImageSizes | None) -> dict[str, list[int]]:
     smallest, usual, largest = batch
     if not 1 <= smallest <= usual <= largest:
         raise ConfigError(f"batch sizes are min:opt:max with 1 ≤ min ≤ opt ≤ max; found {batch}")
     fixed_batch, *size = summary.input_shape
-    if any(length < 1 for length in size):
-        raise ModelFileError(f"the input {summary.input_name} has free sizes {size}; only the batch may vary")
     if fixed_batch > 0:
         smallest = usual = largest = fixed_batch
-    return {"min": [smallest, *size], "opt": [usual, *size], "max": [largest, *size]}
+    is_open = any(length < 1 for length in size)
+    if sizes is not None and not is_open:
+        raise ConfigError(f"the input {summary.input_name} has the fixed size {size}; leave --img-size out")
+    if is_open and sizes is None:
+        raise ModelFileError(
+            f"the input {summary.input_name} leaves its size open, {size}; say which the engine takes: "
+            "--img-size MIN:OPT:MAX"
+        )
+
+    def shape(count: int, wanted: tuple[int, int] | None) -> list[int]:
+        free = iter(wanted or ())
+        return [count, *(length if length > 0 else next(free) for length in size)]
+
+    if sizes is None:
+        return {"min": shape(smallest, None), "opt": shape(usual, None), "max": shape(largest, None)}
+    if sum(length < 1 for length in size) != 2:
+        raise ModelFileError(f"the input {summary.input_name} has open sizes {size}; expected height and width")
+    return {
+        "min": shape(smallest, sizes.smallest),
+        "opt": shape(usual, sizes.usual),
+        "max": shape(largest, sizes.largest),
+    }
 
 
 def _build_plan(
@@ -151,6 +179,7 @@ def _build_plan(
     profile: dict[str, list[int]],
     sms: tuple[int, ...],
     workspace_bytes: int,
+    timing_cache: Path | None,
 ) -> tuple[memoryview, tuple[str, ...]]:
     trt = flavour.module
     logger = native_logger(flavour)
@@ -170,11 +199,24 @@ def _build_plan(
     config.add_optimization_profile(shapes)
     if sms and flavour.name == "tensorrt_rtx":
         _set_targets(trt, config, sms)
+    timings = _timings(config, timing_cache) if timing_cache is not None else None  # must live until it is built
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = "; ".join(logger.errors) or "it gave no reason"
         raise EngineBuildError(f"{flavour.name} {flavour.version} could not build {source}: {reason}")
+    if timing_cache is not None and timings is not None:
+        write_bytes(timing_cache, bytes(timings.serialize()))
     return memoryview(plan), flags
+
+
+def _timings(config: Any, path: Path) -> Any:
+    """Gives the builder the timings of earlier builds; those of another GPU or version it leaves aside."""
+    timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if not config.set_timing_cache(timings, ignore_mismatch=False):
+        log.warning("%s is of another GPU or TensorRT; it is written anew", path)
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
+    return timings
 
 
 def _network_flags(trt: Any) -> tuple[int, tuple[str, ...]]:

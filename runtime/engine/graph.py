@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ __all__ = ["OnnxSummary", "summarise"]
 
 _WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _INT8 = "int8"
+_NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +26,8 @@ class OnnxSummary:
     """Name of the image input."""
     input_shape: tuple[int, ...]
     """(N, 3, H, W), or (N, H, W, 3) of pixels; -1 where the size is free."""
-    output_name: str
-    """Name of the logits or probabilities."""
+    outputs: tuple[str, ...]
+    """Names of the logits or probabilities; of a `topk` file, of the probabilities and the classes."""
     spec: ModelSpec | None
     """The model's description, where advprop wrote the file."""
     weights: dict[str, int]
@@ -33,6 +35,11 @@ class OnnxSummary:
     in: `fp32`, `fp16`, `bf16`, `int8`."""
     ops: dict[str, int]
     """Nodes by operator."""
+    nodes: dict[str, int]
+    """Float nodes by the type of what they give, `fp32`, `fp16` or `bf16`."""
+    macs: int
+    """Multiply-accumulates of convolutions and matrix products for one image, at the spec's size where the
+    graph leaves it open; 0 where shapes are unknown."""
 
     @property
     def precision(self) -> str:
@@ -71,32 +78,91 @@ def summarise(path: Path) -> OnnxSummary:
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
-    if len(inputs) != 1 or len(graph.output) != 1:
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    spec = ModelSpec.from_json(text, where=str(path)) if text else None
+    expected = 2 if spec is not None and spec.output_form == "topk" else 1
+    if len(inputs) != 1 or len(graph.output) != expected:
         raise ModelFileError(
             f"{path} has {len(inputs)} inputs and {len(graph.output)} outputs, expected one image "
             "input and one logits output"
         )
-    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     sizes = inputs[0].type.tensor_type.shape.dim
     return OnnxSummary(
         input_name=inputs[0].name,
         input_shape=tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes),
-        output_name=graph.output[0].name,
-        spec=ModelSpec.from_json(text, where=str(path)) if text else None,
+        outputs=tuple(value.name for value in graph.output),
+        spec=spec,
         weights=_weights_by_type(graph, weights),
         ops=dict(Counter(node.op_type for node in graph.node)),
+        nodes=_nodes_by_type(model),
+        macs=_macs(model, inputs[0].name, spec),
     )
+
+
+def _nodes_by_type(model: Any) -> dict[str, int]:
+    import onnx
+
+    graph = model.graph
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+    except onnx.shape_inference.InferenceError:
+        inferred = graph
+    kinds = {
+        value.name: _NAMES.get(onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type))
+        for value in (*inferred.value_info, *inferred.output)
+    }
+    found = [kinds.get(node.output[0]) for node in graph.node if node.output]
+    return dict(Counter(kind for kind in found if kind is not None))
+
+
+def _macs(model: Any, input_name: str, spec: ModelSpec | None) -> int:
+    import onnx
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]
+    for value in fixed.graph.input:
+        if value.name == input_name:
+            _fix_sizes(value.type.tensor_type.shape.dim, spec)
+    for value in fixed.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(fixed).graph
+    except onnx.shape_inference.InferenceError:
+        return 0
+    shapes = {
+        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+    } | {tensor.name: list(tensor.dims) for tensor in inferred.initializer}
+    total = 0
+    for node in inferred.node:
+        if node.op_type not in _WEIGHTED_OPS:
+            continue
+        data, weight, output = (shapes.get(name, []) for name in (*node.input[:2], node.output[0]))
+        if not (data and weight and output) or 0 in data + weight + output:
+            return 0
+        if node.op_type == "ConvTranspose":  # weight: (in, out / groups, kernel…)
+            total += math.prod(data) * math.prod(weight[1:])
+        elif node.op_type == "Conv":  # weight: (out, in / groups, kernel…)
+            total += math.prod(output) * math.prod(weight[1:])
+        else:
+            transposed = any(item.name == "transA" and item.i for item in node.attribute)
+            total += math.prod(output) * data[-2 if transposed else -1]
+    return total
+
+
+def _fix_sizes(dims: Any, spec: ModelSpec | None) -> None:
+    """One image, of the spec's size where the graph leaves it open."""
+    dims[0].dim_value = 1
+    opened = [size for size in dims[1:] if not size.HasField("dim_value")]
+    if spec is not None and len(opened) == 2:
+        opened[0].dim_value, opened[1].dim_value = spec.preprocessing.height, spec.preprocessing.width
 
 
 def _weights_by_type(graph: Any, initializers: dict[str, Any]) -> dict[str, int]:
     from onnx import TensorProto
 
-    names = {
-        TensorProto.FLOAT: "fp32",
-        TensorProto.FLOAT16: "fp16",
-        TensorProto.BFLOAT16: "bf16",
-        TensorProto.INT8: _INT8,
-    }
+    names = {TensorProto.DataType.Value(key): name for key, name in _NAMES.items()} | {TensorProto.INT8: _INT8}
     producers = {output: node for node in graph.node for output in node.output}
     counts: Counter[str] = Counter()
     for node in graph.node:

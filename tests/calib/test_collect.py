@@ -4,22 +4,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import numpy_helper
 
-from calib.collect import collect_amax
+from calib.collect import collect, collect_amax
 from runtime.errors import DataError
+from tests.networks import classifier
 
 
 @pytest.fixture
 def network() -> onnx.ModelProto:
-    text = """<ir_version: 9, opset_import: ["" : 20]>
-    g (float[n, 3, 8, 8] input) => (float[n, 4] logits) {
-        a = Conv(input, w) r = Relu(a) p = GlobalAveragePool(r) logits = Flatten(p)
-    }"""
-    model = onnx.parser.parse_model(text)
-    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
-    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
-    return model
+    return classifier()
 
 
 def images(count: int = 4) -> np.ndarray:
@@ -38,7 +31,13 @@ def test_ranges_are_those_of_every_tensor_over_all_batches(network: onnx.ModelPr
     assert amax["r"] <= amax["a"]
 
 
-def test_a_tensor_with_nan_is_told_apart(network: onnx.ModelProto) -> None:
+def test_only_the_tensors_asked_for_are_measured(network: onnx.ModelProto) -> None:
+    everything, some = collect(network, [images()]), collect(network, [images()], tensors={"r", "p"})
+    assert some.amax == {name: everything.amax[name] for name in ("r", "p")}
+    assert np.array_equal(some.output, everything.output)
+
+
+def test_a_tensor_that_is_infinite_is_told_apart(network: onnx.ModelProto) -> None:
     batch = images()
     batch[0, 0, 0, 0] = np.inf
     assert collect_amax(network, [images(), batch])["input"] == np.inf

@@ -11,10 +11,10 @@ from torch import nn
 
 import runtime
 from calib.collect import collect
-from export.precision import to_fp16
-from export.rounding import with_fp16_roundings
+from export.precision import overflows, to_reduced
+from export.rounding import with_roundings
 from export.to_onnx import save_onnx, to_onnx
-from export.verify import FP16_TOLERANCE, FP32_TOLERANCE, compare
+from export.verify import TOLERANCE, compare
 from runtime.spec import ModelSpec, Preprocessing
 
 FAMILIES = {
@@ -69,12 +69,13 @@ def test_a_family_all_the_way_to_an_engine(arch: str, tmp_path: Path) -> None:
         expected = model(torch.from_numpy(images)).numpy()
     ranges, logits = collect(proto, [images])
     full = compare(expected, logits)
-    assert full.relative <= FP32_TOLERANCE
-    half, decisions = to_fp16(proto, ranges)
+    assert full.relative <= TOLERANCE["fp32"]
+    decisions = overflows(proto, ranges)
+    half = to_reduced(proto, "fp16", decisions)
     assert bool(decisions) == (arch in OVERFLOWS)
-    session = ort.InferenceSession(with_fp16_roundings(half).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(with_roundings(half).SerializeToString(), providers=["CPUExecutionProvider"])
     rounded = compare(logits, session.run(None, {"input": images})[0])
-    assert rounded.relative <= FP16_TOLERANCE
+    assert rounded.relative <= TOLERANCE["fp16"]
     save_onnx(half, tmp_path / "model.onnx")
     info = runtime.build(tmp_path / "model.onnx", sm=(86,))
     assert info.precision_shares["fp16"] == 1.0 or arch in OVERFLOWS

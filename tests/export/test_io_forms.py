@@ -5,15 +5,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from onnx import numpy_helper
 from PIL import Image
 
 import runtime
 from export.cli import main
 from export.io_forms import with_forms
+from export.precision import to_reduced
 from runtime.images import network_input, normalise
 from runtime.session import softmax
-from runtime.spec import INPUT_FORMS, ModelSpec, Preprocessing
+from runtime.spec import INPUT_FORMS, OUTPUT_FORMS, ModelSpec, Preprocessing
+from tests.networks import classifier
 from train.loop import FitResult
 
 PREPROCESSING = Preprocessing(
@@ -27,35 +28,57 @@ def spec(**forms: str) -> ModelSpec:
 
 @pytest.fixture
 def network() -> onnx.ModelProto:
-    text = """<ir_version: 9, opset_import: ["" : 20]>
-    g (float[batch, 3, 8, 10] input) => (float[batch, 4] logits) {
-        a = Conv(input, w) r = Relu(a) p = GlobalAveragePool(r) logits = Flatten(p)
-    }"""
-    model = onnx.parser.parse_model(text)
-    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
-    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
-    return model
+    return classifier(height=8, width=10)
 
 
 def pixels() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (5, 8, 10, 3), dtype=np.uint8)
 
 
-def run(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
+def run(model: onnx.ModelProto, batch: np.ndarray) -> list[np.ndarray]:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"input": batch})[0]
+    return session.run(None, {"input": batch})
+
+
+def as_given(logits: np.ndarray, output: str) -> np.ndarray:
+    """What a file of that output form gives first."""
+    if output == "logits":
+        return logits
+    return softmax(logits) if output == "probs" else -np.sort(-softmax(logits))
 
 
 @pytest.mark.parametrize("form", INPUT_FORMS)
-@pytest.mark.parametrize("output", ["logits", "probs"])
+@pytest.mark.parametrize("output", OUTPUT_FORMS)
 def test_every_form_gives_the_same_answers(network: onnx.ModelProto, form: str, output: str) -> None:
-    logits = run(network, normalise(pixels(), PREPROCESSING))
+    (logits,) = run(network, normalise(pixels(), PREPROCESSING))
     changed = with_forms(network, spec(input_form=form, output_form=output))
-    answers = run(changed, network_input(pixels(), PREPROCESSING, form))
-    np.testing.assert_allclose(answers, logits if output == "logits" else softmax(logits), rtol=1e-6, atol=1e-6)
-    assert [value.name for value in changed.graph.output] == [output]
+    answers, *classes = run(changed, network_input(pixels(), PREPROCESSING, form))
+    tolerance = 2e-3 if form == "float16 NCHW" else 1e-6
+    np.testing.assert_allclose(answers, as_given(logits, output), rtol=tolerance, atol=tolerance)
+    names = {"logits": ["logits"], "probs": ["probs"], "topk": ["probs", "classes"]}[output]
+    assert [value.name for value in changed.graph.output] == names
     assert changed.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert ModelSpec.from_json(changed.metadata_props[0].value).input_form == form
+    if classes:
+        assert np.array_equal(classes[0][:, 0], logits.argmax(1))
+
+
+@pytest.mark.parametrize("output", OUTPUT_FORMS)
+def test_fp16_in_and_out_leave_no_cast_at_the_ends(network: onnx.ModelProto, output: str) -> None:
+    half = to_reduced(network, "fp16")
+    changed = with_forms(half, spec(input_form="float16 NCHW", output_form=output), half_output=True)
+    kinds = [value.type.tensor_type.elem_type for value in (changed.graph.input[0], changed.graph.output[0])]
+    assert kinds == [onnx.TensorProto.FLOAT16] * 2
+    casts = [node.op_type for node in changed.graph.node].count("Cast")
+    assert casts == (0 if output == "logits" else 2)  # probabilities are taken in float32
+    (logits,) = run(network, normalise(pixels(), PREPROCESSING))
+    answers = run(changed, network_input(pixels(), PREPROCESSING, "float16 NCHW"))[0]
+    np.testing.assert_allclose(answers.astype(np.float32), as_given(logits, output), rtol=1e-2, atol=1e-2)
+
+
+def test_fp16_input_of_a_network_that_reads_float32(network: onnx.ModelProto) -> None:
+    changed = with_forms(network, spec(input_form="float16 NCHW"), half_output=True)
+    assert [node.op_type for node in changed.graph.node][::5] == ["Cast", "Cast"]
 
 
 def test_pixels_are_normalised_to_the_very_bits(network: onnx.ModelProto) -> None:

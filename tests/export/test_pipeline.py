@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import runtime
 from export.cli import main
 from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
+from runtime.commands.inspect import main as inspect
 from runtime.cuda import find_gpu
 from runtime.engine.sidecar import read_sidecar
-from runtime.errors import CheckpointError, DataError
+from runtime.errors import CheckpointError, ConfigError, DataError, ModelFileError
 from train.data import embedded_digits
 from train.dual_bn import strip_auxiliary
 from train.loop import FitResult
@@ -32,14 +34,15 @@ def test_files_names_and_parity(exported: ExportResult) -> None:
     folder = exported.onnx.parent
     assert {path.name for path in folder.iterdir()} == {
         *("model.onnx", "model.fp16.onnx", "model.fp16.json", "model.fp16.engine", "model.fp16.engine.json"),
+        "export.json",
     }
     decisions = json.loads((folder / "model.fp16.json").read_text())
     assert decisions["kept_fp32"] == []
-    assert (decisions["images"], decisions["amax"]["logits"] > 0) == (64, True)
+    assert (decisions["parity"]["images"], decisions["amax"]["logits"] > 0) == (64, True)
     assert exported.onnx_parity.images == 64
     assert exported.onnx_parity.max_abs <= 1e-4
-    assert exported.fp16_parity.agreement >= 0.98
-    assert exported.fp16_onnx.stat().st_size < 0.6 * exported.onnx.stat().st_size
+    assert exported.reduced_parity.agreement >= 0.98
+    assert exported.reduced_onnx.stat().st_size < 0.6 * exported.onnx.stat().st_size
 
 
 @pytest.mark.slow
@@ -51,9 +54,59 @@ def test_sidecar_says_what_the_engine_is(exported: ExportResult, trained: FitRes
     assert (info.precision, info.flavour, info.compute_capabilities) == ("fp16", "tensorrt_rtx", ("sm_86", "sm_89"))
     assert info.precision_shares["fp16"] == 1.0
     assert info.profiles[0]["input"]["max"] == [32, 3, 32, 32]
-    assert info.onnx_sha256 == runtime.files.sha256_file(exported.fp16_onnx)
+    assert info.onnx_sha256 == runtime.files.sha256_file(exported.reduced_onnx)
     assert info.spec.classes == tuple("0123456789")
     assert info.spec.checkpoint_sha256 == runtime.files.sha256_file(trained.last)
+
+
+@pytest.mark.slow
+def test_inspect_tells_how_a_file_was_verified_and_what_runs_it(exported: ExportResult) -> None:
+    for name, words in (
+        ("model.onnx", ("against the checkpoint on 64 images", "MMACs an image", "100.0% fp32")),
+        ("model.fp16.onnx", ("against model.onnx on 64 images", "% fp16,", "ONNX Runtime on the CPU: yes")),
+        ("model.fp16.engine", ("its ONNX file against model.onnx on 64 images",)),
+    ):
+        result = CliRunner().invoke(inspect, [str(exported.onnx.parent / name)], env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.output
+        assert all(word in result.output for word in words), result.output
+    (exported.onnx.parent / "copy").mkdir()
+    moved = shutil.copy(exported.onnx, exported.onnx.parent / "copy" / "model.onnx")
+    assert "verified" not in CliRunner().invoke(inspect, [str(moved)], env={"COLUMNS": "200"}).output
+
+
+@pytest.mark.slow
+def test_a_range_of_image_sizes_leaves_the_size_open(trained: FitResult, tmp_path: Path) -> None:
+    sizes = runtime.ImageSizes.parse("24:32:48x64")
+    result = export_checkpoint(trained.last, out=tmp_path, sizes=sizes, precision="bf16", engine=True, sm=(86,))
+    assert result.engine_info.profiles[0]["input"] == {
+        "min": [1, 3, 24, 24],
+        "opt": [8, 3, 32, 32],
+        "max": [32, 3, 48, 64],
+    }
+    assert result.engine_info.precision == "bf16"
+    with runtime.load(result.onnx) as session:
+        assert session.backend.input.shape == (-1, 3, -1, -1)
+        assert session.run(np.zeros((2, 3, 40, 28), np.float32)).shape == (2, 10)
+        assert session.predict([np.zeros((70, 50, 3), np.uint8)])[0].probabilities.shape == (10,)
+    with pytest.raises(ModelFileError, match=r"cannot run .*model\.bf16\.onnx.*TensorRT"):
+        runtime.load(result.reduced_onnx)
+    with pytest.raises(ModelFileError, match=r"leaves its size open.*--img-size MIN:OPT:MAX"):
+        runtime.build(result.onnx)
+    with pytest.raises(ConfigError, match="fixed size"):
+        runtime.build(_at_48(trained, tmp_path / "fixed"), sizes=sizes)
+
+
+def _at_48(trained: FitResult, out: Path) -> Path:
+    """The network at another size than it was trained at."""
+    result = export_checkpoint(trained.last, out=out, sizes=runtime.ImageSizes.parse("48"), output_form="topk")
+    with runtime.load(result.onnx) as session:
+        assert session.spec.preprocessing.height == 48
+        outputs = session.run_outputs(np.zeros((2, 3, 48, 48), np.float32))
+        assert {name: answer.shape for name, answer in outputs.items()} == {"probs": (2, 5), "classes": (2, 5)}
+        answer = session.predict([np.zeros((70, 50, 3), np.uint8)])[0]
+        assert answer.top(2) == [(int(answer.indices[n]), float(answer.probabilities[n])) for n in (0, 1)]
+        assert answer.index == answer.indices[0]
+    return result.onnx
 
 
 @pytest.mark.slow
@@ -70,7 +123,7 @@ def test_predictions_from_files_are_those_of_the_checkpoint(
 
     with torch.no_grad():
         expected = source.model(torch.from_numpy(preprocess(paths, source.spec.preprocessing))).argmax(1).tolist()
-    for path in (exported.onnx, exported.fp16_onnx):
+    for path in (exported.onnx, exported.reduced_onnx):
         with runtime.load(path) as session:
             assert [answer.index for answer in session.predict(paths)] == expected
 
@@ -139,7 +192,12 @@ def test_without_a_builder_the_onnx_files_stay_and_the_exit_code_is_3(trained: F
     assert result.exit_code == 3, result.output
     assert "pip install tensorrt-rtx" in result.stderr
     assert "ONNX files are whole" in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.fp16.onnx", "model.fp16.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.onnx",
+        "model.fp16.onnx",
+        "model.fp16.json",
+        "export.json",
+    }
 
 
 @pytest.mark.slow
@@ -151,6 +209,10 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
     result = CliRunner().invoke(main, [str(tmp_path / "nan.pt")])
     assert result.exit_code == 4, result.output
     assert "does not agree with the checkpoint" in result.stderr
+    assert "The first layer that diverges is fc (Linear)" in result.stderr
+    unnamed = CliRunner().invoke(main, [str(tmp_path / "nan.pt"), "--no-bisect"])
+    assert unnamed.exit_code == 4
+    assert "first layer" not in unnamed.stderr
     onnx.load(tmp_path / "model.onnx")
 
 
@@ -159,6 +221,10 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
     [
         (["nowhere.pt"], "no such checkpoint: nowhere.pt"),
         (["CHECKPOINT", "--sm", "86"], "give --trt fp16 too"),
+        (["CHECKPOINT", "--timing-cache", "cache"], "--timing-cache says how an engine is built"),
+        (["CHECKPOINT", "--io", "fp16"], "--io fp16 is of FP16 files"),
+        (["CHECKPOINT", "--img-size", "320:160:64"], "image sizes need 1 ≤ min ≤ opt ≤ max"),
+        (["CHECKPOINT", "--img-size", "big"], "an image size is N or HEIGHTxWIDTH"),
         (["CHECKPOINT", "--trt", "fp16", "--sm", "ampere"], "--sm takes a compute capability such as 86"),
         (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
         (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "leave --precision fp32 out"),

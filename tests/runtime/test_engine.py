@@ -8,8 +8,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import runtime
-from calib.collect import collect_amax
-from export.precision import to_fp16
+from export.precision import to_reduced
 from runtime.cli import main
 from runtime.cuda import find_gpu
 from runtime.engine.flavours import choose_flavour, parse_sm
@@ -40,8 +39,7 @@ def classifier() -> onnx.ModelProto:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("engines")
     model = classifier()
-    images = np.random.default_rng(1).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    half, _ = to_fp16(model, collect_amax(model, [images]))
+    half = to_reduced(model, "fp16")
     onnx.save(model, folder / "fp32.onnx")
     onnx.save(half, folder / "fp16.onnx")
     return {"fp32": folder / "fp32.onnx", "fp16": folder / "fp16.onnx"}
@@ -148,7 +146,7 @@ def test_build_and_inspect_on_the_command_line(files: dict[str, Path], tmp_path:
 
 def test_summary_of_an_onnx_file(files: dict[str, Path], tmp_path: Path) -> None:
     summary = summarise(files["fp32"])
-    assert (summary.input_name, summary.input_shape, summary.output_name) == ("input", (-1, 3, 32, 32), "logits")
+    assert (summary.input_name, summary.input_shape, summary.outputs) == ("input", (-1, 3, 32, 32), ("logits",))
     assert summary.weights == {"fp32": 256 * 27 + 896 * 256 * 9 + 5 * 896}
     assert summarise(files["fp16"]).share("fp16") == 1.0
     with pytest.raises(ModelFileError, match="no such ONNX file"):
@@ -156,3 +154,13 @@ def test_summary_of_an_onnx_file(files: dict[str, Path], tmp_path: Path) -> None
     (tmp_path / "text.onnx").write_bytes(b"hello hello")
     with pytest.raises(ModelFileError, match="is not an ONNX file, or is truncated"):
         summarise(tmp_path / "text.onnx")
+
+
+def test_a_timing_cache_is_of_no_use_to_tensorrt_rtx(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime.build(
+        files["fp16"], tmp_path / "a.engine", sm=(89,), flavour="tensorrt_rtx", timing_cache=tmp_path / "timings"
+    )
+    assert "--timing-cache has no effect" in caplog.text
+    assert not (tmp_path / "timings").exists()

@@ -1,0 +1,165 @@
+"""Where two graphs, or a network and its graph, part: tensor by tensor, in the order they are computed.
+
+Errors are the largest |Δ| of a tensor as a share of its largest magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import nn
+
+from export.to_onnx import module_tensors
+from runtime.spec import ModelSpec
+
+__all__ = ["TensorError", "first_beyond", "graph_errors", "module_errors"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorError:
+    """How far one tensor is off."""
+
+    node: str
+    """The node that makes it; of a network and its graph, the module."""
+    op: str
+    """The node's operator; of a network and its graph, the module's class."""
+    tensor: str
+    """Its name in the graph."""
+    error: float
+    """Largest |Δ| as a share of the largest magnitude; inf where it is not finite."""
+    added: float
+    """`error` less the largest error among the node's inputs; of a module, less that of the module before."""
+
+
+def first_beyond(errors: list[TensorError], tolerance: float) -> TensorError | None:
+    """Returns the first tensor whose error passes `tolerance`."""
+    return next((entry for entry in errors if not entry.error <= tolerance), None)
+
+
+def graph_errors(
+    reference: onnx.ModelProto,
+    candidate: onnx.ModelProto,
+    batch: NDArray[Any],
+    candidate_name: Callable[[str], str] = str,
+) -> list[TensorError]:
+    """Compares every float tensor that both graphs make.
+
+    Args:
+        reference: a float32 graph.
+        candidate: a graph of the same input, float32 too.
+        batch: what both are run on; all tensors are held in memory, so a few images.
+        candidate_name: what a tensor of `reference` is called in `candidate`.
+    """
+    made = {name for node in candidate.graph.node for name in node.output}
+    ends = {value.name for value in candidate.graph.output}
+    pairs = {}
+    for node in reference.graph.node:
+        for name in node.output:
+            other = name if name in ends else candidate_name(name)
+            if other in made:
+                pairs[name] = other
+    expected = _run_all(reference, list(pairs), batch)
+    found = _run_all(candidate, list(pairs.values()), batch)
+    errors: dict[str, float] = {}
+    entries = []
+    for node in reference.graph.node:
+        for name in node.output:
+            if name not in pairs or expected[name].dtype != np.float32:
+                continue
+            errors[name] = _relative(expected[name], found[pairs[name]])
+            before = max((errors.get(source, 0.0) for source in node.input), default=0.0)
+            entries.append(
+                TensorError(
+                    node=node.name, op=node.op_type, tensor=name, error=errors[name], added=_less(errors[name], before)
+                )
+            )
+    return entries
+
+
+def module_errors(model: nn.Module, graph: onnx.ModelProto, spec: ModelSpec, batch: NDArray[Any]) -> list[TensorError]:
+    """Compares the outputs of a network's modules with the tensors that `graph` has of them.
+
+    Args:
+        model: in eval mode, on the CPU.
+        graph: what `to_onnx` made of it.
+        spec: the one `graph` was made with.
+        batch: float32 (N, 3, H, W); a few images.
+    """
+    made = {name for node in graph.graph.node for name in node.output}
+    tensors = {path: name for path, name in module_tensors(model, spec).items() if name in made}
+    expected = _module_outputs(model, tensors, batch)
+    found = _run_all(graph, [tensors[path] for path in expected], batch)
+    entries = []
+    before = 0.0
+    for path, output in expected.items():
+        error = _relative(output, found[tensors[path]])
+        entries.append(
+            TensorError(
+                node=path,
+                op=type(model.get_submodule(path)).__name__,
+                tensor=tensors[path],
+                error=error,
+                added=_less(error, before),
+            )
+        )
+        before = error
+    return entries
+
+
+@torch.no_grad()
+def _module_outputs(model: nn.Module, wanted: Mapping[str, str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    outputs: dict[str, NDArray[Any]] = {}
+    handles = []
+    for path, module in model.named_modules():
+        if path in wanted:
+
+            def keep(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
+                if isinstance(output, torch.Tensor):
+                    outputs[path] = output.detach().clone().numpy()
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        model(torch.from_numpy(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _run_all(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    input_name = probe.graph.input[0].name
+    known = {value.name for value in probe.graph.output}
+    types = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    for name in names:
+        if name not in known:
+            kind = types[name].type.tensor_type.elem_type if name in types else TensorProto.FLOAT
+            probe.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    return dict(zip(names, session.run(names, {input_name: batch}), strict=True))
+
+
+def _relative(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    if expected.size == 0:
+        return 0.0
+    if expected.shape != found.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = float(np.abs(found.astype(np.float64) - expected).max())
+    scale = float(np.abs(expected).max())
+    if not np.isfinite(difference) or not np.isfinite(scale):
+        return float("inf")
+    return difference / scale if scale else difference
+
+
+def _less(error: float, before: float) -> float:
+    return 0.0 if not np.isfinite(before) else max(0.0, error - before)

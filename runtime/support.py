@@ -1,0 +1,42 @@
+"""Which backends of this machine can run a model file, and why the others cannot."""
+
+from __future__ import annotations
+
+from runtime.cuda import find_gpu
+from runtime.doctor import Finding, look
+from runtime.engine.graph import OnnxSummary
+from runtime.engine.sidecar import EngineInfo
+
+__all__ = ["engine_support", "onnx_support"]
+
+
+def onnx_support(summary: OnnxSummary) -> list[str]:
+    """Returns a line a backend: what it can do with the ONNX file."""
+    bf16 = "bf16" in summary.weights
+    cpu = "no, it has no BF16 convolutions there" if bf16 else _yes_or_why(look("onnxruntime"))
+    return [
+        f"ONNX Runtime on the CPU: {cpu}",
+        f"ONNX Runtime on the GPU: {_yes_or_why(look('onnxruntime_gpu'))}",
+        f"engine by TensorRT: {_yes_or_why(look('tensorrt'))}",
+        f"engine by TensorRT-RTX: {_yes_or_why(look('tensorrt_rtx'))}",
+    ]
+
+
+def engine_support(info: EngineInfo) -> list[str]:
+    """Returns whether the engine can run here, or what it lacks."""
+    finding = look(info.flavour)
+    gpu = find_gpu()
+    problems = []
+    if gpu is None:
+        problems.append("there is no NVIDIA GPU")
+    elif info.compute_capabilities != ("default",) and f"sm_{gpu.sm}" not in info.compute_capabilities:
+        problems.append(f"{gpu.name} is SM {gpu.sm}")
+    if finding.state != "ok":
+        problems.append(f"{info.flavour} {info.version} is needed: {finding.found}")
+    elif finding.found != info.version:
+        problems.append(f"{info.flavour} is {finding.found}, the engine is of {info.version}: build it again")
+    return [f"here: {'no, ' + '; '.join(problems) if problems else 'yes'}"]
+
+
+def _yes_or_why(finding: Finding) -> str:
+    return "yes" if finding.state == "ok" else f"no, {finding.found}"
