@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from calib.graphs import infer_shapes, open_session
 from runtime.errors import DataError
 
 __all__ = ["Collected", "collect", "collect_amax"]
@@ -63,10 +64,8 @@ def collect(
     tensors: Collection[str] | None = None,
 ) -> Collected:
     """Does what `collect_amax` does, and keeps the graph's first output, in the same pass."""
-    import onnxruntime as ort
-
     ranks = {name: rank for name, rank in _float_tensors(model).items() if tensors is None or name in tensors}
-    session = ort.InferenceSession(_with_maxima(model, ranks), providers=["CPUExecutionProvider"])
+    session = open_session(_with_maxima(model, ranks))
     input_name = session.get_inputs()[0].name
     squares = np.zeros(len(ranks))
     outputs = []
@@ -86,7 +85,7 @@ def collect(
 
 def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
     """Names of the float32 tensors that images flow through, and their ranks."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = infer_shapes(model)
     values = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
     initializers = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in initializers]
@@ -98,7 +97,7 @@ def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
     }
 
 
-def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int]) -> bytes:
+def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int]) -> onnx.ModelProto:
     """A copy of the graph that also gives the largest square of each tensor; of (N, C, H, W), that of each (H, W).
 
     Mul and GlobalMaxPool, since ONNX Runtime has them for the blocked layout its convolutions like: an
@@ -115,5 +114,4 @@ def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int]) -> bytes:
         else:
             probe.graph.node.append(helper.make_node("ReduceMax", [output + "/square"], [output], keepdims=0))
         probe.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
-    content: bytes = probe.SerializeToString()
-    return content
+    return probe

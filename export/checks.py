@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from calib.graphs import open_session
 from export.divergence import TensorError, first_beyond, graph_errors, module_errors
 from export.io_forms import TOP
 from export.rounding import rounded_name
@@ -65,7 +65,7 @@ def torch_logits(source: Source) -> NDArray[np.float32]:
 
 def graph_logits(model: onnx.ModelProto, source: Source) -> NDArray[np.float32]:
     """A graph's answers to all images, (N, K), on the CPU."""
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches(source)])
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import nn
 
+from calib.graphs import infer_shapes, open_session
 from export.to_onnx import module_tensors
 from runtime.spec import ModelSpec
 
@@ -139,13 +139,12 @@ def _run_all(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> d
     probe.CopyFrom(model)
     input_name = probe.graph.input[0].name
     known = {value.name for value in probe.graph.output}
-    types = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    types = {value.name: value for value in infer_shapes(model).value_info}
     for name in names:
         if name not in known:
             kind = types[name].type.tensor_type.elem_type if name in types else TensorProto.FLOAT
             probe.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
-    return dict(zip(names, session.run(names, {input_name: batch}), strict=True))
+    return dict(zip(names, open_session(probe).run(names, {input_name: batch}), strict=True))
 
 
 def _relative(expected: NDArray[Any], found: NDArray[Any]) -> float:

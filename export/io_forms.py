@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from calib.graphs import check
 from export.initializers import add_initializer
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
@@ -48,7 +49,7 @@ def with_forms(model: onnx.ModelProto, spec: ModelSpec, *, half_output: bool = F
         HalfOutput()(graph_model)
     graph_model.metadata_props[METADATA_KEY] = spec.to_json()
     proto = ir.to_proto(graph_model)
-    onnx.checker.check_model(proto, full_check=True)
+    check(proto)
     return proto
 
 

@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from calib.graphs import check
 from export.divergence import TensorError
 from export.initializers import add_initializer
 
@@ -163,7 +164,7 @@ def to_reduced(model: onnx.ModelProto, precision: str, keep: Iterable[Decision] 
     if precision == "bf16":
         graph_model.graph.opset_imports[""] = _BF16_OPSET
     converted = ir.to_proto(graph_model)
-    onnx.checker.check_model(converted, full_check=True)
+    check(converted)
     return converted
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from calib.graphs import infer_shapes
+
 __all__ = ["rounded_name", "with_roundings"]
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -74,7 +76,7 @@ def rounded_name(tensor: str) -> str:
 
 
 def _narrow_tensors(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = infer_shapes(model)
     kinds = {
         value.name: value.type.tensor_type.elem_type
         for value in (*inferred.value_info, *inferred.input, *inferred.output)

@@ -25,7 +25,7 @@ from runtime.files import sha256_file
 from runtime.images import SUFFIXES, decode, fit_to_input
 from runtime.spec import ModelSpec, Preprocessing
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
-from train.data import class_names, spread
+from train.data import class_names, class_wnids, spread
 from train.dual_bn import select_route
 from train.models import create_model
 from train.recipes import MAIN
@@ -161,10 +161,12 @@ def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
 def _timm_spec(model: nn.Module, arch: str) -> ModelSpec:
     """What timm's configuration says of the model; of `.ap_in1k` weights, mean and std 0.5."""
     config = resolve_model_data_config(model)
+    classes = int(model.num_classes)  # type: ignore[arg-type]  # every timm classifier has it
     _, height, width = config["input_size"]
     return ModelSpec(
         arch=arch,
-        classes=class_names(model.num_classes),  # type: ignore[arg-type]  # every timm classifier has it
+        classes=class_names(classes),
+        wnids=class_wnids(classes),
         preprocessing=Preprocessing(
             height=height,
             width=width,

@@ -14,9 +14,10 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import nn
 
+from calib.graphs import LIMIT_BYTES, check, is_large
 from export.fold import BatchNormToAffine, FoldBatchNorm
 from runtime.errors import ArchError
-from runtime.files import write_bytes
+from runtime.files import atomic_folder, write_bytes
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["INPUT", "OPSET", "OUTPUT", "module_tensors", "save_onnx", "to_onnx"]
@@ -45,12 +46,6 @@ def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> on
     Raises:
         ArchError: torch.export cannot trace the architecture.
     """
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if weights >= 2**31:
-        raise ArchError(
-            f"{spec.arch} has {weights / 2**30:.1f} GiB of weights; an ONNX file holds less than 2 GiB, and weights "
-            "beside the file are not supported yet"
-        )
     graph_model = _trace(model, spec, free_size)
     # Without the limits that spare large tensors: standardised weights (NF-nets, BiT) are computed in the trace.
     optimizer.fold_constants(graph_model, input_size_limit=_ALL, output_size_limit=_ALL)
@@ -59,7 +54,7 @@ def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> on
     optimizer.optimize(graph_model)
     graph_model = _clean(graph_model, spec, free_size)
     proto = ir.to_proto(graph_model)
-    onnx.checker.check_model(proto, full_check=True)
+    check(proto)
     return proto
 
 
@@ -132,6 +127,15 @@ def _clean(model: ir.Model, spec: ModelSpec, free_size: bool) -> ir.Model:
     return model
 
 
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Writes `model` atomically; the same model gives the same bytes. Raises OutputError."""
-    write_bytes(path, model.SerializeToString(deterministic=True))
+def save_onnx(model: onnx.ModelProto, path: Path, limit: int = LIMIT_BYTES) -> None:
+    """Writes `model` atomically; the same model gives the same bytes. Raises OutputError.
+
+    Weights of more than `limit` bytes go to a file beside it, `NAME.onnx.data`.
+    """
+    beside = path.with_name(path.name + ".data")
+    if not is_large(model, limit):
+        write_bytes(path, model.SerializeToString(deterministic=True))
+        beside.unlink(missing_ok=True)  # of an earlier, larger model
+        return
+    with atomic_folder(path.parent) as folder:
+        ir.save(ir.from_proto(model), folder / path.name, external_data=beside.name)

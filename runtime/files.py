@@ -13,7 +13,7 @@ from typing import IO
 
 from runtime.errors import OutputError
 
-__all__ = ["atomic_write", "output_dir", "sha256_file", "write_bytes", "write_text"]
+__all__ = ["atomic_folder", "atomic_write", "output_dir", "sha256_file", "write_bytes", "write_text"]
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
@@ -81,6 +81,30 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise _output_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Gives a new folder whose files move into `path` only once all are whole and on disk.
+
+    They move in the reverse order of their names, so that `m.onnx` comes after the `m.onnx.data` it needs.
+
+    Raises:
+        OutputError: `path` is not writable, or the disk is full.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path, prefix=".unfinished-") as name:
+            folder = Path(name)
+            yield folder
+            files = sorted(folder.iterdir(), reverse=True)
+            for file in files:
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            for file in files:
+                os.replace(file, path / file.name)
+            _sync_folder(path)
+    except OSError as error:
+        raise _output_error(path, error) from error
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "by_class",
     "choose_preprocessing",
     "class_names",
+    "class_wnids",
     "embedded_digits",
     "image_folder",
     "median_short_side",
@@ -254,6 +255,11 @@ def class_names(count: int) -> tuple[str, ...]:
     if count == 1000:
         return tuple(ImageNetInfo().label_descriptions())
     return tuple(f"class {index}" for index in range(count))
+
+
+def class_wnids(count: int) -> tuple[str, ...]:
+    """Returns the WordNet ids of ImageNet's thousand classes; none for another number."""
+    return tuple(ImageNetInfo().label_names()) if count == 1000 else ()
 
 
 def median_short_side(images: ImageSet | ImageStream, probes: int = 64) -> int:

@@ -10,7 +10,6 @@ import click
 from runtime.console import cli_errors, set_up_logging
 from runtime.engine.record import verification
 from runtime.errors import BackendUnavailable, ModelFileError, first_line
-from runtime.files import sha256_file
 from runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def _onnx(table: Table, file: Path) -> None:
         table.add_row("nodes compute in", _shares(_fractions(summary.nodes)))
     if summary.macs:
         table.add_row("work", f"{_scaled(summary.macs)}MACs an image")
-    _verified(table, file, sha256_file(file))
+    _verified(table, file, summary.sha256)
     from runtime.support import onnx_support
 
     table.add_row("runs", "\n".join(onnx_support(summary)))

@@ -20,7 +20,7 @@ from runtime.engine.flavours import Flavour, check_targets, choose_flavour, nati
 from runtime.engine.graph import OnnxSummary, summarise
 from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
 from runtime.errors import ConfigError, EngineBuildError, ModelFileError
-from runtime.files import output_dir, sha256_file, write_bytes
+from runtime.files import output_dir, write_bytes
 from runtime.sizes import ImageSizes
 
 __all__ = ["build"]
@@ -89,7 +89,7 @@ def build(
     plan, flags = _build_plan(chosen, source, summary, profile, tuple(sm), workspace_bytes, timing_cache)
     info = EngineInfo(
         plan_sha256=_sha256(plan),
-        onnx_sha256=sha256_file(source),
+        onnx_sha256=summary.sha256,
         flavour=chosen.name,
         version=chosen.version,
         compute_capabilities=_capabilities(chosen, tuple(sm)),

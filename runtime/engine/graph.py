@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import BackendUnavailable, ModelFileError
+from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["OnnxSummary", "summarise"]
@@ -22,6 +24,8 @@ _NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 class OnnxSummary:
     """The facts of one ONNX classifier."""
 
+    sha256: str
+    """Hash of the file; of one whose weights are beside it, of their hashes together."""
     input_name: str
     """Name of the image input."""
     input_shape: tuple[int, ...]
@@ -88,6 +92,7 @@ def summarise(path: Path) -> OnnxSummary:
         )
     sizes = inputs[0].type.tensor_type.shape.dim
     return OnnxSummary(
+        sha256=_sha256(path, graph),
         input_name=inputs[0].name,
         input_shape=tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes),
         outputs=tuple(value.name for value in graph.output),
@@ -97,6 +102,20 @@ def summarise(path: Path) -> OnnxSummary:
         nodes=_nodes_by_type(model),
         macs=_macs(model, inputs[0].name, spec),
     )
+
+
+def _sha256(path: Path, graph: Any) -> str:
+    locations = {
+        entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    files = [path, *(path.parent / location for location in sorted(locations))]
+    for file in files[1:]:
+        if path.parent.resolve() not in file.resolve().parents:
+            raise ModelFileError(f"{path} wants weights from outside its folder: {file}; refused")
+        if not file.is_file():
+            raise ModelFileError(f"{path} needs the file of its weights beside it: no such file: {file}")
+    hashes = [sha256_file(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _nodes_by_type(model: Any) -> dict[str, int]:

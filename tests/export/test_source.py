@@ -35,7 +35,9 @@ def test_published_weights_come_with_their_own_mean(published: Path) -> None:
     source = load_source("timm:tf_efficientnet_b0.ap_in1k", weights=published)
     assert source.spec.preprocessing.mean == source.spec.preprocessing.std == (0.5, 0.5, 0.5)
     assert source.spec.preprocessing.interpolation == "bicubic"
-    assert len(source.spec.classes) == 1000
+    assert (len(source.spec.classes), source.spec.classes[1], source.spec.wnids[1]) == (
+        *(1000, "goldfish, Carassius auratus", "n01443537"),
+    )
     other = load_source("timm:tf_efficientnet_b0.in1k", weights=published)
     assert other.spec.preprocessing.mean == (0.485, 0.456, 0.406)
     white = np.full((300, 300, 3), 255, np.uint8)

@@ -9,6 +9,7 @@ from onnx import numpy_helper
 
 import runtime
 from export.precision import to_reduced
+from export.to_onnx import save_onnx
 from runtime.cli import main
 from runtime.cuda import find_gpu
 from runtime.engine.flavours import choose_flavour, parse_sm
@@ -164,3 +165,43 @@ def test_a_timing_cache_is_of_no_use_to_tensorrt_rtx(
     )
     assert "--timing-cache has no effect" in caplog.text
     assert not (tmp_path / "timings").exists()
+
+
+def test_weights_beside_the_file_are_used_hashed_and_kept_inside_the_folder(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    model = onnx.load(files["fp32"])
+    whole, split = tmp_path / "whole.onnx", tmp_path / "split.onnx"
+    save_onnx(model, whole)
+    save_onnx(model, split, limit=1000)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.onnx", "split.onnx", "split.onnx.data"}
+    assert split.stat().st_size < 10_000 < (tmp_path / "split.onnx.data").stat().st_size
+    images = np.random.default_rng(1).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    with runtime.load(whole) as first, runtime.load(split) as second:
+        assert np.array_equal(first.run(images), second.run(images))
+    info = runtime.build(split, sm=(89,))
+    assert info.onnx_sha256 == summarise(split).sha256 != runtime.files.sha256_file(split)
+    assert (tmp_path / "split.engine").stat().st_size == pytest.approx(
+        (tmp_path / "whole.engine").stat().st_size if runtime.build(whole, sm=(89,)) else 0, rel=0.01
+    )
+    first_hash = summarise(split).sha256
+    content = bytearray((tmp_path / "split.onnx.data").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "split.onnx.data").write_bytes(content)
+    assert summarise(split).sha256 != first_hash
+    save_onnx(model, split)
+    assert not (tmp_path / "split.onnx.data").exists()
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"), [("../w", "outside its folder"), ("/etc/hostname", "outside"), ("gone", "no such file")]
+)
+def test_weights_elsewhere_are_refused(files: dict[str, Path], tmp_path: Path, location: str, expected: str) -> None:
+    model = onnx.load(files["fp32"])
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelFileError, match=expected):
+        runtime.build(tmp_path / "m.onnx")

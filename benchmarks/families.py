@@ -1,0 +1,113 @@
+"""Parity of an export, architecture family by family.
+
+    python benchmarks/families.py --data imagenet_dev       twelve nets, about seven minutes on two cores
+
+Each net, at its own image size, goes from torch through FP32 and FP16 ONNX to an FP16 engine of TensorRT-RTX, as
+`advprop-export` does it. EfficientNet-Lite0 has its real ImageNet weights and is compared on all images of
+`--data`. No other real weights come with a package: the other nets are random, with BatchNorm statistics of the
+images themselves, scales drawn from 0.8 to 1.2 and ten classes, and are compared on 64 images. Their logits say
+whether the arithmetic is right, their top-1 little. Errors are the largest |Δlogit| as a share of the largest |logit|.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import timm
+import torch
+from real_weights import ARCH, save_lite0
+from torch import nn
+
+from export import checks
+from export.pipeline import ExportResult, export_checkpoint
+from export.rounding import with_roundings
+from export.source import load_source
+from export.verify import Parity, compare
+
+NETS = (
+    "efficientnet_b0",
+    "tf_efficientnet_b0",
+    "tf_efficientnetv2_b0",
+    "tf_efficientnet_lite0",
+    "resnet18",
+    "resnext26ts",
+    "regnety_002",
+    "mobilenetv3_small_050",
+    "densenet121",
+    "inception_v3",
+    "nf_regnet_b0",
+    "convnext_atto",
+)
+
+
+def save_random(arch: str, data: Path, path: Path) -> None:
+    """Random weights whose BatchNorms know the images, as after training."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=10)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.8, 1.2)
+        nn.init.normal_(norm.bias, 0, 0.1)
+        norm.momentum = None  # the mean over all batches
+    torch.save(model.state_dict(), path)
+    if norms:
+        source = load_source(path, arch, data=data)
+        model.train()
+        with torch.no_grad():
+            images = torch.cat([torch.from_numpy(batch) for batch in checks.batches(source)])
+            for batch in images.split(32):
+                model(batch)
+        torch.save(model.state_dict(), path)
+
+
+def on_all_images(result: ExportResult, weights: Path, arch: str, data: Path) -> tuple[Parity, Parity]:
+    """The parities of `result` once more, on every image of `data`."""
+    source = load_source(weights, arch, data=data, images=1_000_000)
+    full = checks.graph_logits(onnx.load(result.onnx), source)
+    half = checks.graph_logits(with_roundings(onnx.load(result.reduced_onnx)), source)
+    return compare(checks.torch_logits(source), full), compare(full, half)
+
+
+def measure(arch: str, data: Path, folder: Path) -> None:
+    weights = folder / f"{arch}.pth"
+    real = arch == ARCH
+    if real:
+        save_lite0(weights)
+    else:
+        save_random(arch, data, weights)
+    result = export_checkpoint(
+        weights, arch=arch, data=data, out=folder / arch, precision="fp16", engine=True, sm=(86,)
+    )
+    parities = (result.onnx_parity, result.reduced_parity)
+    if real:
+        parities = on_all_images(result, weights, arch, data)
+        result = dataclasses.replace(result, onnx_parity=parities[0], reduced_parity=parities[1])
+    full, half = parities
+    ops = Counter(node.op_type for node in onnx.load(result.reduced_onnx).graph.node)
+    print(
+        f"| {arch} | {'real' if real else 'random'} | {full.images} | {full.relative:.1e} | {half.relative:.1e} | "
+        f"{half.agreement:.1%} | {ops['BatchNormalization']} | {ops['Cast']} | {len(result.kept_fp32)} | "
+        f"{result.engine.stat().st_size / 1e6:.1f} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="Images, e.g. WNID/*.JPEG.")
+    parser.add_argument("--arch", nargs="+", default=list(NETS))
+    arguments = parser.parse_args()
+    print("| net | weights | images | FP32 | FP16 | top-1 same | BN nodes | Casts | in FP32 | engine MB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for arch in arguments.arch:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(arch, arguments.data, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""ONNX models in memory, of any size: checked, inferred, run.
+
+Protobuf writes no more than 2 GiB, so a larger model can be handed to none of these at once. Its
+shapes are inferred and it is checked without its weights, and ONNX Runtime takes them beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+__all__ = ["LIMIT_BYTES", "check", "infer_shapes", "is_large", "open_session"]
+
+LIMIT_BYTES = 2**31 - 2**26
+"""Weights up to this size travel in the model itself: protobuf's 2 GiB, less 64 MiB for the graph."""
+
+_SMALL = 1024
+"""Tensors up to this size stay where they are: shapes are inferred from the values of some."""
+
+
+def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
+    """Tells whether the weights pass `limit` bytes."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > limit
+
+
+def infer_shapes(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.GraphProto:
+    """Returns the graph with the types and shapes of its tensors; without the weights of a large one."""
+    return onnx.shape_inference.infer_shapes(_without_weights(model) if is_large(model, limit) else model).graph
+
+
+def check(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> None:
+    """Runs ONNX's checker and its shape inference. Raises onnx.checker.ValidationError or InferenceError."""
+    onnx.checker.check_model(_without_weights(model) if is_large(model, limit) else model, full_check=True)
+
+
+def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
+    """Returns an `onnxruntime.InferenceSession` of `model` on the CPU."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    if not is_large(model, limit):
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    light = _frame(model)
+    names, values = [], []
+    for tensor in model.graph.initializer:
+        if not _is_weight(tensor):
+            light.graph.initializer.append(tensor)
+            continue
+        reference = light.graph.initializer.add(
+            name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
+        )
+        for key, value in (("location", "in memory"), ("offset", "0"), ("length", str(len(tensor.raw_data)))):
+            reference.external_data.add(key=key, value=value)
+        names.append(tensor.name)
+        values.append(ort.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor)))
+    options.add_external_initializers(names, values)
+    return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _is_weight(tensor: onnx.TensorProto) -> bool:
+    return len(tensor.raw_data) > _SMALL
+
+
+def _frame(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without initializers."""
+    frame = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    frame.opset_import.extend(model.opset_import)
+    frame.metadata_props.extend(model.metadata_props)
+    graph = frame.graph
+    graph.name = model.graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(model.graph, field))
+    return frame
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose weights are inputs."""
+    light = _frame(model)
+    for tensor in model.graph.initializer:
+        if _is_weight(tensor):
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            light.graph.initializer.append(tensor)
+    return light
