@@ -37,7 +37,7 @@ __all__ = ["ExportResult", "default_folder", "export_checkpoint"]
 
 log = logging.getLogger(__name__)
 
-_FEW = 8
+_FEW = 2
 """Images that show whether a file is the network that was verified on all of them."""
 
 

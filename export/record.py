@@ -9,7 +9,7 @@ from pathlib import Path
 
 from export.precision import LIMIT, Decision
 from export.verify import Parity
-from runtime.engine.graph import summarise
+from runtime.engine.graph import sha256_onnx
 from runtime.engine.record import RECORD, RECORD_FORMAT
 from runtime.files import write_text
 
@@ -35,7 +35,7 @@ def save_record(folder: Path, checkpoint_sha256: str, stages: Sequence[tuple[Pat
         "format": RECORD_FORMAT,
         "checkpoint_sha256": checkpoint_sha256,
         "files": {
-            path.name: {"sha256": summarise(path).sha256, "against": against, "parity": dataclasses.asdict(parity)}
+            path.name: {"sha256": sha256_onnx(path), "against": against, "parity": dataclasses.asdict(parity)}
             for path, against, parity in stages
         },
     }

@@ -13,7 +13,7 @@ from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
 
-__all__ = ["OnnxSummary", "summarise"]
+__all__ = ["OnnxSummary", "sha256_onnx", "summarise"]
 
 _WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _INT8 = "int8"
@@ -69,16 +69,7 @@ def summarise(path: Path) -> OnnxSummary:
         ModelFileError: no such file, not ONNX, or not one input and one output.
         BackendUnavailable: the `onnx` package is missing.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendUnavailable(f"reading ONNX files needs the onnx package ({error}); pip install onnx") from error
-    if not path.is_file():
-        raise ModelFileError(f"no such ONNX file: {path}")
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has another name in each release
-        raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+    model = _read(path)
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
@@ -102,6 +93,28 @@ def summarise(path: Path) -> OnnxSummary:
         nodes=_nodes_by_type(model),
         macs=_macs(model, inputs[0].name, spec),
     )
+
+
+def _read(path: Path) -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise BackendUnavailable(f"reading ONNX files needs the onnx package ({error}); pip install onnx") from error
+    if not path.is_file():
+        raise ModelFileError(f"no such ONNX file: {path}")
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has another name in each release
+        raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+
+
+def sha256_onnx(path: Path) -> str:
+    """Returns the hash that `summarise` gives, without the rest.
+
+    Raises:
+        ModelFileError: as `summarise`.
+    """
+    return _sha256(path, _read(path).graph)
 
 
 def _sha256(path: Path, graph: Any) -> str:

@@ -24,21 +24,22 @@ def scaled(model: onnx.ModelProto, name: str) -> None:
 @pytest.mark.slow
 def test_the_first_module_that_diverges_is_named() -> None:
     torch.manual_seed(0)
-    model = timm.create_model("efficientnet_b0", num_classes=4).eval()
+    model = timm.create_model("resnet10t", num_classes=4).eval()
     preprocessing = Preprocessing(
         height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0
     )
-    spec = ModelSpec(arch="efficientnet_b0", classes=tuple("abcd"), preprocessing=preprocessing)
+    spec = ModelSpec(arch="resnet10t", classes=tuple("abcd"), preprocessing=preprocessing)
     exported = to_onnx(model, spec)
     errors = module_errors(model, exported, spec, IMAGES)
-    assert len(errors) > 100
+    assert len(errors) > 30
     assert first_beyond(errors, 1e-4) is None
     assert max(entry.error for entry in errors) > 0
-    scaled(exported, "blocks.3.1.se.conv_reduce.weight")
+    faulty = [node for node in exported.graph.node if node.op_type == "Conv"][5]
+    scaled(exported, faulty.input[1])
     first = first_beyond(module_errors(model, exported, spec, IMAGES), 1e-4)
     assert first is not None
-    assert (first.node, first.op) == ("blocks.3.1.se.conv_reduce", "Conv2d")
-    assert first.error == pytest.approx(0.1, rel=0.01)
+    assert (first.node, first.op, first.tensor) == ("layer2.0.bn1", "BatchNorm2d", faulty.output[0])
+    assert first.error == pytest.approx(0.1, rel=0.2)
 
 
 def network() -> onnx.ModelProto:
