@@ -96,7 +96,8 @@ def first_tensor(
 def _in_words(entry: TensorError | None, kind: str) -> str:
     if entry is None:
         return f"No single {kind} is beyond that on {_BISECTED} images: small errors add up"
-    return f"The first {kind} that diverges is {entry.node} ({entry.op}), off by {entry.error:.2g} of its largest value"
+    how = f"off by {entry.error:.2g} of its largest value" if np.isfinite(entry.error) else "not finite"
+    return f"The first {kind} that diverges is {entry.node} ({entry.op}), {how}"
 
 
 def check_size(source: Source, model: onnx.ModelProto, size: tuple[int, int]) -> None:

@@ -183,7 +183,7 @@ def _show(console: Console, result: ExportResult) -> None:
     for path, against, parity in rows:
         if path is None:
             continue
-        size = f"{path.stat().st_size / 1e6:.1f}"
+        size = f"{_bytes(path) / 1e6:.1f}"
         if parity is None:
             table.add_row(path.name, size, "built", "", "", "")
         else:
@@ -205,6 +205,12 @@ def _show(console: Console, result: ExportResult) -> None:
         info = result.engine_info
         targets = ", ".join(info.compute_capabilities)
         console.print(f"engine: {info.flavour} {info.version}, {info.precision}, for {targets}", highlight=False)
+
+
+def _bytes(path: Path) -> int:
+    """Of a file, with the weights beside it where they are too large for it."""
+    beside = path.with_name(path.name + ".data")
+    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
 
 
 def _reason(decision: Decision) -> str:

@@ -65,7 +65,7 @@ def _onnx(table: Table, file: Path) -> None:
 
     summary = summarise(file)
     shape = ", ".join("any" if size < 0 else str(size) for size in summary.input_shape)
-    table.add_row("kind", f"ONNX classifier, {file.stat().st_size / 1e6:.1f} MB")
+    table.add_row("kind", f"ONNX classifier, {summary.size_bytes / 1e6:.1f} MB")
     table.add_row("weights", f"{_shares(summary.shares)} of {sum(summary.weights.values()):,}")
     table.add_row("input", f"{summary.input_name}: ({shape})")
     table.add_row("operators", ", ".join(f"{count} {name}" for name, count in sorted(summary.ops.items())))
@@ -147,7 +147,7 @@ def _spec(table: Table, spec: ModelSpec | None) -> None:
         "trained", f"{spec.recipe or 'unknown recipe'} on {spec.dataset or 'unknown data'}, route {spec.route}"
     )
     table.add_row(
-        "classes", f"{len(spec.classes)}: {', '.join(spec.classes[:5])}{', …' if len(spec.classes) > 5 else ''}"
+        "classes", f"{len(spec.classes)}: {'; '.join(spec.classes[:5])}{'; …' if len(spec.classes) > 5 else ''}"
     )
     table.add_row(
         "preprocessing",

@@ -26,6 +26,8 @@ class OnnxSummary:
 
     sha256: str
     """Hash of the file; of one whose weights are beside it, of their hashes together."""
+    size_bytes: int
+    """Of the file, with its weights where they are beside it."""
     input_name: str
     """Name of the image input."""
     input_shape: tuple[int, ...]
@@ -84,6 +86,7 @@ def summarise(path: Path) -> OnnxSummary:
     sizes = inputs[0].type.tensor_type.shape.dim
     return OnnxSummary(
         sha256=_sha256(path, graph),
+        size_bytes=sum(file.stat().st_size for file in _files(path, graph)),
         input_name=inputs[0].name,
         input_shape=tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes),
         outputs=tuple(value.name for value in graph.output),
@@ -117,7 +120,8 @@ def sha256_onnx(path: Path) -> str:
     return _sha256(path, _read(path).graph)
 
 
-def _sha256(path: Path, graph: Any) -> str:
+def _files(path: Path, graph: Any) -> list[Path]:
+    """The file, and those of its weights."""
     locations = {
         entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
@@ -127,7 +131,11 @@ def _sha256(path: Path, graph: Any) -> str:
             raise ModelFileError(f"{path} wants weights from outside its folder: {file}; refused")
         if not file.is_file():
             raise ModelFileError(f"{path} needs the file of its weights beside it: no such file: {file}")
-    hashes = [sha256_file(file) for file in files]
+    return files
+
+
+def _sha256(path: Path, graph: Any) -> str:
+    hashes = [sha256_file(file) for file in _files(path, graph)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
