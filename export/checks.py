@@ -14,10 +14,11 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from calib.divergence import TensorError, first_beyond, graph_errors
 from calib.graphs import open_session
-from export.divergence import TensorError, first_beyond, graph_errors, module_errors
+from calib.rounding import rounded_name
+from export.bisect import module_errors
 from export.io_forms import TOP
-from export.rounding import rounded_name
 from export.source import Source, resized
 from export.to_onnx import INPUT, OUTPUT
 from export.verify import TOLERANCE, compare, require

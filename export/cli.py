@@ -17,8 +17,8 @@ from runtime.sizes import ImageSizes
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from calib.precision import Decision
     from export.pipeline import ExportResult
-    from export.precision import Decision
 
 EXAMPLES = """\b
 Examples:

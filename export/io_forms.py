@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from calib.graphs import check
-from export.initializers import add_initializer
+from calib.initializers import add_initializer
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 __all__ = ["TOP", "HalfInput", "HalfOutput", "PixelInput", "ProbabilityOutput", "TopKOutput", "with_forms"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib.collect import collect
+from calib.precision import REDUCED, Decision, deciding_tensors
 from export.checks import (
     batches,
     check_file,
@@ -19,7 +20,6 @@ from export.checks import (
     torch_logits,
 )
 from export.io_forms import with_forms
-from export.precision import REDUCED, Decision, deciding_tensors
 from export.record import save_decisions, save_record
 from export.reduce import reduce_precision
 from export.source import load_source

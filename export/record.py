@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from export.precision import LIMIT, Decision
+from calib.precision import LIMIT, Decision
 from export.verify import Parity
 from runtime.engine.graph import sha256_onnx
 from runtime.engine.record import RECORD, RECORD_FORMAT

@@ -15,9 +15,9 @@ import onnx
 from numpy.typing import NDArray
 
 from calib.collect import collect
-from export.divergence import graph_errors
-from export.precision import Decision, losses, overflows, to_reduced
-from export.rounding import rounded_name, with_roundings
+from calib.divergence import graph_errors
+from calib.precision import Decision, losses, overflows, to_reduced
+from calib.rounding import rounded_name, with_roundings
 from export.verify import TOLERANCE, Parity, agrees, compare
 
 __all__ = ["Reduced", "reduce_precision"]

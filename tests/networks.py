@@ -24,3 +24,9 @@ def classifier(height: int = 8, width: int = 8) -> onnx.ModelProto:
     weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3))
     body = "a = Conv(input, w) r = Relu(a) p = GlobalAveragePool(r) logits = Flatten(p)"
     return graph(body, height, width, w=weight)
+
+
+def scale_weight(model: onnx.ModelProto, name: str) -> None:
+    """A fault: one weight is not what it should be."""
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.1), name))

@@ -13,7 +13,7 @@ from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
 
-__all__ = ["OnnxSummary", "sha256_onnx", "summarise"]
+__all__ = ["OnnxSummary", "node_macs", "sha256_onnx", "summarise"]
 
 _WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _INT8 = "int8"
@@ -94,7 +94,7 @@ def summarise(path: Path) -> OnnxSummary:
         weights=_weights_by_type(graph, weights),
         ops=dict(Counter(node.op_type for node in graph.node)),
         nodes=_nodes_by_type(model),
-        macs=_macs(model, inputs[0].name, spec),
+        macs=sum(node_macs(model).values()),
     )
 
 
@@ -155,8 +155,21 @@ def _nodes_by_type(model: Any) -> dict[str, int]:
     return dict(Counter(kind for kind in found if kind is not None))
 
 
-def _macs(model: Any, input_name: str, spec: ModelSpec | None) -> int:
+def node_macs(model: Any) -> dict[str, int]:
+    """Returns the multiply-accumulates of each convolution and matrix product for one image.
+
+    Args:
+        model: an `onnx.ModelProto`, with unique node names; an open image size is that of its spec.
+
+    Returns:
+        Node name → MACs, in order; empty where shapes are unknown.
+    """
     import onnx
+
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    spec = ModelSpec.from_json(text) if text else None
+    weights = {tensor.name for tensor in model.graph.initializer}
+    input_name = next(value.name for value in model.graph.input if value.name not in weights)
 
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
@@ -168,27 +181,28 @@ def _macs(model: Any, input_name: str, spec: ModelSpec | None) -> int:
         value.type.tensor_type.ClearField("shape")
     try:
         inferred = onnx.shape_inference.infer_shapes(fixed).graph
-    except onnx.shape_inference.InferenceError:
-        return 0
+    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: too large for protobuf
+        return {}
     shapes = {
         value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
         for value in (*inferred.value_info, *inferred.input, *inferred.output)
     } | {tensor.name: list(tensor.dims) for tensor in inferred.initializer}
-    total = 0
-    for node in inferred.node:
+    macs: dict[str, int] = {}
+    for number, node in enumerate(inferred.node):
         if node.op_type not in _WEIGHTED_OPS:
             continue
         data, weight, output = (shapes.get(name, []) for name in (*node.input[:2], node.output[0]))
         if not (data and weight and output) or 0 in data + weight + output:
-            return 0
+            return {}
         if node.op_type == "ConvTranspose":  # weight: (in, out / groups, kernel…)
-            total += math.prod(data) * math.prod(weight[1:])
+            count = math.prod(data) * math.prod(weight[1:])
         elif node.op_type == "Conv":  # weight: (out, in / groups, kernel…)
-            total += math.prod(output) * math.prod(weight[1:])
+            count = math.prod(output) * math.prod(weight[1:])
         else:
             transposed = any(item.name == "transA" and item.i for item in node.attribute)
-            total += math.prod(output) * data[-2 if transposed else -1]
-    return total
+            count = math.prod(output) * data[-2 if transposed else -1]
+        macs[node.name or f"{node.op_type}_{number}"] = count
+    return macs
 
 
 def _fix_sizes(dims: Any, spec: ModelSpec | None) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 import runtime
 from calib.collect import collect
-from export.precision import overflows, to_reduced
-from export.rounding import with_roundings
+from calib.precision import overflows, to_reduced
+from calib.rounding import with_roundings
 from export.to_onnx import save_onnx, to_onnx
 from export.verify import TOLERANCE, compare
 from runtime.spec import ModelSpec, Preprocessing

@@ -8,9 +8,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import runtime
+from calib.precision import to_reduced
 from export.cli import main
 from export.io_forms import with_forms
-from export.precision import to_reduced
 from runtime.images import network_input, normalise
 from runtime.session import softmax
 from runtime.spec import INPUT_FORMS, OUTPUT_FORMS, ModelSpec, Preprocessing

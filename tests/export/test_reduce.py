@@ -5,9 +5,9 @@ import onnx
 import onnxruntime as ort
 
 from calib.collect import collect
-from export.precision import deciding_tensors
+from calib.precision import deciding_tensors
+from calib.rounding import with_roundings
 from export.reduce import Reduced, reduce_precision
-from export.rounding import with_roundings
 from export.verify import TOLERANCE, agrees, compare
 from tests.networks import classifier, graph
 

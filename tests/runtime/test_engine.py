@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import runtime
-from export.precision import to_reduced
+from calib.precision import to_reduced
 from export.to_onnx import save_onnx
 from runtime.cli import main
 from runtime.cuda import find_gpu

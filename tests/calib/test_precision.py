@@ -11,8 +11,8 @@ from onnx_ir.passes.common import TopologicalSortPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from calib.collect import collect_amax
-from export.precision import LIMIT, Decision, deciding_tensors, overflows, to_reduced
-from export.rounding import with_roundings
+from calib.precision import LIMIT, Decision, deciding_tensors, overflows, to_reduced
+from calib.rounding import with_roundings
 from tests.networks import graph
 
 

@@ -18,9 +18,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from calib.divergence import TensorError
 from calib.graphs import check
-from export.divergence import TensorError
-from export.initializers import add_initializer
+from calib.initializers import add_initializer
 
 __all__ = [
     "LIMIT",
@@ -127,7 +127,7 @@ def losses(
 
     Args:
         model: the float32 graph.
-        errors: of its tensors in the reduced precision; see `export.divergence.graph_errors`.
+        errors: of its tensors in the reduced precision; see `calib.divergence.graph_errors`.
         amax: largest magnitudes, for the record.
         count: nodes to choose by their own error.
     """

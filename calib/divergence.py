@@ -1,26 +1,22 @@
-"""Where two graphs, or a network and its graph, part: tensor by tensor, in the order they are computed.
+"""Where two graphs part: tensor by tensor, in the order they are computed.
 
 Errors are the largest |Δ| of a tensor as a share of its largest magnitude.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from torch import nn
 
 from calib.graphs import infer_shapes, open_session
-from export.to_onnx import module_tensors
-from runtime.spec import ModelSpec
 
-__all__ = ["TensorError", "first_beyond", "graph_errors", "module_errors"]
+__all__ = ["TensorError", "first_beyond", "graph_errors", "relative_error", "tensors_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +32,7 @@ class TensorError:
     error: float
     """Largest |Δ| as a share of the largest magnitude; inf where it is not finite."""
     added: float
-    """`error` less the largest error among the node's inputs; of a module, less that of the module before."""
+    """`error` less the largest error among the node's inputs; of a module, less that of the one before."""
 
 
 def first_beyond(errors: list[TensorError], tolerance: float) -> TensorError | None:
@@ -66,15 +62,15 @@ def graph_errors(
             other = name if name in ends else candidate_name(name)
             if other in made:
                 pairs[name] = other
-    expected = _run_all(reference, list(pairs), batch)
-    found = _run_all(candidate, list(pairs.values()), batch)
+    expected = tensors_of(reference, list(pairs), batch)
+    found = tensors_of(candidate, list(pairs.values()), batch)
     errors: dict[str, float] = {}
     entries = []
     for node in reference.graph.node:
         for name in node.output:
             if name not in pairs or expected[name].dtype != np.float32:
                 continue
-            errors[name] = _relative(expected[name], found[pairs[name]])
+            errors[name] = relative_error(expected[name], found[pairs[name]])
             before = max((errors.get(source, 0.0) for source in node.input), default=0.0)
             entries.append(
                 TensorError(
@@ -84,57 +80,8 @@ def graph_errors(
     return entries
 
 
-def module_errors(model: nn.Module, graph: onnx.ModelProto, spec: ModelSpec, batch: NDArray[Any]) -> list[TensorError]:
-    """Compares the outputs of a network's modules with the tensors that `graph` has of them.
-
-    Args:
-        model: in eval mode, on the CPU.
-        graph: what `to_onnx` made of it.
-        spec: the one `graph` was made with.
-        batch: float32 (N, 3, H, W); a few images.
-    """
-    made = {name for node in graph.graph.node for name in node.output}
-    tensors = {path: name for path, name in module_tensors(model, spec).items() if name in made}
-    expected = _module_outputs(model, tensors, batch)
-    found = _run_all(graph, [tensors[path] for path in expected], batch)
-    entries = []
-    before = 0.0
-    for path, output in expected.items():
-        error = _relative(output, found[tensors[path]])
-        entries.append(
-            TensorError(
-                node=path,
-                op=type(model.get_submodule(path)).__name__,
-                tensor=tensors[path],
-                error=error,
-                added=_less(error, before),
-            )
-        )
-        before = error
-    return entries
-
-
-@torch.no_grad()
-def _module_outputs(model: nn.Module, wanted: Mapping[str, str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    outputs: dict[str, NDArray[Any]] = {}
-    handles = []
-    for path, module in model.named_modules():
-        if path in wanted:
-
-            def keep(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
-                if isinstance(output, torch.Tensor):
-                    outputs[path] = output.detach().clone().numpy()
-
-            handles.append(module.register_forward_hook(keep))
-    try:
-        model(torch.from_numpy(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-def _run_all(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def tensors_of(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Runs `model` on `batch` and returns the tensors of those names."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     input_name = probe.graph.input[0].name
@@ -147,7 +94,8 @@ def _run_all(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> d
     return dict(zip(names, open_session(probe).run(names, {input_name: batch}), strict=True))
 
 
-def _relative(expected: NDArray[Any], found: NDArray[Any]) -> float:
+def relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    """Returns the largest |Δ| as a share of the largest magnitude; inf where something is not finite."""
     if expected.size == 0:
         return 0.0
     if expected.shape != found.shape:
