@@ -209,7 +209,7 @@ class ToReduced(ir.passes.InPlacePass):
             node.name not in self._keep
             and node.domain == ""
             and node.op_type not in _FP32_OPS | _TYPE_MAKERS
-            and any(_is_float(value) for value in node.outputs)
+            and (node.op_type == "QuantizeLinear" or any(_is_float(value) for value in node.outputs))
         )
 
 

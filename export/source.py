@@ -22,10 +22,10 @@ from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, DataError
 from runtime.files import sha256_file
-from runtime.images import SUFFIXES, decode, fit_to_input
+from runtime.images import SUFFIXES, decode, fit_to_input, spread
 from runtime.spec import ModelSpec, Preprocessing
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
-from train.data import class_names, class_wnids, spread
+from train.data import class_names, class_wnids
 from train.dual_bn import select_route
 from train.models import create_model
 from train.recipes import MAIN

@@ -15,6 +15,7 @@ from runtime.errors import nearest
 COMMANDS = {
     "train": ("train.run:main", "Train a classifier with AdvProp."),
     "export": ("export.cli:main", "Checkpoint → ONNX → TensorRT engine (advprop-export)."),
+    "calibrate": ("calib.cli:main", "Float32 ONNX → INT8, by real images."),
     "build": ("runtime.commands.build:main", "ONNX → TensorRT engine."),
     "predict": ("runtime.commands.predict:main", "Classify images with an exported model."),
     "inspect": ("runtime.commands.inspect:main", "Say what a model file or engine is."),

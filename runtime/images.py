@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ __all__ = [
     "network_input",
     "normalise",
     "preprocess",
+    "spread",
 ]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -42,6 +43,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 _MOST_PIXELS = 100_000_000
 """Bound on an intermediate image: a strip of one pixel's width would fill the memory."""
+
+_Item = TypeVar("_Item")
 
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
 """A path, an encoded file's bytes, a uint8 HWC-RGB or HW-grey array, or a PIL image."""
@@ -228,3 +231,10 @@ def network_input(images_NHWC: NDArray[np.uint8], spec: Preprocessing, form: str
         return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
     images_NCHW = normalise(images_NHWC, spec)
     return images_NCHW.astype(np.float16) if form == "float16 NCHW" else images_NCHW
+
+
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """Returns `count` of the items (all, where there are fewer), spread evenly from first to last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(position)] for position in np.linspace(0, len(items) - 1, count)]

@@ -36,7 +36,7 @@ def test_embedding(trained: FitResult, tmp_path: Path, capsys: pytest.CaptureFix
     result = export_checkpoint(trained.last, out=tmp_path, precision="fp16")
     Image.fromarray(np.full((9, 9), 128, np.uint8)).save(tmp_path / "photo.jpg")
     code = block("README.md", "import runtime").replace(
-        '"runs/efficientnet_b3/model.fp16.onnx"', repr(str(result.fp16_onnx))
+        '"runs/efficientnet_b3/model.fp16.onnx"', repr(str(result.reduced_onnx))
     )
     exec(code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg"))), {})
     assert re.fullmatch(r"\d 0\.\d+\n", capsys.readouterr().out)

@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
 from runtime.errors import ConfigError, DataError
-from runtime.images import SUFFIXES, ImageLike, image_size
+from runtime.images import SUFFIXES, ImageLike, image_size, spread
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 
@@ -40,7 +40,6 @@ __all__ = [
     "embedded_digits",
     "image_folder",
     "median_short_side",
-    "spread",
 ]
 
 log = logging.getLogger(__name__)
@@ -235,13 +234,6 @@ def _labelled_files(folder: Path) -> dict[str, list[str]]:
             )
             found[entry.name] = sorted(files, key=natural_key)
     return found
-
-
-def spread(items: Sequence[_Item], count: int) -> list[_Item]:
-    """Returns `count` of the items (all, where there are fewer), spread evenly from first to last."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(position)] for position in np.linspace(0, len(items) - 1, count)]
 
 
 def _imagenet_names(wnids: Sequence[str]) -> tuple[str, ...]:

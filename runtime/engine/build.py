@@ -98,7 +98,7 @@ def build(
         flags=flags,
         precision=summary.precision,
         precision_shares=summary.shares,
-        calibration_sha256="",
+        calibration_sha256=summary.calibration_sha256,
         spec=summary.spec,
     )
     # A stop between the two writes must not leave an old sidecar beside a new plan.
@@ -184,6 +184,7 @@ def _build_plan(
     trt = flavour.module
     logger = native_logger(flavour)
     logger.errors.clear()
+    logger.seen.clear()
     builder = trt.Builder(logger)
     network_flags, flags = _network_flags(trt)
     network = builder.create_network(network_flags)

@@ -119,7 +119,8 @@ def _import(name: str) -> tuple[Flavour | None, str]:
 def native_logger(flavour: Flavour) -> Any:
     """Returns the library's one logger (a process has one), which forwards to `logging`.
 
-    Its list `errors` collects the texts of native errors; clear it before a build.
+    Its list `errors` collects the texts of native errors, and its set `seen` what was forwarded already;
+    clear both before a build (TensorRT-RTX says some things once a convolution).
     """
     trt = flavour.module
     levels = {
@@ -134,6 +135,7 @@ def native_logger(flavour: Flavour) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.seen: set[str] = set()
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)
@@ -141,6 +143,8 @@ def native_logger(flavour: Flavour) -> Any:
                 # The caller raises an error with this text; a second copy would be noise.
                 self.errors.append(message)
                 level = logging.DEBUG
-            log.log(level, "%s: %s", flavour.name, message)
+            if message not in self.seen:
+                self.seen.add(message)
+                log.log(level, "%s: %s", flavour.name, message)
 
     return ForwardingLogger()

@@ -13,7 +13,10 @@ from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
 
-__all__ = ["OnnxSummary", "node_macs", "sha256_onnx", "summarise"]
+__all__ = ["CALIBRATION_KEY", "OnnxSummary", "node_macs", "sha256_onnx", "summarise"]
+
+CALIBRATION_KEY = "advprop.calibration"
+"""Key of the calibration set's hash in an ONNX file's `metadata_props`."""
 
 _WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _INT8 = "int8"
@@ -36,6 +39,8 @@ class OnnxSummary:
     """Names of the logits or probabilities; of a `topk` file, of the probabilities and the classes."""
     spec: ModelSpec | None
     """The model's description, where advprop wrote the file."""
+    calibration_sha256: str
+    """Hash of the INT8 calibration set; empty where the file was not calibrated."""
     weights: dict[str, int]
     """Weight elements of convolutions and matrix products by the type they are computed
     in: `fp32`, `fp16`, `bf16`, `int8`."""
@@ -91,6 +96,7 @@ def summarise(path: Path) -> OnnxSummary:
         input_shape=tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes),
         outputs=tuple(value.name for value in graph.output),
         spec=spec,
+        calibration_sha256=next((entry.value for entry in model.metadata_props if entry.key == CALIBRATION_KEY), ""),
         weights=_weights_by_type(graph, weights),
         ops=dict(Counter(node.op_type for node in graph.node)),
         nodes=_nodes_by_type(model),

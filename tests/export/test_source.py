@@ -90,7 +90,7 @@ def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp
         export_checkpoint(path, out=tmp_path / name, precision="fp16")
         for name, path in (("clean", trained.last), ("garbage", tmp_path / "garbage.pt"))
     ]
-    for kind in ("onnx", "fp16_onnx"):
+    for kind in ("onnx", "reduced_onnx"):
         clean, garbage = (getattr(result, kind).read_bytes() for result in files)
         # The hash of the checkpoint is in the file, and is another one.
         hashes = [load_source(path).spec.checkpoint_sha256.encode() for path in (trained.last, tmp_path / "garbage.pt")]

@@ -1,0 +1,113 @@
+"""Which tensors are quantised, by TensorRT's rules for explicit quantisation.
+
+All inputs of convolutions and matrix products: activations per tensor, weights per output channel. Not their
+outputs (a SiLU behind them wants the full range), no bias, nothing in between; of a residual Add the input
+that is not a convolution's, where asked for, so that TensorRT can fuse the Add into the convolution.
+Source: NVIDIA, TensorRT Developer Guide, "Working with Quantized Types", Q/DQ placement recommendations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import onnx
+
+from runtime.engine.graph import node_macs
+from runtime.errors import ModelFileError
+
+__all__ = ["Point", "points_of", "residual_inputs"]
+
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A convolution or matrix product, and whether it computes in INT8."""
+
+    node: str
+    """Its name."""
+    op: str
+    """Its operator."""
+    tensor: str
+    """The activation it reads."""
+    weight: str
+    """Its weights; empty where they are not constant."""
+    axis: int
+    """The axis of its weights that is the output channel."""
+    macs: int
+    """Multiply-accumulates for one image."""
+    int8: bool
+    """Whether it is quantised."""
+    reason: str
+    """Why, or why not."""
+
+
+def points_of(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[Point]:
+    """Returns every convolution and matrix product of a float32 graph, in order.
+
+    Args:
+        model: with unique node names.
+        keep: names of nodes that stay in floating point.
+
+    Raises:
+        ModelFileError: the graph is quantised already, or there is nothing to quantise.
+    """
+    found = sorted({node.op_type for node in model.graph.node if node.op_type in _QUANTISED})
+    if found:
+        raise ModelFileError(f"the model is quantised already: it has {', '.join(found)}; give the float32 file")
+    constants = {tensor.name for tensor in model.graph.initializer}
+    macs = node_macs(model)
+    points = []
+    for node in model.graph.node:
+        if node.op_type not in _WEIGHTED:
+            continue
+        reason = ""
+        if node.input[1] not in constants:
+            reason = "its weights are not constant"
+        elif node.name in keep:
+            reason = "kept in floating point"
+        elif node.op_type == "ConvTranspose" and _integer(node, "group", 1) > 1:
+            reason = "the output channels of a grouped ConvTranspose lie on no one axis"
+        points.append(
+            Point(
+                node=node.name,
+                op=node.op_type,
+                tensor=node.input[0],
+                weight=node.input[1] if node.input[1] in constants else "",
+                axis=_channel_axis(node),
+                macs=macs.get(node.name, 0),
+                int8=not reason,
+                reason=reason or "activation per tensor, weights per output channel",
+            )
+        )
+    if not any(point.weight for point in points):
+        raise ModelFileError("there is nothing to quantise: no convolution or matrix product has constant weights")
+    return points
+
+
+def residual_inputs(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    """Returns (Add, tensor) of each residual Add: the input that no convolution makes."""
+    producers = {name: node.op_type for node in model.graph.node for name in node.output}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type != "Add" or any(name in constants for name in node.input):
+            continue
+        others = [name for name in node.input if producers.get(name) != "Conv"]
+        if len(others) == 1:
+            found.append((node.name, others[0]))
+    return found
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "Gemm":
+        return 0 if _integer(node, "transB", 0) else 1
+    return 1  # ConvTranspose: (in, out, …); MatMul: (in, out)
+
+
+def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((item.i for item in node.attribute if item.name == name), default)

@@ -1,0 +1,74 @@
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import pytest
+
+from calib.histograms import BINS, Histogram, collect_histograms
+from runtime.errors import DataError
+from tests.networks import classifier
+
+
+def values() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=50_000).astype(np.float32) * 3
+
+
+def filled(*parts: np.ndarray) -> Histogram:
+    histogram = Histogram()
+    for part in parts:
+        histogram.add(part)
+    return histogram
+
+
+def test_counts_are_those_of_numpy() -> None:
+    histogram = filled(values())
+    assert histogram.top == 16.0
+    expected, _ = np.histogram(np.abs(values()), bins=BINS, range=(0, histogram.top))
+    assert np.array_equal(histogram.counts, expected)
+    assert histogram.amax == np.abs(values()).max()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_and_any_batches_give_the_same_counts(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    mixed = random.permutation(np.concatenate([values(), values() * 100, np.zeros(100, np.float32)]))
+    parts = np.array_split(mixed, [7, 8, 900, 50_000])
+    one, many = filled(mixed), filled(*parts)
+    assert np.array_equal(one.counts, many.counts)
+    assert (one.top, one.amax) == (many.top, many.amax)
+    assert many.counts.sum() == mixed.size
+
+
+def test_zeros_before_anything_else_are_counted() -> None:
+    histogram = filled(np.zeros(10, np.float32))
+    assert (histogram.amax, histogram.counts.sum()) == (0.0, 0)
+    histogram.add(np.asarray([0.5, 0.0], np.float32))
+    assert (histogram.counts[0], histogram.counts.sum()) == (11, 12)
+
+
+def images(count: int = 4) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(count, 3, 8, 8)).astype(np.float32)
+
+
+def test_tensors_of_a_network_are_counted_in_one_pass() -> None:
+    seen: list[int] = []
+    found = collect_histograms(classifier(), [images()[:1], images()[1:]], ["input", "r", "logits"], seen.append)
+    assert seen == [1, 3]
+    assert np.array_equal(found["input"].counts, filled(images()).counts)
+    assert found["r"].counts.sum() == 4 * 4 * 6 * 6
+    assert found["logits"].counts.sum() == 4 * 4
+
+
+def test_a_value_that_is_not_finite_names_its_tensor() -> None:
+    network = classifier()
+    network.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full((4, 3, 3, 3), np.nan, np.float32), "w"))
+    with pytest.raises(DataError, match="the tensor a has values that are not finite"):
+        collect_histograms(network, [images()], ["a"])
+
+
+def test_no_images() -> None:
+    def nothing() -> Iterator[np.ndarray]:
+        yield from ()
+
+    with pytest.raises(DataError, match="calibration needs images"):
+        collect_histograms(classifier(), nothing(), ["a"])

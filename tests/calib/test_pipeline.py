@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import runtime
+from calib.images import calibration_set
+from calib.pipeline import calibrate_file
+from calib.ptq import calibrate
+from export.pipeline import export_checkpoint
+from runtime.cli import main
+from runtime.errors import ConfigError, DataError, ModelFileError
+from tests.networks import classifier
+from train.data import embedded_digits
+from train.loop import FitResult
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    for number, pixels in enumerate(embedded_digits().val.images[:60]):
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_checkpoint(trained.last, out=tmp_path_factory.mktemp("int8")).onnx
+
+
+@pytest.mark.slow
+def test_from_the_command_line_to_an_engine(exported: Path, digits: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.int8.onnx"
+    result = CliRunner().invoke(main, ["calibrate", str(exported), "--data", str(digits), "--out", str(target)])
+    assert result.exit_code == 0, result.output
+    assert "100.0% of the MACs in INT8" in result.output
+    record = json.loads((tmp_path / "m.int8.json").read_text())
+    assert record["agreement"] >= 0.95
+    assert all(0 < node["threshold"] <= node["largest"] for node in record["nodes"])
+    assert all(node["noise"] < 0.01 for node in record["nodes"])
+    info = runtime.build(target, precision="int8", sm=(89,))
+    assert info.precision_shares == {"int8": 1.0}
+    assert info.calibration_sha256 == calibration_set(digits).sha256
+    paths = sorted(digits.iterdir())
+    with runtime.load(exported) as plain, runtime.load(target) as quantised:
+        pairs = zip(plain.predict(paths), quantised.predict(paths), strict=True)
+        assert np.mean([one.index == other.index for one, other in pairs]) >= 0.95
+
+
+@pytest.mark.slow
+def test_the_same_images_give_the_same_bytes(exported: Path, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    first = calibrate_file(exported, digits, tmp_path / "m.int8.onnx", images=40)
+    second = calibrate_file(exported, tmp_path / "calib.json", tmp_path / "again" / "m.int8.onnx")
+    assert first.images == second.images
+    assert len(first.images.names) == 40
+    for name in ("m.int8.onnx", "m.int8.json", "calib.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_manifest_holds_to_its_images(digits: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "photos"
+    copy.mkdir()
+    for path in sorted(digits.iterdir())[:3]:
+        (copy / path.name).write_bytes(path.read_bytes())
+    calibration_set(copy).save(tmp_path / "calib.json")
+    assert calibration_set(tmp_path / "calib.json") == calibration_set(copy)
+    (copy / "01.png").write_bytes((copy / "00.png").read_bytes())
+    with pytest.raises(DataError, match=r"01\.png is not the image that .*its content has changed"):
+        calibration_set(tmp_path / "calib.json")
+    (copy / "01.png").unlink()
+    with pytest.raises(DataError, match="names an image that is not there"):
+        calibration_set(tmp_path / "calib.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "no such manifest"), ("[]", "is not the manifest"), ('{"format": "other"}', "has format 'other'")],
+)
+def test_what_is_no_manifest(tmp_path: Path, content: str | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / "calib.json").write_text(content)
+    with pytest.raises(DataError, match=expected):
+        calibration_set(tmp_path / "calib.json")
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder of calibration images; give some hundred photographs"):
+        calibration_set(tmp_path / "none")
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(DataError, match="found 1 image files, none of which can be decoded"):
+        calibration_set(tmp_path)
+
+
+def batches(images: np.ndarray):
+    return lambda count: iter([images[: count or None]])
+
+
+def test_few_images_and_dead_ones_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    images = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
+    assert calibrate(classifier(), batches(images)).int8_share == 1.0
+    assert "6 calibration images are few: at least 32, better 256" in caplog.text
+    with pytest.raises(DataError, match="every tensor is zero"):
+        calibrate(classifier(), batches(np.zeros_like(images)))
+    with pytest.raises(ConfigError, match="method must be auto"):
+        calibrate(classifier(), batches(images), method="best")
+    images[0, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="the tensor input has values that are not finite"):
+        calibrate(classifier(), batches(images))
+
+
+def test_a_file_that_does_not_say_its_preprocessing(digits: Path, tmp_path: Path) -> None:
+    onnx.save(classifier(), tmp_path / "m.onnx")
+    with pytest.raises(ModelFileError, match=r"carries no advprop.spec"):
+        calibrate_file(tmp_path / "m.onnx", digits, tmp_path / "m.int8.onnx")
+    same = CliRunner().invoke(
+        main,
+        ["calibrate", str(tmp_path / "m.onnx"), "--data", str(digits), "--out", str(tmp_path / "m.onnx")],
+    )
+    assert (same.exit_code, "would overwrite the float32 file" in same.stderr) == (2, True)
