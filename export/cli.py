@@ -25,6 +25,7 @@ Examples:
   advprop-export runs/resnet50/best.pt                       model.onnx
   advprop-export runs/resnet50/best.pt --trt fp16            + model.fp16.onnx and an engine
   advprop-export best.pt --trt fp16 --sm 86 --sm 89          for these GPU generations
+  advprop-export best.pt --trt int8 --calib-data photos/     INT8 by real images, the rest FP16
   advprop-export weights.pth --arch resnet50 --data photos/  a plain timm state dict
   advprop-export timm:tf_efficientnet_b3.ap_in1k --data photos/    published AdvProp weights
   advprop-export best.pt --input uint8-nhwc --output probs   pixels in, probabilities out
@@ -37,7 +38,7 @@ Exit codes: 0 done; 2 bad input; 3 no engine (the ONNX files are there);
 """
 
 
-_PRECISIONS = ["fp32", "fp16", "bf16"]
+_PRECISIONS = ["fp32", "fp16", "bf16", "int8"]
 _INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": "uint8 NHWC"}
 
 
@@ -91,6 +92,12 @@ _INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": 
     help="Images to verify on.  [default: the checkpoint's own sample]",
 )
 @click.option(
+    "--calib-data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="INT8: images to calibrate on, or the calib.json of an earlier run.",
+)
+@click.option(
     "--bisect/--no-bisect",
     default=True,
     show_default=True,
@@ -115,6 +122,7 @@ def main(
     route: str,
     no_ema: bool,
     data: Path | None,
+    calib_data: Path | None,
     bisect: bool,
     verbose: bool,
 ) -> None:
@@ -153,6 +161,7 @@ def main(
                 output_form=output_form,
                 io=io,
                 sizes=image_sizes,
+                calib_data=calib_data,
                 bisect=bisect,
                 arch=arch,
                 weights=weights,

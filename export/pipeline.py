@@ -8,8 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 from calib.collect import collect
+from calib.pipeline import calibrate_file
 from calib.precision import REDUCED, Decision, deciding_tensors
+from calib.rounding import with_roundings
 from export.checks import (
     batches,
     check_file,
@@ -80,6 +84,7 @@ def export_checkpoint(
     output_form: str = "logits",
     io: str = "fp32",
     sizes: ImageSizes | None = None,
+    calib_data: Path | None = None,
     bisect: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
@@ -88,7 +93,7 @@ def export_checkpoint(
     Args:
         checkpoint: one of ours, a plain timm state dict together with `arch`, or `timm:NAME`.
         out: folder of the results; default: the checkpoint's, or NAME.
-        precision: `fp32`, `fp16` or `bf16`: the last ONNX file to make, and the engine's.
+        precision: `fp32`, `fp16`, `bf16` or `int8` (the rest FP16): the last ONNX file to make, and the engine's.
         engine: build an engine too.
         batch: smallest, most usual and largest batch size of the engine.
         sm: compute capabilities to build for; see `runtime.build`.
@@ -104,6 +109,7 @@ def export_checkpoint(
         io: `fp16` makes the FP16 file take and give FP16 where it would float32.
         sizes: another image size than the checkpoint's; a range leaves the size open in the
             files, and the engine takes that range.
+        calib_data: of `int8`, the calibration images: a folder, or the calib.json of an earlier run.
         bisect: where a stage does not agree with the one before, find the first layer that does not.
         progress: called with the name of each stage as it starts.
 
@@ -112,7 +118,9 @@ def export_checkpoint(
         DataError: there are no real images to verify on.
         VerificationError: a stage does not agree with the one before; files are kept.
     """
-    _check_choices(precision, io)
+    _check_choices(precision, io, calib_data)
+    if precision == "int8" and (input_form, output_form) != ("float32 NCHW", "logits"):
+        raise ConfigError("INT8 files take float32 and give logits; leave --input and --output out")
     progress = progress or log.debug
     if engine:
         _check_wishes(flavour, tuple(sm))
@@ -167,6 +175,14 @@ def export_checkpoint(
         result = dataclasses.replace(
             result, reduced_onnx=path, reduced_parity=reduced.parity, kept_fp32=reduced.decisions
         )
+    if precision == "int8":
+        assert calib_data is not None
+        progress("calibrating")
+        path = folder / "model.int8.onnx"
+        calibrate_file(onnx_path, calib_data, path)
+        parity = compare(logits_NK, graph_logits(with_roundings(onnx.load(path)), source))
+        stages.append((path, onnx_path.name, parity))
+        result = dataclasses.replace(result, reduced_onnx=path, reduced_parity=parity)
     save_record(folder, spec.checkpoint_sha256, stages)
     if engine:
         progress("building the engine")
@@ -192,9 +208,15 @@ def default_folder(checkpoint: str | Path) -> Path:
     return Path(name.removeprefix("timm:")) if name.startswith("timm:") else Path(checkpoint).parent
 
 
-def _check_choices(precision: str, io: str) -> None:
-    if precision not in ("fp32", *REDUCED):
-        raise ConfigError(f"precision must be one of fp32, {', '.join(REDUCED)}; found {precision!r}")
+def _check_choices(precision: str, io: str, calib_data: Path | None) -> None:
+    if precision not in ("fp32", *REDUCED, "int8"):
+        raise ConfigError(f"precision must be one of fp32, {', '.join(REDUCED)}, int8; found {precision!r}")
+    if precision == "int8" and calib_data is None:
+        raise DataError(
+            "INT8 needs calibration images: --calib-data DIR with some hundred photographs such as the model will see"
+        )
+    if precision != "int8" and calib_data is not None:
+        raise ConfigError(f"calibration images are for INT8; found the precision {precision}")
     if io not in ("fp32", "fp16"):
         raise ConfigError(f"io must be fp32 or fp16; found {io!r}")
     if io == "fp16" and precision != "fp16":
@@ -210,7 +232,7 @@ def _check_wishes(flavour: str, sm: tuple[int, ...]) -> None:
 
 
 def _warn_of_leftovers(folder: Path, written: Sequence[Path | None]) -> None:
-    names = [f"model.{precision}.{suffix}" for precision in ("fp32", *REDUCED) for suffix in ("onnx", "engine")]
+    names = [f"model.{precision}.{suffix}" for precision in ("fp32", *REDUCED, "int8") for suffix in ("onnx", "engine")]
     for name in names:
         if (folder / name).exists() and folder / name not in written:
             log.warning("%s is of an earlier export, not of this checkpoint", folder / name)

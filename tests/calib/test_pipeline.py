@@ -52,6 +52,17 @@ def test_from_the_command_line_to_an_engine(exported: Path, digits: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, tmp_path: Path) -> None:
+    result = export_checkpoint(trained.last, out=tmp_path, precision="int8", calib_data=digits, engine=True, sm=(89,))
+    assert result.engine_info.precision == "int8"
+    assert result.reduced_parity.agreement >= 0.95
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("model.onnx", "model.int8.onnx", "model.int8.json", "calib.json", "export.json"),
+        *("model.int8.engine", "model.int8.engine.json"),
+    }
+
+
+@pytest.mark.slow
 def test_the_same_images_give_the_same_bytes(exported: Path, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     first = calibrate_file(exported, digits, tmp_path / "m.int8.onnx", images=40)

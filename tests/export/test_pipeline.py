@@ -222,6 +222,12 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
         (["nowhere.pt"], "no such checkpoint: nowhere.pt"),
         (["CHECKPOINT", "--sm", "86"], "give --trt fp16 too"),
         (["CHECKPOINT", "--timing-cache", "cache"], "--timing-cache says how an engine is built"),
+        (["CHECKPOINT", "--trt", "int8"], "INT8 needs calibration images: --calib-data DIR"),
+        (["CHECKPOINT", "--trt", "fp16", "--calib-data", "/tmp"], "calibration images are for INT8"),
+        (
+            ["CHECKPOINT", "--trt", "int8", "--calib-data", "/tmp", "--output", "probs"],
+            "leave --input and --output out",
+        ),
         (["CHECKPOINT", "--io", "fp16"], "--io fp16 is of FP16 files"),
         (["CHECKPOINT", "--img-size", "320:160:64"], "image sizes need 1 ≤ min ≤ opt ≤ max"),
         (["CHECKPOINT", "--img-size", "big"], "an image size is N or HEIGHTxWIDTH"),
