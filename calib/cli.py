@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from runtime.console import cli_errors, set_up_logging
-from runtime.errors import ModelFileError
 
 if TYPE_CHECKING:
     from calib.ptq import Calibrated
@@ -72,8 +71,6 @@ def main(
     from calib.pipeline import calibrate_file
 
     target = out or onnx.with_suffix(".int8.onnx")
-    if target.resolve() == onnx.resolve():
-        raise ModelFileError(f"--out {target} would overwrite the float32 file")
     with Progress(console=console, transient=True) as bars:
         tasks = {}
 

@@ -59,7 +59,8 @@ def graph_errors(
     pairs = {}
     for node in reference.graph.node:
         for name in node.output:
-            other = name if name in ends else candidate_name(name)
+            renamed = name if name in ends else candidate_name(name)
+            other = renamed if renamed in made else name  # what stays in float32 keeps its name
             if other in made:
                 pairs[name] = other
     expected = tensors_of(reference, list(pairs), batch)

@@ -18,6 +18,8 @@ __all__ = ["BINS", "Histogram", "collect_histograms"]
 
 BINS = 4096
 """Of which at least half are in use: the range is the power of two above the largest magnitude."""
+_SMALLEST_TOP = 2.0**-100
+"""So that bins have a width that float32 can hold; nothing smaller matters."""
 
 
 class Histogram:
@@ -59,16 +61,16 @@ class Histogram:
             return
         self._cover(largest)
         magnitudes *= np.float32(BINS / self.top)
-        bins = np.minimum(magnitudes.astype(np.int32), BINS - 1)
+        bins = magnitudes.astype(np.int32)
         self.counts += np.bincount(bins, minlength=BINS)
         self.amax = max(self.amax, largest)
 
     def _cover(self, largest: float) -> None:
         if self.top == 0.0:
-            self.top = 2.0 ** np.ceil(np.log2(largest))
+            self.top = max(2.0 ** (np.floor(np.log2(largest)) + 1), _SMALLEST_TOP)
             self.counts[0] += self.zeros
             self.zeros = 0
-        while self.top < largest:
+        while self.top <= largest:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
             self.top *= 2
 

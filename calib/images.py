@@ -61,12 +61,13 @@ class CalibrationSet:
         write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def calibration_set(source: Path, count: int = 256) -> CalibrationSet:
+def calibration_set(source: Path, count: int = 256, spec: Preprocessing | None = None) -> CalibrationSet:
     """Chooses calibration images.
 
     Args:
         source: a folder, searched recursively, or the manifest (`calib.json`) of an earlier set.
         count: the most images to take from a folder, spread evenly over its sorted files.
+        spec: the network's input; images that cannot be fitted to it are left out too.
 
     Raises:
         DataError: no images, or ones that are not those of the manifest.
@@ -81,9 +82,11 @@ def calibration_set(source: Path, count: int = 256) -> CalibrationSet:
     chosen = []
     for path in spread(paths, count):
         try:
-            decode(path)
+            image = decode(path)
+            if spec is not None:
+                fit_to_input(image, spec)
         except DataError as error:
-            log.warning("skipped: %s", error)
+            log.warning("skipped %s: %s", path, error)
             continue
         chosen.append(path)
     if not chosen:

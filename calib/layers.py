@@ -148,7 +148,7 @@ def _add_pair(graph: onnx.GraphProto, tensor: str, number: int, scale: float) ->
 
 def _add_weight(graph: onnx.GraphProto, weight: onnx.TensorProto, axis: int) -> str:
     """The weights as INT8 leaves them, in float32."""
-    name = f"{_PREFIX}{weight.name}/rounded"
+    name = f"{_PREFIX}{weight.name}/rounded/{axis}"
     if not any(tensor.name == name for tensor in graph.initializer):
         array = numpy_helper.to_array(weight)
         integers, scales = quantise_weight(array, axis)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx
 
 from runtime.engine.graph import node_macs
-from runtime.errors import ModelFileError
+from runtime.errors import ConfigError, ModelFileError, nearest
 
 __all__ = ["Point", "points_of", "residual_inputs"]
 
@@ -52,12 +52,19 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[Point]
         keep: names of nodes that stay in floating point.
 
     Raises:
+        ConfigError: `keep` names no such node.
         ModelFileError: the graph is quantised already, or there is nothing to quantise.
     """
     found = sorted({node.op_type for node in model.graph.node if node.op_type in _QUANTISED})
     if found:
         raise ModelFileError(f"the model is quantised already: it has {', '.join(found)}; give the float32 file")
-    constants = {tensor.name for tensor in model.graph.initializer}
+    names = [node.name for node in model.graph.node if node.op_type in _WEIGHTED]
+    if len(set(names)) < len(names) or "" in names:
+        raise ModelFileError("the convolutions and matrix products of the model need names of their own")
+    unknown = sorted(set(keep) - set(names))
+    if unknown:
+        raise ConfigError(f"no convolution or matrix product is called {unknown[0]!r}; {nearest(unknown[0], names)}")
+    constants = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     macs = node_macs(model)
     points = []
     for node in model.graph.node:
@@ -76,14 +83,16 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[Point]
                 op=node.op_type,
                 tensor=node.input[0],
                 weight=node.input[1] if node.input[1] in constants else "",
-                axis=_channel_axis(node),
+                axis=_channel_axis(node, constants.get(node.input[1], 2)),
                 macs=macs.get(node.name, 0),
                 int8=not reason,
                 reason=reason or "activation per tensor, weights per output channel",
             )
         )
-    if not any(point.weight for point in points):
-        raise ModelFileError("there is nothing to quantise: no convolution or matrix product has constant weights")
+    if not any(point.int8 for point in points):
+        raise ModelFileError(
+            "there is nothing to quantise: no convolution or matrix product with constant weights is left"
+        )
     return points
 
 
@@ -101,12 +110,12 @@ def residual_inputs(model: onnx.ModelProto) -> list[tuple[str, str]]:
     return found
 
 
-def _channel_axis(node: onnx.NodeProto) -> int:
+def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
     if node.op_type == "Conv":
         return 0
     if node.op_type == "Gemm":
         return 0 if _integer(node, "transB", 0) else 1
-    return 1  # ConvTranspose: (in, out, …); MatMul: (in, out)
+    return rank - 1 if node.op_type == "MatMul" else 1  # (…, in, out); ConvTranspose: (in, out, …)
 
 
 def _integer(node: onnx.NodeProto, name: str, default: int) -> int:

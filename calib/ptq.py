@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from calib.quantize import quantize
 from calib.thresholds import METHODS, minmax, mse, percentile
 from runtime.errors import ConfigError, DataError
 
-__all__ = ["FEWEST", "Calibrated", "calibrate"]
+__all__ = ["FEWEST", "TRIED", "Calibrated", "calibrate"]
 
 log = logging.getLogger(__name__)
 
 FEWEST = 32
 """Fewer images than this are warned of."""
-_TRIED = 64
+TRIED = 64
 """Images on which candidate thresholds and channel means are compared."""
 
 Batches = Callable[[int], Iterator[NDArray[np.float32]]]
@@ -66,7 +67,8 @@ def calibrate(
     Args:
         model: a float32 graph with unique node names.
         batches: the calibration images.
-        method: one of METHODS, or `auto`: for each tensor the one whose layers' outputs come out nearest.
+        method: one of METHODS, or `auto`: for each tensor, of several thresholds from the one of least squared error
+            to the largest magnitude, that whose layers' outputs come out nearest.
         correct_bias: take the mean error of each output channel off its bias.
         keep: names of nodes that stay in floating point.
         progress: called with a stage's name and its number of images so far.
@@ -84,7 +86,8 @@ def calibrate(
     histograms = collect_histograms(model, batches(0), tensors, counted)
     if counted.images < FEWEST:
         log.warning("%d calibration images are few: at least %d, better 256", counted.images, FEWEST)
-    _check_histograms(histograms)
+    points = _alive(points, histograms)
+    histograms = {point.tensor: histograms[point.tensor] for point in points if point.int8}
     thresholds = {}
     layers: list[LayerError] = []
     if method != "auto":
@@ -93,7 +96,7 @@ def calibrate(
         candidates = {
             name: [thresholds[name]] if thresholds else _candidates(histogram) for name, histogram in histograms.items()
         }
-        tried = layer_errors(model, points, candidates, batches(_TRIED), _Counter("layers", progress))
+        tried = layer_errors(model, points, candidates, batches(TRIED), _Counter("layers", progress))
         thresholds, layers = _choose(tried)
     biases = {layer.node: -layer.shift for layer in layers} if correct_bias else {}
     quantised = quantize(model, points, thresholds, biases=biases)
@@ -115,12 +118,16 @@ class _Counter:
             self._progress(self._stage, self.images)
 
 
-def _check_histograms(histograms: dict[str, Histogram]) -> None:
-    dead = [name for name, histogram in histograms.items() if not histogram.amax]
-    if len(dead) == len(histograms):
+def _alive(points: list[Point], histograms: dict[str, Histogram]) -> list[Point]:
+    """Keeps layers in floating point that read nothing but zeros: no range can be told from that."""
+    if not any(histogram.amax for histogram in histograms.values()):
         raise DataError("every tensor is zero on the calibration images; are they real photographs?")
-    if dead:
-        log.warning("%d tensors are zero on every calibration image, %s among them", len(dead), dead[0])
+    return [
+        dataclasses.replace(point, int8=False, reason=f"{point.tensor} is zero on every calibration image")
+        if point.int8 and not histograms[point.tensor].amax
+        else point
+        for point in points
+    ]
 
 
 def _candidates(histogram: Histogram) -> list[float]:

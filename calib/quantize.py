@@ -19,17 +19,27 @@ from calib.initializers import add_initializer
 from calib.placement import Point
 from calib.thresholds import LEVELS
 
-__all__ = ["InsertQDQ", "quantise_weight", "quantize", "scale_of"]
+__all__ = ["InsertQDQ", "dequantised_names", "quantise_weight", "quantize", "scale_of"]
 
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 
 
 def scale_of(threshold: float | NDArray[np.floating]) -> NDArray[np.float32]:
-    """Returns threshold / 127, rounded up to a number that FP16 has; of zero, the smallest."""
+    """Returns threshold / 127, rounded up to a number that FP16 has: at least its smallest, at most its largest."""
     exact = np.maximum(np.asarray(threshold, np.float64) / LEVELS, _SMALLEST)
+    exact = np.minimum(exact, float(np.finfo(np.float16).max))
     half = exact.astype(np.float16)
     half = np.where(half.astype(np.float64) < exact, np.nextafter(half, np.float16(np.inf)), half)
     return np.asarray(half, np.float32)
+
+
+def dequantised_names(point: Point) -> tuple[str, str]:
+    """Returns what the activation and the weights of a quantised layer are called behind their DequantizeLinear."""
+    return f"{point.tensor}_dequantized", f"{_int8_name(point.weight, point.axis)}_dequantized"
+
+
+def _int8_name(weight: str, axis: int) -> str:
+    return f"{weight}_int8" if axis == 0 else f"{weight}_int8_{axis}"
 
 
 def quantise_weight(weight: NDArray[np.floating], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -88,7 +98,7 @@ class InsertQDQ(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         activations: dict[ir.Value, ir.Value] = {}
-        weights: dict[ir.Value, ir.Value] = {}
+        weights: dict[tuple[ir.Value, int], ir.Value] = {}
         for node in list(graph):
             for position, value in enumerate(node.inputs):
                 if value is not None and (node.name, value.name) in self._residuals:
@@ -100,10 +110,11 @@ class InsertQDQ(ir.passes.InPlacePass):
             assert data is not None
             assert weight is not None
             node.replace_input_with(0, self._activation(graph, node, data, activations))
-            if weight not in weights:
-                weights[weight] = _weight(graph, node, weight, point.axis)
-            node.replace_input_with(1, weights[weight])
-            self._correct_bias(graph, node, weights[weight])
+            key = (weight, point.axis)
+            if key not in weights:
+                weights[key] = _weight(graph, node, weight, point.axis)
+            node.replace_input_with(1, weights[key])
+            self._correct_bias(graph, node)
         RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=bool(activations))
 
@@ -118,9 +129,9 @@ class InsertQDQ(ir.passes.InPlacePass):
             done[value] = _pair(graph, reader, value, scale, zero)
         return done[value]
 
-    def _correct_bias(self, graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
+    def _correct_bias(self, graph: ir.Graph, node: ir.Node) -> None:
         change = self._biases.get(node.name or "")
-        if change is None:
+        if change is None or node.op_type == "MatMul":  # which has no bias
             return
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None and bias.const_value is None:
@@ -148,7 +159,7 @@ def _pair(graph: ir.Graph, reader: ir.Node, value: ir.Value, scale: ir.Value, ze
 def _weight(graph: ir.Graph, reader: ir.Node, weight: ir.Value, axis: int) -> ir.Value:
     assert weight.const_value is not None
     integers, scales = quantise_weight(weight.const_value.numpy(), axis)
-    name = f"{weight.name}_int8"
+    name = _int8_name(str(weight.name), axis)
     back = ir.node(
         "DequantizeLinear",
         [

@@ -41,9 +41,11 @@ def entropy(histogram: Histogram) -> float:
 
     As published (Migacz, "8-bit Inference with TensorRT", GTC 2017): for each number of bins from 128 up,
     P is the histogram cut off there with the rest added to its last bin, Q the same bins without the rest,
-    merged into 128 levels and spread again over those that were not empty.
+    merged into 128 levels and spread again over those that were not empty. Zeros, which any threshold keeps
+    exactly, count as little as their neighbours, as in NVIDIA's pytorch-quantization.
     """
     counts = histogram.counts.astype(np.float64)
+    counts[0] = counts[1]
     used = _used(histogram)
     if used <= _FIRST:
         return histogram.amax
@@ -61,12 +63,11 @@ def _divergence(counts: NDArray[np.float64], size: int) -> float:
     totals = np.bincount(level, kept, minlength=_FIRST)
     numbers = np.bincount(level, filled, minlength=_FIRST)
     q = np.where(filled, (totals / np.maximum(numbers, 1))[level], 0.0)
-    if q.sum() == 0:
+    filled = p > 0
+    if q.sum() == 0 or not q[filled].all():
         return float("inf")
-    p, q = p / p.sum(), q / q.sum()
-    both = p > 0
-    # A bin that P has only for the clipped values has no counterpart in Q; as published, smoothed.
-    return float((p[both] * np.log(p[both] / np.maximum(q[both], 1e-12))).sum())
+    p, q = p[filled] / p.sum(), q[filled] / q.sum()
+    return float((p * np.log(p / q)).sum())
 
 
 def mse(histogram: Histogram) -> float:

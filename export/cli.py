@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import click
 from click.core import ParameterSource
 
 from runtime.console import cli_errors, set_up_logging
-from runtime.errors import BackendUnavailable, EngineBuildError
 from runtime.options import engine_options, image_size_option
 from runtime.sizes import ImageSizes
 
@@ -145,35 +143,30 @@ def main(
 
     targets = [parse_sm(text) for text in sm]
     with console.status("importing torch") as status:
-        from export.pipeline import default_folder, export_checkpoint
+        from export.pipeline import export_checkpoint
 
-        try:
-            result = export_checkpoint(
-                checkpoint,
-                out=out,
-                precision=trt or precision or "fp32",
-                engine=trt is not None,
-                batch=batch,
-                sm=targets,
-                flavour=builder,
-                timing_cache=timing_cache,
-                input_form=_INPUT_FORMS[input_form],
-                output_form=output_form,
-                io=io,
-                sizes=image_sizes,
-                calib_data=calib_data,
-                bisect=bisect,
-                arch=arch,
-                weights=weights,
-                bn=route,
-                ema=not no_ema,
-                data=data,
-                progress=status.update,
-            )
-        except (BackendUnavailable, EngineBuildError) as error:
-            status.stop()
-            click.echo(f"error: {error}\nThe ONNX files are whole, in {out or default_folder(checkpoint)}.", err=True)
-            sys.exit(error.exit_code)
+        result = export_checkpoint(
+            checkpoint,
+            out=out,
+            precision=trt or precision or "fp32",
+            engine=trt is not None,
+            batch=batch,
+            sm=targets,
+            flavour=builder,
+            timing_cache=timing_cache,
+            input_form=_INPUT_FORMS[input_form],
+            output_form=output_form,
+            io=io,
+            sizes=image_sizes,
+            calib_data=calib_data,
+            bisect=bisect,
+            arch=arch,
+            weights=weights,
+            bn=route,
+            ema=not no_ema,
+            data=data,
+            progress=status.update,
+        )
     _show(console, result)
 
 

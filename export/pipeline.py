@@ -28,11 +28,11 @@ from export.record import save_decisions, save_record
 from export.reduce import reduce_precision
 from export.source import load_source
 from export.to_onnx import save_onnx, to_onnx
-from export.verify import TOLERANCE, Parity, compare, require
+from export.verify import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
 from runtime.engine.flavours import check_targets, choose_flavour
 from runtime.engine.sidecar import EngineInfo
-from runtime.errors import BackendUnavailable, ConfigError, DataError
+from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBuildError, ModelFileError
 from runtime.files import output_dir
 from runtime.sizes import ImageSizes
 from train.recipes import MAIN
@@ -119,6 +119,8 @@ def export_checkpoint(
         VerificationError: a stage does not agree with the one before; files are kept.
     """
     _check_choices(precision, io, calib_data)
+    if input_form == "float16 NCHW":
+        raise ConfigError("FP16 input is of the FP16 file: io='fp16' (--io fp16)")
     if precision == "int8" and (input_form, output_form) != ("float32 NCHW", "logits"):
         raise ConfigError("INT8 files take float32 and give logits; leave --input and --output out")
     progress = progress or log.debug
@@ -139,7 +141,7 @@ def export_checkpoint(
 
     progress(f"verifying on {len(source.images_NHWC)} images")
     # One pass for both: what FP16 needs to know, and the logits.
-    wanted = deciding_tensors(model) if precision == "fp16" else set()
+    wanted = deciding_tensors(model) if precision in REDUCED else set()
     amax, logits_NK = collect(model, batches(source), tensors=wanted)
     onnx_parity = compare(torch_logits(source), logits_NK)
     first = first_module(source, model) if bisect else None
@@ -181,22 +183,32 @@ def export_checkpoint(
         path = folder / "model.int8.onnx"
         calibrate_file(onnx_path, calib_data, path)
         parity = compare(logits_NK, graph_logits(with_roundings(onnx.load(path)), source))
+        require(parity, TOLERANCE["int8"], str(path), onnx_path.name, least_agreement=LEAST_INT8_AGREEMENT)
         stages.append((path, onnx_path.name, parity))
         result = dataclasses.replace(result, reduced_onnx=path, reduced_parity=parity)
     save_record(folder, spec.checkpoint_sha256, stages)
     if engine:
         progress("building the engine")
         engine_path = folder / f"model.{precision}.engine"
-        info = build(
-            result.reduced_onnx or onnx_path,
-            engine_path,
-            precision=precision,
-            batch=batch,
-            sizes=None if sizes is None or sizes.fixed else sizes,
-            sm=sm,
-            flavour=flavour,
-            timing_cache=timing_cache,
-        )
+        last = result.reduced_onnx or onnx_path
+        try:
+            info = build(
+                last,
+                engine_path,
+                precision=precision,
+                batch=batch,
+                sizes=None if sizes is None or sizes.fixed else sizes,
+                sm=sm,
+                flavour=flavour,
+                timing_cache=timing_cache,
+            )
+        except (BackendUnavailable, EngineBuildError) as error:
+            raise type(error)(f"{error}\nThe ONNX files are whole, in {folder}.") from error
+        except ModelFileError as error:
+            raise EngineBuildError(
+                f"most of {last} had to stay in FP32, so there is no {precision} engine of it: {error}\n"
+                f"The ONNX files are whole, in {folder}."
+            ) from error
         result = dataclasses.replace(result, engine=engine_path, engine_info=info)
     _warn_of_leftovers(folder, [result.reduced_onnx, result.engine])
     return result
@@ -217,6 +229,8 @@ def _check_choices(precision: str, io: str, calib_data: Path | None) -> None:
         )
     if precision != "int8" and calib_data is not None:
         raise ConfigError(f"calibration images are for INT8; found the precision {precision}")
+    if calib_data is not None and not calib_data.exists():
+        raise DataError(f"{calib_data}: no such folder of calibration images, or manifest")
     if io not in ("fp32", "fp16"):
         raise ConfigError(f"io must be fp32 or fp16; found {io!r}")
     if io == "fp16" and precision != "fp16":
@@ -235,4 +249,4 @@ def _warn_of_leftovers(folder: Path, written: Sequence[Path | None]) -> None:
     names = [f"model.{precision}.{suffix}" for precision in ("fp32", *REDUCED, "int8") for suffix in ("onnx", "engine")]
     for name in names:
         if (folder / name).exists() and folder / name not in written:
-            log.warning("%s is of an earlier export, not of this checkpoint", folder / name)
+            log.warning("%s was not written by this export", folder / name)

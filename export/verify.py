@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from runtime.errors import VerificationError
 from runtime.session import softmax
 
-__all__ = ["TOLERANCE", "Parity", "agrees", "compare", "require"]
+__all__ = ["LEAST_INT8_AGREEMENT", "TOLERANCE", "Parity", "agrees", "compare", "require"]
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.0}
 """Largest |Δlogit| of each precision, as a share of the largest |logit| where that is above 1.
-BF16 has three bits less than FP16."""
+BF16 has three bits less than FP16; INT8 is judged by its top-1."""
+LEAST_INT8_AGREEMENT = 0.8
+"""Least share of images on which an INT8 file has the float32 one's top-1 class: below it, something is broken."""
 _LEAST_AGREEMENT = 0.99
 
 
@@ -66,13 +68,21 @@ def compare(reference_NK: NDArray[np.floating], candidate_NK: NDArray[np.floatin
     )
 
 
-def agrees(parity: Parity, tolerance: float) -> bool:
+def agrees(parity: Parity, tolerance: float, least_agreement: float = _LEAST_AGREEMENT) -> bool:
     """Tells whether `parity` is within `tolerance`: its logits, and its top-1 but for one image."""
-    same_top1 = parity.agreement >= _LEAST_AGREEMENT or parity.agreement * parity.images >= parity.images - 1
+    same_top1 = parity.agreement >= least_agreement or parity.agreement * parity.images >= parity.images - 1
     return parity.relative <= tolerance and same_top1
 
 
-def require(parity: Parity, tolerance: float, stage: str, before: str, first: Callable[[], str] | None = None) -> None:
+def require(
+    parity: Parity,
+    tolerance: float,
+    stage: str,
+    before: str,
+    first: Callable[[], str] | None = None,
+    *,
+    least_agreement: float = _LEAST_AGREEMENT,
+) -> None:
     """Raises VerificationError where `parity` is outside `tolerance`, or not finite.
 
     Args:
@@ -80,9 +90,10 @@ def require(parity: Parity, tolerance: float, stage: str, before: str, first: Ca
         tolerance: see TOLERANCE.
         stage: what was verified, for the message.
         before: what it was verified against.
+        least_agreement: share of images that must keep their top-1 class; one miss is always allowed.
         first: finds where the two part, in words; called only where they do.
     """
-    if agrees(parity, tolerance):
+    if agrees(parity, tolerance, least_agreement):
         return
     where = f" {first()}" if first is not None else ""
     raise VerificationError(

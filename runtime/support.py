@@ -29,13 +29,18 @@ def engine_support(info: EngineInfo) -> list[str]:
     problems = []
     if gpu is None:
         problems.append("there is no NVIDIA GPU")
-    elif info.compute_capabilities != ("default",) and f"sm_{gpu.sm}" not in info.compute_capabilities:
+    elif f"sm_{gpu.sm}" not in info.compute_capabilities and not _by_default(info, gpu.sm):
         problems.append(f"{gpu.name} is SM {gpu.sm}")
     if finding.state != "ok":
         problems.append(f"{info.flavour} {info.version} is needed: {finding.found}")
     elif finding.found != info.version:
         problems.append(f"{info.flavour} is {finding.found}, the engine is of {info.version}: build it again")
     return [f"here: {'no, ' + '; '.join(problems) if problems else 'yes'}"]
+
+
+def _by_default(info: EngineInfo, sm: int) -> bool:
+    """Whether TensorRT-RTX's own choice of targets, Ampere to Ada and Blackwell's consumer GPUs, has that one."""
+    return info.compute_capabilities == ("default",) and sm in (80, 86, 89, 120, 121)
 
 
 def _yes_or_why(finding: Finding) -> str:

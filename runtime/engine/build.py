@@ -81,6 +81,8 @@ def build(
     chosen = choose_flavour(flavour, tuple(sm))
     check_targets(chosen, tuple(sm))
     output_dir(target.parent)
+    if timing_cache is not None:
+        output_dir(timing_cache.parent)
     _warn_where_it_will_not_run(chosen, tuple(sm))
     log.info("building %s with %s %s", target.name, chosen.name, chosen.version)
     if timing_cache is not None and chosen.name != "tensorrt":

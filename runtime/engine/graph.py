@@ -213,6 +213,8 @@ def node_macs(model: Any) -> dict[str, int]:
 
 def _fix_sizes(dims: Any, spec: ModelSpec | None) -> None:
     """One image, of the spec's size where the graph leaves it open."""
+    if not dims:
+        return
     dims[0].dim_value = 1
     opened = [size for size in dims[1:] if not size.HasField("dim_value")]
     if spec is not None and len(opened) == 2:

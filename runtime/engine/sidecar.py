@@ -109,6 +109,8 @@ def _check_types(info: EngineInfo) -> None:
     texts = (info.plan_sha256, info.onnx_sha256, info.flavour, info.version, info.gpu, info.precision)
     if not all(isinstance(text, str) for text in (*texts, *info.compute_capabilities, *info.flags)):
         raise TypeError("a text field is not text")
+    if info.flavour not in ("tensorrt", "tensorrt_rtx"):
+        raise TypeError(f"flavour is {info.flavour!r}")
     if not all(isinstance(share, int | float) for share in info.precision_shares.values()):
         raise TypeError("precision_shares are not numbers")
     for profile in info.profiles:

@@ -91,6 +91,7 @@ def test_scales_are_fp16_numbers_that_clip_nothing_more() -> None:
     assert (scales.astype(np.float64) >= thresholds / LEVELS).all()
     assert (scales[thresholds > 0.01] <= 1.001 * thresholds[thresholds > 0.01] / LEVELS).all()
     assert scale_of(0.0) > 0
+    assert scale_of(1e9) == np.finfo(np.float16).max
 
 
 def residual() -> onnx.ModelProto:

@@ -44,6 +44,7 @@ def test_mse_is_the_least_over_all_thresholds_tried_value_by_value(values: np.nd
 
 def brute_entropy(counts: np.ndarray, width: float) -> float:
     """The published algorithm, bin by bin."""
+    counts = np.asarray([counts[1], *counts[1:]])
     used = int(np.flatnonzero(counts)[-1]) + 1
     best, least = used, np.inf
     for size in range(128, used + 1):
@@ -57,7 +58,9 @@ def brute_entropy(counts: np.ndarray, width: float) -> float:
         if not q.sum():
             continue
         p, q = p / p.sum(), q / q.sum()
-        divergence = sum(a * np.log(a / max(b, 1e-12)) for a, b in zip(p, q, strict=True) if a > 0)
+        if (q[p > 0] == 0).any():
+            continue
+        divergence = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
         if divergence < least:
             best, least = size, divergence
     return best * width

@@ -8,13 +8,16 @@ from click.testing import CliRunner
 from PIL import Image
 
 import runtime
+from calib.graphs import open_session
 from calib.images import calibration_set
 from calib.pipeline import calibrate_file
+from calib.precision import to_reduced
 from calib.ptq import calibrate
+from calib.rounding import with_roundings
 from export.pipeline import export_checkpoint
 from runtime.cli import main
 from runtime.errors import ConfigError, DataError, ModelFileError
-from tests.networks import classifier
+from tests.networks import classifier, graph
 from train.data import embedded_digits
 from train.loop import FitResult
 
@@ -119,6 +122,10 @@ def test_few_images_and_dead_ones_are_told(caplog: pytest.LogCaptureFixture) -> 
         calibrate(classifier(), batches(np.zeros_like(images)))
     with pytest.raises(ConfigError, match="method must be auto"):
         calibrate(classifier(), batches(images), method="best")
+    with pytest.raises(ConfigError, match=r"no convolution or matrix product is called 'Conv_1'; did you mean Conv_0"):
+        calibrate(classifier(), batches(images), keep=["Conv_1"])
+    with pytest.raises(ModelFileError, match="nothing to quantise"):
+        calibrate(classifier(), batches(images), keep=["Conv_0"])
     images[0, 0, 0, 0] = np.nan
     with pytest.raises(DataError, match="the tensor input has values that are not finite"):
         calibrate(classifier(), batches(images))
@@ -128,8 +135,60 @@ def test_a_file_that_does_not_say_its_preprocessing(digits: Path, tmp_path: Path
     onnx.save(classifier(), tmp_path / "m.onnx")
     with pytest.raises(ModelFileError, match=r"carries no advprop.spec"):
         calibrate_file(tmp_path / "m.onnx", digits, tmp_path / "m.int8.onnx")
+    onnx.save(to_reduced(classifier(), "fp16"), tmp_path / "half.onnx")
+    with pytest.raises(ModelFileError, match=r"half.onnx computes in fp16; calibrate the float32 file"):
+        calibrate_file(tmp_path / "half.onnx", digits, tmp_path / "m.int8.onnx")
     same = CliRunner().invoke(
         main,
         ["calibrate", str(tmp_path / "m.onnx"), "--data", str(digits), "--out", str(tmp_path / "m.onnx")],
     )
-    assert (same.exit_code, "would overwrite the float32 file" in same.stderr) == (2, True)
+    assert (same.exit_code, "the INT8 file is one of its own" in same.stderr) == (2, True)
+
+
+def test_a_tensor_of_zeros_stays_in_floating_point() -> None:
+    """Nothing passes the first ReLU."""
+    body = """a = Conv(input, w1, low) r = Relu(a) b = Conv(r, w2) p = GlobalAveragePool(b) logits = Flatten(p)"""
+    random = np.random.default_rng(0)
+    weights = {"w1": random.normal(size=(5, 3, 3, 3)), "w2": random.normal(size=(4, 5, 1, 1))}
+    model = graph(body, low=np.full(5, -1000.0), **weights)
+    images = random.normal(size=(4, 3, 8, 8)).astype(np.float32)
+    points = calibrate(model, batches(images)).points
+    assert [(point.node, point.int8) for point in points] == [("Conv_0", True), ("Conv_2", False)]
+    assert "zero on every calibration image" in points[1].reason
+
+
+def test_matrix_products_are_quantised_by_their_last_axis_and_keep_no_bias() -> None:
+    body = """f = Flatten(input) m = MatMul(f, w1) r = Relu(m) logits = Gemm(r, w2, b)"""
+    random = np.random.default_rng(0)
+    w1 = random.normal(size=(192, 6)) * np.geomspace(1, 100, 6)
+    model = graph(body, w1=w1, w2=random.normal(size=(6, 4)), b=random.normal(size=4))
+    images = random.normal(size=(40, 3, 8, 8)).astype(np.float32)
+    calibrated = calibrate(model, batches(images))
+    assert [(point.op, point.axis, point.int8) for point in calibrated.points] == [
+        ("MatMul", 1, True),
+        ("Gemm", 1, True),
+    ]
+    exact, found = (open_session(graph_).run(None, {"input": images})[0] for graph_ in (model, calibrated.model))
+    assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.slow
+def test_what_overflows_fp16_stays_in_fp32_beside_int8(exported: Path, digits: Path, tmp_path: Path) -> None:
+    """A layer's output is scaled beyond 65504 and the next one's weights down again."""
+    model = onnx.load(exported)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    last = next(node for node in model.graph.node if node.op_type == "Gemm")
+    before = [node for node in model.graph.node if node.op_type == "Conv"][-2:]
+    factor = np.float32(1e6)
+    for node in (*before, last):
+        change = factor if node is not last else 1 / factor
+        for name in node.input[1 : 2 if node is last else 3]:
+            array = onnx.numpy_helper.to_array(constants[name])
+            constants[name].CopyFrom(onnx.numpy_helper.from_array(array * np.float32(change), name))
+    onnx.save(model, tmp_path / "large.onnx")
+    result = calibrate_file(tmp_path / "large.onnx", digits, tmp_path / "m.onnx")
+    assert result.parity_images > 0
+    logits = open_session(with_roundings(onnx.load(tmp_path / "m.onnx"))).run(
+        None, {"input": np.zeros((1, 3, 32, 32), "f4")}
+    )
+    assert np.isfinite(logits[0]).all()
