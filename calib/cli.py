@@ -38,7 +38,7 @@ Examples:
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "minmax", "percentile", "entropy", "mse"]),
-    help="How thresholds are chosen; auto takes the best for each tensor.",
+    help="How thresholds are chosen; auto tries several for each tensor.",
 )
 @click.option("--bias-correction/--no-bias-correction", default=True, show_default=True, help="Correct channel means.")
 @click.option("--keep", multiple=True, metavar="NODE", help="Keep this node in floating point. Repeatable.")
