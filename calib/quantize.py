@@ -28,9 +28,9 @@ def scale_of(threshold: float | NDArray[np.floating]) -> NDArray[np.float32]:
     """Returns threshold / 127, rounded up to a number that FP16 has: at least its smallest, at most its largest."""
     exact = np.maximum(np.asarray(threshold, np.float64) / LEVELS, _SMALLEST)
     exact = np.minimum(exact, float(np.finfo(np.float16).max))
-    half = exact.astype(np.float16)
-    half = np.where(half.astype(np.float64) < exact, np.nextafter(half, np.float16(np.inf)), half)
-    return np.asarray(half, np.float32)
+    half = np.asarray(exact.astype(np.float16))
+    np.nextafter(half, np.float16(np.inf), out=half, where=half.astype(np.float64) < exact)
+    return half.astype(np.float32)
 
 
 def dequantised_names(point: Point) -> tuple[str, str]:
