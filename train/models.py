@@ -38,6 +38,7 @@ def create_model(arch: str, **kwargs: Any) -> nn.Module:
             raise
         raise BackendUnavailable(
             f"the pretrained weights of {arch} could not be downloaded ({type(error).__name__}: "
-            f"{first_line(error)}); check the network, or train without --pretrained"
+            f"{first_line(error)}); check the network, or do without: "
+            "advprop-export takes a file, --weights FILE; train without --pretrained"
         ) from error
     return model
