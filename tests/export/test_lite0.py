@@ -1,5 +1,6 @@
 """EfficientNet-Lite0 with its real ImageNet weights on real photographs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from export.verify import TOLERANCE, compare
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_every_stage_answers_like_the_checkpoint(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
-    data = shared_data("imagenet_dev.tar") / "imagenet_dev"
-    stages = measure(data, tmp_path, images=60)
-    labels = np.asarray(labelled_images(data)[1][:60])
+    data = tmp_path / "few"
+    for folder in sorted((shared_data("imagenet_dev.tar") / "imagenet_dev").iterdir())[:24]:
+        shutil.copytree(folder, data / folder.name)
+    stages = measure(data, tmp_path, images=24)
+    labels = np.asarray(labelled_images(data)[1])
     assert (stages["torch"].argmax(1) == labels).mean() > 0.8
     for name, tolerance in (("ONNX FP32", "fp32"), ("ONNX FP16", "fp16"), ("ONNX FP32, uint8 in", "fp32")):
         parity = compare(stages["torch"], stages[name])
