@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from calib.graphs import infer_shapes, open_session
+from calib.graphs import open_session, tensor_types
 from runtime.errors import DataError
 
 __all__ = ["Collected", "collect", "collect_amax"]
@@ -85,8 +85,7 @@ def collect(
 
 def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
     """Names of the float32 tensors that images flow through, and their ranks."""
-    inferred = infer_shapes(model)
-    values = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
+    values = tensor_types(model)
     initializers = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in initializers]
     outputs = [name for node in model.graph.node for name in node.output if name]

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from calib.graphs import infer_shapes, open_session
+from calib.graphs import open_session, tensor_types
 
 __all__ = ["TensorError", "first_beyond", "graph_errors", "relative_error", "tensors_of"]
 
@@ -87,10 +87,10 @@ def tensors_of(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) ->
     probe.CopyFrom(model)
     input_name = probe.graph.input[0].name
     known = {value.name for value in probe.graph.output}
-    types = {value.name: value for value in infer_shapes(model).value_info}
+    types = tensor_types(model)
     for name in names:
         if name not in known:
-            kind = types[name].type.tensor_type.elem_type if name in types else TensorProto.FLOAT
+            kind = types[name].elem_type if name in types else TensorProto.FLOAT
             probe.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     return dict(zip(names, open_session(probe).run(names, {input_name: batch}), strict=True))
 

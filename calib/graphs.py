@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["LIMIT_BYTES", "check", "infer_shapes", "is_large", "open_session"]
+__all__ = ["LIMIT_BYTES", "check", "infer_shapes", "is_large", "open_session", "tensor_types"]
 
 LIMIT_BYTES = 2**31 - 2**26
 """Weights up to this size travel in the model itself: protobuf's 2 GiB, less 64 MiB for the graph."""
@@ -28,6 +28,12 @@ def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
 def infer_shapes(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.GraphProto:
     """Returns the graph with the types and shapes of its tensors; without the weights of a large one."""
     return onnx.shape_inference.infer_shapes(_without_weights(model) if is_large(model, limit) else model).graph
+
+
+def tensor_types(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> dict[str, onnx.TypeProto.Tensor]:
+    """Returns the type and shape of every input, output and node output whose type is known, by name."""
+    graph = infer_shapes(model, limit)
+    return {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input, *graph.output)}
 
 
 def check(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> None:

@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.graphs import infer_shapes, open_session
+from calib.graphs import open_session, tensor_types
 from calib.placement import Point
-from calib.quantize import quantise_weight, scale_of
+from calib.quantize import along, quantise_weight, scale_of
 
 __all__ = ["LayerError", "layer_errors"]
 
@@ -62,12 +62,12 @@ def layer_errors(
     trials = _add_trials(probe, [point for point in points if point.int8], candidates)
     session = open_session(probe)
     input_name = probe.graph.input[0].name
-    wanted = [name for point, _, key in trials for name in (key + "/sq", key + "/mean", _power(point))]
+    names = (name for point, _, key in trials for name in (key + "/sq", key + "/mean", _power(point)))
+    wanted = list(dict.fromkeys(names))
     sums: dict[str, Any] = {}
     count = 0
     for batch in batches:
-        unique = list(dict.fromkeys(wanted))
-        for name, value in zip(unique, session.run(unique, {input_name: batch}), strict=True):
+        for name, value in zip(wanted, session.run(wanted, {input_name: batch}), strict=True):
             weight = len(batch) if name.endswith("/mean") else 1
             sums[name] = sums.get(name, 0.0) + weight * value.astype(np.float64)
         count += len(batch)
@@ -95,7 +95,7 @@ def _add_trials(
     graph = probe.graph
     nodes = {node.name: node for node in graph.node}
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    ranks = _ranks(probe)
+    types = tensor_types(probe)
     scales: dict[str, dict[float, float]] = {}
     for point in points:
         if point.tensor not in scales:
@@ -107,7 +107,8 @@ def _add_trials(
         node = nodes[point.node]
         weight = _add_weight(graph, constants[point.weight], point.axis)
         channels = 1 if point.op in ("Conv", "ConvTranspose") else -1
-        axes = [axis for axis in range(ranks[node.output[0]]) if axis != channels % ranks[node.output[0]]]
+        rank = len(types[node.output[0]].shape.dim)
+        axes = [axis for axis in range(rank) if axis != channels % rank]
         axes_name = f"{_PREFIX}{point.node}/axes"
         graph.initializer.append(numpy_helper.from_array(np.asarray(axes, np.int64), axes_name))
         _add_output(graph, "ReduceSumSquare", [node.output[0]], _power(point))
@@ -122,14 +123,6 @@ def _add_trials(
             _add_output(graph, "ReduceMean", [key + "/error", axes_name], key + "/mean")
             trials.append((point, threshold, key))
     return trials
-
-
-def _ranks(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = infer_shapes(model)
-    return {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in (*inferred.value_info, *inferred.output, *inferred.input)
-    }
 
 
 def _add_output(graph: onnx.GraphProto, op: str, inputs: list[str], output: str) -> None:
@@ -152,6 +145,5 @@ def _add_weight(graph: onnx.GraphProto, weight: onnx.TensorProto, axis: int) -> 
     if not any(tensor.name == name for tensor in graph.initializer):
         array = numpy_helper.to_array(weight)
         integers, scales = quantise_weight(array, axis)
-        shape = [-1 if dimension == axis else 1 for dimension in range(array.ndim)]
-        graph.initializer.append(numpy_helper.from_array(integers * scales.reshape(shape), name))
+        graph.initializer.append(numpy_helper.from_array(integers * along(scales, axis, array.ndim), name))
     return name

@@ -19,7 +19,7 @@ from calib.initializers import add_initializer
 from calib.placement import Point
 from calib.thresholds import LEVELS
 
-__all__ = ["InsertQDQ", "dequantised_names", "quantise_weight", "quantize", "scale_of"]
+__all__ = ["InsertQDQ", "along", "dequantised_names", "quantise_weight", "quantize", "scale_of"]
 
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 
@@ -35,19 +35,27 @@ def scale_of(threshold: float | NDArray[np.floating]) -> NDArray[np.float32]:
 
 def dequantised_names(point: Point) -> tuple[str, str]:
     """Returns what the activation and the weights of a quantised layer are called behind their DequantizeLinear."""
-    return f"{point.tensor}_dequantized", f"{_int8_name(point.weight, point.axis)}_dequantized"
+    return _dequantised(point.tensor), _dequantised(_int8_name(point.weight, point.axis))
+
+
+def _dequantised(name: str) -> str:
+    return f"{name}_dequantized"
 
 
 def _int8_name(weight: str, axis: int) -> str:
     return f"{weight}_int8" if axis == 0 else f"{weight}_int8_{axis}"
 
 
+def along(scales: NDArray[np.float32], axis: int, rank: int) -> NDArray[np.float32]:
+    """Reshapes one scale a channel so that it multiplies that axis of a tensor of `rank` dimensions."""
+    return scales.reshape([-1 if dimension == axis else 1 for dimension in range(rank)])
+
+
 def quantise_weight(weight: NDArray[np.floating], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Returns int8 weights and the scale of each output channel, (channels,)."""
     others = tuple(dimension for dimension in range(weight.ndim) if dimension != axis)
     scales = scale_of(np.abs(weight).max(axis=others))
-    shape = [-1 if dimension == axis else 1 for dimension in range(weight.ndim)]
-    steps = np.round(weight.astype(np.float64) / scales.reshape(shape))
+    steps = np.round(weight.astype(np.float64) / along(scales, axis, weight.ndim))
     return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scales
 
 
@@ -138,11 +146,9 @@ class InsertQDQ(ir.passes.InPlacePass):
             return
         old = bias.const_value.numpy() if bias is not None and bias.const_value is not None else np.float32(0)
         value = add_initializer(graph, f"{node.name}_bias_corrected", (old + change).astype(np.float32))
-        if len(node.inputs) > 2:
-            node.replace_input_with(2, value)
-        else:
+        if bias is None:
             node.resize_inputs(3)
-            node.replace_input_with(2, value)
+        node.replace_input_with(2, value)
 
 
 def _pair(graph: ir.Graph, reader: ir.Node, value: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
@@ -151,7 +157,7 @@ def _pair(graph: ir.Graph, reader: ir.Node, value: ir.Value, scale: ir.Value, ze
     whole.name, whole.type, whole.shape = f"{value.name}_int8", ir.TensorType(ir.DataType.INT8), value.shape
     back = ir.node("DequantizeLinear", [whole, scale, zero], name=f"{value.name}_dequantize")
     output = back.outputs[0]
-    output.name, output.type, output.shape = f"{value.name}_dequantized", value.type, value.shape
+    output.name, output.type, output.shape = _dequantised(str(value.name)), value.type, value.shape
     graph.insert_before(reader, [quantised, back])
     return output
 
@@ -171,6 +177,6 @@ def _weight(graph: ir.Graph, reader: ir.Node, weight: ir.Value, axis: int) -> ir
         name=f"{name}_dequantize",
     )
     output = back.outputs[0]
-    output.name, output.type, output.shape = f"{name}_dequantized", weight.type, weight.shape
+    output.name, output.type, output.shape = _dequantised(name), weight.type, weight.shape
     graph.insert_before(reader, back)
     return output

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.graphs import infer_shapes
+from calib.graphs import tensor_types
 
 __all__ = ["rounded_name", "with_roundings"]
 
@@ -76,13 +76,12 @@ def rounded_name(tensor: str) -> str:
 
 
 def _narrow_tensors(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = infer_shapes(model)
-    kinds = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*inferred.value_info, *inferred.input, *inferred.output)
-    }
     constants = {tensor.name for tensor in model.graph.initializer}
-    return {name: kind for name, kind in kinds.items() if kind in _NARROW and name not in constants}
+    return {
+        name: kind.elem_type
+        for name, kind in tensor_types(model).items()
+        if kind.elem_type in _NARROW and name not in constants
+    }
 
 
 def _read_otherwise(nodes: Iterable[onnx.NodeProto]) -> set[str]:

@@ -39,19 +39,14 @@ __all__ = [
 
 _BATCH = 4
 """Images at once: few enough that a layer's output is still in the caches when the next layer reads it."""
-_BISECTED = 2
-"""Images on which every tensor is compared, all of them held in memory."""
-
-
-def _fitted(source: Source) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(source.images_NHWC), _BATCH):
-        yield source.images_NHWC[start : start + _BATCH]
+_FEW = 2
+"""Images on which every tensor is compared, all of them held in memory, or another size confirmed."""
 
 
 def batches(source: Source) -> Iterator[NDArray[np.float32]]:
     """Normalised images, float32 (N, 3, H, W), a few at a time."""
-    for images_NHWC in _fitted(source):
-        yield normalise(images_NHWC, source.spec.preprocessing)
+    for start in range(0, len(source.images_NHWC), _BATCH):
+        yield normalise(source.images_NHWC[start : start + _BATCH], source.spec.preprocessing)
 
 
 @torch.inference_mode()
@@ -74,7 +69,7 @@ def first_module(source: Source, model: onnx.ModelProto) -> Callable[[], str]:
     """Returns what finds the first module whose output the graph does not have."""
 
     def find() -> str:
-        batch = next(batches(source))[:_BISECTED]
+        batch = next(batches(source))[:_FEW]
         return _in_words(
             first_beyond(module_errors(source.model, model, source.spec, batch), TOLERANCE["fp32"]), "layer"
         )
@@ -88,7 +83,7 @@ def first_tensor(
     """Returns what finds the first tensor that is not the same in both graphs."""
 
     def find() -> str:
-        batch = next(batches(source))[:_BISECTED]
+        batch = next(batches(source))[:_FEW]
         return _in_words(first_beyond(graph_errors(model, rounded, batch, rounded_name), tolerance), "node")
 
     return find
@@ -96,14 +91,14 @@ def first_tensor(
 
 def _in_words(entry: TensorError | None, kind: str) -> str:
     if entry is None:
-        return f"No single {kind} is beyond that on {_BISECTED} images: small errors add up"
+        return f"No single {kind} is beyond that on {_FEW} images: small errors add up"
     how = f"off by {entry.error:.2g} of its largest value" if np.isfinite(entry.error) else "not finite"
     return f"The first {kind} that diverges is {entry.node} ({entry.op}), {how}"
 
 
 def check_size(source: Source, model: onnx.ModelProto, size: tuple[int, int]) -> None:
     """Verifies a graph of open image size at another one, on a few images."""
-    few = dataclasses.replace(source, images_NHWC=resized(source.images_NHWC[:_BISECTED], size))
+    few = dataclasses.replace(source, images_NHWC=resized(source.images_NHWC[:_FEW], size))
     parity = compare(torch_logits(few), graph_logits(model, few))
     require(parity, TOLERANCE["fp32"], f"model.onnx at {size[0]}x{size[1]}", "the checkpoint")
 

@@ -119,10 +119,7 @@ def export_checkpoint(
         VerificationError: a stage does not agree with the one before; files are kept.
     """
     _check_choices(precision, io, calib_data)
-    if input_form == "float16 NCHW":
-        raise ConfigError("FP16 input is of the FP16 file: io='fp16' (--io fp16)")
-    if precision == "int8" and (input_form, output_form) != ("float32 NCHW", "logits"):
-        raise ConfigError("INT8 files take float32 and give logits; leave --input and --output out")
+    _check_forms(precision, input_form, output_form)
     progress = progress or log.debug
     if engine:
         _check_wishes(flavour, tuple(sm))
@@ -235,6 +232,13 @@ def _check_choices(precision: str, io: str, calib_data: Path | None) -> None:
         raise ConfigError(f"io must be fp32 or fp16; found {io!r}")
     if io == "fp16" and precision != "fp16":
         raise ConfigError(f"FP16 in and out goes with the precision fp16; found {precision}")
+
+
+def _check_forms(precision: str, input_form: str, output_form: str) -> None:
+    if input_form == "float16 NCHW":
+        raise ConfigError("FP16 input is of the FP16 file: io='fp16' (--io fp16)")
+    if precision == "int8" and (input_form, output_form) != ("float32 NCHW", "logits"):
+        raise ConfigError("INT8 files take float32 and give logits; leave --input and --output out")
 
 
 def _check_wishes(flavour: str, sm: tuple[int, ...]) -> None:

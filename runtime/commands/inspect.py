@@ -61,7 +61,7 @@ def _engine(table: Table, file: Path) -> None:
 
 
 def _onnx(table: Table, file: Path) -> None:
-    from runtime.engine.graph import summarise
+    from runtime.engine.graph import summarise, work_of
 
     summary = summarise(file)
     shape = ", ".join("any" if size < 0 else str(size) for size in summary.input_shape)
@@ -69,10 +69,11 @@ def _onnx(table: Table, file: Path) -> None:
     table.add_row("weights", f"{_shares(summary.shares)} of {sum(summary.weights.values()):,}")
     table.add_row("input", f"{summary.input_name}: ({shape})")
     table.add_row("operators", ", ".join(f"{count} {name}" for name, count in sorted(summary.ops.items())))
-    if summary.nodes:
-        table.add_row("nodes compute in", _shares(_fractions(summary.nodes)))
-    if summary.macs:
-        table.add_row("work", f"{_scaled(summary.macs)}MACs an image")
+    nodes, macs = work_of(file)
+    if nodes:
+        table.add_row("nodes compute in", _shares(_fractions(nodes)))
+    if macs:
+        table.add_row("work", f"{_scaled(macs)}MACs an image")
     _verified(table, file, summary.sha256)
     from runtime.support import onnx_support
 

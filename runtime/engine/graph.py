@@ -13,7 +13,7 @@ from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
 
-__all__ = ["CALIBRATION_KEY", "OnnxSummary", "node_macs", "sha256_onnx", "summarise"]
+__all__ = ["CALIBRATION_KEY", "OnnxSummary", "node_macs", "sha256_onnx", "summarise", "work_of"]
 
 CALIBRATION_KEY = "advprop.calibration"
 """Key of the calibration set's hash in an ONNX file's `metadata_props`."""
@@ -46,11 +46,6 @@ class OnnxSummary:
     in: `fp32`, `fp16`, `bf16`, `int8`."""
     ops: dict[str, int]
     """Nodes by operator."""
-    nodes: dict[str, int]
-    """Float nodes by the type of what they give, `fp32`, `fp16` or `bf16`."""
-    macs: int
-    """Multiply-accumulates of convolutions and matrix products for one image, at the spec's size where the
-    graph leaves it open; 0 where shapes are unknown."""
 
     @property
     def precision(self) -> str:
@@ -80,8 +75,7 @@ def summarise(path: Path) -> OnnxSummary:
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
-    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-    spec = ModelSpec.from_json(text, where=str(path)) if text else None
+    spec = _spec(model, str(path))
     expected = 2 if spec is not None and spec.output_form == "topk" else 1
     if len(inputs) != 1 or len(graph.output) != expected:
         raise ModelFileError(
@@ -89,18 +83,17 @@ def summarise(path: Path) -> OnnxSummary:
             "input and one logits output"
         )
     sizes = inputs[0].type.tensor_type.shape.dim
+    files = _files(path, graph)
     return OnnxSummary(
-        sha256=_sha256(path, graph),
-        size_bytes=sum(file.stat().st_size for file in _files(path, graph)),
+        sha256=_sha256(files),
+        size_bytes=sum(file.stat().st_size for file in files),
         input_name=inputs[0].name,
         input_shape=tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes),
         outputs=tuple(value.name for value in graph.output),
         spec=spec,
-        calibration_sha256=next((entry.value for entry in model.metadata_props if entry.key == CALIBRATION_KEY), ""),
+        calibration_sha256=_metadata(model, CALIBRATION_KEY),
         weights=_weights_by_type(graph, weights),
         ops=dict(Counter(node.op_type for node in graph.node)),
-        nodes=_nodes_by_type(model),
-        macs=sum(node_macs(model).values()),
     )
 
 
@@ -123,7 +116,31 @@ def sha256_onnx(path: Path) -> str:
     Raises:
         ModelFileError: as `summarise`.
     """
-    return _sha256(path, _read(path).graph)
+    return _sha256(_files(path, _read(path).graph))
+
+
+def work_of(path: Path) -> tuple[dict[str, int], int]:
+    """Measures what one image costs; apart from `summarise`, since it infers all shapes.
+
+    Returns:
+        Float nodes by the type of what they give (`fp32`, `fp16`, `bf16`), and the multiply-accumulates of
+        convolutions and matrix products, at the spec's size where the graph leaves it open; 0 where
+        shapes are unknown.
+
+    Raises:
+        ModelFileError: as `summarise`.
+    """
+    model = _read(path)
+    return _nodes_by_type(model), sum(node_macs(model).values())
+
+
+def _metadata(model: Any, key: str) -> str:
+    return next((entry.value for entry in model.metadata_props if entry.key == key), "")
+
+
+def _spec(model: Any, where: str) -> ModelSpec | None:
+    text = _metadata(model, METADATA_KEY)
+    return ModelSpec.from_json(text, where=where) if text else None
 
 
 def _files(path: Path, graph: Any) -> list[Path]:
@@ -140,8 +157,8 @@ def _files(path: Path, graph: Any) -> list[Path]:
     return files
 
 
-def _sha256(path: Path, graph: Any) -> str:
-    hashes = [sha256_file(file) for file in _files(path, graph)]
+def _sha256(files: list[Path]) -> str:
+    hashes = [sha256_file(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -172,8 +189,7 @@ def node_macs(model: Any) -> dict[str, int]:
     """
     import onnx
 
-    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-    spec = ModelSpec.from_json(text) if text else None
+    spec = _spec(model, "the model file")
     weights = {tensor.name for tensor in model.graph.initializer}
     input_name = next(value.name for value in model.graph.input if value.name not in weights)
 
