@@ -26,6 +26,7 @@ import onnx
 from numpy.typing import NDArray
 from real_weights import SOURCE, labelled_images, save_lite0
 
+from calib.config import CalibrationConfig
 from calib.graphs import open_session
 from calib.ptq import calibrate
 from runtime.engine.graph import node_macs, summarise
@@ -103,7 +104,7 @@ def measure(row: str, source: Path, data: Path, images: int) -> dict[str, float]
     began = time.perf_counter()
     share = 0.0
     if row in OURS:
-        result = calibrate(model, lambda count: batches(chosen[: count or None], spec), **OURS[row])
+        result = calibrate(model, lambda count: batches(chosen[: count or None], spec), CalibrationConfig(**OURS[row]))
         quantised, share = result.model, result.int8_share
     elif row in THEIRS:
         options = THEIRS[row]

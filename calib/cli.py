@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from calib.options import calibration_config, calibration_options
 from runtime.console import cli_errors, set_up_logging
+from runtime.spec import INTERPOLATIONS, Preprocessing
 
 if TYPE_CHECKING:
-    from calib.ptq import Calibrated
+    from rich.console import Console
+
+    from calib.pipeline import CalibratedFile
 
 EXAMPLES = """\b
 Examples:
   advprop calibrate model.onnx --data photos/                  model.int8.onnx beside it
+  advprop calibrate model.onnx --data photos.tar --budget 0.5  at most half a point of top-1
   advprop calibrate model.onnx --data calib.json               the very images of an earlier run
+  advprop calibrate model.onnx --data photos/ --calib-mix clean,corrupted
   advprop calibrate model.onnx --data photos/ --method mse --keep node_conv2d_3
+  advprop calibrate other.onnx --data photos/ --img-size 224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
 """
+
+
+class _Triple(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """`R,G,B`."""
+
+    name = "r,g,b"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            red, green, blue = (float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"expected three numbers such as 0.485,0.456,0.406; found {value!r}", param, ctx)
+        return red, green, blue
 
 
 @click.command("calibrate", epilog=EXAMPLES)
@@ -26,80 +51,109 @@ Examples:
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Real images such as the model will see, or the calib.json of an earlier run.",
-)
-@click.option(
-    "--images", default=256, show_default=True, type=click.IntRange(min=1), help="Images to take of a folder."
+    metavar="PATH",
+    help="Real images such as the model will see: a folder, a tar or NumPy file, or a calib.json.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: NAME.int8.onnx]")
-@click.option(
-    "--method",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "minmax", "percentile", "entropy", "mse"]),
-    help="How thresholds are chosen; auto tries several for each tensor.",
-)
-@click.option("--bias-correction/--no-bias-correction", default=True, show_default=True, help="Correct channel means.")
-@click.option("--keep", multiple=True, metavar="NODE", help="Keep this node in floating point. Repeatable.")
-@click.option(
-    "--rest",
-    default="fp16",
-    show_default=True,
-    type=click.Choice(["fp16", "fp32"]),
-    help="Precision of everything that is not INT8.",
-)
+@calibration_options
+@click.option("--no-cache", is_flag=True, help="Keep no histograms for the next run.")
+@click.option("--img-size", type=click.IntRange(min=1), metavar="N", help="Of a file without a spec: its input size.")
+@click.option("--mean", type=_Triple(), metavar="R,G,B", help="Likewise: the mean of pixels in [0, 1].")
+@click.option("--std", type=_Triple(), metavar="R,G,B", help="Likewise: their standard deviation.")
+@click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Likewise.  [default: bicubic]")
+@click.option("--crop-pct", type=float, metavar="SHARE", help="Likewise: crop ÷ resized image.  [default: 0.875]")
 @cli_errors
 def main(
     onnx: Path,
     data: Path,
-    images: int,
     out: Path | None,
-    method: str,
-    bias_correction: bool,
-    keep: tuple[str, ...],
-    rest: str,
+    no_cache: bool,
+    img_size: int | None,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    interpolation: str | None,
+    crop_pct: float | None,
+    **calibration: Any,
 ) -> None:
-    """Quantise the float32 classifier ONNX to INT8 by real images; the file must carry its preprocessing.
+    """Quantise the float32 classifier ONNX to INT8 by real images.
 
     Convolutions and matrix products become INT8, everything else FP16. Also written: calib.json, the
-    images it was done with, and NAME.int8.json, each layer's threshold and error.
+    images it was done with; NAME.int8.json, each layer's threshold and error; and pictures of the ranges
+    and, with --budget, of accuracy against the share in INT8.
     """
     console = set_up_logging()
-    from rich.progress import Progress
+    config = calibration_config(calibration)
+    preprocessing = _preprocessing(img_size, mean, std, interpolation, crop_pct)
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from calib.pipeline import calibrate_file
 
     target = out or onnx.with_suffix(".int8.onnx")
-    with Progress(console=console, transient=True) as bars:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(stage, total=total or None)
             bars.update(tasks[stage], completed=done)
 
         result = calibrate_file(
-            onnx,
-            data,
-            target,
-            images=images,
-            method=method,
-            correct_bias=bias_correction,
-            keep=keep,
-            half=rest == "fp16",
-            progress=show,
+            onnx, data, target, config, preprocessing=preprocessing, cache=not no_cache, progress=show
         )
-    calibrated: Calibrated = result.calibrated
-    console.print(
-        f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB): {calibrated.int8_share:.1%} of the MACs in INT8; "
-        f"top-1 agreement with {onnx.name} on {result.parity_images} images {result.agreement:.1%}",
-        highlight=False,
-        soft_wrap=True,
+    _show(console, onnx, target, result)
+
+
+def _preprocessing(
+    img_size: int | None,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    interpolation: str | None,
+    crop_pct: float | None,
+) -> Preprocessing | None:
+    if (img_size, mean, std, interpolation, crop_pct) == (None,) * 5:
+        return None
+    if img_size is None or mean is None or std is None:
+        raise click.UsageError("a file without a spec needs at least --img-size, --mean and --std")
+    return Preprocessing(
+        height=img_size,
+        width=img_size,
+        mean=mean,
+        std=std,
+        interpolation=interpolation or "bicubic",
+        crop_pct=crop_pct or 0.875,
     )
+
+
+def _show(console: Console, onnx: Path, target: Path, result: CalibratedFile) -> None:
+    from rich.table import Table
+
+    calibrated = result.calibrated
+    noise = {layer.node: f"{layer.noise:.1e}" for layer in calibrated.layers}
+    total = max(sum(point.macs for point in calibrated.points), 1)
+    table = Table(box=None)
+    for heading in ("layer", "operator", "MACs", "in", "noise", "why"):
+        table.add_column(heading, justify="right" if heading in ("MACs", "noise") else "left", overflow="fold")
     for point in calibrated.points:
-        if not point.int8:
-            console.print(f"not INT8: {point.op} {point.node}: {point.reason}", highlight=False, soft_wrap=True)
+        share, where = f"{point.macs / total:.1%}", "INT8" if point.int8 else "float"
+        table.add_row(point.node, point.op, share, where, noise.get(point.node, ""), point.reason)
+    console.print(table)
+    counts = Counter(point.int8 for point in calibrated.points)
+    lines = [
+        f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB): {counts[True]} of {counts.total()} layers in INT8, "
+        f"{calibrated.int8_share:.1%} of the MACs; top-1 agreement with {onnx.name} on {result.parity_images} images "
+        f"{result.agreement:.1%}"
+    ]
+    fallback = calibrated.fallback
+    if fallback:
+        losses = ", ".join(f"{100 * loss:.2f} ({kind})" for kind, loss in fallback.chosen.losses.items())
+        verdict = "met" if fallback.met else "NOT met"
+        lines.append(
+            f"budget of {100 * fallback.budget:.2f} points {verdict}: expected loss {losses} "
+            f"on {len(result.images.held)} held-out images; {len(fallback.chosen.floating)} layers given back"
+        )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

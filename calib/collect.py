@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from calib.graphs import open_session, tensor_types
 from runtime.errors import DataError
 
-__all__ = ["Collected", "collect", "collect_amax"]
+__all__ = ["Collected", "collect", "collect_amax", "collect_channel_amax"]
 
 _PREFIX = "advprop_range/"
 
@@ -83,6 +83,36 @@ def collect(
     return Collected(dict(zip(ranks, amax.tolist(), strict=True)), np.concatenate(outputs))
 
 
+def collect_channel_amax(
+    model: onnx.ModelProto,
+    batches: Iterable[NDArray[Any]],
+    tensors: Collection[str],
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Measures the largest magnitude of each channel, the second dimension, of float32 tensors.
+
+    Returns:
+        Tensor name → max |x|, (channels,).
+
+    Raises:
+        DataError: the batches are empty.
+    """
+    ranks = {name: rank for name, rank in _float_tensors(model).items() if name in tensors}
+    session = open_session(_with_maxima(model, ranks, channels=True))
+    input_name = session.get_inputs()[0].name
+    squares: dict[str, NDArray[np.float32]] = {}
+    for batch in batches:
+        found = session.run([_PREFIX + name for name in ranks], {input_name: batch})
+        for name, value in zip(ranks, found, strict=True):
+            largest = value.reshape(*value.shape[:2], -1).max((0, 2))
+            squares[name] = np.maximum(squares.get(name, np.float32(0)), largest)
+        if progress:
+            progress(len(batch))
+    if ranks and not squares:
+        raise DataError("ranges can only be measured on images, and none were given")
+    return {name: np.sqrt(value) for name, value in squares.items()}
+
+
 def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
     """Names of the float32 tensors that images flow through, and their ranks."""
     values = tensor_types(model)
@@ -96,8 +126,9 @@ def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
     }
 
 
-def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int]) -> onnx.ModelProto:
+def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int], channels: bool = False) -> onnx.ModelProto:
     """A copy of the graph that also gives the largest square of each tensor; of (N, C, H, W), that of each (H, W).
+    With `channels`, the squares of other tensors stay as they are.
 
     Mul and GlobalMaxPool, since ONNX Runtime has them for the blocked layout its convolutions like: an
     operator that has it not, Abs or ReduceMax, costs two changes of layout a tensor.
@@ -110,6 +141,8 @@ def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int]) -> onnx.ModelPro
         probe.graph.node.append(helper.make_node("Mul", [name, name], [output + "/square"]))
         if rank == 4:
             probe.graph.node.append(helper.make_node("GlobalMaxPool", [output + "/square"], [output]))
+        elif channels:
+            probe.graph.node.append(helper.make_node("Identity", [output + "/square"], [output]))
         else:
             probe.graph.node.append(helper.make_node("ReduceMax", [output + "/square"], [output], keepdims=0))
         probe.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))

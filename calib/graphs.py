@@ -1,4 +1,4 @@
-"""ONNX models in memory, of any size: checked, inferred, run.
+"""ONNX models in memory, of any size: checked, inferred, run, saved.
 
 Protobuf writes no more than 2 GiB, so a larger model can be handed to none of these at once. Its
 shapes are inferred and it is checked without its weights, and ONNX Runtime takes them beside it.
@@ -6,12 +6,16 @@ shapes are inferred and it is checked without its weights, and ONNX Runtime take
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["LIMIT_BYTES", "check", "infer_shapes", "is_large", "open_session", "tensor_types"]
+from runtime.files import atomic_folder, write_bytes
+
+__all__ = ["LIMIT_BYTES", "check", "infer_shapes", "is_large", "open_session", "save_onnx", "tensor_types"]
 
 LIMIT_BYTES = 2**31 - 2**26
 """Weights up to this size travel in the model itself: protobuf's 2 GiB, less 64 MiB for the graph."""
@@ -65,6 +69,20 @@ def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
         values.append(ort.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor)))
     options.add_external_initializers(names, values)
     return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def save_onnx(model: onnx.ModelProto, path: Path, limit: int = LIMIT_BYTES) -> None:
+    """Writes `model` atomically; the same model gives the same bytes. Raises OutputError.
+
+    Weights of more than `limit` bytes go to a file beside it, `NAME.onnx.data`.
+    """
+    beside = path.with_name(path.name + ".data")
+    if not is_large(model, limit):
+        write_bytes(path, model.SerializeToString(deterministic=True))
+        beside.unlink(missing_ok=True)  # of an earlier, larger model
+        return
+    with atomic_folder(path.parent) as folder:
+        ir.save(ir.from_proto(model), folder / path.name, external_data=beside.name)
 
 
 def _is_weight(tensor: onnx.TensorProto) -> bool:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
-from calib.graphs import open_session
-from runtime.errors import DataError
-
-__all__ = ["BINS", "Histogram", "collect_histograms"]
+__all__ = ["BINS", "Histogram"]
 
 BINS = 4096
 """Of which at least half are in use: the range is the power of two above the largest magnitude."""
@@ -73,53 +64,3 @@ class Histogram:
         while self.top <= largest:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
             self.top *= 2
-
-
-def collect_histograms(
-    model: onnx.ModelProto,
-    batches: Iterable[NDArray[Any]],
-    tensors: Collection[str],
-    progress: Callable[[int], None] | None = None,
-    threads: int = 2,
-) -> dict[str, Histogram]:
-    """Counts the magnitudes of float32 tensors over all images, in one pass.
-
-    Args:
-        model: a float32 graph with one input.
-        batches: inputs of the graph; each is dropped once it has run.
-        tensors: names of node outputs, or of the input.
-        progress: called after each batch with its number of images.
-        threads: threads that count; the network has ONNX Runtime's.
-
-    Raises:
-        DataError: no batch, or a value that is not finite; the message names the tensor.
-    """
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    input_name = probe.graph.input[0].name
-    known = {value.name for value in probe.graph.output}
-    names = [name for name in dict.fromkeys(tensors) if name != input_name]
-    for name in names:
-        if name not in known:
-            probe.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = open_session(probe)
-    histograms = {name: Histogram() for name in dict.fromkeys(tensors)}
-    seen = 0
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in batches:
-            outputs = session.run(names, {input_name: batch}) if names else []
-            values = dict(zip(names, outputs, strict=True)) | {input_name: batch}
-            list(pool.map(lambda name, values=values: _count(histograms[name], values[name], name), histograms))
-            seen += len(batch)
-            if progress:
-                progress(len(batch))
-    if not seen:
-        raise DataError("calibration needs images, and none were given")
-    return histograms
-
-
-def _count(histogram: Histogram, values: NDArray[np.float32], name: str) -> None:
-    try:
-        histogram.add(values)
-    except ValueError as error:
-        raise DataError(f"the tensor {name} has values that are not finite on a calibration image") from error

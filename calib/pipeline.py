@@ -1,27 +1,33 @@
-"""`calibrate_file`: an ONNX file and a folder of images → an INT8 ONNX file, with its record beside it."""
+"""`calibrate_file`: an ONNX file and images → an INT8 ONNX file, with its record and pictures beside it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from calib.collect import collect
-from calib.graphs import open_session
-from calib.images import CalibrationSet, calibration_set
+from calib.config import CalibrationConfig
+from calib.graphs import open_session, save_onnx
+from calib.images import BATCH, Adversary, CalibrationSet, calibration_set, check_mix
+from calib.placement import Point
+from calib.plots import plot_fallback, plot_ranges
 from calib.precision import deciding_tensors, overflows, to_reduced
+from calib.prepare import prepared
 from calib.ptq import TRIED, Calibrated, calibrate
 from calib.quantize import dequantised_names
+from calib.record import save_record
 from calib.rounding import with_roundings
 from runtime.engine.graph import CALIBRATION_KEY, summarise
 from runtime.errors import ConfigError, ModelFileError, VerificationError
-from runtime.files import output_dir, write_bytes, write_text
+from runtime.files import output_dir
 from runtime.spec import Preprocessing
 
 __all__ = ["CalibratedFile", "calibrate_file"]
@@ -32,6 +38,8 @@ _COMPARED = 64
 """Images on which the INT8 graph is compared with the float32 one."""
 _POOR = 0.95
 """Agreement below this is warned of."""
+
+_Batches = Callable[[int], Iterator[NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,128 +60,162 @@ def calibrate_file(
     source: Path,
     data: Path,
     target: Path,
+    config: CalibrationConfig | None = None,
     *,
-    images: int = 256,
-    method: str = "auto",
-    correct_bias: bool = True,
-    keep: Sequence[str] = (),
-    half: bool = True,
+    preprocessing: Preprocessing | None = None,
+    adversary: Adversary | None = None,
+    cache: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CalibratedFile:
     """Quantises the file `source`.
 
+    Beside `target` go `calib.json` (the images), `NAME.json` (every layer), `NAME.ranges.png` and, with a
+    budget, `NAME.budget.png`.
+
     Args:
-        source: a float32 ONNX classifier that carries its spec, of float32 input and logits.
-        data: a folder of real images, or the manifest of an earlier set.
-        target: the INT8 file; `calib.json` and `NAME.json` are written beside it.
-        images: the most images to take from a folder.
-        method: see `calibrate`.
-        correct_bias: see `calibrate`.
-        keep: see `calibrate`.
-        half: make everything FP16 that is not INT8.
-        progress: called with a stage's name, its images so far and their number.
+        source: a float32 ONNX classifier of float32 input and logits.
+        data: real images: a folder, a tar file, an array, or the manifest of an earlier set.
+        target: the INT8 file.
+        config: how; see there.
+        preprocessing: how an image becomes the input of a file that carries no spec.
+        adversary: attacks images, where the mix has adversarial ones.
+        cache: keep histograms, so that a run that was cut off goes on and another one is quick.
+        progress: called with a stage's name, what is done of it, and how much it is; 0: unknown.
 
     Raises:
-        AdvPropError: see `calibrate`, `calibration_set`.
-        ConfigError: `target` is in the way of something.
-        ModelFileError: no spec, another form of input, or not float32.
+        AdvPropError: see `calibrate`, `calibration_set`, `prepared`.
+        ConfigError: `target` is in the way of something, or the mix wants what is not there.
+        ModelFileError: no spec and no preprocessing, another form of input, or not float32.
         VerificationError: the INT8 graph gives logits that are not finite.
     """
+    config = config or CalibrationConfig()
     if target.resolve() == source.resolve() or target.suffix != ".onnx" or target.stem == "calib":
         raise ConfigError(f"the INT8 file is one of its own, NAME.onnx beside NAME.json and calib.json; found {target}")
+    check_mix(config.mix, adversary)
+    model, preprocessing = _read(source, preprocessing)
+    output_dir(target.parent)
+    chosen = calibration_set(
+        data, config.images, preprocessing, held=config.budget is not None, mix=config.mix, seed=config.seed
+    )
+    if chosen.mix != config.mix:
+        check_mix(chosen.mix, adversary)
+    config = dataclasses.replace(config, mix=chosen.mix, seed=chosen.seed)
+    if config.budget is not None and not chosen.held:
+        raise ConfigError(f"{data} holds no images out for a budget; calibrate from the folder itself, or without one")
+    every = functools.partial(chosen.batches, preprocessing, adversary=adversary, size=_batch_size(model))
+    held = {kind: functools.partial(every, kinds=(kind,), held=True) for kind in chosen.mix}
+
+    def batches(count: int) -> Iterator[NDArray[np.float32]]:
+        return every(count)
+
+    calibrated = calibrate(
+        model,
+        batches,
+        config,
+        held=held if config.budget is not None else None,
+        images_sha256=chosen.sha256 if cache else "",
+        progress=None if progress is None else _with_totals(progress, len(chosen.images) * len(chosen.mix)),
+    )
+    quantised = _rest_in_fp16(calibrated, batches) if config.half else calibrated.model
+    onnx.helper.set_model_props(
+        quantised, {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: chosen.sha256}
+    )
+    agreement, compared = _agreement(model, with_roundings(quantised), batches)
+    if not compared:
+        raise VerificationError(f"the INT8 graph of {source.name} gives logits that are not finite; nothing written")
+    _warn(source, calibrated, agreement)
+    # A stop in between must leave no new record beside an old model.
+    target.with_suffix(".json").unlink(missing_ok=True)
+    save_onnx(quantised, target)
+    save_record(target.with_suffix(".json"), calibrated, config, agreement, compared)
+    chosen.save(target.with_name("calib.json"))
+    plot_ranges(calibrated, target.with_suffix(".ranges.png"))
+    if calibrated.fallback:
+        plot_fallback(calibrated.fallback, target.with_suffix(".budget.png"))
+    return CalibratedFile(calibrated=calibrated, images=chosen, parity_images=compared, agreement=agreement)
+
+
+def _batch_size(model: onnx.ModelProto) -> int:
+    """Images at once: one, where the graph takes no more."""
+    return 1 if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1 else BATCH
+
+
+def _read(source: Path, preprocessing: Preprocessing | None) -> tuple[onnx.ModelProto, Preprocessing]:
+    """The float32 graph, ours or another's, and how images become its input."""
     summary = summarise(source)
     if set(summary.weights) != {"fp32"}:
         found = ", ".join(summary.weights) or "nothing"
         raise ModelFileError(f"{source} computes in {found}; calibrate the float32 file (model.onnx)")
     spec = summary.spec
     if spec is None:
-        raise ModelFileError(
-            f"{source} carries no advprop.spec, so its preprocessing is unknown; export it with advprop-export"
-        )
+        if preprocessing is None:
+            raise ModelFileError(
+                f"{source} carries no advprop.spec, so its preprocessing is unknown; export it with advprop-export, or "
+                "say what it was trained with: --img-size, --mean, --std, --interpolation, --crop-pct"
+            )
+        return prepared(source, preprocessing), preprocessing
+    if preprocessing is not None:
+        raise ConfigError(f"{source} carries its preprocessing; leave --mean, --std and the like out")
     if (spec.input_form, spec.output_form) != ("float32 NCHW", "logits"):
         raise ModelFileError(
             f"{source} takes {spec.input_form} and gives {spec.output_form}; calibrate a file of float32 input and "
             "logits (advprop-export without --input and --output)"
         )
-    output_dir(target.parent)
-    chosen = calibration_set(data, images, spec.preprocessing)
-    model = onnx.load(source)
-    total = len(chosen.names)
-    totals = {"layers": min(total, TRIED)}
-    calibrated = calibrate(
-        model,
-        lambda count: chosen.batches(spec.preprocessing, count),
-        method=method,
-        correct_bias=correct_bias,
-        keep=keep,
-        progress=None if progress is None else lambda stage, done: progress(stage, done, totals.get(stage, total)),
-    )
-    quantised = _rest_in_fp16(model, calibrated, chosen, spec.preprocessing) if half else calibrated.model
-    onnx.helper.set_model_props(
-        quantised, {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: chosen.sha256}
-    )
-    agreement, compared = _agreement(model, with_roundings(quantised), chosen, spec.preprocessing)
-    if not compared:
-        raise VerificationError(f"the INT8 graph of {source.name} gives logits that are not finite; nothing written")
+    return onnx.load(source), spec.preprocessing
+
+
+def _with_totals(progress: Callable[[str, int, int], None], images: int) -> Callable[[str, int], None]:
+    totals = {"ranges": images, "layers": min(images, TRIED)}
+    return lambda stage, done: progress(stage, done, totals.get(stage, 0))
+
+
+def _warn(source: Path, calibrated: Calibrated, agreement: float) -> None:
     if agreement < _POOR:
         log.warning("the INT8 graph agrees with %s on only %.1f %% of the images", source.name, 100 * agreement)
-    # A stop in between must leave no new record beside an old model.
-    target.with_suffix(".json").unlink(missing_ok=True)
-    write_bytes(target, quantised.SerializeToString(deterministic=True))
-    _save_record(target.with_suffix(".json"), calibrated, agreement, compared)
-    chosen.save(target.with_name("calib.json"))
-    return CalibratedFile(calibrated=calibrated, images=chosen, parity_images=compared, agreement=agreement)
+    fallback = calibrated.fallback
+    if fallback and not fallback.met:
+        log.warning(
+            "the budget of %.2f points cannot be met: the best of %d choices loses %.2f, with %.1f %% of the MACs in "
+            "INT8. FP16 costs nothing (--trt fp16)",
+            *(100 * fallback.budget, len(fallback.trials), 100 * fallback.chosen.loss, 100 * calibrated.int8_share),
+        )
+    elif fallback and fallback.chosen.floating:
+        log.info(
+            "%d layers are given back to floating point for the budget, %.1f %% of the MACs",
+            *(len(fallback.chosen.floating), 100 * (fallback.trials[0].int8_share - calibrated.int8_share)),
+        )
 
 
-def _rest_in_fp16(
-    model: onnx.ModelProto, calibrated: Calibrated, images: CalibrationSet, spec: Preprocessing
-) -> onnx.ModelProto:
+def _rest_in_fp16(calibrated: Calibrated, batches: _Batches) -> onnx.ModelProto:
     """FP16 wherever it is not INT8, but for nodes that would overflow."""
-    amax = collect(model, images.batches(spec, _COMPARED), tensors=deciding_tensors(model)).amax
+    model = calibrated.source
+    amax = collect(model, batches(_COMPARED), tensors=deciding_tensors(model)).amax
     if overflows(model, amax):
-        amax = collect(model, images.batches(spec, _COMPARED)).amax
+        amax = collect(model, batches(_COMPARED)).amax
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for point in calibrated.points:
         if point.int8:
             activation, weight = dequantised_names(point)
             amax[activation] = calibrated.thresholds[point.tensor]
-            amax[weight] = float(np.abs(onnx.numpy_helper.to_array(constants[point.weight])).max())
+            amax[weight] = _largest(point, constants)
     kept = overflows(calibrated.model, amax)
     for decision in kept:
         log.info("%s %s stays in FP32: %s reaches %.3g", decision.op, decision.node, decision.tensor, decision.amax)
     return to_reduced(calibrated.model, "fp16", kept)
 
 
-def _agreement(
-    model: onnx.ModelProto, quantised: onnx.ModelProto, images: CalibrationSet, spec: Preprocessing
-) -> tuple[float, int]:
+def _largest(point: Point, constants: dict[str, onnx.TensorProto]) -> float:
+    return float(np.abs(onnx.numpy_helper.to_array(constants[point.weight])).max())
+
+
+def _agreement(model: onnx.ModelProto, quantised: onnx.ModelProto, batches: _Batches) -> tuple[float, int]:
     reference, candidate = open_session(model), open_session(quantised)
     name = model.graph.input[0].name
     same, count = 0, 0
-    for batch in images.batches(spec, _COMPARED):
+    for batch in batches(_COMPARED):
         expected, found = (session.run(None, {name: batch})[0] for session in (reference, candidate))
         if not np.isfinite(found).all():
             return 0.0, 0
         same += int(np.sum(expected.argmax(1) == found.argmax(1)))
         count += len(batch)
     return same / count, count
-
-
-def _save_record(path: Path, calibrated: Calibrated, agreement: float, images: int) -> None:
-    layers = {layer.node: layer for layer in calibrated.layers}
-    content = {
-        "format": "advprop.int8/1",
-        "int8_share_of_macs": calibrated.int8_share,
-        "agreement": agreement,
-        "compared_images": images,
-        "nodes": [
-            dataclasses.asdict(point)
-            | {
-                "threshold": calibrated.thresholds.get(point.tensor) if point.int8 else None,
-                "largest": calibrated.histograms[point.tensor].amax if point.int8 else None,
-                "noise": layers[point.node].noise if point.node in layers else None,
-            }
-            for point in calibrated.points
-        ],
-    }
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

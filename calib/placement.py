@@ -8,7 +8,7 @@ Source: NVIDIA, TensorRT Developer Guide, "Working with Quantized Types", Q/DQ p
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import onnx
@@ -16,7 +16,7 @@ import onnx
 from runtime.engine.graph import node_macs
 from runtime.errors import ConfigError, ModelFileError, nearest
 
-__all__ = ["Point", "points_of", "residual_inputs"]
+__all__ = ["Point", "int8_share", "points_of", "residual_inputs"]
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul")
@@ -94,6 +94,13 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[Point]
             "there is nothing to quantise: no convolution or matrix product with constant weights is left"
         )
     return points
+
+
+def int8_share(points: Iterable[Point]) -> float:
+    """Returns the share of the multiply-accumulates that are in INT8, 0 to 1."""
+    points = list(points)
+    total = sum(point.macs for point in points)
+    return sum(point.macs for point in points if point.int8) / total if total else 0.0
 
 
 def residual_inputs(model: onnx.ModelProto) -> list[tuple[str, str]]:

@@ -6,29 +6,40 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calib.histograms import Histogram, collect_histograms
+from calib.cache import cache_file
+from calib.collect import collect_channel_amax
+from calib.config import CalibrationConfig
+from calib.counting import collect_histograms
+from calib.equalise import ALPHAS, equalisable, equalised
+from calib.histograms import Histogram
 from calib.layers import LayerError, layer_errors
-from calib.placement import Point, points_of
+from calib.placement import Point, int8_share, points_of
 from calib.quantize import quantize
+from calib.sensitivity import Fallback, Held, keep_budget
 from calib.thresholds import METHODS, minmax, mse, percentile
-from runtime.errors import ConfigError, DataError
+from runtime.errors import DataError
 
-__all__ = ["FEWEST", "TRIED", "Calibrated", "calibrate"]
+__all__ = ["FEWEST", "TRIED", "Batches", "Calibrated", "calibrate"]
 
 log = logging.getLogger(__name__)
 
 FEWEST = 32
 """Fewer images than this are warned of."""
 TRIED = 64
-"""Images on which candidate thresholds and channel means are compared."""
+"""Images on which candidate thresholds, compromises and channel means are compared."""
+_WORTH_IT = 0.9
+"""Equalisation must lower a tensor's noise to this share: it may cost a multiplication."""
 
-Batches = Callable[[int], Iterator[NDArray[np.float32]]]
+Batches: TypeAlias = Callable[[int], Iterator[NDArray[np.float32]]]
 """Given a number of images, 0 for all: the normalised images, float32 (N, 3, H, W), a few at a time."""
+Progress: TypeAlias = Callable[[str, int], None]
+"""Called with a stage's name and its images, layers or steps so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +48,8 @@ class Calibrated:
 
     model: onnx.ModelProto
     """Q/DQ nodes where INT8 is wanted, float32 everywhere else."""
+    source: onnx.ModelProto
+    """The float32 graph that was quantised: the given one, or it equalised."""
     points: tuple[Point, ...]
     """Every convolution and matrix product, and whether it is quantised."""
     thresholds: dict[str, float]
@@ -45,80 +58,157 @@ class Calibrated:
     """Tensor → magnitudes on the calibration images."""
     layers: tuple[LayerError, ...]
     """Each quantised layer at the threshold it got; empty where none was measured."""
+    equalised: dict[str, float]
+    """Tensor whose channels were scaled → its compromise."""
+    fallback: Fallback | None
+    """How the budget was kept, where there was one."""
 
     @property
     def int8_share(self) -> float:
         """Share of the multiply-accumulates that are in INT8, 0 to 1."""
-        total = sum(point.macs for point in self.points)
-        return sum(point.macs for point in self.points if point.int8) / total if total else 0.0
+        return int8_share(self.points)
 
 
 def calibrate(
     model: onnx.ModelProto,
     batches: Batches,
+    config: CalibrationConfig | None = None,
     *,
-    method: str = "auto",
-    correct_bias: bool = True,
-    keep: Sequence[str] = (),
-    progress: Callable[[str, int], None] | None = None,
+    held: Held | None = None,
+    images_sha256: str = "",
+    progress: Progress | None = None,
 ) -> Calibrated:
     """Quantises a classifier after training.
 
     Args:
         model: a float32 graph with unique node names.
         batches: the calibration images.
-        method: one of METHODS, or `auto`: for each tensor, of several thresholds from the one of least squared error
-            to the largest magnitude, that whose layers' outputs come out nearest.
-        correct_bias: take the mean error of each output channel off its bias.
-        keep: names of nodes that stay in floating point.
-        progress: called with a stage's name and its number of images so far.
+        config: what is wished; its `images` and `mix` are the caller's affair.
+        held: with a budget: the images it is kept on.
+        images_sha256: hash of the images; where given, histograms are kept in the user's cache.
+        progress: called as work goes on.
 
     Raises:
-        ConfigError: an unknown method.
+        ConfigError: a node to keep is not there.
         DataError: no images, images that are all the same, or values that are not finite.
         ModelFileError: the model is quantised already, or has nothing to quantise.
     """
-    if method not in (*METHODS, "auto"):
-        raise ConfigError(f"method must be auto, {', '.join(METHODS)}; found {method!r}")
-    points = points_of(model, keep)
-    tensors = list(dict.fromkeys(point.tensor for point in points if point.int8))
-    counted = _Counter("ranges", progress)
-    histograms = collect_histograms(model, batches(0), tensors, counted)
-    if counted.images < FEWEST:
-        log.warning("%d calibration images are few: at least %d, better 256", counted.images, FEWEST)
+    config = config or CalibrationConfig()
+    count = _Counter(progress)
+    points = points_of(model, config.keep)
+    alphas = _compromises(model, points, batches, count) if config.equalise else {}
+    if alphas:
+        model = equalised(model, collect_channel_amax(model, batches(TRIED), alphas), alphas)
+        points = points_of(model, config.keep)
+    cache = cache_file(model, images_sha256) if images_sha256 else None
+    histograms = collect_histograms(model, batches(0), _tensors(points), count.of("ranges"), cache=cache)
+    if count.total("ranges") < FEWEST:
+        log.warning("%d calibration images are few: at least %d, better 256", count.total("ranges"), FEWEST)
     points = _alive(points, histograms)
-    histograms = {point.tensor: histograms[point.tensor] for point in points if point.int8}
-    thresholds = {}
-    layers: list[LayerError] = []
-    if method != "auto":
-        thresholds = {name: METHODS[method](histogram) for name, histogram in histograms.items()}
-    if method == "auto" or correct_bias:
-        candidates = {
-            name: [thresholds[name]] if thresholds else _candidates(histogram) for name, histogram in histograms.items()
-        }
-        tried = layer_errors(model, points, candidates, batches(TRIED), _Counter("layers", progress))
-        thresholds, layers = _choose(tried)
-    biases = {layer.node: -layer.shift for layer in layers} if correct_bias else {}
-    quantised = quantize(model, points, thresholds, biases=biases)
+    histograms = {name: histograms[name] for name in _tensors(points)}
+    thresholds, layers = _thresholds(model, points, histograms, batches, config, count)
+    biases = {layer.node: -layer.shift for layer in layers} if config.correct_bias else {}
+    weights: dict[str, NDArray[np.int8]] = {}
+    if config.reconstruct:
+        from calib.reconstruct import reconstruct  # torch
+
+        weights, biases = reconstruct(model, points, thresholds, batches(TRIED), config.seed, count.of("rounding"))
+
+    def quantised(some: Sequence[Point]) -> onnx.ModelProto:
+        return quantize(model, some, thresholds, biases=biases, weights=weights)
+
+    fallback = None
+    if config.budget is not None and held:
+        fallback = keep_budget(model, quantised, points, config.budget / 100, held, count)
+        points = list(fallback.points)
     return Calibrated(
-        model=quantised, points=tuple(points), thresholds=thresholds, histograms=histograms, layers=tuple(layers)
+        model=quantised(points),
+        source=model,
+        points=tuple(points),
+        thresholds=thresholds,
+        histograms=histograms,
+        layers=tuple(layers),
+        equalised=alphas,
+        fallback=fallback,
     )
 
 
 class _Counter:
-    """Counts images, and tells."""
+    """Counts what is done of each stage, and tells."""
 
-    def __init__(self, stage: str, progress: Callable[[str, int], None] | None) -> None:
-        self.images = 0
-        self._stage, self._progress = stage, progress
+    def __init__(self, progress: Progress | None) -> None:
+        self._done: dict[str, int] = {}
+        self._progress = progress
 
-    def __call__(self, images: int) -> None:
-        self.images += images
+    def __call__(self, stage: str, more: int) -> None:
+        self._done[stage] = self.total(stage) + more
         if self._progress:
-            self._progress(self._stage, self.images)
+            self._progress(stage, self._done[stage])
+
+    def of(self, stage: str) -> Callable[[int], None]:
+        return lambda more: self(stage, more)
+
+    def total(self, stage: str) -> int:
+        return self._done.get(stage, 0)
 
 
-def _alive(points: list[Point], histograms: dict[str, Histogram]) -> list[Point]:
+def _tensors(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.tensor for point in points if point.int8))
+
+
+def _thresholds(
+    model: onnx.ModelProto,
+    points: Sequence[Point],
+    histograms: dict[str, Histogram],
+    batches: Batches,
+    config: CalibrationConfig,
+    count: _Counter,
+) -> tuple[dict[str, float], list[LayerError]]:
+    """What 127 stands for in each tensor, and what that does to each layer where it was measured."""
+    if config.method == "auto":
+        candidates = {name: _candidates(histogram) for name, histogram in histograms.items()}
+    else:
+        candidates = {name: [METHODS[config.method](histogram)] for name, histogram in histograms.items()}
+    if config.method != "auto" and not config.correct_bias:
+        return {name: values[0] for name, values in candidates.items()}, []
+    return _choose(layer_errors(model, points, candidates, batches(TRIED), count.of("layers")))
+
+
+def _compromises(
+    model: onnx.ModelProto, points: Sequence[Point], batches: Batches, count: _Counter
+) -> dict[str, float]:
+    """Tensors that are worth equalising, and how far each."""
+    names = equalisable(model, _tensors(points))
+    if not names:
+        log.info("no activation of this network can be equalised exactly")
+        return {}
+    maxima = collect_channel_amax(model, batches(TRIED), names, count.of("channels"))
+    before = _noise(model, points, names, batches, count)
+    best: dict[str, float] = {}
+    least = {name: _WORTH_IT * noise for name, noise in before.items()}
+    for alpha in ALPHAS:
+        tried = equalised(model, maxima, dict.fromkeys(names, alpha))
+        noises = _noise(tried, points_of(tried), names, batches, count)
+        for name, noise in noises.items():
+            if noise < least[name]:
+                best[name], least[name] = alpha, noise
+    return best
+
+
+def _noise(
+    model: onnx.ModelProto, points: Sequence[Point], names: Sequence[str], batches: Batches, count: _Counter
+) -> dict[str, float]:
+    """The noise that the layers reading each tensor get, at its threshold of least squared error."""
+    histograms = collect_histograms(model, batches(TRIED), names, count.of("channels"))
+    alive = {name: [mse(histogram)] for name, histogram in histograms.items() if histogram.amax}
+    some = [point for point in points if point.int8 and point.tensor in alive]
+    found: dict[str, float] = {}
+    for layer in layer_errors(model, some, alive, batches(TRIED), count.of("channels")):
+        found[layer.tensor] = found.get(layer.tensor, 0.0) + layer.noise
+    return found
+
+
+def _alive(points: Sequence[Point], histograms: dict[str, Histogram]) -> list[Point]:
     """Keeps layers in floating point that read nothing but zeros: no range can be told from that."""
     if not any(histogram.amax for histogram in histograms.values()):
         raise DataError("every tensor is zero on the calibration images; are they real photographs?")

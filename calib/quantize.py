@@ -65,6 +65,7 @@ def quantize(
     thresholds: Mapping[str, float],
     *,
     biases: Mapping[str, NDArray[np.floating]] | None = None,
+    weights: Mapping[str, NDArray[np.int8]] | None = None,
     residuals: Iterable[tuple[str, str]] = (),
 ) -> onnx.ModelProto:
     """Quantises the `int8` ones of `points`.
@@ -74,13 +75,15 @@ def quantize(
         points: from `points_of`.
         thresholds: of each tensor that they read: what 127 stands for.
         biases: what is added to a node's bias, (channels,), by its name: bias correction.
+        weights: int8 weights that are not rounded to the nearest, by the node's name; of nodes that share theirs
+            with no other.
         residuals: (Add, tensor) whose tensor is quantised for that Add.
 
     Returns:
         A float32 graph with Q/DQ nodes.
     """
     graph_model = ir.from_proto(model)
-    InsertQDQ(points, thresholds, biases or {}, residuals)(graph_model)
+    InsertQDQ(points, thresholds, biases or {}, weights or {}, residuals)(graph_model)
     quantised = ir.to_proto(graph_model)
     check(quantised)
     return quantised
@@ -94,6 +97,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         points: Iterable[Point],
         thresholds: Mapping[str, float],
         biases: Mapping[str, NDArray[np.floating]],
+        weights: Mapping[str, NDArray[np.int8]],
         residuals: Iterable[tuple[str, str]],
     ) -> None:
         """As `quantize`."""
@@ -101,6 +105,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         self._points = {point.node: point for point in points if point.int8}
         self._thresholds = thresholds
         self._biases = biases
+        self._weights = weights
         self._residuals = set(residuals)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -120,7 +125,7 @@ class InsertQDQ(ir.passes.InPlacePass):
             node.replace_input_with(0, self._activation(graph, node, data, activations))
             key = (weight, point.axis)
             if key not in weights:
-                weights[key] = _weight(graph, node, weight, point.axis)
+                weights[key] = _weight(graph, node, weight, point.axis, self._weights.get(point.node))
             node.replace_input_with(1, weights[key])
             self._correct_bias(graph, node)
         RemoveUnusedNodesPass()(model)
@@ -162,9 +167,13 @@ def _pair(graph: ir.Graph, reader: ir.Node, value: ir.Value, scale: ir.Value, ze
     return output
 
 
-def _weight(graph: ir.Graph, reader: ir.Node, weight: ir.Value, axis: int) -> ir.Value:
+def _weight(
+    graph: ir.Graph, reader: ir.Node, weight: ir.Value, axis: int, rounded: NDArray[np.int8] | None
+) -> ir.Value:
     assert weight.const_value is not None
     integers, scales = quantise_weight(weight.const_value.numpy(), axis)
+    if rounded is not None:
+        integers = rounded
     name = _int8_name(str(weight.name), axis)
     back = ir.node(
         "DequantizeLinear",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from calib.options import OPTION_NAMES, calibration_config, calibration_options
 from runtime.console import cli_errors, set_up_logging
 from runtime.options import engine_options, image_size_option
 from runtime.sizes import ImageSizes
@@ -24,6 +25,7 @@ Examples:
   advprop-export runs/resnet50/best.pt --trt fp16            + model.fp16.onnx and an engine
   advprop-export best.pt --trt fp16 --sm 86 --sm 89          for these GPU generations
   advprop-export best.pt --trt int8 --calib-data photos/     INT8 by real images, the rest FP16
+  advprop-export best.pt --trt int8 --calib-data photos/ --budget 0.5 --calib-mix clean,adversarial
   advprop-export weights.pth --arch resnet50 --data photos/  a plain timm state dict
   advprop-export timm:tf_efficientnet_b3.ap_in1k --data photos/    published AdvProp weights
   advprop-export best.pt --input uint8-nhwc --output probs   pixels in, probabilities out
@@ -93,8 +95,9 @@ _INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": 
     "--calib-data",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="INT8: images to calibrate on, or the calib.json of an earlier run.",
+    help="INT8: images to calibrate on (a folder, tar or NumPy file), or the calib.json of an earlier run.",
 )
+@calibration_options
 @click.option(
     "--bisect/--no-bisect",
     default=True,
@@ -123,6 +126,7 @@ def main(
     calib_data: Path | None,
     bisect: bool,
     verbose: bool,
+    **calibration: Any,
 ) -> None:
     """Export CHECKPOINT as ONNX and, with --trt, as a TensorRT engine.
 
@@ -139,6 +143,10 @@ def main(
             raise click.UsageError(f"--{option} says how an engine is built; give --trt fp16 too")
     if io == "fp16" and (trt or precision) != "fp16":
         raise click.UsageError("--io fp16 is of FP16 files; give --trt fp16 or --precision fp16 too")
+    wished = [name for name in OPTION_NAMES if given(name) is ParameterSource.COMMANDLINE]
+    if wished and (trt or precision) != "int8":
+        option = wished[0].replace("_", "-")
+        raise click.UsageError(f"--{option} is of INT8 files; give --trt int8 or --precision int8 too")
     from runtime.engine.flavours import parse_sm
 
     targets = [parse_sm(text) for text in sm]
@@ -159,6 +167,7 @@ def main(
             io=io,
             sizes=image_sizes,
             calib_data=calib_data,
+            calibration=calibration_config(calibration),
             bisect=bisect,
             arch=arch,
             weights=weights,

@@ -11,9 +11,12 @@ from pathlib import Path
 import onnx
 
 from calib.collect import collect
+from calib.config import CalibrationConfig
+from calib.graphs import save_onnx
 from calib.pipeline import calibrate_file
 from calib.precision import REDUCED, Decision, deciding_tensors
 from calib.rounding import with_roundings
+from export.adversary import adversary_of
 from export.checks import (
     batches,
     check_file,
@@ -27,7 +30,7 @@ from export.io_forms import with_forms
 from export.record import save_decisions, save_record
 from export.reduce import reduce_precision
 from export.source import load_source
-from export.to_onnx import save_onnx, to_onnx
+from export.to_onnx import to_onnx
 from export.verify import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
 from runtime.engine.flavours import check_targets, choose_flavour
@@ -85,6 +88,7 @@ def export_checkpoint(
     io: str = "fp32",
     sizes: ImageSizes | None = None,
     calib_data: Path | None = None,
+    calibration: CalibrationConfig | None = None,
     bisect: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
@@ -109,7 +113,9 @@ def export_checkpoint(
         io: `fp16` makes the FP16 file take and give FP16 where it would float32.
         sizes: another image size than the checkpoint's; a range leaves the size open in the
             files, and the engine takes that range.
-        calib_data: of `int8`, the calibration images: a folder, or the calib.json of an earlier run.
+        calib_data: of `int8`, the calibration images: a folder, a tar or NumPy file, or the calib.json of an
+            earlier run.
+        calibration: of `int8`, how; default: as `CalibrationConfig` has it.
         bisect: where a stage does not agree with the one before, find the first layer that does not.
         progress: called with the name of each stage as it starts.
 
@@ -178,7 +184,14 @@ def export_checkpoint(
         assert calib_data is not None
         progress("calibrating")
         path = folder / "model.int8.onnx"
-        calibrate_file(onnx_path, calib_data, path)
+        calibrate_file(
+            onnx_path,
+            calib_data,
+            path,
+            calibration,
+            adversary=adversary_of(source),
+            progress=lambda stage, done, _: progress(f"calibrating: {stage} {done}"),
+        )
         parity = compare(logits_NK, graph_logits(with_roundings(onnx.load(path)), source))
         require(parity, TOLERANCE["int8"], str(path), onnx_path.name, least_agreement=LEAST_INT8_AGREEMENT)
         stages.append((path, onnx_path.name, parity))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -14,13 +13,12 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import nn
 
-from calib.graphs import LIMIT_BYTES, check, is_large
+from calib.graphs import check
 from export.fold import BatchNormToAffine, FoldBatchNorm
 from runtime.errors import ArchError
-from runtime.files import atomic_folder, write_bytes
 from runtime.spec import METADATA_KEY, ModelSpec
 
-__all__ = ["INPUT", "OPSET", "OUTPUT", "module_tensors", "save_onnx", "to_onnx"]
+__all__ = ["INPUT", "OPSET", "OUTPUT", "module_tensors", "to_onnx"]
 
 log = logging.getLogger(__name__)
 
@@ -125,17 +123,3 @@ def _clean(model: ir.Model, spec: ModelSpec, free_size: bool) -> ir.Model:
     if free_size and shape is not None:
         shape[2], shape[3] = ir.SymbolicDim("height"), ir.SymbolicDim("width")
     return model
-
-
-def save_onnx(model: onnx.ModelProto, path: Path, limit: int = LIMIT_BYTES) -> None:
-    """Writes `model` atomically; the same model gives the same bytes. Raises OutputError.
-
-    Weights of more than `limit` bytes go to a file beside it, `NAME.onnx.data`.
-    """
-    beside = path.with_name(path.name + ".data")
-    if not is_large(model, limit):
-        write_bytes(path, model.SerializeToString(deterministic=True))
-        beside.unlink(missing_ok=True)  # of an earlier, larger model
-        return
-    with atomic_folder(path.parent) as folder:
-        ir.save(ir.from_proto(model), folder / path.name, external_data=beside.name)

@@ -13,7 +13,15 @@ from typing import IO
 
 from runtime.errors import OutputError
 
-__all__ = ["atomic_folder", "atomic_write", "output_dir", "sha256_file", "write_bytes", "write_text"]
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "cache_folder",
+    "output_dir",
+    "sha256_file",
+    "write_bytes",
+    "write_text",
+]
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
@@ -116,6 +124,12 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 def write_text(path: Path, content: str) -> None:
     """Writes `content` to `path` atomically, as UTF-8. Raises OutputError."""
     write_bytes(path, content.encode())
+
+
+def cache_folder(kind: str) -> Path:
+    """Returns the folder of one kind of cached file, below `ADVPROP_CACHE` or `~/.cache/advprop`; it need not exist."""
+    base = os.environ.get("ADVPROP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "advprop"
+    return Path(base).expanduser() / kind
 
 
 def sha256_file(path: Path) -> str:

@@ -19,6 +19,12 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and the commands they start, keep nothing in the user's cache."""
+    os.environ["ADVPROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Unpacks an archive of the data folder beside the checkout, or skips where there is none."""

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import runtime
+from calib.config import CalibrationConfig
 from calib.graphs import open_session
 from calib.images import calibration_set
 from calib.pipeline import calibrate_file
@@ -68,10 +69,10 @@ def test_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, tmp_pa
 @pytest.mark.slow
 def test_the_same_images_give_the_same_bytes(exported: Path, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
-    first = calibrate_file(exported, digits, tmp_path / "m.int8.onnx", images=40)
+    first = calibrate_file(exported, digits, tmp_path / "m.int8.onnx", CalibrationConfig(images=40))
     second = calibrate_file(exported, tmp_path / "calib.json", tmp_path / "again" / "m.int8.onnx")
     assert first.images == second.images
-    assert len(first.images.names) == 40
+    assert len(first.images.images) == 40
     for name in ("m.int8.onnx", "m.int8.json", "calib.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -103,10 +104,10 @@ def test_what_is_no_manifest(tmp_path: Path, content: str | None, expected: str)
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder of calibration images; give some hundred photographs"):
+    with pytest.raises(DataError, match="found nothing of that name"):
         calibration_set(tmp_path / "none")
     (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(DataError, match="found 1 image files, none of which can be decoded"):
+    with pytest.raises(DataError, match="found 1 images, none of which can be used"):
         calibration_set(tmp_path)
 
 
@@ -121,11 +122,11 @@ def test_few_images_and_dead_ones_are_told(caplog: pytest.LogCaptureFixture) -> 
     with pytest.raises(DataError, match="every tensor is zero"):
         calibrate(classifier(), batches(np.zeros_like(images)))
     with pytest.raises(ConfigError, match="method must be auto"):
-        calibrate(classifier(), batches(images), method="best")
+        CalibrationConfig(method="best")
     with pytest.raises(ConfigError, match=r"no convolution or matrix product is called 'Conv_1'; did you mean Conv_0"):
-        calibrate(classifier(), batches(images), keep=["Conv_1"])
+        calibrate(classifier(), batches(images), CalibrationConfig(keep=("Conv_1",)))
     with pytest.raises(ModelFileError, match="nothing to quantise"):
-        calibrate(classifier(), batches(images), keep=["Conv_0"])
+        calibrate(classifier(), batches(images), CalibrationConfig(keep=("Conv_0",)))
     images[0, 0, 0, 0] = np.nan
     with pytest.raises(DataError, match="the tensor input has values that are not finite"):
         calibrate(classifier(), batches(images))

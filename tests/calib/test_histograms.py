@@ -4,7 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.histograms import BINS, Histogram, collect_histograms
+from calib.counting import collect_histograms
+from calib.histograms import BINS, Histogram
 from runtime.errors import DataError
 from tests.networks import classifier
 

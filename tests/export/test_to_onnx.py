@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from export.to_onnx import save_onnx, to_onnx
+from calib.graphs import save_onnx
+from export.to_onnx import to_onnx
 from runtime.errors import OutputError
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 from train.dual_bn import add_auxiliary_bns, strip_auxiliary

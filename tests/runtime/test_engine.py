@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import runtime
+from calib.graphs import save_onnx
 from calib.precision import to_reduced
-from export.to_onnx import save_onnx
 from runtime.cli import main
 from runtime.cuda import find_gpu
 from runtime.engine.flavours import choose_flavour, parse_sm

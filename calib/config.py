@@ -1,0 +1,48 @@
+"""What can be wished of a calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.errors import ConfigError
+
+__all__ = ["METHOD_NAMES", "CalibrationConfig"]
+
+METHOD_NAMES = ("auto", "minmax", "percentile", "entropy", "mse")
+"""How thresholds can be chosen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """How a classifier is quantised."""
+
+    images: int = 256
+    """The most images to take from a folder, tar or array for thresholds."""
+    method: str = "auto"
+    """One of METHOD_NAMES. `auto`: for each tensor, of several thresholds from the one of least squared error to
+    the largest magnitude, that whose layers' outputs come out nearest."""
+    correct_bias: bool = True
+    """Take the mean error of each output channel off its bias."""
+    equalise: bool = False
+    """Move range between the channels of an activation and the weights that read it, where that is exact."""
+    reconstruct: bool = False
+    """Learn how each weight is rounded (AdaRound)."""
+    budget: float | None = None
+    """Points of top-1 accuracy that INT8 may cost on held-out images: layers go back to floating point until
+    it holds. None: no images are held out."""
+    mix: tuple[str, ...] = ("clean",)
+    """What each image is used as: `calib.images.KINDS`."""
+    keep: tuple[str, ...] = ()
+    """Names of nodes that stay in floating point."""
+    half: bool = True
+    """Make everything FP16 that is not INT8."""
+    seed: int = 0
+    """Of the corruptions in the mix, and of the images a reconstruction step takes."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHOD_NAMES:
+            raise ConfigError(f"method must be {', '.join(METHOD_NAMES)}; found {self.method!r}")
+        if self.images < 1:
+            raise ConfigError(f"images must be at least 1; found {self.images}")
+        if self.budget is not None and not 0 <= self.budget <= 100:
+            raise ConfigError(f"a budget is in points of top-1 accuracy, 0 to 100; found {self.budget}")

@@ -1,0 +1,120 @@
+"""Where images come from: a folder, a tar file, or an array. Each image has a name, by which it is read again."""
+
+from __future__ import annotations
+
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import DataError
+from runtime.images import SUFFIXES
+
+__all__ = ["ArraySource", "FolderSource", "ImageSource", "TarSource", "open_source"]
+
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+class ImageSource(ABC):
+    """Named images."""
+
+    names: Sequence[str]
+    """Sorted, so that the same images come in the same order everywhere."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | NDArray[np.uint8]:
+        """Returns an encoded image, or its pixels, uint8 (H, W, 3). Raises DataError where it cannot be read."""
+
+
+class FolderSource(ImageSource):
+    """The image files below a folder, by their paths relative to it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Lists `folder`."""
+        self._folder = folder
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        self.names = [path.relative_to(folder).as_posix() for path in paths]
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self._folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self._folder / name}: {error.strerror or error}") from error
+
+
+class TarSource(ImageSource):
+    """The image files in a tar file, by their paths in it; nothing is unpacked."""
+
+    def __init__(self, path: Path) -> None:
+        """Lists `path`. Raises DataError where it is not a whole tar file."""
+        self._path = path
+        try:
+            self._tar = tarfile.open(path)  # noqa: SIM115  # read until the object goes
+            members = [member for member in self._tar.getmembers() if member.isfile()]
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise DataError(f"{path} is not a whole tar file ({error})") from error
+        self._members = {member.name: member for member in members if _is_image(member.name)}
+        self.names = sorted(self._members)
+
+    def read(self, name: str) -> bytes:
+        try:
+            file = self._tar.extractfile(self._members[name])
+            assert file is not None
+            return file.read()
+        except (KeyError, OSError, EOFError, tarfile.TarError) as error:
+            raise DataError(f"{self._path}: {name} cannot be read ({error})") from error
+
+
+class ArraySource(ImageSource):
+    """The rows of an array file, `.npy` or the first fitting array of a `.npz`, by their numbers."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens `path`. Raises DataError where it has no uint8 array (N, H, W, 3)."""
+        self._path = path
+        try:
+            content = np.load(path, mmap_mode="r", allow_pickle=False)
+            arrays = [content] if isinstance(content, np.ndarray) else [content[key] for key in content.files]
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"{path} is not a whole NumPy file of pixels ({error})") from error
+        fitting = [array for array in arrays if _is_pixels(array)]
+        if not fitting:
+            found = ", ".join(f"{array.dtype} {array.shape}" for array in arrays) or "nothing"
+            raise DataError(f"{path}: expected an array of images, uint8 (N, H, W, 3); found {found}")
+        self._array = fitting[0]
+        self.names = [str(row) for row in range(len(self._array))]
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        if not (name.isdecimal() and int(name) < len(self._array)):
+            raise DataError(f"{self._path} has no image {name}: it has {len(self._array)}")
+        return np.array(self._array[int(name)])
+
+
+def open_source(path: Path) -> ImageSource:
+    """Opens a folder, a tar file (`.tar`, `.tar.gz`, …) or a NumPy file (`.npy`, `.npz`).
+
+    Raises:
+        DataError: none of these, or damaged.
+    """
+    if path.is_dir():
+        return FolderSource(path)
+    if path.is_file() and path.name.lower().endswith(_TARS):
+        return TarSource(path)
+    if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
+        return ArraySource(path)
+    found = "a file of another kind" if path.exists() else "nothing of that name"
+    raise DataError(
+        f"{path}: expected a folder, a tar or a NumPy file of images; found {found}. Calibration wants some hundred "
+        "photographs such as the model will see"
+    )
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
+
+
+def _is_pixels(array: NDArray[np.generic]) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and len(array) > 0
