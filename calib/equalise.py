@@ -22,7 +22,6 @@ the compromise: Xiao et al., "SmoothQuant" (2211.10438).
 
 from __future__ import annotations
 
-
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calib.graphs import check
+from calib.graphs import check, tensor_types
 from calib.initializers import add_initializer
 
 __all__ = ["ALPHAS", "equalisable", "equalised"]
@@ -60,7 +59,7 @@ class _Plan:
 
 def equalisable(model: onnx.ModelProto, tensors: Iterable[str]) -> list[str]:
     """Returns those of `tensors` whose channels can be scaled."""
-    values = _values(ir.from_proto(model).graph)
+    values = _values(_loaded(model).graph)
     return [name for name in tensors if name in values and _plan(values[name]) is not None]
 
 
@@ -74,7 +73,7 @@ def equalised(
         maxima: activation → largest magnitude of each channel, (channels,).
         alphas: activation → its compromise; those that cannot be scaled are passed over.
     """
-    graph_model = ir.from_proto(model)
+    graph_model = _loaded(model)
     graph = graph_model.graph
     values = _values(graph)
     for name, alpha in alphas.items():
@@ -88,6 +87,16 @@ def equalised(
     result = ir.to_proto(graph_model)
     check(result)
     return result
+
+
+def _loaded(model: onnx.ModelProto) -> ir.Model:
+    """The model with all shapes, by which gates are known."""
+    loaded = ir.from_proto(model)
+    types = tensor_types(model)
+    for name, value in _values(loaded.graph).items():
+        if value.shape is None and name in types:
+            value.shape = ir.Shape([size.dim_value or None for size in types[name].shape.dim])
+    return loaded
 
 
 def _values(graph: ir.Graph) -> dict[str, ir.Value]:

@@ -87,19 +87,19 @@ class CalibrationSet:
             adversary: attacks the images of the kind `adversarial`.
             size: images at once.
         """
-        reader = open_source(self.source)
         kinds = kinds or self.mix
         images = self.held if held else self.images
         chosen = spread(images, max(1, count // len(kinds))) if count else list(images)
-        for start in range(0, len(chosen), size):
-            few = chosen[start : start + size]
-            fitted = [fit_to_input(decode(reader.read(image.name)), spec) for image in few]
-            for kind in kinds:
-                pixels = fitted
-                if kind == "corrupted":
-                    pixels = [_corrupted(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
-                batch = normalise(np.stack(pixels), spec)
-                yield adversary(batch) if kind == "adversarial" and adversary else batch
+        with open_source(self.source) as reader:
+            for start in range(0, len(chosen), size):
+                few = chosen[start : start + size]
+                fitted = [fit_to_input(decode(reader.read(image.name)), spec) for image in few]
+                for kind in kinds:
+                    pixels = fitted
+                    if kind == "corrupted":
+                        pixels = [_corrupted(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
+                    batch = normalise(np.stack(pixels), spec)
+                    yield adversary(batch) if kind == "adversarial" and adversary else batch
 
     def save(self, path: Path) -> None:
         """Writes the manifest. Raises OutputError."""
@@ -154,12 +154,13 @@ def calibration_set(
     """
     if source.suffix == ".json":
         return _from_manifest(source)
-    reader = open_source(source)
-    total = min(len(reader.names), 2 * count if held else count)
-    found = _readable(reader, spread(reader.names, total), spec)
+    with open_source(source) as reader:
+        available = len(reader.names)
+        total = min(available, 2 * count if held else count)
+        found = _readable(reader, spread(reader.names, total), spec)
     if not found:
         raise DataError(
-            f"{source}: found {len(reader.names)} images, none of which can be used; give some hundred photographs "
+            f"{source}: found {available} images, none of which can be used; give some hundred photographs "
             "such as the model will see"
         )
     if len(found) > 1 and len({image.sha256 for image in found}) == 1:
@@ -234,11 +235,13 @@ def _from_manifest(path: Path) -> CalibrationSet:
         raise DataError(f"{path} is not the manifest of a calibration set ({error})") from error
     if not chosen.images:
         raise DataError(f"{path} names no images")
-    reader = open_source(chosen.source)
-    there = set(reader.names)
-    for image in (*chosen.images, *chosen.held):
-        if image.name not in there:
-            raise DataError(f"{path} names an image that is not there: {image.name} in {chosen.source}")
-        if _sha256(reader.read(image.name)) != image.sha256:
-            raise DataError(f"{image.name} is not the image that {path} names: its content has changed; calibrate anew")
+    with open_source(chosen.source) as reader:
+        there = set(reader.names)
+        for image in (*chosen.images, *chosen.held):
+            if image.name not in there:
+                raise DataError(f"{path} names an image that is not there: {image.name} in {chosen.source}")
+            if _sha256(reader.read(image.name)) != image.sha256:
+                raise DataError(
+                    f"{image.name} is not the image that {path} names: its content has changed; calibrate anew"
+                )
     return chosen

@@ -143,9 +143,10 @@ def _batch_size(model: onnx.ModelProto) -> int:
 def _read(source: Path, preprocessing: Preprocessing | None) -> tuple[onnx.ModelProto, Preprocessing]:
     """The float32 graph, ours or another's, and how images become its input."""
     summary = summarise(source)
-    if set(summary.weights) != {"fp32"}:
-        found = ", ".join(summary.weights) or "nothing"
-        raise ModelFileError(f"{source} computes in {found}; calibrate the float32 file (model.onnx)")
+    if set(summary.weights) - {"fp32"}:
+        raise ModelFileError(
+            f"{source} computes in {', '.join(summary.weights)}; calibrate the float32 file (model.onnx)"
+        )
     spec = summary.spec
     if spec is None:
         if preprocessing is None:

@@ -93,7 +93,7 @@ def reconstruct(
             layer = _Layer(
                 node=node,
                 point=point,
-                weight=numpy_helper.to_array(constants[point.weight]),
+                weight=np.array(numpy_helper.to_array(constants[point.weight])),
                 bias=_constant(node, constants),
                 inputs=_Tap(before, [dequantised_names(point)[0]]).of(images, dequantised_names(point)[0]),
                 targets=exact.of(images, node.output[0]),

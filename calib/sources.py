@@ -6,6 +6,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,15 @@ class ImageSource(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes | NDArray[np.uint8]:
         """Returns an encoded image, or its pixels, uint8 (H, W, 3). Raises DataError where it cannot be read."""
+
+    def close(self) -> None:  # noqa: B027  # most hold nothing open
+        """Frees what is held open; nothing can be read afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class FolderSource(ImageSource):
@@ -52,9 +62,13 @@ class TarSource(ImageSource):
         """Lists `path`. Raises DataError where it is not a whole tar file."""
         self._path = path
         try:
-            self._tar = tarfile.open(path)  # noqa: SIM115  # read until the object goes
+            self._tar = tarfile.open(path)  # noqa: SIM115  # `close` does it
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise DataError(f"{path} is not a tar file ({error})") from error
+        try:
             members = [member for member in self._tar.getmembers() if member.isfile()]
         except (OSError, EOFError, tarfile.TarError) as error:
+            self.close()
             raise DataError(f"{path} is not a whole tar file ({error})") from error
         self._members = {member.name: member for member in members if _is_image(member.name)}
         self.names = sorted(self._members)
@@ -66,6 +80,9 @@ class TarSource(ImageSource):
             return file.read()
         except (KeyError, OSError, EOFError, tarfile.TarError) as error:
             raise DataError(f"{self._path}: {name} cannot be read ({error})") from error
+
+    def close(self) -> None:
+        self._tar.close()
 
 
 class ArraySource(ImageSource):

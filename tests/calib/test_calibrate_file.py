@@ -41,7 +41,7 @@ def test_from_the_command_line_to_an_engine(exported: Path, digits: Path, tmp_pa
     target = tmp_path / "m.int8.onnx"
     result = CliRunner().invoke(main, ["calibrate", str(exported), "--data", str(digits), "--out", str(target)])
     assert result.exit_code == 0, result.output
-    assert "100.0% of the MACs in INT8" in result.output
+    assert "15 of 15 layers in INT8, 100.0% of the MACs" in result.output
     record = json.loads((tmp_path / "m.int8.json").read_text())
     assert record["agreement"] >= 0.95
     assert all(0 < node["threshold"] <= node["largest"] for node in record["nodes"])
@@ -61,7 +61,7 @@ def test_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, tmp_pa
     assert result.engine_info.precision == "int8"
     assert result.reduced_parity.agreement >= 0.95
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("model.onnx", "model.int8.onnx", "model.int8.json", "calib.json", "export.json"),
+        *("model.onnx", "model.int8.onnx", "model.int8.json", "calib.json", "export.json", "model.int8.ranges.png"),
         *("model.int8.engine", "model.int8.engine.json"),
     }
 

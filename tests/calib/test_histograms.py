@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -73,3 +74,30 @@ def test_no_images() -> None:
 
     with pytest.raises(DataError, match="calibration needs images"):
         collect_histograms(classifier(), nothing(), ["a"])
+
+
+def test_counting_goes_on_where_it_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = classifier()
+    few = [np.random.default_rng(seed).normal(size=(16, 3, 8, 8)).astype(np.float32) for seed in range(6)]
+    whole = collect_histograms(network, few, ["input", "r"])
+    cache = tmp_path / "of" / "these.npz"
+
+    def cut():
+        yield from few[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_histograms(network, cut(), ["input", "r"], cache=cache)
+    ran: list[int] = []
+    poisoned = [np.full_like(batch, np.nan) for batch in few[:4]] + few[4:]  # the first 64 images are not run again
+    found = collect_histograms(network, poisoned, ["input", "r"], ran.append, cache=cache)
+    assert sum(ran) == 96
+    for name, histogram in whole.items():
+        np.testing.assert_array_equal(found[name].counts, histogram.counts)
+        assert (found[name].amax, found[name].top) == (histogram.amax, histogram.top)
+    done = collect_histograms(network, [np.full_like(batch, np.nan) for batch in few], ["input", "r"], cache=cache)
+    np.testing.assert_array_equal(done["r"].counts, whole["r"].counts)
+    cache.write_bytes(cache.read_bytes()[:100])
+    again = collect_histograms(network, few, ["input", "r"], cache=cache)
+    np.testing.assert_array_equal(again["r"].counts, whole["r"].counts)
+    assert "is damaged and made anew" in caplog.text

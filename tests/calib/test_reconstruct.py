@@ -1,0 +1,74 @@
+import numpy as np
+import onnx
+
+from calib.graphs import open_session
+from calib.placement import points_of
+from calib.quantize import along, quantise_weight, quantize
+from calib.reconstruct import reconstruct
+from tests.networks import graph
+
+
+def network() -> onnx.ModelProto:
+    """Dense, strided depthwise with uneven padding, pointwise, product."""
+    random = np.random.default_rng(0)
+    body = """a = Conv <pads = [1, 1, 1, 1]> (input, w1, b1) r = Relu(a)
+        d = Conv <pads = [0, 0, 1, 1], strides = [2, 2], group = 8> (r, w2) e = Relu(d)
+        c = Conv(e, w3) p = GlobalAveragePool(c) f = Flatten(p) logits = Gemm <transB = 1> (f, w4, b4)"""
+    return graph(
+        body,
+        w1=random.normal(size=(8, 3, 3, 3)),
+        b1=random.normal(size=8),
+        w2=random.normal(size=(8, 1, 3, 3)),
+        w3=random.normal(size=(12, 8, 1, 1)),
+        w4=random.normal(size=(4, 12)),
+        b4=random.normal(size=4),
+    )
+
+
+def flat_images(seed: int) -> np.ndarray:
+    """Of nearly one colour each, so that the rounding errors of a filter can cancel out; whole numbers."""
+    random = np.random.default_rng(seed)
+    colours = random.uniform(-100, 100, size=(32, 3, 1, 1))
+    return np.round(colours + random.normal(size=(32, 3, 8, 8))).astype(np.float32)
+
+
+def test_errors_cancel_where_inputs_are_alike() -> None:
+    weight = np.random.default_rng(0).normal(size=(4, 3, 5, 5))
+    model = graph("c = Conv(input, w) p = GlobalAveragePool(c) logits = Flatten(p)", w=weight)
+    points = points_of(model)
+    weights, biases = reconstruct(model, points, {"input": 127.0}, [flat_images(1)])
+    errors = {}
+    for name, rounded in (("nearest", {}), ("learnt", weights)):
+        quantised = quantize(model, points, {"input": 127.0}, weights=rounded)
+        pair = [open_session(graph_).run(None, {"input": flat_images(2)})[0] for graph_ in (model, quantised)]
+        errors[name] = np.square(pair[0] - pair[1]).mean()
+    assert errors["learnt"] < 0.1 * errors["nearest"]
+    assert np.abs(biases["Conv_0"]).max() < 1
+    assert list(weights) == ["Conv_0"]
+
+
+def test_every_kind_of_layer_is_rounded_up_or_down_the_same_every_time() -> None:
+    model = network()
+    points = points_of(model)
+    images = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    thresholds = {point.tensor: 10.0 for point in points}
+    done: list[int] = []
+    weights, _ = reconstruct(model, points, thresholds, [images], progress=done.append)
+    again, _ = reconstruct(model, points, thresholds, [images])
+    assert len(weights) == sum(done) == 4
+    for point in points:
+        weight = next(onnx.numpy_helper.to_array(item) for item in model.graph.initializer if item.name == point.weight)
+        _, scales = quantise_weight(weight, point.axis)
+        ratio = weight / along(scales, point.axis, weight.ndim)
+        assert (np.abs(weights[point.node] - ratio) < 1 + 1e-4).all()
+        np.testing.assert_array_equal(weights[point.node], again[point.node])
+
+
+def test_what_is_not_quantised_or_shared_is_left_alone() -> None:
+    body = """a = Conv <pads = [1, 1, 1, 1]> (input, w1) b = Conv <pads = [1, 1, 1, 1]> (a, w1) c = Conv(b, w2)
+        p = GlobalAveragePool(c) logits = Flatten(p)"""
+    random = np.random.default_rng(0)
+    model = graph(body, w1=random.normal(size=(3, 3, 3, 3)), w2=random.normal(size=(4, 3, 1, 1)))
+    points = points_of(model, keep=["Conv_2"])
+    images = random.normal(size=(8, 3, 8, 8)).astype(np.float32)
+    assert reconstruct(model, points, {"input": 3.0, "a": 30.0}, [images]) == ({}, {})
