@@ -1,11 +1,15 @@
-"""INT8 after training: accuracy, speed and memory of our calibration beside ONNX Runtime's.
+"""INT8 after training: accuracy, robustness, speed and memory of our calibration beside ONNX Runtime's.
 
-    python benchmarks/int8.py --data imagenet_dev         EfficientNet-Lite0, ten rows: about ten minutes on two cores
+    python benchmarks/int8.py --val imagenet_dev
+        EfficientNet-Lite0 with real ImageNet weights: about fifteen minutes on two cores
+    python benchmarks/int8.py --net runs/resnet18/best.pt --calib cifar10/train --val cifar10/val --corrupted 500
+        a checkpoint of ours; also the mean error on 500 images under 15 corruptions × 5 severities
 
-Real ImageNet weights; 256 calibration images spread over `--data` (`WNID/*.JPEG`), accuracy on the others.
-Every graph runs with exact Q/DQ arithmetic (`session.disable_quant_qdq`): ONNX Runtime's own INT8 kernels saturate
-on CPUs without VNNI. Each row is a process of its own, so that its peak memory is its own. Seconds and memory are of
-the calibration; decoded images are counted in both.
+Without `--calib`, 256 calibration images are spread over `--val` (`CLASS/*`) and accuracy is that on the others. With a
+budget, a quarter of the calibration images is held out for it. Every graph runs with exact Q/DQ arithmetic
+(`session.disable_quant_qdq`): ONNX Runtime's own INT8 kernels saturate on CPUs without VNNI. Each row is a process
+of its own, so that its peak memory is its own. Seconds and memory are of the calibration, decoding included. The
+corruption `frost` needs the textures of imagecorruptions-imaug; without them it is left out, and that is said.
 """
 
 from __future__ import annotations
@@ -28,19 +32,31 @@ from real_weights import SOURCE, labelled_images, save_lite0
 
 from calib.config import CalibrationConfig
 from calib.graphs import open_session
+from calib.images import Adversary, CalibrationImage, CalibrationSet
 from calib.ptq import calibrate
 from runtime.engine.graph import node_macs, summarise
-from runtime.images import fit_all, normalise
-from runtime.spec import Preprocessing
+from runtime.errors import BackendUnavailable
+from runtime.files import sha256_file
+from runtime.images import SUFFIXES, fit_all, normalise, spread
+from runtime.spec import ModelSpec, Preprocessing
 
 BATCH = 4
+FROM = 64
+"""Batches of this size where accuracy is measured on small images."""
 OURS: dict[str, dict[str, Any]] = {
     "minmax": {"method": "minmax", "correct_bias": False},
     "percentile 99.99": {"method": "percentile", "correct_bias": False},
     "entropy": {"method": "entropy", "correct_bias": False},
     "mse": {"method": "mse", "correct_bias": False},
     "auto": {"method": "auto", "correct_bias": False},
-    "auto, bias corrected": {"method": "auto", "correct_bias": True},
+    "auto, bias corrected": {},
+    "+ equalised": {"equalise": True},
+    "+ reconstructed": {"reconstruct": True},
+    "+ budget 0.5": {"budget": 0.5},
+    "+ clean, corrupted": {"mix": ("clean", "corrupted")},
+    "+ clean, adversarial": {"mix": ("clean", "adversarial")},
+    "+ all three": {"mix": ("clean", "corrupted", "adversarial")},
+    "+ all three, budget 0.5": {"mix": ("clean", "corrupted", "adversarial"), "budget": 0.5},
 }
 THEIRS: dict[str, dict[str, Any]] = {
     "ORT MinMax": {"method": "MinMax"},
@@ -49,16 +65,175 @@ THEIRS: dict[str, dict[str, Any]] = {
 }
 
 
-def batches(paths: list[Path], spec: Preprocessing) -> Iterator[NDArray[np.float32]]:
-    for start in range(0, len(paths), BATCH):
-        yield normalise(fit_all(paths[start : start + BATCH], spec), spec)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", type=Path, help="A checkpoint. Default: EfficientNet-Lite0.")
+    parser.add_argument("--val", type=Path, required=True, help="Labelled images, CLASS/*.")
+    parser.add_argument("--calib", type=Path, help="Calibration images. Default: some of --val.")
+    parser.add_argument("--images", type=int, nargs="+", default=[256], help="Calibration images.")
+    parser.add_argument("--corrupted", type=int, default=0, help="Images to corrupt in all ways.")
+    parser.add_argument("--rows", nargs="+", default=["float32", *THEIRS, *OURS])
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(measure(arguments.row, arguments.folder, arguments)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = export(arguments, folder)
+        if arguments.corrupted:
+            store_corrupted(arguments, spec, folder)
+        heading = "  mean corruption error" if arguments.corrupted else ""
+        print(f"{'':26} images   top-1  agrees  INT8 MACs  seconds  peak MB{heading}")
+        for row in arguments.rows:
+            for images in arguments.images:
+                show(row, images, run(row, images, folder))
 
 
-def split(data: Path, count: int) -> tuple[list[int], list[int]]:
-    """Positions of the calibration images, evenly spread, and of all others."""
-    total = len(labelled_images(data)[0])
-    chosen = np.unique(np.linspace(0, total - 1, count).astype(int))
-    return chosen.tolist(), np.setdiff1d(np.arange(total), chosen).tolist()
+def export(arguments: argparse.Namespace, folder: Path) -> ModelSpec:
+    from export.pipeline import export_checkpoint
+
+    if arguments.net is None:
+        weights = save_lite0(folder / "lite0.pth")
+        source = export_checkpoint(SOURCE, weights=weights, data=arguments.val, out=folder).onnx
+    else:
+        source = export_checkpoint(arguments.net, out=folder).onnx
+    spec = summarise(source).spec
+    assert spec is not None
+    return spec
+
+
+def run(row: str, images: int, folder: Path) -> dict[str, float] | str:
+    command = [sys.executable, __file__, *sys.argv[1:], "--row", row, "--folder", str(folder), "--images", str(images)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def show(row: str, images: int, found: dict[str, float] | str) -> None:
+    if isinstance(found, str):
+        print(f"{row:26} failed: {found}", flush=True)
+        return
+    line = (
+        f"{row:26} {images:6} {found['top1']:7.2%} {found['agreement']:7.2%} {found['share']:10.1%} "
+        f"{found['seconds']:8.1f} {found['peak_mb']:8.0f}"
+    )
+    if "corrupted" in found:
+        line += f"  {found['corrupted']:.2%}"
+    print(line, flush=True)
+
+
+def batches(paths: list[Path], spec: Preprocessing, size: int = BATCH) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, len(paths), size):
+        yield normalise(fit_all(paths[start : start + size], spec), spec)
+
+
+def labelled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
+    """Images of `folder/CLASS/*`, and their places among the model's classes."""
+    if spec.wnids:
+        return labelled_images(folder)
+    places = {name: place for place, name in enumerate(spec.classes)}
+    paths = sorted(path for path in folder.glob("*/*") if path.parent.name in places)
+    return paths, [places[path.parent.name] for path in paths]
+
+
+def split(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[Path, list[Path], list[Path], list[int]]:
+    """The calibration images and their folder, the others and their labels."""
+    paths, labels = labelled(arguments.val, spec)
+    if arguments.calib is not None:
+        others = sorted(path for path in arguments.calib.rglob("*") if path.suffix.lower() in SUFFIXES)
+        return arguments.calib, spread(others, arguments.images[0]), paths, labels
+    chosen = set(np.unique(np.linspace(0, len(paths) - 1, arguments.images[0]).astype(int)).tolist())
+    left = [place for place in range(len(paths)) if place not in chosen]
+    return (
+        arguments.val,
+        [paths[place] for place in sorted(chosen)],
+        [paths[place] for place in left],
+        [labels[place] for place in left],
+    )
+
+
+def measure(row: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    source = folder / "model.onnx"
+    spec = summarise(source).spec
+    assert spec is not None
+    root, chosen, held, labels = split(arguments, spec)
+    model = onnx.load(source)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    share = 0.0
+    if row in OURS:
+        quantised, share = ours(model, root, chosen, spec, CalibrationConfig(**OURS[row]), arguments.net)
+    elif row in THEIRS:
+        options = THEIRS[row]
+        quantised = theirs(source, chosen, spec.preprocessing, options["method"], options.get("extra", {}))
+        macs = node_macs(model)
+        share = sum(count for name, count in macs.items() if is_quantised(quantised, name)) / sum(macs.values())
+    else:
+        quantised = model
+    found = {
+        "share": share,
+        "seconds": time.perf_counter() - began,
+        "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024,
+    }
+    session, reference = open_session(quantised), open_session(model)
+    size = FROM if spec.preprocessing.height <= 64 else BATCH
+    logits, expected = [], []
+    for batch in batches(held, spec.preprocessing, size):
+        logits.append(session.run(None, {"input": batch})[0].argmax(1))
+        expected.append(reference.run(None, {"input": batch})[0].argmax(1))
+    classes = np.concatenate(logits)
+    found |= {
+        "top1": float((classes == np.asarray(labels)).mean()),
+        "agreement": float((classes == np.concatenate(expected)).mean()),
+    }
+    if arguments.corrupted:
+        found["corrupted"] = mean_corruption_error(session, folder, spec.preprocessing)
+    return found
+
+
+def ours(
+    model: onnx.ModelProto,
+    root: Path,
+    chosen: list[Path],
+    spec: ModelSpec,
+    config: CalibrationConfig,
+    checkpoint: Path | None,
+) -> tuple[onnx.ModelProto, float]:
+    images = [CalibrationImage(path.relative_to(root).as_posix(), sha256_file(path)) for path in chosen]
+    apart = set(images[3::4]) if config.budget is not None else set()
+    chosen_set = CalibrationSet(
+        source=root,
+        images=tuple(image for image in images if image not in apart),
+        held=tuple(apart and images[3::4]),
+        mix=config.mix,
+    )
+    adversary = attacker(checkpoint) if "adversarial" in config.mix else None
+    preprocessing = spec.preprocessing
+
+    def held(kind: str) -> Any:
+        return lambda: chosen_set.batches(preprocessing, kinds=(kind,), held=True, adversary=adversary)
+
+    result = calibrate(
+        model,
+        lambda count: chosen_set.batches(preprocessing, count, adversary=adversary),
+        config,
+        held={kind: held(kind) for kind in config.mix} if apart else None,
+    )
+    return result.model, result.int8_share
+
+
+def attacker(checkpoint: Path | None) -> Adversary:
+    from export.adversary import adversary_of
+    from export.source import load_source
+
+    if checkpoint is not None:
+        return adversary_of(load_source(checkpoint))
+    with tempfile.TemporaryDirectory() as name:
+        return adversary_of(load_source(SOURCE, weights=save_lite0(Path(name) / "lite0.pth")))
 
 
 def theirs(source: Path, images: list[Path], spec: Preprocessing, method: str, extra: dict[str, Any]) -> Any:
@@ -94,82 +269,42 @@ def theirs(source: Path, images: list[Path], spec: Preprocessing, method: str, e
     return onnx.load(target)
 
 
-def measure(row: str, source: Path, data: Path, images: int) -> dict[str, float]:
-    spec = summarise(source).spec.preprocessing
-    paths, labels = labelled_images(data)
-    calibration, held = split(data, images)
-    chosen = [paths[place] for place in calibration]
-    model = onnx.load(source)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    share = 0.0
-    if row in OURS:
-        result = calibrate(model, lambda count: batches(chosen[: count or None], spec), CalibrationConfig(**OURS[row]))
-        quantised, share = result.model, result.int8_share
-    elif row in THEIRS:
-        options = THEIRS[row]
-        quantised = theirs(source, chosen, spec, options["method"], options.get("extra", {}))
-        macs = node_macs(model)
-        share = sum(count for name, count in macs.items() if quantised_node(quantised, name)) / sum(macs.values())
-    else:
-        quantised = model
-    seconds = time.perf_counter() - began
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
-    session, reference = open_session(quantised), open_session(model)
-    right = same = 0
-    for start in range(0, len(held), BATCH):
-        places = held[start : start + BATCH]
-        batch = normalise(fit_all([paths[place] for place in places], spec), spec)
-        classes = session.run(None, {"input": batch})[0].argmax(1)
-        right += int((classes == np.asarray([labels[place] for place in places])).sum())
-        same += int((classes == reference.run(None, {"input": batch})[0].argmax(1)).sum())
-    return {
-        "top1": right / len(held),
-        "agreement": same / len(held),
-        "share": share,
-        "seconds": seconds,
-        "peak_mb": peak,
-        "held": len(held),
-    }
-
-
-def quantised_node(model: onnx.ModelProto, name: str) -> bool:
+def is_quantised(model: onnx.ModelProto, name: str) -> bool:
     producers = {output: node.op_type for node in model.graph.node for output in node.output}
     node = next(node for node in model.graph.node if node.name == name)
     return all(producers.get(source) == "DequantizeLinear" for source in node.input[:2])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--images", type=int, nargs="+", default=[256], help="Calibration images.")
-    parser.add_argument("--rows", nargs="+", default=["float32", *THEIRS, *OURS])
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.row:
-        print(json.dumps(measure(arguments.row, arguments.source, arguments.data, arguments.images[0])))
-        return
-    with tempfile.TemporaryDirectory() as name:
-        from export.pipeline import export_checkpoint
+def store_corrupted(arguments: argparse.Namespace, spec: ModelSpec, folder: Path) -> None:
+    """Every corruption at every severity, made once for all rows."""
+    from runtime.evaluate.corruptions import CORRUPTIONS, corrupt
 
-        weights = save_lite0(Path(name) / "lite0.pth")
-        source = export_checkpoint(SOURCE, weights=weights, data=arguments.data, out=Path(name)).onnx
-        print(f"{'':22} images  top-1  agrees  INT8 MACs  seconds  peak MB")
-        for row in arguments.rows:
-            for images in arguments.images:
-                command = [sys.executable, __file__, "--row", row, "--source", str(source)]
-                command += ["--data", str(arguments.data), "--images", str(images)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    print(f"{row:22} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-                    continue
-                found = json.loads(done.stdout.strip().splitlines()[-1])
-                print(
-                    f"{row:22} {images:6} {found['top1']:6.1%} {found['agreement']:7.1%} {found['share']:10.1%} "
-                    f"{found['seconds']:8.1f} {found['peak_mb']:8.0f}",
-                    flush=True,
-                )
+    _, _, paths, labels = split(arguments, spec)
+    chosen = spread(list(zip(paths, labels, strict=True)), arguments.corrupted)
+    fitted = fit_all([path for path, _ in chosen], spec.preprocessing)
+    np.save(folder / "labels.npy", [label for _, label in chosen])
+    for name in CORRUPTIONS:
+        for severity in range(1, 6):
+            try:
+                few = [corrupt(image, name, severity, key=str(key)) for key, image in enumerate(fitted)]
+            except BackendUnavailable as error:
+                print(f"without {name}: {error}")
+                break
+            np.save(folder / f"{name}-{severity}.npy", np.stack(few))
+
+
+def mean_corruption_error(session: Any, folder: Path, spec: Preprocessing) -> float:
+    labels = np.load(folder / "labels.npy")
+    errors = []
+    for path in sorted(folder.glob("*-[1-5].npy")):
+        images = np.load(path)
+        size = FROM if spec.height <= 64 else BATCH
+        classes = [
+            session.run(None, {"input": normalise(images[start : start + size], spec)})[0].argmax(1)
+            for start in range(0, len(images), size)
+        ]
+        errors.append(float((np.concatenate(classes) != labels).mean()))
+    return float(np.mean(errors))
 
 
 if __name__ == "__main__":

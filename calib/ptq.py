@@ -112,7 +112,9 @@ def calibrate(
     if config.reconstruct:
         from calib.reconstruct import reconstruct  # torch
 
-        weights, biases = reconstruct(model, points, thresholds, batches(TRIED), config.seed, count.of("rounding"))
+        weights, biases = reconstruct(
+            model, points, thresholds, batches(TRIED), config.seed, progress=count.of("rounding")
+        )
 
     def quantised(some: Sequence[Point]) -> onnx.ModelProto:
         return quantize(model, some, thresholds, biases=biases, weights=weights)

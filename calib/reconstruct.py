@@ -30,7 +30,6 @@ from runtime.images import spread
 
 __all__ = ["reconstruct"]
 
-_STEPS = 400
 _BATCH = 8
 _IMAGES = 32
 _LEARNING_RATE = 1e-2
@@ -62,6 +61,7 @@ def reconstruct(
     thresholds: dict[str, float],
     batches: Iterable[NDArray[np.float32]],
     seed: int = 0,
+    steps: int = 400,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]]:
     """Learns how the weights of every quantised layer are rounded.
@@ -73,6 +73,7 @@ def reconstruct(
         thresholds: tensor → what 127 stands for.
         batches: images; at most 32 are used, spread over them.
         seed: of the order in which images are taken.
+        steps: of gradient descent on each layer.
         progress: called after each layer with 1.
 
     Returns:
@@ -98,7 +99,7 @@ def reconstruct(
                 inputs=_Tap(before, [dequantised_names(point)[0]]).of(images, dequantised_names(point)[0]),
                 targets=exact.of(images, node.output[0]),
             )
-            weights[point.node], biases[point.node] = _learnt(layer, generator)
+            weights[point.node], biases[point.node] = _learnt(layer, steps, generator)
         if point.int8 and progress:
             progress(1)
     return weights, biases
@@ -129,7 +130,7 @@ class _Tap:
         return torch.from_numpy(np.concatenate(few))
 
 
-def _learnt(layer: _Layer, generator: torch.Generator) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+def _learnt(layer: _Layer, steps: int, generator: torch.Generator) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """The layer's int8 weights, and the correction of its bias."""
     _, scales = quantise_weight(layer.weight, layer.point.axis)
     scale = torch.from_numpy(along(scales, layer.point.axis, layer.weight.ndim))
@@ -139,14 +140,14 @@ def _learnt(layer: _Layer, generator: torch.Generator) -> tuple[NDArray[np.int8]
     choice = torch.log(start / (1 - start)).requires_grad_(True)
     optimiser = torch.optim.Adam([choice], lr=_LEARNING_RATE)
     power = layer.targets.square().mean().clamp_min(1e-12)
-    free = int(_FREE * _STEPS)
-    for step in range(_STEPS):
+    free = int(_FREE * steps)
+    for step in range(steps):
         rows = torch.randperm(len(layer.inputs), generator=generator)[:_BATCH]
         up = _chosen(choice)
         output = _run(layer, layer.inputs[rows], scale * (floor + up).clamp(-LEVELS, LEVELS))
         loss = (output - layer.targets[rows]).square().mean() / power
         if step >= free:
-            done = (step - free) / (_STEPS - free)
+            done = (step - free) / (steps - free)
             sharpness = _SHARPNESS[1] + 0.5 * (_SHARPNESS[0] - _SHARPNESS[1]) * (1 + np.cos(np.pi * done))
             loss = loss + _PRESSURE / choice.numel() * (1 - (2 * up - 1).abs().pow(sharpness)).sum()
         optimiser.zero_grad()

@@ -7,8 +7,8 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
+from runtime.cpu import has_exact_int8
 from runtime.cuda import find_gpu
 from runtime.engine.flavours import choose_flavour
 from runtime.errors import BackendUnavailable, first_line
@@ -135,13 +135,16 @@ def _torch() -> Finding:
 
 def _vnni() -> Finding:
     part = "CPU for INT8"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
+    exact = has_exact_int8()
+    if exact is None:
         return Finding(part=part, state="missing", found="cannot be told on this system")
-    if "avx512_vnni" in flags or "avx_vnni" in flags:
-        return Finding(part=part, state="ok", found="has VNNI: ONNX Runtime's INT8 kernels are exact")
-    return Finding(part=part, state="missing", found="no VNNI: ONNX Runtime's INT8 kernels saturate here")
+    if exact:
+        return Finding(part=part, state="ok", found="ONNX Runtime's INT8 kernels are exact here (VNNI or the like)")
+    return Finding(
+        part=part,
+        state="missing",
+        found="no VNNI: ONNX Runtime's INT8 kernels saturate here; sessions run INT8 files in floating point instead",
+    )
 
 
 def _version(package: str) -> str | None:

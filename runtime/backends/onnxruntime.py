@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, TensorInfo
+from runtime.cpu import has_exact_int8
 from runtime.cuda import find_gpu
+from runtime.engine.graph import CALIBRATION_KEY
 from runtime.errors import BackendUnavailable, ConfigError, ModelFileError, first_line
 from runtime.spec import METADATA_KEY, ModelSpec
 
@@ -32,13 +34,15 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, device: str = "auto", threads: int = 0) -> None:
+    def __init__(self, path: Path, device: str = "auto", threads: int = 0, exact_int8: bool | None = None) -> None:
         """Loads `path`.
 
         Args:
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA where a GPU and the provider are there.
             threads: CPU threads inside one run; 0 leaves it to ONNX Runtime.
+            exact_int8: on a CPU, run Q/DQ nodes as they are written, in floating point, and not by INT8 kernels:
+                slower, and the numbers a GPU gives. Default: where the CPU's own INT8 sums saturate.
 
         Raises:
             ModelFileError: no such file, not ONNX, or not an image classifier.
@@ -49,6 +53,9 @@ class OnnxRuntimeBackend(Backend):
         options = ort.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY
         options.intra_op_num_threads = threads
+        saturates = exact_int8 is None and self.device == "cpu" and has_exact_int8() is False
+        if exact_int8 or saturates:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         providers = ["CPUExecutionProvider"]
         if self.device == "cuda":
             providers.insert(0, "CUDAExecutionProvider")
@@ -77,7 +84,14 @@ class OnnxRuntimeBackend(Backend):
                 raise BackendUnavailable(f"{problem}, or use device='cpu'")
             log.warning("%s. Running on the CPU", problem)
             self.device = "cpu"
-        text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        metadata = session.get_modelmeta().custom_metadata_map
+        if saturates and CALIBRATION_KEY in metadata:
+            log.warning(
+                "%s is INT8, and this CPU has no VNNI: ONNX Runtime's INT8 kernels would saturate. It runs in floating "
+                "point, with the accuracy of a GPU but no quicker than the FP32 file",
+                path,
+            )
+        text = metadata.get(METADATA_KEY)
         self.spec = ModelSpec.from_json(text, where=str(path)) if text else None
         expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
         (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)

