@@ -134,9 +134,9 @@ def _check_image(image: object) -> None:
 
 
 def _check_choices(name: str, severity: int, table: str) -> None:
-    if name not in _HOMES:
+    if not isinstance(name, str) or name not in _HOMES:
         known = (*CORRUPTIONS, *EXTRAS)
-        hint = nearest(name, known) if isinstance(name, str) else ""
+        hint = nearest(str(name), known)
         raise ConfigError(f"no corruption {name!r}; {hint or 'there are ' + ', '.join(known)}")
     if isinstance(severity, bool) or not isinstance(severity, int | np.integer) or not 1 <= severity <= 5:
         raise ConfigError(f"a corruption's severity must be 1, 2, 3, 4 or 5; found {severity!r}")
