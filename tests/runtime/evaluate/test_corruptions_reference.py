@@ -41,7 +41,8 @@ def test_cells_are_those_of_the_original(reference: Mapping[str, np.ndarray], na
     skip_without_textures(name)
     cell = compare(reference, name, severity)
     if name != "impulse_noise":  # its draws are not known
-        assert cell["levels"] <= 1
+        # OpenCV 4 interpolates at 32 places between two pixels, OpenCV 5 everywhere.
+        assert cell["levels"] <= (3 if name == "elastic_transform" else 1)
         assert cell["replay"][0] == pytest.approx(1, abs=0.03)
         assert cell["replay"][1] == pytest.approx(1, abs=0.05)
     if name in PIXELWISE:
