@@ -38,7 +38,10 @@ def defocus_blur(image_HWC: NDArray[np.uint8], radius: float, softness: float) -
 
 @lru_cache(maxsize=32)
 def _disk(radius: float, softness: float) -> NDArray[np.float32]:
-    """Weights that sum to 1, on 17 × 17 pixels up to a radius of 8."""
+    """Weights on 17 × 17 pixels, from a radius of 9 on as many as it needs.
+
+    As in the original a soft edge that would lie outside is folded inside, so the weights' sum is up to 1.013.
+    """
     reach = max(8, int(radius))
     along = np.arange(-reach, reach + 1)
     inside = (along[:, None] ** 2 + along**2 <= radius**2).astype(np.float32)

@@ -32,7 +32,7 @@ def saturate(image_HWC: NDArray[np.uint8], factor: float, amount: float) -> NDAr
 
 def contrast(image_HWC: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     """Brings each value nearer to its channel's mean: `factor` of the distance is left."""
-    means = image_HWC.mean(axis=(0, 1)) / 255
+    means = np.array(cv2.mean(image_HWC)[:3]) / 255
     levels = np.arange(256)[:, None] / 255
     table = truncate(((levels - means) * factor + means) * 255)
     return cv2.LUT(image_HWC, table[None])  # type: ignore[no-any-return]

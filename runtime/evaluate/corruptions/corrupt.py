@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from runtime.errors import BackendUnavailable, ConfigError, DataError, nearest
 from runtime.evaluate.corruptions.severities import CORRUPTIONS, EXTRAS, TABLES, table_for
 
-__all__ = ["corrupt"]
+__all__ = ["FIXED", "corrupt", "function_of"]
 
 _HOMES = {
     "gaussian_noise": "noise",
@@ -40,7 +40,7 @@ _HOMES = {
 }
 """Corruption → the module that has a function of its name."""
 
-_FIXED = frozenset(
+FIXED = frozenset(
     {
         "defocus_blur",
         "gaussian_blur",
@@ -90,9 +90,9 @@ def corrupt(
     _check_choices(name, severity, table)
     height, width = image_HWC.shape[:2]
     arguments = TABLES[table_for(height, width) if table == "auto" else table][name][severity - 1]
-    function = _function(name)
+    function = function_of(name)
     result: NDArray[np.uint8]
-    if name in _FIXED:
+    if name in FIXED:
         result = function(image_HWC, *arguments)
     else:
         result = function(image_HWC, *arguments, random=_generator(seed, key, name, severity))
@@ -102,16 +102,17 @@ def corrupt(
 
 def _generator(seed: int, key: str | int, name: str, severity: int) -> np.random.Generator:
     """A generator for one cell: Python's own hash would differ from process to process."""
-    for what, value, kinds in (("key", key, str | int | np.integer), ("seed", seed, int | np.integer)):
-        if not isinstance(value, kinds):
-            raise ConfigError(f"the {what} of a corrupted image must be {kinds}; found {value!r}")
+    if not isinstance(key, str | int | np.integer):
+        raise ConfigError(f"the key of an image to corrupt must be a text or a whole number; found {key!r}")
+    if not isinstance(seed, int | np.integer):
+        raise ConfigError(f"the seed of a corruption must be a whole number; found {seed!r}")
     cell = json.dumps([int(seed), key if isinstance(key, str) else int(key), name, int(severity)])
     digest = hashlib.blake2b(cell.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
 
 
 @cache
-def _function(name: str) -> Callable[..., Any]:
+def function_of(name: str) -> Callable[..., Any]:
     try:
         home = importlib.import_module(f"runtime.evaluate.corruptions.{_HOMES[name]}")
     except ImportError as error:
@@ -133,9 +134,9 @@ def _check_image(image: object) -> None:
 
 
 def _check_choices(name: str, severity: int, table: str) -> None:
-    if name not in _HOMES:
+    if not isinstance(name, str) or name not in _HOMES:
         known = (*CORRUPTIONS, *EXTRAS)
-        hint = nearest(name, known) if isinstance(name, str) else ""
+        hint = nearest(str(name), known)
         raise ConfigError(f"no corruption {name!r}; {hint or 'there are ' + ', '.join(known)}")
     if isinstance(severity, bool) or not isinstance(severity, int | np.integer) or not 1 <= severity <= 5:
         raise ConfigError(f"a corruption's severity must be 1, 2, 3, 4 or 5; found {severity!r}")

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 __all__ = ["motion_blur", "smear"]
 
+_SLACK = 1 / 1024
+"""Grey levels, so that rounding in float32 does not turn an even 200 into 199."""
+
 
 def motion_blur(
     image_HWC: NDArray[np.uint8], radius: int, sigma: float, *, random: np.random.Generator
@@ -29,14 +32,14 @@ def smear(image: NDArray[np.uint8], radius: int, sigma: float, degrees: float) -
         degrees: the direction, clockwise from the right.
 
     Returns:
-        uint8 of the same shape, rounded.
+        uint8 of the same shape, fractions cut off.
     """
     height, width = image.shape[:2]
     offsets = _offsets(radius, sigma, degrees)
     top, left = max(0, -min(y for y, _ in offsets)), max(0, -min(x for _, x in offsets))
     bottom, right = max(0, max(y for y, _ in offsets)), max(0, max(x for _, x in offsets))
     padded: NDArray[Any] = cv2.copyMakeBorder(image.astype(np.float32), top, bottom, left, right, cv2.BORDER_REPLICATE)
-    blurred = np.zeros(image.shape, np.float32)
+    blurred = np.full(image.shape, _SLACK, np.float32)
     for (y, x), weight in offsets.items():
         shifted = padded[top + y : top + y + height, left + x : left + x + width]
         cv2.scaleAdd(shifted, weight, blurred, blurred)
