@@ -198,7 +198,7 @@ def _build_plan(
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         raise EngineBuildError(f"{flavour.name} {flavour.version} cannot read {source}: {'; '.join(reasons)}")
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers can be told apart; kernels stay the same
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what `_report` reads
     if workspace_bytes:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     shapes = builder.create_optimization_profile()

@@ -160,12 +160,18 @@ def _layer_of(node: Any, layers: Sequence[EngineLayer]) -> EngineLayer | None:
 
 
 def _computes(layer: EngineLayer | None) -> str:
-    """The type of both factors; where they differ, that of the activation."""
-    factors = [tensor.type for tensor in (*layer.inputs, *layer.constants)[:2]] if layer else []
-    if not factors:
+    """The type of both factors; where they differ, the floating one.
+
+    The activation comes first. The weights are a constant, or an input where another kernel dequantises them; a
+    residual that the kernel adds is an input too.
+    """
+    if layer is None or not layer.inputs:
         return UNKNOWN
-    floats = [factor for factor in factors if factor != INT8]
-    return floats[0] if floats else INT8
+    first = layer.inputs[0].type
+    others = [tensor.type for tensor in (*layer.inputs[1:], *layer.constants)]
+    if first == INT8 and others and INT8 not in others:
+        return others[0]
+    return first
 
 
 def _reason(graph: _Graph, node: Any, layer: EngineLayer | None, flavour: str, sms: Collection[int]) -> str:

@@ -134,6 +134,30 @@ def test_a_transposed_convolution_has_no_int8_kernel(tmp_path: Path) -> None:
     assert (layer.computes, layer.why) == ("fp32", "TensorRT-RTX has no INT8 ConvTranspose")
 
 
+def test_a_residual_that_the_convolution_adds(tmp_path: Path) -> None:
+    """With one scale for all weights, the bias, the ReLU and an FP16 residual become part of the INT8 kernel."""
+    random = np.random.default_rng(0)
+    body = """a = Conv(input, w1) b = Conv<pads=[1, 1, 1, 1]>(a, w2) s = Add(b, a) r = Relu(s)
+        p = GlobalAveragePool(r) logits = Flatten(p)"""
+    model = graph(body, w1=random.normal(size=(4, 3, 1, 1)), w2=random.normal(size=(4, 4, 3, 3)))
+    model = to_reduced(quantize(model, points_of(model), {"input": 4.0, "a": 4.0}), "fp16")
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.attribute:
+            for name in node.input[1:]:
+                first = numpy_helper.to_array(tensors[name])[0]
+                tensors[name].CopyFrom(numpy_helper.from_array(np.asarray(first), name))
+            del node.attribute[:]
+    onnx.save(model, tmp_path / "a.onnx")
+    layers = by_node(runtime.build(tmp_path / "a.onnx", sm=(89,), flavour="tensorrt_rtx"))
+    assert {name: (layer.computes, layer.why) for name, layer in layers.items()} == dict.fromkeys(
+        ["Conv_0", "Conv_1"], ("int8", "")
+    )
+    plan = (tmp_path / "a.engine").read_bytes()
+    assert types_in_plan(plan) == dict.fromkeys(["Conv_0", "Conv_1"], ("half", "int8", "int8"))
+    assert re.search(rb'corrltn=\{ name="Conv_1"[^\n]* relu=true [^\n]* accu=true', plan)
+
+
 def test_an_int8_plan_that_saves_nothing_is_told(
     engine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
