@@ -8,6 +8,7 @@ Source: NVIDIA, TensorRT Developer Guide, "Working with Quantized Types", Q/DQ p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -115,22 +116,21 @@ def int8_share(points: Iterable[Point]) -> float:
 
 
 def residual_inputs(model: onnx.ModelProto, points: Iterable[Point]) -> list[tuple[str, str]]:
-    """Returns (Add, tensor) of each residual Add: the input that does not come straight from a quantised convolution.
+    """Returns (Add, tensor) of each residual Add behind a quantised convolution.
 
-    Where both do, as behind a projected shortcut, the first stays as it is and the second is the one.
+    The tensor is the other input: the identity, which others read too, or, behind a projected shortcut, the second.
     """
     int8 = {point.node for point in points if point.int8 and point.op == "Conv"}
     convolved = {name for node in model.graph.node if node.name in int8 for name in node.output}
     constants = {tensor.name for tensor in model.graph.initializer}
+    readers = Counter(name for node in model.graph.node for name in node.input)
     found = []
     for node in model.graph.node:
         if node.op_type != "Add" or any(name in constants for name in node.input):
             continue
-        others = [name for name in node.input if name not in convolved]
-        if len(others) == 1:
-            found.append((node.name, others[0]))
-        elif not others:
-            found.append((node.name, node.input[1]))
+        fused = [name for name in node.input if name in convolved and readers[name] == 1]
+        if fused:
+            found.append((node.name, next(name for name in (*node.input, fused[0]) if name != fused[0])))
     return found
 
 
