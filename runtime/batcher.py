@@ -33,8 +33,9 @@ _Answer = TypeVar("_Answer")
 class Batching:
     """How a batcher makes batches."""
 
-    max_batch: int = 32
-    """Images in a batch at most; fewer where the model file takes fewer."""
+    max_batch: int = 8
+    """Images in a batch at most; fewer where the model file takes fewer. On a CPU large batches leave its caches and
+    are slower for each image; a GPU wants 32 and more. benchmarks/runtime_overhead.py finds the best."""
     max_delay_us: int = 1000
     """Microseconds that a request waits for others while the model is idle."""
     max_queued_images: int = 256

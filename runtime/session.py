@@ -88,11 +88,7 @@ class Session:
         """What was done so far."""
         gate = self._gate
         return SessionStats(
-            calls=gate.calls,
-            images=gate.images,
-            failed=gate.failed,
-            running=gate.inside,
-            batcher=self._batcher.stats,
+            calls=gate.calls, images=gate.images, failed=gate.failed, running=gate.inside, batcher=self._batcher.stats
         )
 
     def explain(self) -> str:

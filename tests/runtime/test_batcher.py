@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 import runtime
+from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.batcher import Batcher, BatcherStats, Batching
 from runtime.errors import ConfigError, DeadlineExceeded, InputError, QueueFull, RunFailed, SessionClosed
 from tests.runtime.serving_models import FRAGILE, MEAN, SLOW, images_of, serving_model
@@ -263,6 +264,24 @@ def test_64_threads_through_the_batcher(network: Path) -> None:
         assert ends(stats) == {"answered": 32_000}
         assert stats.submitted == 32_000
         assert stats.mean_batch > 2, "requests were joined"
+
+
+class TwoContexts(OnnxRuntimeBackend):
+    """As a backend with a pool of contexts would be; ONNX Runtime takes any number of calls at once."""
+
+    contexts = 2
+
+
+def test_two_batches_at_a_time(network: Path) -> None:
+    backend = TwoContexts(network, device="cpu", threads=runtime.Threads(intra=1))
+    batching = Batching(max_batch=4, max_delay_us=100, max_queued_images=64 * 20)
+    with runtime.Session(backend, network, batching) as session:
+        traffic = Traffic(session, requests=50)
+        traffic.run(lambda images, random: session.submit(images).result(30))
+        workers = [thread for thread in threading.enumerate() if thread.name.startswith("advprop-batcher")]
+        assert len(workers) == 2
+        assert traffic.wrong == []
+        assert ends(session.stats.batcher) == {"answered": 3200}
 
 
 def test_64_threads_that_cancel_come_late_and_overload(network: Path) -> None:
