@@ -7,9 +7,23 @@ when a session or a build first needs it.
 from __future__ import annotations
 
 from runtime import errors
+from runtime.backends.threads import Threads
+from runtime.batcher import Batching
 from runtime.engine.build import build
-from runtime.session import Prediction, Session, load
+from runtime.session import Prediction, Session, SessionStats, load
 from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
 
-__all__ = ["ImageSizes", "ModelSpec", "Prediction", "Preprocessing", "Session", "build", "errors", "load"]
+__all__ = [
+    "Batching",
+    "ImageSizes",
+    "ModelSpec",
+    "Prediction",
+    "Preprocessing",
+    "Session",
+    "SessionStats",
+    "Threads",
+    "build",
+    "errors",
+    "load",
+]

@@ -7,12 +7,17 @@
     │   ├── DataError                    image folders and image files
     │   ├── CheckpointError              not ours, truncated, unsafe
     │   ├── ModelFileError               ONNX files, engines and their sidecars
+    │   ├── SessionClosed                asked after `close`, or still waiting then
     │   └── SpecError                    the description inside a model file
     ├── OutputError (OSError)         2  a place that cannot be written
     ├── BackendUnavailable            3  a library, driver or GPU is missing
     ├── EngineBuildError              3  the builder refused the graph
+    ├── RunFailed                     3  the backend failed while running the model
     ├── VerificationError             4  a stage does not agree with the one before
     ├── TrainingDiverged              5  loss or weights are not finite
+    ├── NotAnswered                   6  nothing is wrong with the request; there is too much to do
+    │   ├── QueueFull                    refused: as many images wait as may
+    │   └── DeadlineExceeded             the answer came, or would come, too late
     └── Interrupted                 130  Ctrl-C (143: SIGTERM), work saved
 
 A message says what was found, what was expected, and how to put it right.
@@ -30,11 +35,16 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeadlineExceeded",
     "EngineBuildError",
     "InputError",
     "Interrupted",
     "ModelFileError",
+    "NotAnswered",
     "OutputError",
+    "QueueFull",
+    "RunFailed",
+    "SessionClosed",
     "SpecError",
     "TrainingDiverged",
     "VerificationError",
@@ -75,6 +85,10 @@ class ModelFileError(InputError):
     """An ONNX file, engine or sidecar that cannot be used."""
 
 
+class SessionClosed(InputError):
+    """A session or batcher was asked after its `close`, or closed before it came to this request."""
+
+
 class SpecError(InputError):
     """A model description that is missing or does not make sense."""
 
@@ -97,6 +111,12 @@ class EngineBuildError(AdvPropError):
     exit_code = 3
 
 
+class RunFailed(AdvPropError):
+    """The backend failed while it ran the model on input that it had accepted."""
+
+    exit_code = 3
+
+
 class VerificationError(AdvPropError):
     """A stage's output does not agree with the stage before; files are kept."""
 
@@ -107,6 +127,20 @@ class TrainingDiverged(AdvPropError):
     """The loss or the weights stopped being finite."""
 
     exit_code = 5
+
+
+class NotAnswered(AdvPropError):
+    """Too much was asked at once; the same request may be answered later."""
+
+    exit_code = 6
+
+
+class QueueFull(NotAnswered):
+    """The request was refused: as many images wait already as may."""
+
+
+class DeadlineExceeded(NotAnswered, TimeoutError):
+    """The answer was not there in the time that the request gave."""
 
 
 class Interrupted(AdvPropError):

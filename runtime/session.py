@@ -5,7 +5,10 @@ Shape suffixes: N images, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,48 +19,57 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend
-from runtime.errors import ConfigError, InputError, ModelFileError, SpecError
+from runtime.backends.choose import open_backend
+from runtime.backends.choose import warm_up as run_first
+from runtime.backends.threads import Threads
+from runtime.batcher import Batcher, BatcherStats, Batching
+from runtime.decoder import Decoder
+from runtime.errors import ConfigError, InputError, SessionClosed, SpecError
+from runtime.gate import Gate, in_own_thread
 from runtime.images import ImageLike, fit_all, network_input
+from runtime.predictions import Prediction, predictions_of, softmax
 from runtime.spec import ModelSpec
 
-__all__ = ["Prediction", "Session", "load"]
+__all__ = ["Prediction", "Session", "SessionStats", "load", "softmax"]
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The answer for one image."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionStats:
+    """What a session has done since it was loaded."""
 
-    label: str
-    """Name of the most probable class."""
-    probability: float
-    """Its probability, in [0, 1]."""
-    index: int
-    """Its position among the model's classes."""
-    probabilities: NDArray[np.float32]
-    """All probabilities, (K,), in the order of `Session.spec.classes`; of a `topk` file the
-    largest few, the largest first."""
-    indices: NDArray[np.int64]
-    """The classes that the probabilities belong to: 0 to K − 1 but for a `topk` file."""
-
-    def top(self, count: int) -> list[tuple[int, float]]:
-        """Returns the `count` most probable classes, or as many as there are: index and probability."""
-        best = (-self.probabilities).argsort(kind="stable")[:count]
-        return [(int(self.indices[place]), float(self.probabilities[place])) for place in best]
+    calls: int
+    """Calls of `run`, `run_outputs` and `predict` that were answered."""
+    images: int
+    """Their images."""
+    failed: int
+    """Such calls that raised an error, of whatever kind."""
+    running: int
+    """Such calls that are not finished."""
+    batcher: BatcherStats
+    """The same of `submit`, `submit_predict`, `arun` and `apredict`."""
 
 
 class Session:
-    """A loaded classifier. `load` makes one; usable as a context manager."""
+    """A loaded classifier. `load` makes one; usable as a context manager.
 
-    def __init__(self, backend: Backend, source: Path) -> None:
+    Safe to share by threads: `run` and `predict` run in the thread that calls; `submit`, `arun` and their like
+    join the requests of all threads and tasks into batches. `close` lets calls that are inside finish, and later
+    ones get SessionClosed. A process forked after `load` gets an InputError: load the model in the child.
+    """
+
+    def __init__(self, backend: Backend, source: Path, batching: Batching | None = None) -> None:
         """Wraps a loaded `backend`; `source` is the file it came from, for messages."""
-        self._backend: Backend | None = backend
         self._source = source
+        self._backend = backend
+        self._gate = Gate(f"the session on {source}")
+        self._batcher = Batcher(backend, batching or Batching())
+        self._decoder = Decoder(self._batcher)
 
     @property
     def backend(self) -> Backend:
-        """The backend. Raises InputError once the session is closed."""
-        if self._backend is None:
-            raise InputError(f"the session on {self._source} is closed; load it again")
+        """The backend. Raises SessionClosed once the session is closed."""
+        if self._gate.closed:
+            raise SessionClosed(f"the session on {self._source} is closed; load it again")
         return self._backend
 
     @property
@@ -71,26 +83,39 @@ class Session:
             )
         return spec
 
+    @property
+    def stats(self) -> SessionStats:
+        """What was done so far."""
+        gate = self._gate
+        return SessionStats(
+            calls=gate.calls, images=gate.images, failed=gate.failed, running=gate.inside, batcher=self._batcher.stats
+        )
+
+    def explain(self) -> str:
+        """Returns why this backend, device and kernels were chosen, a line each."""
+        return "\n".join((f"{self._backend.name} on {self._backend.device}: {self._source}", *self._backend.reasons))
+
     def run(self, images_NCHW: NDArray[Any]) -> NDArray[Any]:
         """Runs the network on a preprocessed batch.
 
         Args:
-            images_NCHW: normalised float32, (N, 3, H, W), or pixels; `spec.input_form` says which.
+            images_NCHW: normalised float32, (N, 3, H, W), or pixels; `spec.input_form` says which. Of a file whose
+                batch size is fixed, any N too: it is split and padded.
 
         Returns:
             logits or probabilities, as `spec.output_form` says, (N, K); of a `topk` file the largest
             probabilities, whose classes `run_outputs` gives too.
 
         Raises:
-            InputError: wrong dtype or shape, an empty batch, or a closed session.
+            InputError: wrong dtype, shape or layout, an empty batch, NaN, or a closed session.
+            RunFailed: the backend failed.
         """
-        return self.backend.run(images_NCHW)[0]
+        return self._run(images_NCHW)[0]
 
     def run_outputs(self, images_NCHW: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Does what `run` does, and returns every output of the file by its name."""
-        backend = self.backend
-        answers = backend.run(images_NCHW)
-        return {output.name: answer for output, answer in zip(backend.outputs, answers, strict=True)}
+        answers = self._run(images_NCHW)
+        return {output.name: answer for output, answer in zip(self._backend.outputs, answers, strict=True)}
 
     def predict(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> list[Prediction]:
         """Classifies images of any size; the model file says how to preprocess them.
@@ -106,32 +131,92 @@ class Session:
         Raises:
             DataError: an image cannot be decoded; the message names it.
             SpecError: the model file does not describe its preprocessing.
+            InputError: not a list, or a closed session.
         """
-        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        if not many and not (isinstance(images, np.ndarray) and images.ndim == 4):
-            raise InputError("predict takes a list of images; put the one image in [ ]")
+        _check_list(images)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1; found {batch_size}")
         spec = self.spec
         predictions: list[Prediction] = []
-        for start in range(0, len(images), batch_size):
-            fitted_NHWC = fit_all(images[start : start + batch_size], spec.preprocessing)
-            batch = network_input(fitted_NHWC, spec.preprocessing, spec.input_form)
-            answers_NK, *classes = self.backend.run(batch.astype(self.backend.input.dtype, copy=False))
-            probabilities_NK = softmax(answers_NK) if spec.output_form == "logits" else answers_NK.astype(np.float32)
-            if classes:
-                indices_NK = classes[0]
-            else:
-                _check_classes(probabilities_NK, spec)
-                indices_NK = np.broadcast_to(np.arange(len(spec.classes)), probabilities_NK.shape)
-            predictions += [_prediction(*rows, spec) for rows in zip(probabilities_NK, indices_NK, strict=True)]
+        self._gate.enter()
+        failed = True
+        try:
+            for start in range(0, len(images), batch_size):
+                batch_NCHW = self._prepared(images[start : start + batch_size], spec)
+                predictions += predictions_of(self._backend.run_checked(batch_NCHW), spec)
+            failed = False
+        finally:
+            self._gate.leave(len(images), failed=failed)
         return predictions
 
-    def close(self) -> None:
-        """Frees the model. Closing twice is fine."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+    def submit(self, images_NCHW: NDArray[Any], *, timeout_s: float = math.inf) -> Future[NDArray[Any]]:
+        """Does what `run` does, in a batch with other requests; returns at once.
+
+        Args:
+            images_NCHW: as `run` takes them; not to be changed before the answer is there.
+            timeout_s: seconds after which the future fails with DeadlineExceeded.
+
+        Returns:
+            A future of what `run` returns. `cancel` works until the answer is there.
+
+        Raises:
+            InputError: as `run`, and for more images than may wait.
+            QueueFull: no room; ask again later.
+        """
+        _ = self.backend  # raises once the session is closed
+        return self._batcher.submit(images_NCHW, timeout_s=timeout_s, finish=lambda answers: answers[0])
+
+    def submit_predict(self, images: Sequence[ImageLike], *, timeout_s: float = math.inf) -> Future[list[Prediction]]:
+        """Does what `predict` does, in a batch with other requests; returns at once.
+
+        Room in the queue is taken before the images are decoded, in threads of the session.
+
+        Args:
+            images: as `predict` takes them; at least one.
+            timeout_s: seconds after which the future fails with DeadlineExceeded.
+
+        Returns:
+            A future of what `predict` returns; an image that cannot be decoded is its DataError.
+
+        Raises:
+            InputError: as `submit`; SpecError: as `predict`; QueueFull: no room; ask again later.
+        """
+        _check_list(images)
+        if len(images) == 0:
+            raise InputError("no images; expected at least one")
+        spec = self.spec
+        request, future = self._batcher.reserve(
+            len(images), timeout_s=timeout_s, finish=lambda answers: predictions_of(answers, spec)
+        )
+        self._decoder.start(request, images, lambda some: self._prepared(some, spec))
+        return future
+
+    async def arun(self, images_NCHW: NDArray[Any], *, timeout_s: float = math.inf) -> NDArray[Any]:
+        """Awaits what `submit` returns; cancelling the task cancels the request. Blocks no thread meanwhile."""
+        import asyncio
+
+        return await asyncio.wrap_future(self.submit(images_NCHW, timeout_s=timeout_s))
+
+    async def apredict(self, images: Sequence[ImageLike], *, timeout_s: float = math.inf) -> list[Prediction]:
+        """Awaits what `submit_predict` returns; cancelling the task cancels the request."""
+        import asyncio
+
+        return await asyncio.wrap_future(self.submit_predict(images, timeout_s=timeout_s))
+
+    def close(self, *, drain: bool = True) -> None:
+        """Frees the model, after the calls that are inside. Closing twice is fine.
+
+        Args:
+            drain: answer the submitted requests that wait; otherwise they fail with SessionClosed.
+
+        Called by a future's callback it returns at once, and the model is freed when the rest is done.
+        """
+        if not self._gate.close():
+            return
+        if in_own_thread():
+            threading.Thread(target=self._free, args=(drain,), name="advprop-close").start()
+        else:
+            self._free(drain)
 
     def __enter__(self) -> Session:
         return self
@@ -142,55 +227,70 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(drain=kind is None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._backend is None else f"{self._backend.name} on {self._backend.device}"
+        state = "closed" if self._gate.closed else f"{self._backend.name} on {self._backend.device}"
         return f"<Session {self._source} ({state})>"
 
+    def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        self._gate.enter()
+        failed = True
+        try:
+            answers = self._backend.run(images_NCHW)
+            failed = False
+        finally:
+            self._gate.leave(0 if failed else len(images_NCHW), failed=failed)
+        return answers
 
-def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float32]:
-    """Returns probabilities, (N, K), computed in float64 so that they sum to one."""
-    logits_NK = logits_NK.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # inf − inf: the probabilities are nan, as they should be
-        odds_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
-    probabilities_NK: NDArray[np.float32] = (odds_NK / odds_NK.sum(axis=1, keepdims=True)).astype(np.float32)
-    return probabilities_NK
+    def _prepared(self, images: Sequence[ImageLike], spec: ModelSpec) -> NDArray[Any]:
+        fitted_NHWC = fit_all(images, spec.preprocessing)
+        batch = network_input(fitted_NHWC, spec.preprocessing, spec.input_form)
+        batch = batch.astype(self._backend.input.dtype, copy=False)
+        self._backend.check_form(batch)
+        return batch
+
+    def _free(self, drain: bool) -> None:
+        self._batcher.close(drain=drain)
+        self._decoder.close()
+        self._backend.close()
 
 
-def _check_classes(probabilities_NK: NDArray[np.float32], spec: ModelSpec) -> None:
-    outputs = probabilities_NK.shape[1]
-    if outputs != len(spec.classes):
-        raise SpecError(f"the model has {outputs} outputs but its spec names {len(spec.classes)} classes")
+def _check_list(images: Any) -> None:
+    many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    if not many and not (isinstance(images, np.ndarray) and images.ndim == 4):
+        raise InputError("predict takes a list of images; put the one image in [ ]")
 
 
-def _prediction(probabilities_K: NDArray[np.float32], indices_K: NDArray[np.int64], spec: ModelSpec) -> Prediction:
-    place = int(probabilities_K.argmax())
-    index = int(indices_K[place])
-    return Prediction(spec.classes[index], float(probabilities_K[place]), index, probabilities_K, indices_K)
-
-
-def load(path: str | PathLike[str], *, backend: str = "auto", device: str = "auto", threads: int = 0) -> Session:
+def load(
+    path: str | PathLike[str],
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | Threads = 0,
+    warm_up: Sequence[int] = (),
+    batching: Batching | None = None,
+) -> Session:
     """Loads a model file.
 
     Args:
         path: an ONNX file that `advprop-export` wrote. Others load too, without `predict`.
         backend: `auto` or `onnxruntime`.
         device: `auto` (a GPU where it can be used), `cpu` or `cuda`.
-        threads: CPU threads inside one run; 0 leaves it to the backend.
+        threads: CPU threads inside one run, or a `Threads`; 0 leaves it to the backend.
+        warm_up: batch sizes that are run before `load` returns, so that no request pays for the first run.
+        batching: how `submit`, `arun` and their like make batches; default: `Batching()`.
 
     Raises:
         ModelFileError: no such file, or not a model that this version runs.
         BackendUnavailable: the backend's library or the device is missing.
+        ConfigError: an argument with an impossible value.
     """
     file = Path(path)
-    if backend not in ("auto", "onnxruntime"):
-        raise ConfigError(f"backend must be auto or onnxruntime; found {backend!r}")
-    if file.suffix in (".engine", ".plan"):
-        raise ModelFileError(
-            f"{file} is a TensorRT engine: this version builds engines but does not run them. Load the "
-            "ONNX file beside it here, or give the engine to TensorRT itself (it is a plain plan)"
-        )
-    from runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-    return Session(OnnxRuntimeBackend(file, device, threads), file)
+    opened = open_backend(file, backend, device, threads if isinstance(threads, Threads) else Threads(intra=threads))
+    try:
+        run_first(opened, warm_up, file)
+    except BaseException:
+        opened.close()
+        raise
+    return Session(opened, file, batching)

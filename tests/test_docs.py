@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 
 from export.pipeline import export_checkpoint
+from tests.runtime.serving_models import images_of, serving_model
 from train.loop import FitResult
 
 ROOT = Path(__file__).parent.parent
@@ -40,3 +42,15 @@ def test_embedding(trained: FitResult, tmp_path: Path, capsys: pytest.CaptureFix
     )
     exec(code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg"))), {})
     assert re.fullmatch(r"\d 0\.\d+\n", capsys.readouterr().out)
+
+
+def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(serving_model(), tmp_path / "m.onnx")
+    Image.fromarray(np.full((9, 9), 128, np.uint8)).save(tmp_path / "a.jpg")
+    names: dict[str, object] = {"batch": images_of(1, 2), "jpeg_bytes": (tmp_path / "a.jpg").read_bytes()}
+    code = block("docs/serving.md", "runtime.load(").replace('"model.fp16.onnx"', repr(str(tmp_path / "m.onnx")))
+    exec(code.replace('["a.jpg", "b.jpg"]', repr([str(tmp_path / "a.jpg")] * 2)), names)
+    exec(block("docs/serving.md", "submit_predict(").replace("0.5", "60"), names)
+    assert [answer.label for answer in names["answer"]] == [names["answers"][0].label]
+    assert "ONNX Runtime" in capsys.readouterr().out
+    names["session"].close()

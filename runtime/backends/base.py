@@ -5,6 +5,7 @@ Shape suffixes: N images, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError
+from runtime.errors import AdvPropError, InputError, RunFailed, first_line
 from runtime.spec import ModelSpec
 
 __all__ = ["Backend", "TensorInfo"]
@@ -32,7 +33,11 @@ class TensorInfo:
 
 
 class Backend(ABC):
-    """A loaded model with one image input. Safe to share by threads."""
+    """A loaded model with one image input. Safe to share by threads.
+
+    A backend that holds several execution contexts says so in `contexts`; its `_run` then borrows a free one for
+    the call. Whoever calls may do so from any number of threads: where all contexts are taken, `_run` waits.
+    """
 
     name: str
     """Short name, e.g. `onnxruntime`."""
@@ -43,19 +48,40 @@ class Backend(ABC):
     """Logits or probabilities; of a `topk` file, the probabilities and their classes."""
     spec: ModelSpec | None
     """The description inside the model file; None for a file that advprop did not write."""
+    reasons: tuple[str, ...] = ()
+    """Why it runs as it does (device, kernels, threads), a sentence each."""
+    contexts: int = 1
+    """Batches that are worth running at the same time."""
+
+    @property
+    def batch_range(self) -> tuple[int, int]:
+        """The fewest and the most images that one `_run` takes. Other batches are padded and split to fit."""
+        fixed = self.input.shape[0]
+        return (fixed, fixed) if fixed > 0 else (1, sys.maxsize)
 
     def run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """Runs the model once on an already preprocessed batch.
+        """Runs the model on an already preprocessed batch.
 
         Args:
-            images_NCHW: of exactly `self.input`'s dtype and shape; N ≥ 1.
+            images_NCHW: of exactly `self.input`'s dtype and image shape, finite; any N ≥ 1.
 
         Returns:
             (N, K) of each of `self.outputs`.
 
         Raises:
-            InputError: wrong type, dtype, rank, size or an empty batch.
+            InputError: wrong type, dtype, rank, size or layout, an empty batch, NaN or infinity.
+            RunFailed: the library failed on it.
         """
+        self.check(images_NCHW)
+        return self.run_checked(images_NCHW)
+
+    def check(self, images_NCHW: NDArray[Any]) -> None:
+        """Raises InputError for a batch that `run` does not take."""
+        self.check_form(images_NCHW)
+        _check_values(images_NCHW)
+
+    def check_form(self, images_NCHW: NDArray[Any]) -> None:
+        """Does what `check` does but for the values."""
         expected = self.input
         if not isinstance(images_NCHW, np.ndarray):
             raise InputError(f"run takes a NumPy array; found {type(images_NCHW).__name__}")
@@ -64,17 +90,80 @@ class Backend(ABC):
                 f"the model expects {expected}; found dtype {images_NCHW.dtype}. "
                 "Convert it, or give the images to predict"
             )
-        fits = images_NCHW.ndim == len(expected.shape) and all(
-            want in (-1, found) for want, found in zip(expected.shape, images_NCHW.shape, strict=True)
-        )
-        if not fits or images_NCHW.size == 0:
-            raise InputError(f"the model expects {expected}; found shape {images_NCHW.shape}")
-        return self._run(images_NCHW)
+        if not _fits(images_NCHW.shape[1:], expected) or images_NCHW.size == 0:
+            advice = _advice(images_NCHW.shape, expected)
+            raise InputError(f"the model expects {expected}; found shape {images_NCHW.shape}{advice}")
+
+    def run_checked(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """Runs a batch that `check` has passed, padded or split where the file's batch is bounded."""
+        fewest, most = self.batch_range
+        count = len(images_NCHW)
+        if fewest <= count <= most:
+            return self._answers(images_NCHW)
+        parts = []
+        for start in range(0, count, most):
+            part_NCHW = images_NCHW[start : start + most]
+            missing = fewest - len(part_NCHW)
+            if missing > 0:
+                padding = np.broadcast_to(part_NCHW[-1:], (missing, *part_NCHW.shape[1:]))
+                answers = self._answers(np.concatenate([part_NCHW, padding]))
+                parts.append(tuple(answer[: len(part_NCHW)] for answer in answers))
+            else:
+                parts.append(self._answers(part_NCHW))
+        return tuple(np.concatenate(answers) for answers in zip(*parts, strict=True))
+
+    def _answers(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """One `_run`, whose failures are ours, and which answers every image."""
+        try:
+            answers = self._run(images_NCHW)
+        except AdvPropError:
+            raise
+        except Exception as error:  # libraries' exceptions share no base but this
+            raise RunFailed(
+                f"{self.name} on {self.device} failed on a batch of shape {images_NCHW.shape}: {first_line(error)}. "
+                "If it is out of memory, give it fewer images at once"
+            ) from error
+        for output, answer in zip(self.outputs, answers, strict=True):
+            if len(answer) != len(images_NCHW):
+                raise RunFailed(
+                    f"the model gave {len(answer)} rows of {output.name} for {len(images_NCHW)} images; "
+                    "its answers cannot be told apart. Export it with a batch dimension that reaches the output"
+                )
+        return answers
 
     @abstractmethod
     def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """Runs a checked batch."""
+        """Runs a checked batch of `batch_range` images; called from several threads at once."""
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what the backend holds. Running afterwards is an error."""
+        """Frees what the backend holds. Nothing runs when it is called, and nothing may afterwards."""
+
+
+def _fits(image_shape: tuple[int, ...], expected: TensorInfo) -> bool:
+    wanted = expected.shape[1:]
+    return len(image_shape) == len(wanted) and all(
+        want in (-1, found) for want, found in zip(wanted, image_shape, strict=True)
+    )
+
+
+def _advice(shape: tuple[int, ...], expected: TensorInfo) -> str:
+    """What to do about a shape that is nearly right."""
+    if len(shape) == len(expected.shape) - 1 and _fits(shape, expected):
+        return ": one image without its batch dimension; give images[None]"
+    if len(shape) == 4 and 0 not in shape:
+        count, *image = shape
+        if _fits((image[2], image[0], image[1]), expected):
+            return f" ({count} images, channels last): transpose them, images.transpose(0, 3, 1, 2)"
+        if _fits((image[1], image[2], image[0]), expected):
+            return f" ({count} images, channels first): transpose them, images.transpose(0, 2, 3, 1)"
+    return ": an empty batch" if 0 in shape[:1] else ""
+
+
+def _check_values(images_NCHW: NDArray[Any]) -> None:
+    if images_NCHW.dtype.kind != "f":
+        return
+    for number, image_CHW in enumerate(images_NCHW):  # one by one: each fits in the CPU's cache, 20 µs at 224 pixels
+        if not np.isfinite(image_CHW).all():
+            kind = "NaN" if np.isnan(image_CHW).any() else "infinity"
+            raise InputError(f"image {number} of the batch holds {kind}; expected finite numbers")

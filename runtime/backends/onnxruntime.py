@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, TensorInfo
+from runtime.backends.threads import Threads
 from runtime.cpu import has_exact_int8
 from runtime.cuda import find_gpu
 from runtime.engine.graph import CALIBRATION_KEY
@@ -34,13 +35,19 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, device: str = "auto", threads: int = 0, exact_int8: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str = "auto",
+        threads: Threads = Threads(),  # noqa: B008  # frozen
+        exact_int8: bool | None = None,
+    ) -> None:
         """Loads `path`.
 
         Args:
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA where a GPU and the provider are there.
-            threads: CPU threads inside one run; 0 leaves it to ONNX Runtime.
+            threads: CPU threads inside one run.
             exact_int8: on a CPU, run Q/DQ nodes as they are written, in floating point, and not by INT8 kernels:
                 slower, and the numbers a GPU gives. Default: where the CPU's own INT8 sums saturate.
 
@@ -49,13 +56,13 @@ class OnnxRuntimeBackend(Backend):
             BackendUnavailable: ONNX Runtime, or for `cuda` its provider or a GPU, is missing.
         """
         ort = _import()
-        self.device = _choose_device(ort, device)
-        options = ort.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS_ONLY
-        options.intra_op_num_threads = threads
+        self.device, why = _choose_device(ort, device)
+        reasons = [f"backend: ONNX Runtime {ort.__version__}, which runs ONNX files", f"device: {why}"]
+        options = _options(ort, threads)
         saturates = exact_int8 is None and self.device == "cpu" and has_exact_int8() is False
         if exact_int8 or saturates:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+            reasons.append("INT8: in floating point, as Q/DQ nodes are written" + " (no VNNI here)" * saturates)
         providers = ["CPUExecutionProvider"]
         if self.device == "cuda":
             providers.insert(0, "CUDAExecutionProvider")
@@ -84,6 +91,7 @@ class OnnxRuntimeBackend(Backend):
                 raise BackendUnavailable(f"{problem}, or use device='cpu'")
             log.warning("%s. Running on the CPU", problem)
             self.device = "cpu"
+            reasons[1] = f"device: cpu, since {problem}"
         metadata = session.get_modelmeta().custom_metadata_map
         if saturates and CALIBRATION_KEY in metadata:
             log.warning(
@@ -97,9 +105,15 @@ class OnnxRuntimeBackend(Backend):
         (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)
         self.outputs = _tensors(session.get_outputs(), "output", path, expected, rank=2)
         self._session = session
+        self._names = [output.name for output in self.outputs]
+        if self.device == "cpu":
+            reasons.append(
+                f"threads: {threads.intra or 'one a core'} for an operator, {threads.inter} operators at a time"
+            )
+        self.reasons = tuple(reasons)
 
     def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        return tuple(self._session.run([output.name for output in self.outputs], {self.input.name: images_NCHW}))
+        return tuple(self._session.run(self._names, {self.input.name: images_NCHW}))
 
     def close(self) -> None:
         self._session = None
@@ -118,19 +132,33 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _choose_device(ort: Any, device: str) -> str:
+def _options(ort: Any, threads: Threads) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.intra_op_num_threads = threads.intra
+    options.inter_op_num_threads = threads.inter
+    if threads.inter > 1:  # ONNX Runtime takes notice of it in this mode only
+        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    if not threads.spin:
+        for pool in ("intra", "inter"):
+            options.add_session_config_entry(f"session.{pool}_op.allow_spinning", "0")
+    return options
+
+
+def _choose_device(ort: Any, device: str) -> tuple[str, str]:
+    """Returns the device and why it is that one."""
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda; found {device!r}")
     if device == "cpu":
-        return "cpu"
+        return "cpu", "cpu, as asked"
     provider = "CUDAExecutionProvider" in ort.get_available_providers()
     gpu = find_gpu()
     if provider and gpu:
-        return "cuda"
+        return "cuda", f"cuda, on {gpu.name}" + ("" if device == "cuda" else ", since it is there")
+    missing = "no NVIDIA GPU or driver was found" if provider else "this ONNX Runtime has no CUDA"
     if device == "cuda":
-        missing = "no NVIDIA GPU or driver was found" if provider else "this ONNX Runtime has no CUDA"
         raise BackendUnavailable(f"device='cuda': {missing}; use device='cpu' or 'auto'")
-    return "cpu"
+    return "cpu", f"cpu, since {missing}"
 
 
 def _tensors(nodes: Any, role: str, path: Path, expected: int, rank: int) -> tuple[TensorInfo, ...]:

@@ -1,0 +1,135 @@
+"""Sessions and the life of processes and threads: fork, exit, closing under load."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+
+import runtime
+from runtime.errors import SessionClosed
+from tests.runtime.serving_models import SLOW, images_of, serving_model
+
+ROOT = Path(__file__).parent.parent.parent
+START = """
+import os, sys
+import numpy as np
+import runtime
+session = runtime.load(sys.argv[1], threads=2)
+images = np.ones((3, 3, 4, 4), np.float32)
+session.submit(images).result(); session.run(images)
+"""
+FORK = """
+child = os.fork()
+if child == 0:
+    for ask in (session.run, session.submit, lambda images: session.predict([images[0]])):
+        try:
+            ask(images)
+        except runtime.errors.InputError as error:
+            assert "is a fork; threads do not come along" in str(error), error
+        except BaseException as error:
+            os._exit(3)
+        else:
+            os._exit(2)
+    try:
+        again = runtime.load(sys.argv[1], threads=2)
+        assert again.run(images).shape == (3, 3)
+        assert again.submit(images).result(5).shape == (3, 3)
+        again.close()
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(4)
+    session.close()
+    os._exit(7)  # as multiprocessing does: ONNX Runtime itself would wait at exit for threads that are not here
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), session.run(images)[0, 0], session.submit(images).result()[0, 0])
+"""
+MULTIPROCESSING = """
+import multiprocessing
+def ask(number):
+    try:
+        session.run(images)
+    except runtime.errors.InputError as error:
+        return str(error)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    answers = pool.map(ask, range(4))
+assert all("is a fork" in answer for answer in answers), answers
+print("done")
+"""
+LEFT_OPEN = """
+for number in range(20):
+    session.submit(images)
+late = session.submit(np.full((1, 3, 4, 4), 3e5, np.float32), timeout_s=60)
+print("end")
+"""
+
+
+def python(program: str, model: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore:This process:DeprecationWarning",
+            "-c",
+            START + program,
+            str(model),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    onnx.save(serving_model(SLOW), tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(("program", "expected"), [(FORK, "7 1.0 1.0"), (MULTIPROCESSING, "done")])
+def test_a_forked_process_is_told_and_may_load_its_own(model: Path, program: str, expected: str) -> None:
+    run = python(program, model)
+    assert (run.stdout.strip(), run.stderr) == (expected, "")
+
+
+def test_a_session_left_open_lets_the_interpreter_end(model: Path) -> None:
+    run = python(LEFT_OPEN, model)
+    assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "end", "")
+
+
+def test_closing_while_others_run(model: Path) -> None:
+    """Calls that are inside finish; later ones get SessionClosed; nothing else happens."""
+    session = runtime.load(model, threads=1)
+    began = threading.Barrier(9)
+    ends: list[object] = []
+
+    def ask() -> None:
+        began.wait()
+        try:
+            while True:
+                ends.append(session.run(images_of(2000))[0, 0])
+        except BaseException as error:
+            ends.append(type(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    began.wait()
+    while session.stats.calls < 20:
+        time.sleep(0.001)
+    session.close()
+    assert session.stats.running == 0
+    calls = session.stats.calls
+    for thread in threads:
+        thread.join()
+    assert session.stats.calls == calls
+    assert ends.count(2000) == calls
+    assert ends.count(SessionClosed) == 8
+    assert len(ends) == calls + 8

@@ -1,0 +1,136 @@
+"""The example service, started as a user would, under 1,000 concurrent requests."""
+
+import asyncio
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import runtime
+from tests.runtime.serving_models import MEAN, SLOW, serving_model
+
+ROOT = Path(__file__).parent.parent
+Start = Callable[..., int]
+
+
+def jpeg(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "JPEG", quality=100)
+    return file.getvalue()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the service and returns its port."""
+    services = []
+
+    def start(model: onnx.ModelProto, *arguments: str) -> int:
+        onnx.save(model, tmp_path / "m.onnx")
+        command = [sys.executable, "examples/service.py", str(tmp_path / "m.onnx"), "--port", "0", *arguments]
+        services.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True))
+        return int(services[-1].stdout.readline().split()[-1])
+
+    yield start
+    for service in services:
+        service.terminate()
+        service.wait(10)
+        service.stdout.close()
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+async def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, object]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = (
+        f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body or b'')}\r\n\r\n"
+    )
+    writer.write(head.encode() + (body or b""))
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    status, _, content = answer.partition(b"\r\n\r\n")
+    return int(status.split()[1]), json.loads(content)
+
+
+async def until_ready(port: int) -> None:
+    while (await ask(port, "/ready"))[0] != 200:
+        await asyncio.sleep(0.02)
+
+
+def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = [jpeg(tuple(colour)) for colour in random.integers(0, 256, (1000, 3)).tolist()]
+    port = start(serving_model(MEAN), "--max-queued", "1000", "--max-batch", "32")
+
+    async def main() -> list[tuple[int, object]]:
+        await until_ready(port)
+        return await asyncio.gather(*(ask(port, "/predict", image) for image in images))
+
+    answers = asyncio.run(main())
+    with runtime.load(tmp_path / "m.onnx", threads=1) as session:
+        expected = [{"label": found.label, "probability": found.probability} for found in session.predict(images)]
+    assert [status for status, _ in answers] == [200] * 1000
+    assert [content for _, content in answers] == expected
+    assert len({(answer["label"], answer["probability"]) for answer in expected}) > 900
+
+
+def test_live_is_not_ready_and_wrong_requests_are_told(start: Start) -> None:
+    async def main() -> None:
+        assert await ask(port, "/live") == (200, "live")
+        status, content = await ask(port, "/ready")
+        assert (status, content) in ((503, "loading"), (200, "ready"))
+        await until_ready(port)
+        status, message = await ask(port, "/predict", b"no image")
+        assert status == 400
+        assert "cannot decode the image bytes" in message
+        assert (await ask(port, "/predict", jpeg((9, 9, 9))[:300]))[0] == 400
+        assert (await ask(port, "/predict"))[0] == 404
+        assert (await ask(port, "/nothing", b""))[0] == 404
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"what?\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+        assert (await ask(port, "/predict", jpeg((200, 0, 0))))[1]["label"] == "red"
+
+    port = start(serving_model(MEAN))
+    asyncio.run(main())
+
+
+def test_loading_is_live_and_not_ready(start: Start) -> None:
+    """The warm-up of this model, whose loop always goes round, takes long enough to be seen."""
+    body = SLOW.replace("trips = Cast <to=7> (most)", "trips = Constant <value = int64 {2000000}> ()")
+
+    async def main() -> None:
+        assert await ask(port, "/live") == (200, "live")
+        assert await ask(port, "/ready") == (503, "loading")
+        assert await ask(port, "/predict", jpeg((1, 2, 3))) == (503, "loading")
+
+    port = start(serving_model(body))
+    asyncio.run(main())
+
+
+def test_overload_is_503_and_passes(start: Start) -> None:
+    body = SLOW.replace("trips = Cast <to=7> (most)", "trips = Constant <value = int64 {100000}> ()")
+
+    async def main() -> None:
+        await until_ready(port)
+        answers = await asyncio.gather(*(ask(port, "/predict", jpeg((0, 200, 0))) for _ in range(50)))
+        statuses = [status for status, _ in answers]
+        assert set(statuses) == {200, 503}
+        assert all(content["label"] == "green" for status, content in answers if status == 200)
+        assert any("images wait and at most 3 may" in content for status, content in answers if status == 503)
+        assert (await ask(port, "/predict", jpeg((0, 200, 0))))[0] == 200
+
+    port = start(serving_model(body), "--max-queued", "3", "--max-batch", "1")
+    asyncio.run(main())
