@@ -52,7 +52,7 @@ def save_histograms(path: Path, histograms: Mapping[str, Histogram], images: int
 def load_histograms(path: Path, names: list[str]) -> tuple[dict[str, Histogram], int]:
     """Returns what was saved of exactly these tensors, and after how many images; nothing where there is none."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             if content["names"].tolist() != names or content["counts"].shape != (len(names), BINS):
                 return {}, 0
             histograms = {}

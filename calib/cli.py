@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from calib.options import calibration_config, calibration_options
 from runtime.console import cli_errors, set_up_logging
 from runtime.spec import INTERPOLATIONS, Preprocessing
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from calib.pipeline import CalibratedFile
 
 EXAMPLES = """\b
 Examples:
@@ -87,6 +81,7 @@ def main(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from calib.pipeline import calibrate_file
+    from calib.printing import print_calibration
 
     target = out or onnx.with_suffix(".int8.onnx")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -101,7 +96,7 @@ def main(
         result = calibrate_file(
             onnx, data, target, config, preprocessing=preprocessing, cache=not no_cache, progress=show
         )
-    _show(console, onnx, target, result)
+    print_calibration(console, onnx.name, target, result)
 
 
 def _preprocessing(
@@ -123,37 +118,6 @@ def _preprocessing(
         interpolation=interpolation or "bicubic",
         crop_pct=crop_pct or 0.875,
     )
-
-
-def _show(console: Console, onnx: Path, target: Path, result: CalibratedFile) -> None:
-    from rich.table import Table
-
-    calibrated = result.calibrated
-    noise = {layer.node: f"{layer.noise:.1e}" for layer in calibrated.layers}
-    total = max(sum(point.macs for point in calibrated.points), 1)
-    table = Table(box=None)
-    for heading in ("layer", "operator", "MACs", "in", "noise", "why"):
-        table.add_column(heading, justify="right" if heading in ("MACs", "noise") else "left", overflow="fold")
-    for point in calibrated.points:
-        share, where = f"{point.macs / total:.1%}", "INT8" if point.int8 else "float"
-        table.add_row(point.node, point.op, share, where, noise.get(point.node, ""), point.reason)
-    console.print(table)
-    counts = Counter(point.int8 for point in calibrated.points)
-    lines = [
-        f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB): {counts[True]} of {counts.total()} layers in INT8, "
-        f"{calibrated.int8_share:.1%} of the MACs; top-1 agreement with {onnx.name} on {result.parity_images} images "
-        f"{result.agreement:.1%}"
-    ]
-    fallback = calibrated.fallback
-    if fallback:
-        losses = ", ".join(f"{100 * loss:.2f} ({kind})" for kind, loss in fallback.chosen.losses.items())
-        verdict = "met" if fallback.met else "NOT met"
-        lines.append(
-            f"budget of {100 * fallback.budget:.2f} points {verdict}: expected loss {losses} "
-            f"on {len(result.images.held)} held-out images; {len(fallback.chosen.floating)} layers given back"
-        )
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

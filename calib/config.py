@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from runtime.errors import ConfigError
 
-__all__ = ["METHOD_NAMES", "CalibrationConfig"]
+__all__ = ["KINDS_LEFT", "METHOD_NAMES", "CalibrationConfig"]
+
+KINDS_LEFT = ("depthwise", "gates", "first", "last")
+"""Kinds of layers that can be left out: depthwise convolutions, the layers of squeeze-and-excitation and other gates
+(they see one number a channel), the first convolution, the last matrix product."""
 
 METHOD_NAMES = ("auto", "minmax", "percentile", "entropy", "mse")
 """How thresholds can be chosen."""
@@ -34,6 +38,10 @@ class CalibrationConfig:
     """What each image is used as: `calib.images.KINDS`."""
     keep: tuple[str, ...] = ()
     """Names of nodes that stay in floating point."""
+    leave: tuple[str, ...] = ()
+    """Kinds of layers that stay in floating point, of KINDS_LEFT."""
+    residuals: bool = False
+    """Quantise the other input of each Add behind a quantised convolution, so that TensorRT can do both at once."""
     half: bool = True
     """Make everything FP16 that is not INT8."""
     seed: int = 0
@@ -42,6 +50,9 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if self.method not in METHOD_NAMES:
             raise ConfigError(f"method must be {', '.join(METHOD_NAMES)}; found {self.method!r}")
+        for kind in self.leave:
+            if kind not in KINDS_LEFT:
+                raise ConfigError(f"layers can be left out by {', '.join(KINDS_LEFT)}; found {kind!r}")
         if self.images < 1:
             raise ConfigError(f"images must be at least 1; found {self.images}")
         if self.budget is not None and not 0 <= self.budget <= 100:

@@ -16,7 +16,7 @@ _DEFAULTS = CalibrationConfig()
 
 OPTION_NAMES = (
     *("calib_images", "calib_mix", "method", "bias_correction", "equalise", "reconstruct"),
-    *("budget", "keep", "rest", "calib_seed"),
+    *("budget", "keep", "leave", "residuals", "rest", "calib_seed"),
 )
 """What the options are called in a command's parameters."""
 
@@ -69,6 +69,18 @@ def calibration_options(command: _Command) -> _Command:
         ),
         click.option("--keep", multiple=True, metavar="NODE", help="Keep this node in floating point. Repeatable."),
         click.option(
+            "--leave",
+            default="",
+            metavar="KINDS",
+            help="Kinds of layers to keep in floating point: depthwise,gates,first,last.",
+        ),
+        click.option(
+            "--residuals/--no-residuals",
+            default=_DEFAULTS.residuals,
+            show_default=True,
+            help="Quantise what residual Adds read too, so that TensorRT can fuse them.",
+        ),
+        click.option(
             "--rest",
             default="fp16",
             show_default=True,
@@ -91,8 +103,14 @@ def calibration_config(given: dict[str, Any]) -> CalibrationConfig:
         equalise=given["equalise"],
         reconstruct=given["reconstruct"],
         budget=given["budget"],
-        mix=tuple(kind.strip() for kind in given["calib_mix"].split(",") if kind.strip()),
+        mix=_words(given["calib_mix"]),
         keep=given["keep"],
+        leave=_words(given["leave"]),
+        residuals=given["residuals"],
         half=given["rest"] == "fp16",
         seed=given["calib_seed"],
     )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())

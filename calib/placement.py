@@ -8,16 +8,24 @@ Source: NVIDIA, TensorRT Developer Guide, "Working with Quantized Types", Q/DQ p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
 
+from calib.graphs import tensor_types
 from runtime.engine.graph import node_macs
 from runtime.errors import ConfigError, ModelFileError, nearest
 
 __all__ = ["Point", "int8_share", "points_of", "residual_inputs"]
 
+_WORDS = {
+    "depthwise": "depthwise",
+    "gates": "reads one number a channel, as gates do",
+    "first": "the first layer",
+    "last": "the last layer",
+}
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul")
 
@@ -44,12 +52,13 @@ class Point:
     """Why, or why not."""
 
 
-def points_of(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[Point]:
+def points_of(model: onnx.ModelProto, keep: Collection[str] = (), leave: Collection[str] = ()) -> list[Point]:
     """Returns every convolution and matrix product of a float32 graph, in order.
 
     Args:
         model: with unique node names.
         keep: names of nodes that stay in floating point.
+        leave: kinds of layers that do, of `KINDS_LEFT`.
 
     Raises:
         ConfigError: `keep` names no such node.
@@ -66,6 +75,7 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[Point]
         raise ConfigError(f"no convolution or matrix product is called {unknown[0]!r}; {nearest(unknown[0], names)}")
     constants = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     macs = node_macs(model)
+    left = _left(model, leave)
     points = []
     for node in model.graph.node:
         if node.op_type not in _WEIGHTED:
@@ -75,6 +85,8 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[Point]
             reason = "its weights are not constant"
         elif node.name in keep:
             reason = "kept in floating point"
+        elif node.name in left:
+            reason = f"{left[node.name]}, left in floating point"
         elif node.op_type == "ConvTranspose" and _integer(node, "group", 1) > 1:
             reason = "the output channels of a grouped ConvTranspose lie on no one axis"
         points.append(
@@ -103,18 +115,50 @@ def int8_share(points: Iterable[Point]) -> float:
     return sum(point.macs for point in points if point.int8) / total if total else 0.0
 
 
-def residual_inputs(model: onnx.ModelProto) -> list[tuple[str, str]]:
-    """Returns (Add, tensor) of each residual Add: the input that no convolution makes."""
-    producers = {name: node.op_type for node in model.graph.node for name in node.output}
+def residual_inputs(model: onnx.ModelProto, points: Iterable[Point]) -> list[tuple[str, str]]:
+    """Returns (Add, tensor) of each residual Add behind a quantised convolution.
+
+    The tensor is the other input: the identity, which others read too, or, behind a projected shortcut, the second.
+    """
+    int8 = {point.node for point in points if point.int8 and point.op == "Conv"}
+    convolved = {name for node in model.graph.node if node.name in int8 for name in node.output}
     constants = {tensor.name for tensor in model.graph.initializer}
+    readers = Counter(name for node in model.graph.node for name in node.input)
     found = []
     for node in model.graph.node:
         if node.op_type != "Add" or any(name in constants for name in node.input):
             continue
-        others = [name for name in node.input if producers.get(name) != "Conv"]
-        if len(others) == 1:
-            found.append((node.name, others[0]))
+        fused = [name for name in node.input if name in convolved and readers[name] == 1]
+        if fused:
+            found.append((node.name, next(name for name in (*node.input, fused[0]) if name != fused[0])))
     return found
+
+
+def _left(model: onnx.ModelProto, leave: Collection[str]) -> dict[str, str]:
+    """Nodes of the kinds that are left out, and what they are."""
+    weighted = [node for node in model.graph.node if node.op_type in _WEIGHTED]
+    types = tensor_types(model) if {"gates", "depthwise"} & set(leave) else {}
+    found = {}
+    for place, node in enumerate(weighted):
+        kinds = {
+            "first": place == 0,
+            "last": place == len(weighted) - 1,
+            "depthwise": node.op_type == "Conv" and _is_depthwise(node, types),
+            "gates": node.op_type == "Conv" and _sizes(types, node.input[0])[2:] == [1, 1],
+        }
+        kind = next((kind for kind in leave if kinds[kind]), "")
+        if kind:
+            found[node.name] = _WORDS[kind]
+    return found
+
+
+def _is_depthwise(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> bool:
+    groups = _integer(node, "group", 1)
+    return groups > 1 and _sizes(types, node.input[0])[1:2] == [groups]
+
+
+def _sizes(types: Mapping[str, onnx.TypeProto.Tensor], name: str) -> list[int]:
+    return [size.dim_value for size in types[name].shape.dim] if name in types else []
 
 
 def _channel_axis(node: onnx.NodeProto, rank: int) -> int:

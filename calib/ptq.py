@@ -19,7 +19,7 @@ from calib.counting import collect_histograms
 from calib.equalise import ALPHAS, equalisable, equalised
 from calib.histograms import Histogram
 from calib.layers import LayerError, layer_errors
-from calib.placement import Point, int8_share, points_of
+from calib.placement import Point, int8_share, points_of, residual_inputs
 from calib.quantize import quantize
 from calib.sensitivity import Fallback, Held, keep_budget
 from calib.thresholds import METHODS, minmax, mse, percentile
@@ -95,18 +95,24 @@ def calibrate(
     """
     config = config or CalibrationConfig()
     count = _Counter(progress)
-    points = points_of(model, config.keep)
+    points = points_of(model, config.keep, config.leave)
     alphas = _compromises(model, points, batches, count) if config.equalise else {}
     if alphas:
         model = equalised(model, collect_channel_amax(model, batches(TRIED), alphas), alphas)
-        points = points_of(model, config.keep)
+        points = points_of(model, config.keep, config.leave)
+    residuals = residual_inputs(model, points) if config.residuals else []
+    added = [tensor for _, tensor in residuals]
     cache = cache_file(model, images_sha256) if images_sha256 else None
-    histograms = collect_histograms(model, batches(0), _tensors(points), count.of("ranges"), cache=cache)
+    histograms = collect_histograms(model, batches(0), [*_tensors(points), *added], count.of("ranges"), cache=cache)
     if count.total("ranges") < FEWEST:
         log.warning("%d calibration images are few: at least %d, better 256", count.total("ranges"), FEWEST)
     points = _alive(points, histograms)
-    histograms = {name: histograms[name] for name in _tensors(points)}
-    thresholds, layers = _thresholds(model, points, histograms, batches, config, count)
+    residuals = [(node, tensor) for node, tensor in residuals if histograms[tensor].amax]
+    read = {name: histograms[name] for name in _tensors(points)}
+    thresholds, layers = _thresholds(model, points, read, batches, config, count)
+    for _, tensor in residuals:
+        if tensor not in thresholds:  # no layer reads it, by whose output a threshold could be chosen
+            thresholds[tensor] = METHODS.get(config.method, mse)(histograms[tensor])
     biases = {layer.node: -layer.shift for layer in layers} if config.correct_bias else {}
     weights: dict[str, NDArray[np.int8]] = {}
     if config.reconstruct:
@@ -117,7 +123,8 @@ def calibrate(
         )
 
     def quantised(some: Sequence[Point]) -> onnx.ModelProto:
-        return quantize(model, some, thresholds, biases=biases, weights=weights)
+        still = set(residual_inputs(model, some)) & set(residuals)
+        return quantize(model, some, thresholds, biases=biases, weights=weights, residuals=still)
 
     fallback = None
     if config.budget is not None and held:
@@ -128,7 +135,7 @@ def calibrate(
         source=model,
         points=tuple(points),
         thresholds=thresholds,
-        histograms=histograms,
+        histograms={name: histograms[name] for name in thresholds},
         layers=tuple(layers),
         equalised=alphas,
         fallback=fallback,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def _budget(fallback: Fallback) -> dict[str, Any]:
         "losses": fallback.chosen.losses,
         "agreement": fallback.chosen.agreement,
         "given_back": list(fallback.chosen.floating),
-        "sensitivity": fallback.sensitivity,
+        "sensitivity": {  # JSON has no word for what is not finite: null
+            node: value if math.isfinite(value) else None for node, value in fallback.sensitivity.items()
+        },
         "trials": [
             {"given_back": len(trial.floating), "int8_share_of_macs": trial.int8_share, "losses": trial.losses}
             for trial in fallback.trials

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -92,9 +93,8 @@ class ArraySource(ImageSource):
         """Opens `path`. Raises DataError where it has no uint8 array (N, H, W, 3)."""
         self._path = path
         try:
-            content = np.load(path, mmap_mode="r", allow_pickle=False)
-            arrays = [content] if isinstance(content, np.ndarray) else [content[key] for key in content.files]
-        except (OSError, EOFError, ValueError) as error:
+            arrays = _arrays(path)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is not a whole NumPy file of pixels ({error})") from error
         fitting = [array for array in arrays if _is_pixels(array)]
         if not fitting:
@@ -126,6 +126,13 @@ def open_source(path: Path) -> ImageSource:
         f"{path}: expected a folder, a tar or a NumPy file of images; found {found}. Calibration wants some hundred "
         "photographs such as the model will see"
     )
+
+
+def _arrays(path: Path) -> list[NDArray[np.generic]]:
+    if path.suffix.lower() == ".npy":
+        return [np.load(path, mmap_mode="r", allow_pickle=False)]
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        return [content[key] for key in content.files]
 
 
 def _is_image(name: str) -> bool:

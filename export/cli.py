@@ -207,6 +207,10 @@ def _show(console: Console, result: ExportResult) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if result.calibrated and result.reduced_onnx:
+        from calib.printing import print_calibration
+
+        print_calibration(console, result.onnx.name, result.reduced_onnx, result.calibrated)
     for decision in result.kept_fp32:
         console.print(
             f"kept in FP32: {decision.op} {decision.node}: {_reason(decision)}",

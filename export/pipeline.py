@@ -13,7 +13,7 @@ import onnx
 from calib.collect import collect
 from calib.config import CalibrationConfig
 from calib.graphs import save_onnx
-from calib.pipeline import calibrate_file
+from calib.pipeline import CalibratedFile, calibrate_file
 from calib.precision import REDUCED, Decision, deciding_tensors
 from calib.rounding import with_roundings
 from export.adversary import adversary_of
@@ -57,9 +57,11 @@ class ExportResult:
     onnx_parity: Parity
     """Checkpoint against FP32 ONNX."""
     reduced_onnx: Path | None = None
-    """The FP16 or BF16 ONNX file, where asked for."""
+    """The FP16, BF16 or INT8 ONNX file, where asked for."""
     reduced_parity: Parity | None = None
     """FP32 ONNX against it, every FP16 or BF16 tensor rounded as a GPU would."""
+    calibrated: CalibratedFile | None = None
+    """How the INT8 file came about."""
     kept_fp32: tuple[Decision, ...] = ()
     """Its nodes that stay in FP32."""
     engine: Path | None = None
@@ -184,7 +186,7 @@ def export_checkpoint(
         assert calib_data is not None
         progress("calibrating")
         path = folder / "model.int8.onnx"
-        calibrate_file(
+        calibrated = calibrate_file(
             onnx_path,
             calib_data,
             path,
@@ -195,7 +197,7 @@ def export_checkpoint(
         parity = compare(logits_NK, graph_logits(with_roundings(onnx.load(path)), source))
         require(parity, TOLERANCE["int8"], str(path), onnx_path.name, least_agreement=LEAST_INT8_AGREEMENT)
         stages.append((path, onnx_path.name, parity))
-        result = dataclasses.replace(result, reduced_onnx=path, reduced_parity=parity)
+        result = dataclasses.replace(result, reduced_onnx=path, reduced_parity=parity, calibrated=calibrated)
     save_record(folder, spec.checkpoint_sha256, stages)
     if engine:
         progress("building the engine")

@@ -43,14 +43,16 @@ def main(
     console = set_up_logging(verbose)
     from runtime.engine.build import build
     from runtime.engine.flavours import parse_sm
+    from runtime.engine.int8 import summary_of
 
     targets = [parse_sm(text) for text in sm]
     with console.status("building"):
         info = build(onnx, out, batch=batch, sizes=image_sizes, sm=targets, flavour=builder, timing_cache=timing_cache)
     engine = out or onnx.with_suffix(".engine")
+    computed = f"; in INT8: {summary_of(info.layers)}" if info.layers else ""
     console.print(
         f"wrote {engine} ({engine.stat().st_size / 1e6:.1f} MB): {info.flavour} {info.version}, "
-        f"{info.precision}, for {', '.join(info.compute_capabilities)}",
+        f"{info.precision}, for {', '.join(info.compute_capabilities)}{computed}",
         highlight=False,
         soft_wrap=True,
     )

@@ -15,6 +15,8 @@ from runtime.spec import ModelSpec
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from runtime.engine.sidecar import EngineInfo
+
 EXAMPLES = """\b
 Examples:
   advprop inspect model.fp16.onnx
@@ -33,23 +35,29 @@ def main(file: Path) -> None:
 
     table = Table("", show_header=True)
     table.add_column(str(file), overflow="fold")
+    tables = [table]
     if file.suffix in (".engine", ".plan"):
-        _engine(table, file)
+        info = _engine(table, file)
+        if info.layers:
+            tables.append(_layers(info))
     elif file.suffix in (".pt", ".pth"):
         _checkpoint(table, file)
     else:
         _onnx(table, file)
-    console.print(table)
+    console.print(*tables)
 
 
-def _engine(table: Table, file: Path) -> None:
+def _engine(table: Table, file: Path) -> EngineInfo:
+    from runtime.engine.int8 import summary_of
     from runtime.engine.sidecar import read_sidecar
 
     info = read_sidecar(file)
     table.add_row("kind", f"TensorRT engine, {file.stat().st_size / 1e6:.1f} MB, bytes as built")
     table.add_row("built by", f"{info.flavour} {info.version}" + (f" on {info.gpu}" if info.gpu else ""))
     table.add_row("runs on", ", ".join(info.compute_capabilities))
-    table.add_row("weights", _shares(info.precision_shares))
+    table.add_row("weights", _shares(info.precision_shares) + (" in the ONNX file" if info.layers else ""))
+    if info.layers:
+        table.add_row("computes in INT8", summary_of(info.layers))
     for profile in info.profiles:
         for name, shapes in profile.items():
             table.add_row("input", f"{name}: " + ", ".join(f"{key} {shapes[key]}" for key in ("min", "opt", "max")))
@@ -58,6 +66,17 @@ def _engine(table: Table, file: Path) -> None:
 
     table.add_row("runs", "\n".join(engine_support(info)))
     _spec(table, info.spec)
+    return info
+
+
+def _layers(info: EngineInfo) -> Table:
+    from rich.table import Table
+
+    table = Table("layer", "", "MACs", "quantised", "computes in", "", title="Layers, as the builder made them")
+    for layer in info.layers:
+        macs = _scaled(layer.macs) if layer.macs else "unknown"
+        table.add_row(layer.node, layer.op, macs, "yes" if layer.quantised else "no", layer.computes, layer.why)
+    return table
 
 
 def _onnx(table: Table, file: Path) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 from runtime.cuda import find_gpu
 from runtime.engine.flavours import Flavour, check_targets, choose_flavour, native_logger
 from runtime.engine.graph import OnnxSummary, summarise
+from runtime.engine.int8 import LayerReport, int8_layers, warn_of_floats, warn_of_padding, warn_of_size
+from runtime.engine.layers import inspected_layers, layers_of_log
 from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
 from runtime.errors import ConfigError, EngineBuildError, ModelFileError
 from runtime.files import output_dir, write_bytes
@@ -89,6 +91,7 @@ def build(
         log.warning("%s times no kernels when it builds: --timing-cache has no effect", chosen.name)
         timing_cache = None
     plan, flags = _build_plan(chosen, source, summary, profile, tuple(sm), workspace_bytes, timing_cache)
+    layers = _report(chosen, source, summary, plan, tuple(sm)) if _is_quantised(summary) else ()
     info = EngineInfo(
         plan_sha256=_sha256(plan),
         onnx_sha256=summary.sha256,
@@ -102,6 +105,7 @@ def build(
         precision_shares=summary.shares,
         calibration_sha256=summary.calibration_sha256,
         spec=summary.spec,
+        layers=layers,
     )
     # A stop between the two writes must not leave an old sidecar beside a new plan.
     sidecar_path(target).unlink(missing_ok=True)
@@ -185,8 +189,7 @@ def _build_plan(
 ) -> tuple[memoryview, tuple[str, ...]]:
     trt = flavour.module
     logger = native_logger(flavour)
-    logger.errors.clear()
-    logger.seen.clear()
+    logger.reset()
     builder = trt.Builder(logger)
     network_flags, flags = _network_flags(trt)
     network = builder.create_network(network_flags)
@@ -195,6 +198,7 @@ def _build_plan(
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         raise EngineBuildError(f"{flavour.name} {flavour.version} cannot read {source}: {'; '.join(reasons)}")
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what `_report` reads
     if workspace_bytes:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     shapes = builder.create_optimization_profile()
@@ -210,6 +214,29 @@ def _build_plan(
     if timing_cache is not None and timings is not None:
         write_bytes(timing_cache, bytes(timings.serialize()))
     return memoryview(plan), flags
+
+
+def _is_quantised(summary: OnnxSummary) -> bool:
+    return "DequantizeLinear" in summary.ops
+
+
+def _report(
+    flavour: Flavour, source: Path, summary: OnnxSummary, plan: memoryview, sms: tuple[int, ...]
+) -> tuple[LayerReport, ...]:
+    """What became of the quantised layers, and a warning where INT8 is not worth it."""
+    logger = native_logger(flavour)
+    if flavour.name == "tensorrt_rtx":
+        found = layers_of_log(logger.listing)
+    else:
+        found = inspected_layers(flavour.module, logger, plan)
+    if not found:
+        log.info("%s %s does not tell what it made of the quantised layers", flavour.name, flavour.version)
+        return ()
+    layers = int8_layers(source, found, flavour=flavour.name, sms=sms)
+    warn_of_floats(layers)
+    warn_of_padding(layers)
+    warn_of_size(plan.nbytes, sum(summary.weights.values()))
+    return layers
 
 
 def _timings(config: Any, path: Path) -> Any:

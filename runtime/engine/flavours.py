@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.cuda import find_gpu
+from runtime.engine.layers import LISTING
 from runtime.errors import BackendUnavailable, ConfigError
 
 __all__ = ["Flavour", "check_targets", "choose_flavour", "native_logger", "parse_sm"]
@@ -119,8 +120,9 @@ def _import(name: str) -> tuple[Flavour | None, str]:
 def native_logger(flavour: Flavour) -> Any:
     """Returns the library's one logger (a process has one), which forwards to `logging`.
 
-    Its list `errors` collects the texts of native errors, and its set `seen` what was forwarded already;
-    clear both before a build (TensorRT-RTX says some things once a convolution).
+    Its list `errors` collects the texts of native errors, its set `seen` what was forwarded already (TensorRT-RTX
+    says some things once a convolution), and `listing` the layers of a build that tells them. `reset` it before
+    a build.
     """
     trt = flavour.module
     levels = {
@@ -134,10 +136,17 @@ def native_logger(flavour: Flavour) -> Any:
     class ForwardingLogger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.reset()
+
+        def reset(self) -> None:
             self.errors: list[str] = []
             self.seen: set[str] = set()
+            self.listing = ""
 
         def log(self, severity: Any, message: str) -> None:
+            if message.startswith(LISTING):
+                self.listing = message  # a line a kernel: for us, not for the console
+                return
             level = levels.get(severity, logging.DEBUG)
             if level == logging.ERROR:
                 # The caller raises an error with this text; a second copy would be noise.

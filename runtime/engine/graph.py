@@ -13,12 +13,23 @@ from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
 
-__all__ = ["CALIBRATION_KEY", "OnnxSummary", "node_macs", "sha256_onnx", "summarise", "work_of"]
+__all__ = [
+    "CALIBRATION_KEY",
+    "WEIGHTED_OPS",
+    "OnnxSummary",
+    "node_macs",
+    "read_onnx",
+    "sha256_onnx",
+    "summarise",
+    "work_of",
+]
 
 CALIBRATION_KEY = "advprop.calibration"
 """Key of the calibration set's hash in an ONNX file's `metadata_props`."""
 
-_WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that multiply by weights."""
+
 _INT8 = "int8"
 _NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 
@@ -71,7 +82,7 @@ def summarise(path: Path) -> OnnxSummary:
         ModelFileError: no such file, not ONNX, or not one input and one output.
         BackendUnavailable: the `onnx` package is missing.
     """
-    model = _read(path)
+    model = read_onnx(path)
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
@@ -97,7 +108,13 @@ def summarise(path: Path) -> OnnxSummary:
     )
 
 
-def _read(path: Path) -> Any:
+def read_onnx(path: Path) -> Any:
+    """Reads an ONNX file; weights kept outside it are not loaded.
+
+    Raises:
+        BackendUnavailable: the `onnx` package is missing.
+        ModelFileError: no such file, or not ONNX.
+    """
     try:
         import onnx
     except ImportError as error:
@@ -116,7 +133,7 @@ def sha256_onnx(path: Path) -> str:
     Raises:
         ModelFileError: as `summarise`.
     """
-    return _sha256(_files(path, _read(path).graph))
+    return _sha256(_files(path, read_onnx(path).graph))
 
 
 def work_of(path: Path) -> tuple[dict[str, int], int]:
@@ -130,7 +147,7 @@ def work_of(path: Path) -> tuple[dict[str, int], int]:
     Raises:
         ModelFileError: as `summarise`.
     """
-    model = _read(path)
+    model = read_onnx(path)
     return _nodes_by_type(model), sum(node_macs(model).values())
 
 
@@ -211,7 +228,7 @@ def node_macs(model: Any) -> dict[str, int]:
     } | {tensor.name: list(tensor.dims) for tensor in inferred.initializer}
     macs: dict[str, int] = {}
     for number, node in enumerate(inferred.node):
-        if node.op_type not in _WEIGHTED_OPS:
+        if node.op_type not in WEIGHTED_OPS:
             continue
         data, weight, output = (shapes.get(name, []) for name in (*node.input[:2], node.output[0]))
         if not (data and weight and output) or 0 in data + weight + output:
@@ -244,7 +261,7 @@ def _weights_by_type(graph: Any, initializers: dict[str, Any]) -> dict[str, int]
     producers = {output: node for node in graph.node for output in node.output}
     counts: Counter[str] = Counter()
     for node in graph.node:
-        if node.op_type not in _WEIGHTED_OPS:
+        if node.op_type not in WEIGHTED_OPS:
             continue
         name = node.input[1]
         producer = producers.get(name)

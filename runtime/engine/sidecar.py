@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.engine.int8 import LayerReport
 from runtime.errors import ModelFileError, SpecError
 from runtime.files import sha256_file, write_text
 from runtime.spec import ModelSpec
@@ -51,6 +52,8 @@ class EngineInfo:
     """Hash of the INT8 calibration set; empty where the engine was not calibrated."""
     spec: ModelSpec | None
     """The model's description; None for an ONNX file that advprop did not write."""
+    layers: tuple[LayerReport, ...] = ()
+    """Of a quantised graph: what became of each layer; empty where the builder does not tell."""
 
 
 def sidecar_path(engine: Path) -> Path:
@@ -87,7 +90,8 @@ def read_sidecar(engine: Path) -> EngineInfo:
         }
         spec = fields.pop("spec")
         described = ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None
-        info = EngineInfo(spec=described, **fields)
+        layers = tuple(LayerReport(**layer) for layer in fields.pop("layers", ()))
+        info = EngineInfo(spec=described, layers=layers, **fields)
         _check_types(info)
     except SpecError:
         raise
@@ -117,3 +121,7 @@ def _check_types(info: EngineInfo) -> None:
         for shapes in profile.values():
             if set(shapes) != {"min", "opt", "max"}:
                 raise TypeError("a profile needs min, opt and max")
+    for layer in info.layers:
+        words = (layer.node, layer.op, layer.computes, layer.why)
+        if not all(isinstance(word, str) for word in words) or not isinstance(layer.macs, int):
+            raise TypeError("a layer's field is of another type")

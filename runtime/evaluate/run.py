@@ -157,7 +157,8 @@ class _Plan:
         with Journal(self._run.out, {"results": self._skeletons}) as journal:
             show(len(journal.done))
             pending = {(cell.id, block) for cell, block in self.units} - journal.done
-            self._probe([cell for cell in self._suite.cells if any(cell.id == name for name, _ in pending)])
+            unfinished = {name for name, _ in pending}
+            self._probe([cell for cell in self._suite.cells if cell.id in unfinished])
             try:
                 with Workers(self._run.workers if pending else 0) as workers:
                     for cell, block, images_NHWC in self._images(workers, pending):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.evaluate.cells import CLEAN, IMAGES
+from runtime.evaluate.families import SEVERITIES
 from runtime.evaluate.results import Result, is_whole
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def table_of(results: Sequence[Result]) -> Table:
     table.add_column(str(results[0]["suite"]))
     for result in results:
         table.add_column(escape(str(result["model"]["name"])), justify="right", overflow="fold")
-    for row in _ROWS:
+    for row in dict.fromkeys([*_ROWS, *(row for column in columns for row in column)]):
         if any(row in column for column in columns):
             table.add_row(row, *(escape(column.get(row, "")) for column in columns))
     return table
@@ -57,18 +58,17 @@ def _column(result: Result) -> dict[str, str]:
     main = cells.get(IMAGES)
     if CLEAN in cells:
         row["clean top-1"] = _share(cells[CLEAN]["top1"], cells[CLEAN]["top1_interval"])
-    elif main is None and len(cells) == 1:
-        (main,) = cells.values()
-    shown = main or cells.get(CLEAN)
-    if shown:
-        row |= {"images": f"{shown['images']:,}", "ECE": f"{shown['calibration_error']:.3f}"}
-        against = shown.get("against_reference")
-        if against:
-            row["agrees"] = f"{against['agreement']:.1%}"
-            row["Δ top-1"] = _points(against["top1_difference"], against["top1_difference_interval"])
+    shown = main or cells.get(CLEAN) or next(iter(cells.values()))
+    row["images"] = f"{shown['images']:,}"
+    against = shown.get("against_reference")
+    if main or CLEAN in cells:
+        row["ECE"] = f"{shown['calibration_error']:.3f}"
+    if against and "ECE" in row:
+        row["agrees"] = f"{against['agreement']:.1%}"
+        row["Δ top-1"] = _points(against["top1_difference"], against["top1_difference_interval"])
     if main:
         row |= {"top-1": _share(main["top1"], main["top1_interval"]), "top-5": f"{main['top5']:.1%}"}
-    return row | _corrupted(metrics)
+    return row | _corrupted(metrics) | _errors(cells)
 
 
 def _corrupted(metrics: dict[str, Any]) -> dict[str, str]:
@@ -85,6 +85,19 @@ def _corrupted(metrics: dict[str, Any]) -> dict[str, str]:
             if name == "mce_alexnet" and "difference" in found:
                 row["Δ mce_alexnet"] = f"{found['difference']:+.1f}{_ends(found['difference_interval'], '+.1f', 1)}"
     return row
+
+
+def _errors(cells: dict[str, Any]) -> dict[str, str]:
+    """The mean error of each corruption; of those without five severities, the error of each."""
+    rows: dict[str, float] = {}
+    severities: dict[str, list[str]] = {}
+    for cell in cells:
+        if "/" in cell:
+            severities.setdefault(cell.split("/")[0], []).append(cell)
+    for name, found in severities.items():
+        errors = {cell: 1 - cells[cell]["top1"] for cell in found}
+        rows |= {name: sum(errors.values()) / len(errors)} if len(errors) == len(SEVERITIES) else errors
+    return {f"  error, {name}": f"{error:.1%}" for name, error in rows.items()}
 
 
 def notes(results: Sequence[Result]) -> list[str]:

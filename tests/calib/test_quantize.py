@@ -8,11 +8,13 @@ from onnx import TensorProto, numpy_helper
 from torch.nn import functional as F
 
 import runtime
+from calib.config import KINDS_LEFT, CalibrationConfig
 from calib.graphs import open_session
 from calib.placement import points_of, residual_inputs
+from calib.ptq import calibrate
 from calib.quantize import quantise_weight, quantize, scale_of
 from calib.thresholds import LEVELS
-from runtime.errors import ModelFileError
+from runtime.errors import ConfigError, ModelFileError
 from tests.networks import graph
 
 
@@ -108,8 +110,8 @@ def test_the_graph_keeps_tensorrts_rules() -> None:
         ("Conv_0", "input", 64 * 4 * 27),
         ("Conv_2", "r", 64 * 4 * 36),
     ]
-    assert residual_inputs(model) == [("Add_3", "r")]
-    for residuals in ([], residual_inputs(model)):
+    assert residual_inputs(model, points) == [("Add_3", "r")]
+    for residuals in ([], residual_inputs(model, points)):
         quantised = quantize(model, points, {"input": 3.0, "r": 5.0}, residuals=residuals)
         ops = [node.op_type for node in quantised.graph.node]
         assert (ops.count("QuantizeLinear"), ops.count("DequantizeLinear")) == (2, 4)  # `r` once for both its readers
@@ -145,3 +147,42 @@ def test_what_cannot_be_quantised_is_told() -> None:
         points_of(quantised)
     with pytest.raises(ModelFileError, match="nothing to quantise"):
         points_of(graph("p = GlobalAveragePool(input) logits = Flatten(p)"))
+
+
+def inverted_residual() -> onnx.ModelProto:
+    """A block of EfficientNet whose identity comes from a convolution."""
+    random = np.random.default_rng(0)
+    body = """x = Conv(input, w0) a = Conv(x, w1) r = Relu(a) d = Conv <pads = [1, 1, 1, 1], group = 6> (r, w2)
+        g = GlobalAveragePool(d) e = Conv(g, w3) t = Sigmoid(e) z = Mul(d, t) p = Conv(z, w4) s = Add(p, x)
+        q = GlobalAveragePool(s) f = Flatten(q) logits = Gemm(f, w5)"""
+    shapes = {"w0": (4, 3, 1, 1), "w1": (6, 4, 1, 1), "w2": (6, 1, 3, 3), "w3": (6, 6, 1, 1), "w4": (4, 6, 1, 1)}
+    return graph(body, **{name: random.normal(size=shape) for name, shape in shapes.items()}, w5=np.ones((4, 4)))
+
+
+def test_kinds_of_layers_can_be_left() -> None:
+    model = inverted_residual()
+    left = {
+        kind: {point.node: point.reason for point in points_of(model, leave=[kind]) if not point.int8}
+        for kind in KINDS_LEFT
+    }
+    assert left == {
+        "depthwise": {"Conv_3": "depthwise, left in floating point"},
+        "gates": {"Conv_5": "reads one number a channel, as gates do, left in floating point"},
+        "first": {"Conv_0": "the first layer, left in floating point"},
+        "last": {"Gemm_12": "the last layer, left in floating point"},
+    }
+    with pytest.raises(ConfigError, match="layers can be left out by depthwise, gates, first, last; found 'middle'"):
+        CalibrationConfig(leave=("middle",))
+
+
+def test_what_a_residual_add_reads_is_quantised_too() -> None:
+    model = inverted_residual()
+    assert residual_inputs(model, points_of(model)) == [("Add_9", "x")]  # not p, which nobody else reads
+    assert residual_inputs(model, points_of(model, keep=["Conv_8"])) == []
+    images = np.random.default_rng(1).normal(size=(40, 3, 8, 8)).astype(np.float32)
+    for residuals in (False, True):
+        found = calibrate(model, lambda count: iter([images]), CalibrationConfig(residuals=residuals))
+        add = next(node for node in found.model.graph.node if node.op_type == "Add")
+        assert list(add.input) == ["p", "x_dequantized" if residuals else "x"]
+    own = CalibrationConfig(residuals=True, keep=("Conv_1",))  # then no layer's output tells a threshold for x
+    assert calibrate(model, lambda count: iter([images]), own).thresholds["x"] > 0

@@ -41,6 +41,10 @@ def test_a_table_and_a_result(tmp_path: Path, data: Path) -> None:
     assert result.exit_code == 0, result.output
     for text in ("clean top-1", "100.0% [88.6, 100.0]", "mean_error", "no mce_alexnet: AlexNet's errors are of"):
         assert text in result.output, result.output
+    assert "error, fog " in result.output
+    one = run(model, "--suite", "corruptions", "--data", data, "--out", out, "--only", "fog/5", "--only", "snow/2")
+    assert "error, fog/5" in one.output
+    assert "error, snow/2" in one.output
     found = content(out / "toy.corruptions.clean+fog.json")
     assert found["format"] == "advprop.evaluation/1"
     assert found["model"]["arithmetic"] == "Q/DQ as written"
