@@ -18,6 +18,8 @@ COMMANDS = {
     "calibrate": ("calib.cli:main", "Float32 ONNX → INT8, by real images."),
     "build": ("runtime.commands.build:main", "ONNX → TensorRT engine."),
     "predict": ("runtime.commands.predict:main", "Classify images with an exported model."),
+    "eval": ("runtime.commands.evaluate:main", "Measure accuracy and robustness."),
+    "eval-merge": ("runtime.commands.merge:main", "Put the parts of an evaluation together."),
     "inspect": ("runtime.commands.inspect:main", "Say what a model file or engine is."),
     "doctor": ("runtime.commands.doctor:main", "Say which backends work here, and what mends the others."),
 }

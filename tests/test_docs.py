@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from export.pipeline import export_checkpoint
+from tests.runtime.evaluate.evaluation_sets import labelled_folder, toy_onnx
 from tests.runtime.serving_models import images_of, serving_model
 from train.loop import FitResult
 
@@ -31,6 +32,16 @@ def test_a_loop_of_your_own() -> None:
 def test_stripping_a_checkpoint(trained: FitResult) -> None:
     code = block("docs/training.md", "strip_auxiliary(").replace("runs/resnet50/best.pt", str(trained.best))
     exec(code.replace('"resnet50"', '"resnet10t"'), {})
+
+
+def test_evaluating_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled_folder(tmp_path / "val", count=2)
+    toy_onnx(tmp_path / "model.onnx")
+    code = block("docs/evaluation.md", "SuiteConfig(")
+    for shown, real in (("photos/val", "val"), ("model.onnx", "model.onnx"), ("evaluation", "out")):
+        code = code.replace(f'Path("{shown}")', f"Path({str(tmp_path / real)!r})")
+    exec(code.replace("limit=500", 'limit=4, only=("fog",)'), {"__name__": "__main__"})
+    assert "'corruptions': ['fog']" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,207 @@
+"""`advprop eval`: how accurate and robust a model file or checkpoint is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.console import cli_errors, set_up_logging
+from runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from runtime.evaluate.cells import SuiteConfig
+    from runtime.evaluate.models import Model
+    from runtime.evaluate.results import Result
+    from runtime.evaluate.run import RunConfig
+
+EXAMPLES = """\b
+Examples:
+  advprop eval model.onnx --suite imagenet --data imagenet/val
+  advprop eval model.onnx model.int8.onnx --reference model.onnx --suite corruptions --data photos/val --limit 500
+  advprop eval best.pt --route main --route adv --suite imagenet-a --data imagenet-a --clean imagenet/val
+  advprop eval model.onnx --suite imagenet-c --data imagenet-c --only fog --only frost/3
+  advprop eval model.onnx --suite corruptions --data photos/val --shard 1/4     then advprop eval-merge
+
+\b
+Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagenet-c, cifar10, cifar10-c: the released
+files, unpacked. corruptions: made on the fly from any CLASS/IMAGE folder.
+A run that was stopped goes on when the same command is given again.
+"""
+
+
+class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """`i/n`."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            place, count = (int(part) for part in str(value).split("/"))
+        except ValueError:
+            self.fail(f"expected a shard such as 1/4; found {value!r}", param, ctx)
+        return place, count
+
+
+@click.command("eval", epilog=EXAMPLES)
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
+@click.option("--suite", required=True, metavar="NAME", help="The test set; see below.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Its folder.")
+@click.option(
+    "--clean", type=click.Path(path_type=Path), metavar="DIR", help="Clean images, CLASS/IMAGE, measured too."
+)
+@click.option("--reference", type=click.Path(path_type=Path), metavar="MODEL", help="Compare image by image with it.")
+@click.option(
+    "--route", "routes", multiple=True, metavar="NAME", help="BatchNorm route of checkpoints.  [default: main]"
+)
+@click.option("--only", multiple=True, metavar="CELL", help="fog, fog/3, clean, … Repeatable.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Images a cell, from all classes in proportion.")
+@click.option("--seed", default=0, show_default=True, help="Of the limit and of corruptions.")
+@click.option(
+    "--table",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "imagenet", "tiny", "cifar"]),
+    help="Severities of --suite corruptions; auto goes by the network's input size.",
+)
+@click.option(
+    "--resize",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fit", "none"]),
+    help="auto: as the set is meant; released ImageNet-C and Stylized are not resized.",
+)
+@click.option("--out", default=Path("evaluation"), show_default=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--shard", default="1/1", type=_Shard(), metavar="I/N", help="Do a part; eval-merge puts all together.")
+@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep corrupted images there.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images at once.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode and corrupt.  [default: cores − 1]")
+@click.option("--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores.")
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where models run."
+)
+@click.option("--cpu-int8", is_flag=True, help="Run INT8 files by the CPU's own kernels, not as they are written.")
+@cli_errors
+def main(
+    models: tuple[Path, ...],
+    suite: str,
+    data: Path,
+    clean: Path | None,
+    reference: Path | None,
+    routes: tuple[str, ...],
+    only: tuple[str, ...],
+    limit: int | None,
+    seed: int,
+    table: str,
+    resize: str,
+    out: Path,
+    shard: tuple[int, int],
+    cache: Path | None,
+    batch_size: int,
+    workers: int | None,
+    threads: int,
+    device: str,
+    cpu_int8: bool,
+) -> None:
+    """Measure the accuracy and robustness of MODELs: ONNX files, engines and checkpoints.
+
+    Prints a table, and writes OUT/MODEL.SUITE.json with counts, intervals and how it was measured.
+    """
+    console = set_up_logging()
+    from runtime.evaluate.cells import SuiteConfig
+    from runtime.evaluate.run import RunConfig
+
+    config = SuiteConfig(
+        name=suite, data=data, clean=clean, only=only, limit=limit, seed=seed, table=table, resize=resize
+    )
+    default = RunConfig(out=out)
+    run = RunConfig(
+        out=out,
+        batch_size=batch_size,
+        workers=default.workers if workers is None else workers,
+        shard=shard[0],
+        shards=shard[1],
+        cache=cache,
+    )
+    loaded, compared = _load(models, reference, routes or ("main",), device, threads, not cpu_int8)
+    results = _evaluate(console, loaded, compared, config, run)
+    _write(console, results, config, run)
+
+
+def _load(
+    paths: Sequence[Path], reference: Path | None, routes: Sequence[str], device: str, threads: int, exact_int8: bool
+) -> tuple[list[Model], Model | None]:
+    import dataclasses
+
+    from runtime.evaluate.models import load_model
+
+    known: dict[tuple[Path, str], Model] = {}
+    pairs = [(path, route) for path in paths for route in (routes if path.suffix in (".pt", ".pth") else ("main",))]
+    wanted = [*pairs, *([(reference, routes[0])] if reference else [])]
+    for path, route in wanted:
+        key = (path.resolve(), route if path.suffix in (".pt", ".pth") else "")
+        if key not in known:
+            known[key] = load_model(path, device=device, threads=threads, route=route, exact_int8=exact_int8)
+    names = Counter(model.name for model in known.values())
+    for key, model in known.items():
+        if names[model.name] > 1:
+            known[key] = dataclasses.replace(model, name=f"{model.name}-{model.facts['sha256'][:8]}")
+
+    def find(path: Path, route: str) -> Model:
+        return known[path.resolve(), route if path.suffix in (".pt", ".pth") else ""]
+
+    models = list({id(model): model for model in (find(*pair) for pair in pairs)}.values())
+    if len({model.name for model in models}) < len(models):
+        raise ConfigError("two of the models are the same file; give each once")
+    return models, find(reference, routes[0]) if reference else None
+
+
+def _evaluate(
+    console: Console, models: list[Model], reference: Model | None, config: SuiteConfig, run: RunConfig
+) -> list[Result]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from runtime.evaluate.run import evaluate
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        task = bars.add_task(f"{config.name}, blocks of {run.batch_size}", total=None)
+
+        def show(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        return evaluate(models, config, run, reference=reference, progress=show)
+
+
+def _write(console: Console, results: list[Result], config: SuiteConfig, run: RunConfig) -> None:
+    from runtime.evaluate.results import write_result
+    from runtime.evaluate.table import notes, table_of
+
+    only = ["+".join(config.only).replace("/", "-")] if config.only else []
+    part = [f"{run.shard}of{run.shards}"] if run.shards > 1 else []
+    written = []
+    for result in results:
+        path = run.out / ".".join([result["model"]["name"], config.name, *only, *part, "json"])
+        write_result(path, result)
+        written.append(str(path))
+    console.print(table_of(results))
+    for line in (*notes(results), f"wrote {', '.join(written)}"):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    main()

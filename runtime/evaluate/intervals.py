@@ -1,0 +1,94 @@
+"""How far a measured share can be trusted: 95 % intervals from counts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+__all__ = ["Interval", "jackknife", "newcombe_paired", "wilson"]
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
+
+_Z = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
+
+_T: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+"""97.5 % quantiles of Student's t distribution for 1, 2, … 20 degrees of freedom."""
+
+
+def wilson(successes: int, total: int) -> Interval | None:
+    """Returns Wilson's score interval of a share; None of nothing.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (JASA 22, 1927).
+    """
+    if total == 0:
+        return None
+    share, scale = successes / total, 1 + _Z**2 / total
+    middle = (share + _Z**2 / (2 * total)) / scale
+    half = _Z / scale * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
+    # Rounding must not push the ends past the share where they touch it.
+    return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
+
+
+def newcombe_paired(both: int, only_first: int, only_second: int, neither: int) -> Interval | None:
+    """Returns an interval of the first share less the second, of two classifiers on the same images.
+
+    Wilson intervals of the two shares, put together by the correlation of the two: method 10 of Newcombe, "Improved
+    confidence intervals for the difference between binomial proportions based on paired data" (Statistics in Medicine
+    17, 1998). An interval that excludes 0 says that the two differ, as McNemar's test would.
+
+    Args:
+        both: images that both get right.
+        only_first: images that only the first gets right.
+        only_second: images that only the second gets right.
+        neither: images that both get wrong.
+
+    Returns:
+        Lower and upper end, in [−1, 1]; None of no images.
+    """
+    total = both + only_first + only_second + neither
+    first, second = wilson(both + only_first, total), wilson(both + only_second, total)
+    if first is None or second is None:
+        return None
+    p, q = (both + only_first) / total, (both + only_second) / total
+    phi = _correlation(both, only_first, only_second, neither, total)
+    below, above = p - first[0], second[1] - q
+    lower = math.sqrt(max(0.0, below**2 - 2 * phi * below * above + above**2))
+    above, below = first[1] - p, q - second[0]
+    upper = math.sqrt(max(0.0, above**2 - 2 * phi * above * below + below**2))
+    return p - q - lower, p - q + upper
+
+
+def _correlation(both: int, only_first: int, only_second: int, neither: int, total: int) -> float:
+    """Newcombe's φ, with his correction for continuity where it is positive."""
+    product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    if product == 0:
+        return 0.0
+    excess = both * neither - only_first * only_second
+    return (max(excess - total / 2, 0.0) if excess > 0 else float(excess)) / math.sqrt(product)
+
+
+def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> Interval | None:
+    """Returns an interval of a statistic of grouped images, by leaving out one group after the other.
+
+    A mean over corruptions is a mean over the *same* images again and again, so the binomial formula does not hold for
+    it. The groups are of images, with all that was measured on them. Source: the delete-a-group jackknife, Wolter,
+    "Introduction to Variance Estimation" (2nd edition, 2007), chapter 4.
+
+    Args:
+        statistic: the statistic on the images of the given groups.
+        groups: how many there are, all with images in them.
+
+    Returns:
+        Lower and upper end around the statistic of all groups; None of fewer than two groups.
+    """
+    if not 2 <= groups <= len(_T) + 1:
+        return None
+    everything = range(groups)
+    without = [statistic([group for group in everything if group != left]) for left in everything]
+    mean = math.fsum(without) / groups
+    variance = (groups - 1) / groups * math.fsum((value - mean) ** 2 for value in without)
+    half, whole = _T[groups - 2] * math.sqrt(variance), statistic(everything)
+    return whole - half, whole + half

@@ -1,0 +1,137 @@
+"""`Model`: whatever is evaluated. A model file, a checkpoint, or any function from images to logits.
+
+Shape suffixes: N images, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import BackendUnavailable, SpecError
+from runtime.files import sha256_file
+from runtime.images import network_input, normalise
+from runtime.session import Session, load
+from runtime.spec import ModelSpec
+
+__all__ = ["CHECKPOINT_LOADER", "Model", "load_model", "model_of"]
+
+CHECKPOINT_LOADER = "train.predictor:load_predictor"
+"""What loads checkpoints: imported when there is one, since the runtime depends on nothing else of ours."""
+
+_SMALLEST = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A classifier to evaluate."""
+
+    name: str
+    """What tables and file names call it."""
+    spec: ModelSpec
+    """Its classes, and how images are made its input."""
+    logits: Callable[[NDArray[np.uint8]], NDArray[Any]]
+    """uint8 RGB at the network's size, (N, H, W, 3) → logits, (N, K). The log of probabilities will do too."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a result says of it: `sha256`, how it is run, …; plain values."""
+    size_open: bool = False
+    """Whether it takes images of other sizes than its spec's."""
+
+
+def model_of(
+    name: str,
+    spec: ModelSpec,
+    predict: Callable[[NDArray[np.float32]], NDArray[Any]],
+    facts: Mapping[str, Any] | None = None,
+    *,
+    size_open: bool = False,
+) -> Model:
+    """Makes a model of a function from normalised float32 images, (N, 3, H, W), to logits, (N, K)."""
+
+    def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
+        return predict(normalise(images_NHWC, spec.preprocessing))
+
+    return Model(name=name, spec=spec, logits=logits, facts=facts or {}, size_open=size_open)
+
+
+def load_model(
+    path: Path, *, device: str = "auto", threads: int = 0, route: str = "main", exact_int8: bool = True
+) -> Model:
+    """Loads a model file, an engine, or a checkpoint.
+
+    Args:
+        path: `.pt` and `.pth` files are checkpoints.
+        device: `auto`, `cpu` or `cuda`.
+        threads: CPU threads inside one run; 0 leaves it to the backend.
+        route: BatchNorm route of a checkpoint.
+        exact_int8: compute Q/DQ nodes as they are written, which is what a GPU gives, and not by the CPU's INT8
+            kernels, which saturate on some.
+
+    Raises:
+        InputError: no such file, not a model, no such route, or one that does not describe itself.
+        BackendUnavailable: what runs it is missing.
+    """
+    if path.suffix in (".pt", ".pth"):
+        return _checkpoint(path, device, route)
+    if path.suffix in (".engine", ".plan"):
+        session = load(path, device=device, threads=threads)
+        return _of_session(session, path, {"kind": "engine", "sha256": sha256_file(path)})
+    return _onnx(path, device, threads, exact_int8)
+
+
+def _onnx(path: Path, device: str, threads: int, exact_int8: bool) -> Model:
+    from runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from runtime.engine.graph import summarise
+
+    summary = summarise(path)
+    session = Session(OnnxRuntimeBackend(path, device, threads, exact_int8=exact_int8), path)
+    facts = {
+        "kind": "onnx",
+        "sha256": summary.sha256,
+        "size_bytes": summary.size_bytes,
+        "precision": summary.precision,
+        "calibration_sha256": summary.calibration_sha256,
+        "arithmetic": "Q/DQ as written" if exact_int8 else "ONNX Runtime's choice of kernels",
+    }
+    return _of_session(session, path, facts)
+
+
+def _of_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
+    spec, backend = session.spec, session.backend
+    if spec.output_form == "topk":
+        raise SpecError(f"{path} gives the largest few probabilities only; evaluate one exported without --output topk")
+
+    def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
+        batch = network_input(images_NHWC, spec.preprocessing, spec.input_form)
+        answers_NK = session.run(batch.astype(backend.input.dtype, copy=False))
+        if spec.output_form == "probs":
+            return np.log(np.maximum(answers_NK.astype(np.float64), _SMALLEST))
+        return answers_NK
+
+    facts |= {
+        "arch": spec.arch,
+        "backend": backend.name,
+        "device": backend.device,
+        "route": spec.route,
+        "checkpoint_sha256": spec.checkpoint_sha256,
+    }
+    places = backend.input.shape[1:3] if spec.input_form.endswith("NHWC") else backend.input.shape[2:]
+    return Model(name=path.stem, spec=spec, logits=logits, facts=facts, size_open=min(places) < 0)
+
+
+def _checkpoint(path: Path, device: str, route: str) -> Model:
+    module, name = CHECKPOINT_LOADER.split(":")
+    try:
+        loader = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"evaluating the checkpoint {path} needs torch and timm ({error}); install them, or evaluate its ONNX file"
+        ) from error
+    spec, predict, size_open, facts = loader(path, route=route, device=device)
+    return model_of(f"{path.stem}.{route}", spec, predict, facts, size_open=size_open)

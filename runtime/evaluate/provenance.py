@@ -1,0 +1,96 @@
+"""What a result says of how it was made: everything that its counts follow from."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from runtime.evaluate.cells import SuiteConfig
+from runtime.evaluate.models import Model
+from runtime.evaluate.results import FORMAT
+from runtime.evaluate.suites import Suite
+from runtime.spec import ModelSpec
+
+__all__ = ["alike", "describe"]
+
+
+def alike(one: ModelSpec, other: ModelSpec) -> bool:
+    """Whether two models can be shown the very same images: their size, crop and classes are the same."""
+    return _geometry(one) == _geometry(other) and (one.classes, one.wnids) == (other.classes, other.wnids)
+
+
+def _geometry(spec: ModelSpec) -> dict[str, Any]:
+    fields = dataclasses.asdict(spec.preprocessing)
+    # Normalisation is each model's own; but padding is with the mean.
+    return {
+        key: fields[key]
+        for key in fields
+        if key != "std" and (key != "mean" or spec.preprocessing.crop_mode == "border")
+    }
+
+
+def describe(
+    model: Model, reference: Model | None, suite: Suite, config: SuiteConfig, batch_size: int, shard: str
+) -> dict[str, Any]:
+    """Returns a result without counts: JSON's own kinds of values, in the order in which they are read."""
+    return {
+        "format": FORMAT,
+        "suite": suite.name,
+        "model": _model(model),
+        "reference": None if reference is None else _model(reference),
+        "data": {
+            "path": str(config.data),
+            "clean": None if config.clean is None else str(config.clean),
+            "skipped": list(suite.skipped),
+        },
+        "settings": {
+            "seed": suite.seed,
+            "limit": config.limit,
+            "table": suite.table,
+            "classes_asked": len(suite.classes or model.spec.classes),
+            "imagenet_classes": len(model.spec.wnids) == len(model.spec.classes) == 1000,
+            "batch_size": batch_size,
+            "preprocessing": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(model.spec.preprocessing).items()
+            },
+        },
+        "versions": _versions(model, suite),
+        "cells": {
+            cell.id: {
+                "images": len(cell.images),
+                "names_sha256": cell.images.sha256,
+                "resize": cell.resize,
+                "parts": [shard],
+            }
+            for cell in suite.cells
+        },
+    }
+
+
+def _model(model: Model) -> dict[str, Any]:
+    return {"name": model.name, "classes": len(model.spec.classes), **model.facts}
+
+
+def _versions(model: Model, suite: Suite) -> dict[str, str]:
+    import PIL
+
+    found = {"advprop": _installed("advprop"), "numpy": np.__version__, "pillow": PIL.__version__}
+    if model.facts.get("backend") == "onnxruntime":
+        found["onnxruntime"] = _installed("onnxruntime-gpu") or _installed("onnxruntime")
+    if suite.table is not None:
+        import cv2
+        import scipy
+
+        found |= {"opencv": cv2.__version__, "scipy": scipy.__version__}
+    return found
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

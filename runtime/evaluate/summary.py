@@ -1,0 +1,126 @@
+"""From the counts of cells to the numbers of a report. Nothing here is measured; all of it can be made again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from runtime.evaluate.corruptions import CORRUPTIONS
+from runtime.evaluate.counts import GROUPS, Counts
+from runtime.evaluate.intervals import Interval, jackknife, newcombe_paired, wilson
+from runtime.evaluate.metrics import (
+    calibration_error,
+    corruption_errors,
+    error_of,
+    mce_alexnet,
+    mean_error,
+    relative_mce_alexnet,
+    rms_calibration_error,
+)
+
+__all__ = ["summarise"]
+
+Cells = Mapping[str, Counts]
+Statistic = Callable[[Cells, Sequence[int] | None], float]
+"""Of cells, of all images or those of some groups."""
+
+MCE_UNIT = "percent of AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
+RELATIVE_UNIT = "percent of what corruption adds to AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
+MEAN_UNIT = "share of images, plain mean over corruptions and severities; not to be compared with mce_alexnet"
+
+
+def summarise(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> dict[str, Any]:
+    """Returns what a result's `metrics` holds.
+
+    Args:
+        cells: counts by cell, with images in each.
+        why_no_mce: why AlexNet is no yardstick for these images; "" where it is one.
+        clean: the cell that relative mCE takes the clean error from.
+    """
+    metrics: dict[str, Any] = {"cells": {name: _cell(counts) for name, counts in cells.items()}}
+    errors = corruption_errors(cells)
+    corrupted = any("/" in name for name in cells)
+    if not corrupted:
+        return metrics
+    if not errors:
+        why = "no corruption has all five severities"
+        return metrics | {name: _nothing(why) for name in ("mce_alexnet", "relative_mce_alexnet", "mean_error")}
+    if len(errors) < len(CORRUPTIONS):
+        why_no_mce = why_no_mce or f"{len(errors)} of the fifteen corruptions have all five severities"
+    metrics["mean_error"] = {"corruptions": list(errors), **_statistic(cells, _mean_error, MEAN_UNIT)}
+    if why_no_mce:
+        return metrics | {name: _nothing(why_no_mce) for name in ("mce_alexnet", "relative_mce_alexnet")}
+    metrics["mce_alexnet"] = _statistic(cells, _mce, MCE_UNIT)
+    if clean in cells:
+        metrics["relative_mce_alexnet"] = _statistic(cells, _relative_mce, RELATIVE_UNIT)
+    else:
+        metrics["relative_mce_alexnet"] = _nothing("it needs the error on clean images: --clean DIR")
+    return metrics
+
+
+def _cell(counts: Counts) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "images": counts.images,
+        "top1": counts.top1 / counts.images,
+        "top1_interval": wilson(counts.top1, counts.images),
+        "top5": counts.top5 / counts.images,
+        "calibration_error": calibration_error(counts),
+        "rms_calibration_error": rms_calibration_error(counts),
+    }
+    if counts.pairs is not None:
+        pairs, total = counts.pairs, counts.images
+        neither = total - pairs.both - pairs.only_model - pairs.only_reference
+        summary["against_reference"] = {
+            "agreement": pairs.agree / total,
+            "agreement_interval": wilson(pairs.agree, total),
+            "top1_difference": (pairs.only_model - pairs.only_reference) / total,
+            "top1_difference_interval": newcombe_paired(pairs.both, pairs.only_model, pairs.only_reference, neither),
+        }
+    return summary
+
+
+def _nothing(why: str) -> dict[str, Any]:
+    return {"value": None, "why_not": why}
+
+
+def _statistic(cells: Cells, statistic: Statistic, unit: str) -> dict[str, Any]:
+    """A value with its interval, and its difference from the reference's with that of its own."""
+    summary = {"value": statistic(cells, None), "interval": _interval(cells, statistic), "unit": unit}
+    if all(counts.pairs is not None for counts in cells.values()):
+        reference = {name: _reference(counts) for name, counts in cells.items()}
+        summary["difference"] = statistic(cells, None) - statistic(reference, None)
+        summary["difference_interval"] = _interval(
+            cells, lambda own, groups: statistic(own, groups) - statistic(reference, groups)
+        )
+    return summary
+
+
+def _interval(cells: Cells, statistic: Statistic) -> Interval | None:
+    """None where there are too few images for every group to have one."""
+    if any(min(counts.group_images) == 0 for counts in cells.values()):
+        return None
+    return jackknife(lambda groups: statistic(cells, groups), GROUPS)
+
+
+def _reference(counts: Counts) -> Counts:
+    """The reference model's counts on the same images, as far as errors go."""
+    assert counts.pairs is not None
+    return dataclasses.replace(
+        counts,
+        top1=counts.pairs.both + counts.pairs.only_reference,
+        group_right=counts.pairs.reference_group_right,
+        pairs=None,
+    )
+
+
+def _mean_error(cells: Cells, groups: Sequence[int] | None) -> float:
+    return mean_error(corruption_errors(cells, groups))
+
+
+def _mce(cells: Cells, groups: Sequence[int] | None) -> float:
+    return mce_alexnet(corruption_errors(cells, groups))
+
+
+def _relative_mce(cells: Cells, groups: Sequence[int] | None) -> float:
+    return relative_mce_alexnet(corruption_errors(cells, groups), error_of(cells["clean"], groups))

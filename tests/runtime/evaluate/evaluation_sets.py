@@ -1,0 +1,81 @@
+"""Tiny test sets in each released layout, and models whose answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.evaluate.cells import SuiteConfig
+from runtime.evaluate.models import Model, model_of
+from runtime.evaluate.run import RunConfig
+from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+WNIDS = ("n00000001", "n00000002", "n00000003")
+
+
+def spec_of(classes: tuple[str, ...] = tuple(COLOURS), wnids: tuple[str, ...] = WNIDS, size: int = 32) -> ModelSpec:
+    preprocessing = Preprocessing(
+        height=size, width=size, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0
+    )
+    return ModelSpec(arch="toy", classes=classes, wnids=wnids, preprocessing=preprocessing)
+
+
+def picture(colour: str, number: int, size: int = 32) -> NDArray[np.uint8]:
+    """Mostly of one colour, and noisy enough that noise and blur move some over the edge."""
+    random = np.random.default_rng([number, *COLOURS[colour]])
+    base = np.asarray(COLOURS[colour]) * 0.3 + 90
+    return np.clip(base + random.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
+
+
+def save(folder: Path, colour: str, number: int, size: int = 32) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(colour, number, size)).save(folder / f"{number}.png")
+
+
+def labelled_folder(root: Path, names: Mapping[str, str] | None = None, count: int = 8, size: int = 32) -> Path:
+    """`root/NAME/*.png`; `names`: folder → colour. Default: by class name."""
+    for name, colour in (names or {colour: colour for colour in COLOURS}).items():
+        for number in range(count):
+            save(root / name, colour, number, size)
+    return root
+
+
+def mean_colour(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits: the mean of each channel."""
+    return images_NCHW.mean((2, 3)) * np.float32(8)
+
+
+def toy(
+    name: str = "toy",
+    spec: ModelSpec | None = None,
+    predict: Callable[[NDArray[np.float32]], NDArray[np.float32]] = mean_colour,
+    size_open: bool = False,
+) -> Model:
+    return model_of(name, spec or spec_of(), predict, {"sha256": name}, size_open=size_open)
+
+
+def toy_onnx(path: Path, scale: float = 8.0, spec: ModelSpec | None = None) -> Path:
+    """The same as an ONNX file."""
+    spec = spec or spec_of()
+    size = spec.preprocessing.height
+    text = f"""<ir_version: 9, opset_import: ["" : 20]>
+    g (float[n, 3, {size}, {size}] input) => (float[n, 3] logits)
+    <float s = {{{scale}}}> {{ p = GlobalAveragePool(input) f = Flatten(p) logits = Mul(f, s) }}"""
+    model = onnx.parser.parse_model(text)
+    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    onnx.save(model, path)
+    return path
+
+
+def config(name: str, data: Path, **options: object) -> SuiteConfig:
+    return SuiteConfig(name=name, data=data, **options)  # type: ignore[arg-type]
+
+
+def run_config(out: Path, **options: object) -> RunConfig:
+    return RunConfig(out=out, **{"workers": 0, "batch_size": 4, **options})  # type: ignore[arg-type]

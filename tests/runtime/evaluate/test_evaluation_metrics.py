@@ -1,0 +1,187 @@
+"""Metrics against numbers computed by hand, or published."""
+
+import math
+
+import numpy as np
+import pytest
+
+from runtime.errors import InputError
+from runtime.evaluate.corruptions import CORRUPTIONS
+from runtime.evaluate.counts import BINS, GROUPS, NANO, Counts, answers_of, count
+from runtime.evaluate.intervals import jackknife, newcombe_paired, wilson
+from runtime.evaluate.metrics import (
+    ALEXNET,
+    ALEXNET_CLEAN,
+    calibration_error,
+    corruption_errors,
+    mce_alexnet,
+    mean_error,
+    relative_mce_alexnet,
+    rms_calibration_error,
+)
+from runtime.evaluate.summary import summarise
+
+
+def counts_of(right: int, images: int, **pairs: int) -> Counts:
+    """`right` of `images` right, dealt into the groups in turn, each with confidence 0.75."""
+    logits = np.log(np.full((images, 2), 0.25))
+    logits[:, 0] = math.log(0.75)
+    labels = np.where(np.arange(images) < right, 0, 1)
+    return count(answers_of(logits, labels), np.arange(images))
+
+
+def test_alexnet_itself_is_100() -> None:
+    own = {name: [error] * 5 for name, error in ALEXNET.items()}
+    assert mce_alexnet(own) == 100.0
+    assert relative_mce_alexnet(own, ALEXNET_CLEAN) == pytest.approx(100.0, abs=1e-12)
+    assert mce_alexnet(dict(reversed(own.items()))) == 100.0  # by name, not by order
+    assert set(ALEXNET) == set(CORRUPTIONS)
+    assert mean_error(own) == pytest.approx(11.834896 / 15)  # the table added up by hand: another number entirely
+
+
+def test_mce_of_a_made_up_matrix_by_hand() -> None:
+    """Half of AlexNet's error everywhere, and for fog 0.1, 0.2, 0.3, 0.4, 0.5, whose mean is 0.3."""
+    errors = {name: [error / 2] * 5 for name, error in ALEXNET.items()} | {"fog": [0.1, 0.2, 0.3, 0.4, 0.5]}
+    assert mce_alexnet(errors) == pytest.approx((14 * 50 + 100 * 0.3 / 0.819324) / 15)
+    assert mce_alexnet(errors) == pytest.approx(49.107704, abs=1e-6)
+    # With clean error 0.2: fog adds 0.1 to it, and 0.384324 to AlexNet's; brightness 0.082296 and 0.129592.
+    clean = [100 * (ALEXNET[name] / 2 - 0.2) / (ALEXNET[name] - 0.435) for name in ALEXNET if name != "fog"]
+    assert clean[9] == pytest.approx(100 * 0.082296 / 0.129592)
+    assert relative_mce_alexnet(errors, 0.2) == pytest.approx((sum(clean) + 100 * 0.1 / 0.384324) / 15)
+    assert mean_error({"fog": [0.1, 0.2, 0.3, 0.4, 0.5], "snow": [0.5] * 5}) == pytest.approx(0.4)
+
+
+def test_mce_wants_all_fifteen_and_no_other() -> None:
+    whole = {name: [0.5] * 5 for name in CORRUPTIONS}
+    with pytest.raises(InputError, match="found no or other than five of fog"):
+        mce_alexnet({name: levels for name, levels in whole.items() if name != "fog"})
+    with pytest.raises(InputError, match="found no or other than five of snow"):
+        mce_alexnet(whole | {"snow": [0.5] * 4})
+    with pytest.raises(InputError, match="found spatter too"):
+        mce_alexnet(whole | {"spatter": [0.5] * 5})
+    with pytest.raises(InputError, match="no corruption with all five"):
+        mean_error({})
+
+
+def test_intervals_are_those_of_the_publications() -> None:
+    # Newcombe 1998 (two papers): 81 of 263, and the pairs 36, 12, 2, 0.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert newcombe_paired(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=5e-5)
+    assert wilson(0, 0) is None
+    assert newcombe_paired(0, 0, 0, 0) is None
+    lower, upper = newcombe_paired(100, 0, 0, 0)  # type: ignore[misc]
+    assert lower < 0 < upper
+    assert newcombe_paired(700, 5, 60, 235)[1] < 0  # type: ignore[index]  # a clear loss excludes zero
+
+
+def test_jackknife_of_a_mean_is_students_interval() -> None:
+    values = [1.0, 2.0, 4.0, 9.0]
+    lower, upper = jackknife(lambda groups: sum(values[group] for group in groups) / len(groups), 4)  # type: ignore[misc]
+    half = 3.182 * math.sqrt(sum((value - 4) ** 2 for value in values) / 3 / 4)
+    assert (lower, upper) == pytest.approx((4 - half, 4 + half))
+    assert jackknife(lambda groups: 1.0, 1) is None
+
+
+def test_jackknife_covers_the_mean_error_where_images_repeat() -> None:
+    """Five cells of the same 400 images, which are hard or easy whatever the corruption: 95 % intervals, 100 times."""
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        hard = random.random(400) < 0.3
+        cells = {}
+        for severity in range(1, 6):
+            wrong = random.random(400) < np.where(hard, 0.9, 0.1)
+            logits = np.stack([np.where(wrong, 0.0, 1.0), np.where(wrong, 1.0, 0.0)], 1)
+            cells[f"fog/{severity}"] = count(answers_of(logits, np.zeros(400, int)), np.arange(400))
+        lower, upper = summarise(cells)["mean_error"]["interval"]
+        covered += lower <= 0.3 * 0.9 + 0.7 * 0.1 <= upper
+    assert 0.9 <= covered / 100 <= 0.99
+
+
+def test_calibration_errors_by_hand() -> None:
+    # Confidences 0.75 (bin 12 of 15), right in 3 of 6; and 0.9, right in 4 of 4.
+    first = counts_of(3, 6)
+    logits = np.log(np.tile([0.9, 0.1], (4, 1)))
+    both = first + count(answers_of(logits, np.zeros(4, int)), np.arange(4))
+    assert both.bin_images[11] == 6
+    assert both.bin_confidence_nano[11] == 6 * 750_000_000
+    assert both.bin_images[13] == 4
+    assert calibration_error(both) == pytest.approx(0.6 * 0.25 + 0.4 * 0.1)
+    assert rms_calibration_error(both) == pytest.approx(math.sqrt(0.6 * 0.25**2 + 0.4 * 0.1**2))
+
+
+def test_answers_rank_ties_like_argmax_and_refuse_what_is_not_finite() -> None:
+    logits = np.array([[1, 1, 0], [1, 1, 0], [np.nan, 5, 0], [np.inf, 0, 0], [0, 2, 3]], np.float32)
+    answers = answers_of(logits, np.array([0, 1, 1, 0, 1]))
+    assert answers.classes_N.tolist() == [0, 0, -1, -1, 2]
+    assert answers.right_N.tolist() == [True, False, False, False, False]
+    counts = count(answers, np.arange(5))
+    assert (counts.images, counts.top1, counts.top5, counts.not_finite) == (5, 1, 3, 2)
+    assert counts.bin_images[0] == 2  # the two have confidence 0
+
+
+def test_top5_counts_the_first_five() -> None:
+    logits = -np.arange(8.0)[None].repeat(8, 0)
+    answers = answers_of(logits, np.arange(8))
+    assert answers.top5_N.tolist() == [True] * 5 + [False] * 3
+
+
+def test_only_the_classes_that_are_asked_about_compete() -> None:
+    logits = np.array([[9.0, 1.0, 2.0, 3.0], [9.0, 4.0, 2.0, 3.0]])
+    answers = answers_of(logits, np.array([3, 3]), classes=(1, 3))
+    assert answers.classes_N.tolist() == [3, 1]
+    assert answers.right_N.tolist() == [True, False]
+    odds = np.exp([1.0, 3.0])
+    assert answers.confidence_nano_N[0] == round(NANO * odds[1] / odds.sum())
+
+
+def test_pairs_with_a_reference() -> None:
+    model = answers_of(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 0, 1]))
+    reference = answers_of(np.eye(3)[[0, 2, 2, 1]], np.array([0, 1, 0, 1]))
+    counts = count(model, np.arange(4), reference)
+    pairs = counts.pairs
+    assert pairs is not None
+    assert (pairs.agree, pairs.both, pairs.only_model, pairs.only_reference) == (2, 1, 1, 1)
+    assert pairs.reference_group_right[:4] == (1, 0, 0, 1)
+    double = counts + counts
+    assert double.pairs is not None and double.pairs.agree == 4
+    assert Counts.none(reference=True) + counts == counts
+    with pytest.raises(InputError, match="without one"):
+        counts + Counts.none()
+
+
+def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
+    random = np.random.default_rng(1)
+    logits, labels = random.normal(size=(200, 7)) * 3, random.integers(0, 7, 200)
+    answers, positions = answers_of(logits, labels), np.arange(200)
+    whole = count(answers, positions)
+    total = Counts.none()
+    for part in np.array_split(random.permutation(200), 9):
+        total = total + count(answers_of(logits[part], labels[part]), positions[part])
+    assert total == whole
+    assert Counts.from_dict(whole.to_dict()) == whole
+    assert sum(whole.bin_images) == sum(whole.group_images) == 200
+    assert (len(whole.bin_images), len(whole.group_images)) == (BINS, GROUPS)
+    with pytest.raises(InputError, match="not counts"):
+        Counts.from_dict({"images": 3})
+
+
+def test_a_summary_says_why_there_is_no_mce() -> None:
+    grid = {f"{name}/{severity}": counts_of(30, 40) for name in CORRUPTIONS for severity in range(1, 6)}
+    metrics = summarise(grid)
+    assert metrics["mean_error"]["value"] == 0.25
+    assert metrics["mce_alexnet"]["value"] == pytest.approx(100 * np.mean([0.25 / error for error in ALEXNET.values()]))
+    assert "AlexNet is 100" in metrics["mce_alexnet"]["unit"]
+    assert "not to be compared with mce_alexnet" in metrics["mean_error"]["unit"]
+    assert "--clean" in metrics["relative_mce_alexnet"]["why_not"]
+    assert summarise(grid, why_no_mce="CIFAR")["mce_alexnet"] == {"value": None, "why_not": "CIFAR"}
+    some = summarise({f"fog/{severity}": counts_of(30, 40) for severity in range(1, 6)})
+    assert some["mean_error"]["corruptions"] == ["fog"]
+    assert some["mce_alexnet"]["why_not"].startswith("1 of the fifteen")
+    assert summarise({"fog/1": counts_of(1, 4)})["mean_error"]["value"] is None
+    assert corruption_errors(grid | {"spatter/1": counts_of(1, 4)}).keys() == set(CORRUPTIONS)
+    with_clean = summarise(grid | {"clean": counts_of(36, 40)})
+    expected = [(0.25 - 0.1) / (error - 0.435) for error in ALEXNET.values()]
+    assert with_clean["relative_mce_alexnet"]["value"] == pytest.approx(100 * np.mean(expected))

@@ -1,0 +1,75 @@
+"""A checkpoint as a function from images to logits: what the runtime evaluates beside the files made from it.
+
+Shape suffixes: N images, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.errors import BackendUnavailable
+from runtime.files import sha256_file
+from runtime.spec import ModelSpec
+from train.checkpoint import load_checkpoint
+from train.recipes import MAIN
+from train.restore import restore_model
+
+__all__ = ["Predict", "load_predictor"]
+
+Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Normalised images, (N, 3, H, W) → logits, (N, K)."""
+
+
+def load_predictor(
+    path: Path, *, route: str = MAIN, ema: bool = True, device: str = "auto"
+) -> tuple[ModelSpec, Predict, bool, dict[str, Any]]:
+    """Loads a checkpoint for evaluation, in float32.
+
+    Args:
+        path: one of our checkpoints.
+        route: whose BatchNorms it is evaluated through.
+        ema: prefer the moving average of the weights.
+        device: `auto` (a GPU where there is one), `cpu` or `cuda`.
+
+    Returns:
+        Its description; the function; whether it takes images of any size; and what a result says of it, plain values.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours.
+        ConfigError: it has no such route.
+        BackendUnavailable: there is no GPU for `cuda`.
+    """
+    checkpoint = load_checkpoint(path)
+    spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("device='cuda': torch finds no GPU; use device='cpu' or 'auto'")
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    model = restore_model(checkpoint, path, bn=route, ema=ema).eval().to(place)
+    sha256 = sha256_file(path)
+
+    def predict(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits_NK: NDArray[np.float32] = model(torch.from_numpy(images_NCHW).to(place)).float().cpu().numpy()
+        return logits_NK
+
+    facts = {
+        "kind": "checkpoint",
+        "sha256": sha256,
+        "size_bytes": path.stat().st_size,
+        "precision": "fp32",
+        "arch": spec.arch,
+        "backend": f"torch {torch.__version__}",
+        "device": place.type,
+        "route": route,
+        "weights": "moving average" if ema and checkpoint.get("ema_state_dict") else "last",
+    }
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    size_open = not config.get("fixed_input_size")
+    return dataclasses.replace(spec, route=route, checkpoint_sha256=sha256), predict, size_open, facts
