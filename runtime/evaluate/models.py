@@ -87,10 +87,11 @@ def load_model(
 
 def _onnx(path: Path, device: str, threads: int, exact_int8: bool) -> Model:
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from runtime.backends.threads import Threads
     from runtime.engine.graph import summarise
 
     summary = summarise(path)
-    session = Session(OnnxRuntimeBackend(path, device, threads, exact_int8=exact_int8), path)
+    session = Session(OnnxRuntimeBackend(path, device, Threads(intra=threads), exact_int8=exact_int8), path)
     facts = {
         "kind": "onnx",
         "sha256": summary.sha256,
