@@ -31,7 +31,8 @@ def print_calibration(console: Console, source: str, target: Path, result: Calib
         table.add_column(heading, justify="right" if heading in ("MACs", "noise") else "left", overflow="fold")
     for point in calibrated.points:
         share, where = f"{point.macs / total:.1%}", "INT8" if point.int8 else "float"
-        table.add_row(point.node, point.op, share, where, noise.get(point.node, ""), point.reason)
+        why = "" if point.int8 else point.reason
+        table.add_row(point.node, point.op, share, where, noise.get(point.node, ""), why)
     console.print(table)
     counts = Counter(point.int8 for point in calibrated.points)
     lines = [
