@@ -15,7 +15,9 @@ from PIL import Image
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.loop import FitResult, fit
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared with other workers; the commands they start read this
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 REPOSITORY = Path(__file__).parent.parent
 
 
