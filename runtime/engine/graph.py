@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.engine.guard import check_bytes, check_tensors, external_files
 from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
@@ -79,10 +80,17 @@ def summarise(path: Path) -> OnnxSummary:
     """Reads the graph at `path`; weights kept outside the file are not loaded.
 
     Raises:
-        ModelFileError: no such file, not ONNX, or not one input and one output.
+        ModelFileError: no such file, not ONNX, claims what it does not hold, or not one input and one output.
         BackendUnavailable: the `onnx` package is missing.
     """
     model = read_onnx(path)
+    try:
+        return _summary(model, path)
+    except (IndexError, UnicodeDecodeError) as error:  # nodes without inputs, names that are no text
+        raise ModelFileError(f"{path} is not a valid ONNX graph: {error}") from error
+
+
+def _summary(model: Any, path: Path) -> OnnxSummary:
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
@@ -94,12 +102,12 @@ def summarise(path: Path) -> OnnxSummary:
             "input and one logits output"
         )
     sizes = inputs[0].type.tensor_type.shape.dim
-    files = _files(path, graph)
+    files = [path, *external_files(model, path)]
     return OnnxSummary(
         sha256=_sha256(files),
         size_bytes=sum(file.stat().st_size for file in files),
         input_name=inputs[0].name,
-        input_shape=tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes),
+        input_shape=tuple(max(size.dim_value, -1) if size.HasField("dim_value") else -1 for size in sizes),
         outputs=tuple(value.name for value in graph.output),
         spec=spec,
         calibration_sha256=_metadata(model, CALIBRATION_KEY),
@@ -113,7 +121,7 @@ def read_onnx(path: Path) -> Any:
 
     Raises:
         BackendUnavailable: the `onnx` package is missing.
-        ModelFileError: no such file, or not ONNX.
+        ModelFileError: no such file, not ONNX, or it claims what it does not hold.
     """
     try:
         import onnx
@@ -122,9 +130,16 @@ def read_onnx(path: Path) -> Any:
     if not path.is_file():
         raise ModelFileError(f"no such ONNX file: {path}")
     try:
-        return onnx.load(path, load_external_data=False)
+        check_bytes(path)
+        model = onnx.load(path, load_external_data=False)
+    except ModelFileError:
+        raise
     except Exception as error:  # protobuf's DecodeError has another name in each release
         raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+    if not model.ir_version or not model.HasField("graph"):
+        raise ModelFileError(f"{path} is not an ONNX file: it has no graph, or no version")
+    check_tensors(model, path)
+    return model
 
 
 def sha256_onnx(path: Path) -> str:
@@ -133,7 +148,7 @@ def sha256_onnx(path: Path) -> str:
     Raises:
         ModelFileError: as `summarise`.
     """
-    return _sha256(_files(path, read_onnx(path).graph))
+    return _sha256([path, *external_files(read_onnx(path), path)])
 
 
 def work_of(path: Path) -> tuple[dict[str, int], int]:
@@ -158,20 +173,6 @@ def _metadata(model: Any, key: str) -> str:
 def _spec(model: Any, where: str) -> ModelSpec | None:
     text = _metadata(model, METADATA_KEY)
     return ModelSpec.from_json(text, where=where) if text else None
-
-
-def _files(path: Path, graph: Any) -> list[Path]:
-    """The file, and those of its weights."""
-    locations = {
-        entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    files = [path, *(path.parent / location for location in sorted(locations))]
-    for file in files[1:]:
-        if path.parent.resolve() not in file.resolve().parents:
-            raise ModelFileError(f"{path} wants weights from outside its folder: {file}; refused")
-        if not file.is_file():
-            raise ModelFileError(f"{path} needs the file of its weights beside it: no such file: {file}")
-    return files
 
 
 def _sha256(files: list[Path]) -> str:
@@ -266,9 +267,11 @@ def _weights_by_type(graph: Any, initializers: dict[str, Any]) -> dict[str, int]
         name = node.input[1]
         producer = producers.get(name)
         target = None
-        while producer is not None and producer.op_type in ("Cast", "DequantizeLinear"):
+        passed: set[str] = set()  # a hostile graph may be a ring
+        while producer is not None and producer.op_type in ("Cast", "DequantizeLinear") and name not in passed:
+            passed.add(name)
             if producer.op_type == "Cast" and target is None:
-                target = next(item.i for item in producer.attribute if item.name == "to")
+                target = next((item.i for item in producer.attribute if item.name == "to"), None)
             name = producer.input[0]
             producer = producers.get(name)
         tensor = initializers.get(name)
