@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from runtime import errors
 from runtime.engine.build import build
+from runtime.engine.options import BuildOptions
 from runtime.session import Prediction, Session, load
 from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
 
-__all__ = ["ImageSizes", "ModelSpec", "Prediction", "Preprocessing", "Session", "build", "errors", "load"]
+__all__ = [
+    "BuildOptions",
+    "ImageSizes",
+    "ModelSpec",
+    "Prediction",
+    "Preprocessing",
+    "Session",
+    "build",
+    "errors",
+    "load",
+]

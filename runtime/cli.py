@@ -19,6 +19,7 @@ COMMANDS = {
     "build": ("runtime.commands.build:main", "ONNX → TensorRT engine."),
     "predict": ("runtime.commands.predict:main", "Classify images with an exported model."),
     "inspect": ("runtime.commands.inspect:main", "Say what a model file or engine is."),
+    "cache": ("runtime.commands.cache:main", "List what is cached, and make room."),
     "doctor": ("runtime.commands.doctor:main", "Say which backends work here, and what mends the others."),
 }
 """Command → (module:attribute, one line of help)."""

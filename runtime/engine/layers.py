@@ -91,12 +91,20 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
     )
 
 
-def inspected_layers(trt: Any, logger: Any, plan: memoryview) -> list[EngineLayer]:
+def inspected_layers(trt: Any, logger: Any, plan: memoryview, *, host_code: bool = False) -> list[EngineLayer]:
     """Asks the engine inspector; nothing where the plan cannot be deserialised here.
+
+    Args:
+        trt: the TensorRT that built it.
+        logger: its logger.
+        plan: the engine, fresh from the builder.
+        host_code: whether it carries code for the CPU, as version-compatible plans do.
 
     Written against the API and NVIDIA's published examples; never run, for want of a GPU that full TensorRT takes.
     """
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = host_code
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return []
     inspector = engine.create_engine_inspector()
