@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.engine.guard import check_bytes, check_tensors, external_files
+from runtime.engine.guard import check_nodes, check_tensors, external_files
+from runtime.engine.wire import check_bytes
 from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
@@ -84,13 +85,6 @@ def summarise(path: Path) -> OnnxSummary:
         BackendUnavailable: the `onnx` package is missing.
     """
     model = read_onnx(path)
-    try:
-        return _summary(model, path)
-    except (IndexError, UnicodeDecodeError) as error:  # nodes without inputs, names that are no text
-        raise ModelFileError(f"{path} is not a valid ONNX graph: {error}") from error
-
-
-def _summary(model: Any, path: Path) -> OnnxSummary:
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
@@ -138,6 +132,7 @@ def read_onnx(path: Path) -> Any:
         raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
     if not model.ir_version or not model.HasField("graph"):
         raise ModelFileError(f"{path} is not an ONNX file: it has no graph, or no version")
+    check_nodes(model, path)
     check_tensors(model, path)
     return model
 
@@ -188,9 +183,9 @@ def _nodes_by_type(model: Any) -> dict[str, int]:
         inferred = onnx.shape_inference.infer_shapes(model).graph
     except onnx.shape_inference.InferenceError:
         inferred = graph
+    names = {onnx.TensorProto.DataType.Value(key): name for key, name in _NAMES.items()}
     kinds = {
-        value.name: _NAMES.get(onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type))
-        for value in (*inferred.value_info, *inferred.output)
+        value.name: names.get(value.type.tensor_type.elem_type) for value in (*inferred.value_info, *inferred.output)
     }
     found = [kinds.get(node.output[0]) for node in graph.node if node.output]
     return dict(Counter(kind for kind in found if kind is not None))

@@ -132,9 +132,10 @@ def run_interruptibly(work: Callable[[], _Result], progress: BuildProgress) -> _
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
-    ended = threading.Event()  # a `Thread.join` that is interrupted takes the thread for ended (Python 3.11)
+    go, ended = threading.Event(), threading.Event()  # not `join`: Python 3.11 takes an interrupted one for the end
 
     def run() -> None:
+        go.wait()
         try:
             results.append(work())
         except BaseException as error:  # passed on below
@@ -142,17 +143,18 @@ def run_interruptibly(work: Callable[[], _Result], progress: BuildProgress) -> _
         finally:
             ended.set()
 
-    thread = threading.Thread(target=run, name="advprop-build", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="advprop-build", daemon=True).start()
     interrupt: BaseException | None = None
-    while not ended.is_set():
+    while not results and not errors:
         try:
-            ended.wait(_POLL_S)
-        except BaseException as error:  # raised by a signal's handler
-            progress.stop()
-            if interrupt is None:
-                interrupt = error
+            go.set()
+            if interrupt is not None:
                 log.warning("stopping the build at its next step")
+            while not ended.wait(_POLL_S):  # Windows hears no Ctrl-C in a wait without end
+                pass
+        except BaseException as error:  # raised by a signal's handler
+            interrupt = error if interrupt is None else interrupt
+            progress.stop()
     raised = [error for error in (interrupt, progress.error, *errors) if error is not None]
     if raised:
         raise raised[0]
