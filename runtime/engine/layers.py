@@ -10,7 +10,10 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorrt
 
 __all__ = ["LISTING", "EngineLayer", "EngineTensor", "inspected_layers", "layers_of_json", "layers_of_log"]
 
@@ -102,7 +105,7 @@ def inspected_layers(trt: Any, logger: Any, plan: memoryview, *, host_code: bool
 
     Written against the API and NVIDIA's published examples; never run, for want of a GPU that full TensorRT takes.
     """
-    runtime = trt.Runtime(logger)
+    runtime: tensorrt.Runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = host_code
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.cuda import find_gpu
 from runtime.engine.flavours import Flavour
 from runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 __all__ = ["HARDWARE_LEVELS", "HOST_CODE_FLAG", "BuildOptions", "apply_options", "check_options", "flag_names"]
 
@@ -110,7 +113,7 @@ def flag_names(trt: Any, options: BuildOptions) -> tuple[str, ...]:
     return tuple(names)
 
 
-def apply_options(trt: Any, config: Any, options: BuildOptions) -> None:
+def apply_options(trt: Any, config: tensorrt.IBuilderConfig, options: BuildOptions) -> None:
     """Sets `options`, which `check_options` let pass, in an `IBuilderConfig`."""
     for name in _builder_flags(options):
         config.set_flag(trt.BuilderFlag.__members__[name])

@@ -7,13 +7,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.engine.flavours import Flavour, native_logger
 from runtime.engine.options import BuildOptions, apply_options
 from runtime.engine.progress import BuildProgress, native_monitor
 from runtime.errors import EngineBuildError
 from runtime.files import write_bytes
+
+if TYPE_CHECKING:
+    import tensorrt
 
 __all__ = ["PlanRequest", "make_plan"]
 
@@ -62,9 +65,9 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     trt = request.flavour.module
     logger = native_logger(request.flavour)
     logger.reset()
-    builder = trt.Builder(logger)
+    builder: tensorrt.Builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
+    parser: tensorrt.OnnxParser = trt.OnnxParser(network, logger)
     if not parser.parse(request.source.read_bytes(), os.fspath(request.source)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise EngineBuildError(f"{request.builder} cannot read {request.source}: {_reasons(request, errors)}")
@@ -72,7 +75,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the report of INT8 layers reads
     apply_options(trt, config, request.options)
     shapes = builder.create_optimization_profile()
-    shapes.set_shape(request.input_name, *(request.profile[name] for name in ("min", "opt", "max")))
+    shapes.set_shape(request.input_name, *(trt.Dims(request.profile[name]) for name in ("min", "opt", "max")))
     config.add_optimization_profile(shapes)
     if request.sms and request.flavour.name == "tensorrt_rtx":
         _set_targets(trt, config, request.sms)
@@ -88,7 +91,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     return memoryview(plan)
 
 
-def _timings(config: Any, path: Path) -> Any:
+def _timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
     """Gives the builder the timings of earlier builds; those of another GPU or version it leaves aside."""
     timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(timings, ignore_mismatch=False):
@@ -111,14 +114,14 @@ def _set_targets(trt: Any, config: Any, sms: tuple[int, ...]) -> None:
             raise EngineBuildError(f"TensorRT-RTX {trt.__version__} refused the target SM {sm}")
 
 
-def _reasons(request: PlanRequest, errors: list[Any]) -> str:
+def _reasons(request: PlanRequest, errors: list[tensorrt.ParserError]) -> str:
     """Node, operator and reason of each error."""
     found = list(dict.fromkeys(_parser_error(request, error) for error in errors)) or ["it gave no reason"]
     more = f"; and {len(found) - _MOST_REASONS} more" if len(found) > _MOST_REASONS else ""
     return "; ".join(found[:_MOST_REASONS]) + more
 
 
-def _parser_error(request: PlanRequest, error: Any) -> str:
+def _parser_error(request: PlanRequest, error: tensorrt.ParserError) -> str:
     reason = " ".join(str(error.desc()).split())
     for text, meaning in _HINTS:
         if text in reason:
