@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,8 @@ _KEYED = (
 
 def engine_key(info: EngineInfo) -> str:
     """Returns the hexadecimal SHA-256 of all that decides which engine `info` describes; its own bytes do not count."""
+    import platform
+
     fields = {name: getattr(info, name) for name in _KEYED}
     system = (platform.system(), platform.machine())  # a plan loads on its own system only
     return hashlib.sha256(json.dumps([_FORMAT, system, fields], sort_keys=True).encode()).hexdigest()

@@ -84,7 +84,12 @@ def summarise(path: Path) -> OnnxSummary:
         ModelFileError: no such file, not ONNX, claims what it does not hold, or not one input and one output.
         BackendUnavailable: the `onnx` package is missing.
     """
-    model = read_onnx(path)
+    from concurrent.futures import ThreadPoolExecutor
+
+    content = _content(path)
+    with ThreadPoolExecutor(1) as pool:
+        own_hash = pool.submit(lambda: hashlib.sha256(content).hexdigest())  # beside the parsing
+        model = _parse(path, content)
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
@@ -96,10 +101,10 @@ def summarise(path: Path) -> OnnxSummary:
             "input and one logits output"
         )
     sizes = inputs[0].type.tensor_type.shape.dim
-    files = [path, *external_files(model, path)]
+    beside = external_files(model, path)
     return OnnxSummary(
-        sha256=_sha256(files),
-        size_bytes=sum(file.stat().st_size for file in files),
+        sha256=_combined(own_hash.result(), beside),
+        size_bytes=len(content) + sum(file.stat().st_size for file in beside),
         input_name=inputs[0].name,
         input_shape=tuple(max(size.dim_value, -1) if size.HasField("dim_value") else -1 for size in sizes),
         outputs=tuple(value.name for value in graph.output),
@@ -117,17 +122,27 @@ def read_onnx(path: Path) -> Any:
         BackendUnavailable: the `onnx` package is missing.
         ModelFileError: no such file, not ONNX, or it claims what it does not hold.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendUnavailable(f"reading ONNX files needs the onnx package ({error}); pip install onnx") from error
+    return _parse(path, _content(path))
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file that may be ONNX."""
     if not path.is_file():
         raise ModelFileError(f"no such ONNX file: {path}")
     try:
         check_bytes(path)
-        model = onnx.load(path, load_external_data=False)
-    except ModelFileError:
-        raise
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parse(path: Path, content: bytes) -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise BackendUnavailable(f"reading ONNX files needs the onnx package ({error}); pip install onnx") from error
+    try:
+        model = onnx.ModelProto.FromString(content)
     except Exception as error:  # protobuf's DecodeError has another name in each release
         raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
     if not model.ir_version or not model.HasField("graph"):
@@ -143,7 +158,8 @@ def sha256_onnx(path: Path) -> str:
     Raises:
         ModelFileError: as `summarise`.
     """
-    return _sha256([path, *external_files(read_onnx(path), path)])
+    content = _content(path)
+    return _combined(hashlib.sha256(content).hexdigest(), external_files(_parse(path, content), path))
 
 
 def work_of(path: Path) -> tuple[dict[str, int], int]:
@@ -170,9 +186,10 @@ def _spec(model: Any, where: str) -> ModelSpec | None:
     return ModelSpec.from_json(text, where=where) if text else None
 
 
-def _sha256(files: list[Path]) -> str:
-    hashes = [sha256_file(file) for file in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+def _combined(own: str, beside: list[Path]) -> str:
+    """The file's own hash, or of one whose weights are beside it, the hash of all hashes."""
+    hashes = [own, *(sha256_file(file) for file in beside)]
+    return own if not beside else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _nodes_by_type(model: Any) -> dict[str, int]:
