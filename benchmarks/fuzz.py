@@ -1,6 +1,6 @@
 """Damaged and hostile files against everything that reads them: only our own errors may come out.
 
-    python benchmarks/fuzz.py                      500 cases of each of five kinds, about two minutes
+    python benchmarks/fuzz.py                      500 cases of each of five kinds, about a minute
     python benchmarks/fuzz.py --native             and what passes goes to TensorRT-RTX, in a child process
 
 ONNX files have bytes changed, cut, repeated and inserted, or parts of their graph set to nonsense; sidecars and plans
@@ -259,17 +259,9 @@ KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., str]]] = {
 
 
 def fuzz(kind: str, cases: int, folder: Path, *, seeded: bool, native: bool = False) -> Counter[str]:
-    """Runs so many cases; raises what is not ours, with the smallest case that raises it.
+    """Runs so many cases of a kind, `seeded` the same ones each time; counts the errors that came.
 
-    Args:
-        kind: a key of `KINDS`.
-        cases: how many.
-        folder: where files may be written.
-        seeded: the same cases at each call.
-        native: let TensorRT-RTX read what passes.
-
-    Returns:
-        How often each error came.
+    Raises what is not ours, with the smallest case that raises it.
     """
     strategy, attempt = KINDS[kind]
     counts: Counter[str] = Counter()
@@ -300,9 +292,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.crashes) as folder:
             began = time.monotonic()
             counts = fuzz(kind, arguments.cases, Path(folder), seeded=False, native=arguments.native)
-            taken = time.monotonic() - began
         results = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        print(f"{kind}: {counts.total()} cases in {taken:.0f} s: {results}", flush=True)
+        print(f"{kind}: {counts.total()} cases in {time.monotonic() - began:.0f} s: {results}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from runtime.cli import main
 from runtime.engine.cache import EngineCache, engine_key
 from runtime.engine.options import BuildOptions
 from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
-from runtime.locks import file_lock
 from tests.networks import classifier, graph
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
@@ -265,31 +263,6 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(folder: Path) -> None:
         began = time.monotonic()
         with cache.claim("key"):
             assert 0.2 <= time.monotonic() - began < 5
-
-
-def test_a_lock_has_one_holder(tmp_path: Path) -> None:
-    inside, most, waited = 0, 0, []
-
-    def work() -> None:
-        nonlocal inside, most
-        for _ in range(20):
-            with file_lock(tmp_path / "a.lock", patience_s=60, waiting=lambda: waited.append(1)) as held:
-                assert held
-                inside += 1
-                most = max(most, inside)
-                time.sleep(0.0005)
-                inside -= 1
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
-    assert waited
-    assert list(tmp_path.iterdir()) == []
-    with file_lock(tmp_path / "nowhere" / "a.lock", patience_s=1) as held:
-        assert not held
 
 
 def test_the_command_lists_prunes_and_says_where(model: Path, folder: Path, tmp_path: Path) -> None:
