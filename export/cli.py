@@ -9,8 +9,8 @@ import click
 from click.core import ParameterSource
 
 from calib.options import OPTION_NAMES, calibration_config, calibration_options
-from runtime.console import cli_errors, set_up_logging
-from runtime.options import engine_options, image_size_option
+from runtime.console import cli_errors, engine_bar, set_up_logging
+from runtime.options import ENGINE_OPTION_NAMES, build_arguments, engine_options, image_size_option
 from runtime.sizes import ImageSizes
 
 if TYPE_CHECKING:
@@ -110,10 +110,6 @@ def main(
     trt: str | None,
     precision: str | None,
     out: Path | None,
-    sm: tuple[str, ...],
-    batch: tuple[int, int, int],
-    builder: str,
-    timing_cache: Path | None,
     input_form: str,
     output_form: str,
     io: str,
@@ -126,7 +122,7 @@ def main(
     calib_data: Path | None,
     bisect: bool,
     verbose: bool,
-    **calibration: Any,
+    **others: Any,
 ) -> None:
     """Export CHECKPOINT as ONNX and, with --trt, as a TensorRT engine.
 
@@ -137,7 +133,7 @@ def main(
     if trt and precision and trt != precision:
         raise click.UsageError(f"--trt {trt} makes {trt} files; leave --precision {precision} out")
     given = click.get_current_context().get_parameter_source
-    for name in ("sm", "batch", "builder", "timing_cache"):
+    for name in ENGINE_OPTION_NAMES:
         if not trt and given(name) is ParameterSource.COMMANDLINE:
             option = name.replace("_", "-")
             raise click.UsageError(f"--{option} says how an engine is built; give --trt fp16 too")
@@ -147,9 +143,7 @@ def main(
     if wished and (trt or precision) != "int8":
         option = wished[0].replace("_", "-")
         raise click.UsageError(f"--{option} is of INT8 files; give --trt int8 or --precision int8 too")
-    from runtime.engine.flavours import parse_sm
-
-    targets = [parse_sm(text) for text in sm]
+    engine = build_arguments({name: others.pop(name) for name in ENGINE_OPTION_NAMES})
     with console.status("importing torch") as status:
         from export.pipeline import export_checkpoint
 
@@ -158,16 +152,18 @@ def main(
             out=out,
             precision=trt or precision or "fp32",
             engine=trt is not None,
-            batch=batch,
-            sm=targets,
-            flavour=builder,
-            timing_cache=timing_cache,
+            batch=engine["batch"],
+            sm=engine["sm"],
+            flavour=engine["flavour"],
+            timing_cache=engine["timing_cache"],
+            build_options=engine["options"],
+            cache=engine["cache"],
             input_form=_INPUT_FORMS[input_form],
             output_form=output_form,
             io=io,
             sizes=image_sizes,
             calib_data=calib_data,
-            calibration=calibration_config(calibration),
+            calibration=calibration_config(others),
             bisect=bisect,
             arch=arch,
             weights=weights,
@@ -175,6 +171,7 @@ def main(
             ema=not no_ema,
             data=data,
             progress=status.update,
+            build_progress=engine_bar(status),
         )
     _show(console, result)
 

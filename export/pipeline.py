@@ -34,6 +34,7 @@ from export.to_onnx import to_onnx
 from export.verify import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
 from runtime.engine.flavours import check_targets, choose_flavour
+from runtime.engine.options import BuildOptions, check_options
 from runtime.engine.sidecar import EngineInfo
 from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBuildError, ModelFileError
 from runtime.files import output_dir
@@ -80,6 +81,8 @@ def export_checkpoint(
     sm: Sequence[int] = (),
     flavour: str = "auto",
     timing_cache: Path | None = None,
+    build_options: BuildOptions | None = None,
+    cache: bool = False,
     arch: str | None = None,
     weights: Path | None = None,
     bn: str = MAIN,
@@ -93,6 +96,7 @@ def export_checkpoint(
     calibration: CalibrationConfig | None = None,
     bisect: bool = True,
     progress: Callable[[str], None] | None = None,
+    build_progress: Callable[[str, float], None] | None = None,
 ) -> ExportResult:
     """Exports a checkpoint as `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`).
 
@@ -105,6 +109,8 @@ def export_checkpoint(
         sm: compute capabilities to build for; see `runtime.build`.
         flavour: engine builder; see `runtime.build`.
         timing_cache: see `runtime.build`.
+        build_options: `options` of `runtime.build`.
+        cache: see `runtime.build`.
         arch: timm's name of the architecture, for a plain state dict.
         weights: a file of the weights of `timm:NAME`; see `load_source`.
         bn: the BatchNorm route to export.
@@ -120,6 +126,7 @@ def export_checkpoint(
         calibration: of `int8`, how; default: as `CalibrationConfig` has it.
         bisect: where a stage does not agree with the one before, find the first layer that does not.
         progress: called with the name of each stage as it starts.
+        build_progress: `progress` of `runtime.build`.
 
     Raises:
         AdvPropError: see `load_source`, `to_onnx`, `runtime.build`.
@@ -130,7 +137,7 @@ def export_checkpoint(
     _check_forms(precision, input_form, output_form)
     progress = progress or log.debug
     if engine:
-        _check_wishes(flavour, tuple(sm))
+        _check_wishes(flavour, tuple(sm), build_options or BuildOptions(), precision == "int8")
     progress("reading the checkpoint")
     source = load_source(
         checkpoint, arch, weights=weights, bn=bn, ema=ema, data=data, size=sizes.usual if sizes else None
@@ -213,6 +220,9 @@ def export_checkpoint(
                 sm=sm,
                 flavour=flavour,
                 timing_cache=timing_cache,
+                options=build_options or BuildOptions(),
+                cache=cache,
+                progress=build_progress,
             )
         except (BackendUnavailable, EngineBuildError) as error:
             raise type(error)(f"{error}\nThe ONNX files are whole, in {folder}.") from error
@@ -256,10 +266,12 @@ def _check_forms(precision: str, input_form: str, output_form: str) -> None:
         raise ConfigError("INT8 files take float32 and give logits; leave --input and --output out")
 
 
-def _check_wishes(flavour: str, sm: tuple[int, ...]) -> None:
-    """Refuses impossible targets before the work; a missing builder is told after the ONNX files."""
+def _check_wishes(flavour: str, sm: tuple[int, ...], options: BuildOptions, quantised: bool) -> None:
+    """Refuses impossible targets and options before the work; a missing builder is told after the ONNX files."""
     try:
-        check_targets(choose_flavour(flavour, sm), sm)
+        chosen = choose_flavour(flavour, sm)
+        check_targets(chosen, sm)
+        check_options(chosen, options, quantised=quantised)
     except BackendUnavailable:
         log.debug("no engine builder here")
 

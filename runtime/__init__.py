@@ -10,12 +10,14 @@ from runtime import errors
 from runtime.backends.threads import Threads
 from runtime.batcher import Batching
 from runtime.engine.build import build
+from runtime.engine.options import BuildOptions
 from runtime.session import Prediction, Session, SessionStats, load
 from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
 
 __all__ = [
     "Batching",
+    "BuildOptions",
     "ImageSizes",
     "ModelSpec",
     "Prediction",

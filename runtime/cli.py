@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("runtime.commands.evaluate:main", "Measure accuracy and robustness."),
     "eval-merge": ("runtime.commands.merge:main", "Put the parts of an evaluation together."),
     "inspect": ("runtime.commands.inspect:main", "Say what a model file or engine is."),
+    "cache": ("runtime.commands.cache:main", "List what is cached, and make room."),
     "doctor": ("runtime.commands.doctor:main", "Say which backends work here, and what mends the others."),
 }
 """Command → (module:attribute, one line of help)."""

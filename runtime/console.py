@@ -14,10 +14,12 @@ from runtime.errors import AdvPropError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
-__all__ = ["cli_errors", "set_up_logging"]
+__all__ = ["cli_errors", "engine_bar", "set_up_logging"]
 
 _Parameters = ParamSpec("_Parameters")
+_BAR = 30  # characters
 _OURS = ("train", "export", "calib", "runtime")
 
 
@@ -36,6 +38,18 @@ def set_up_logging(verbose: bool = False) -> Console:
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
         logger.handlers = [handler]
     return console
+
+
+def engine_bar(status: Status) -> Callable[[str, float], None]:
+    """Returns a progress callback of `runtime.build` that draws a bar in `status`."""
+    from rich.markup import escape
+
+    def draw(phase: str, share: float) -> None:
+        done = round(share * _BAR)
+        bar = f"[green]{'━' * done}[/green][dim]{'━' * (_BAR - done)}[/dim]"
+        status.update(f"building the engine {bar} {share:4.0%} {escape(phase)}")
+
+    return draw
 
 
 def cli_errors(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from runtime.engine.options import HARDWARE_LEVELS, BuildOptions
 from runtime.errors import ConfigError
 from runtime.sizes import ImageSizes
 
-__all__ = ["engine_options", "image_size_option"]
+__all__ = ["ENGINE_OPTION_NAMES", "build_arguments", "engine_options", "image_size_option"]
+
+ENGINE_OPTION_NAMES = (
+    "sm",
+    "batch",
+    "builder",
+    "workspace_mib",
+    "version_compatible",
+    "hardware_compatible",
+    "refit",
+    "strip_weights",
+    "timing_cache",
+    "no_cache",
+)
+"""What `engine_options` adds, --verbose aside."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -53,8 +68,32 @@ def image_size_option(help_text: str) -> Callable[[_Command], _Command]:
     return click.option("--img-size", "image_sizes", type=_ImageSizes(), metavar="SIZE", help=help_text)
 
 
+def build_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns the values of `engine_options` into keyword arguments of `runtime.build`.
+
+    Raises:
+        ConfigError: impossible values.
+    """
+    from runtime.engine.flavours import parse_sm
+
+    return {
+        "sm": [parse_sm(text) for text in values["sm"]],
+        "batch": values["batch"],
+        "flavour": values["builder"],
+        "timing_cache": values["timing_cache"],
+        "cache": not values["no_cache"],
+        "options": BuildOptions(
+            workspace_mib=values["workspace_mib"],
+            version_compatible=values["version_compatible"],
+            hardware_compatible=(values["hardware_compatible"] or "").replace("-", "_"),
+            refit=values["refit"],
+            strip_weights=values["strip_weights"],
+        ),
+    }
+
+
 def engine_options(command: _Command) -> _Command:
-    """Adds --sm, --batch, --builder, --timing-cache and --verbose: what an engine build can be told."""
+    """Adds what an engine build can be told (`ENGINE_OPTION_NAMES`), and --verbose."""
     options = (
         click.option(
             "--sm",
@@ -73,11 +112,31 @@ def engine_options(command: _Command) -> _Command:
             help="Which TensorRT builds.",
         ),
         click.option(
+            "--workspace-mib",
+            type=click.IntRange(min=0),
+            default=0,
+            metavar="MIB",
+            help="Most scratch memory of builder and engine.  [default: TensorRT's own limit]",
+        ),
+        click.option(
+            "--version-compatible",
+            is_flag=True,
+            help="Full TensorRT: loads in later versions too; such an engine carries code for the CPU.",
+        ),
+        click.option(
+            "--hardware-compatible",
+            type=click.Choice([level.replace("_", "-") for level in HARDWARE_LEVELS]),
+            help="Full TensorRT: runs on more GPUs than the one at hand, and slower.",
+        ),
+        click.option("--refit", is_flag=True, help="Weights can be replaced in the engine; not for INT8."),
+        click.option("--strip-weights", is_flag=True, help="Engine without weights, to be refitted; not for INT8."),
+        click.option(
             "--timing-cache",
             type=click.Path(path_type=Path),
             metavar="FILE",
             help="Full TensorRT: kernel timings, read and written; a second build is quicker.",
         ),
+        click.option("--no-cache", is_flag=True, help="Build even what `advprop cache` has, and do not keep it."),
         click.option("-v", "--verbose", is_flag=True, help="Show what the builder says."),
     )
     for option in reversed(options):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from runtime.console import cli_errors, set_up_logging
-from runtime.options import engine_options, image_size_option
+from runtime.console import cli_errors, engine_bar, set_up_logging
+from runtime.options import build_arguments, engine_options, image_size_option
 from runtime.sizes import ImageSizes
 
 EXAMPLES = """\b
@@ -15,6 +16,7 @@ Examples:
   advprop build model.fp16.onnx
   advprop build model.fp16.onnx --sm 86 --sm 89 --batch 1:16:64
   advprop build open.onnx --img-size 160:224:320          where the file leaves the size open
+  advprop build model.onnx --no-cache --workspace-mib 512
 """
 
 
@@ -32,22 +34,18 @@ Examples:
 def main(
     onnx: Path,
     out: Path | None,
-    sm: tuple[str, ...],
-    batch: tuple[int, int, int],
-    builder: str,
-    timing_cache: Path | None,
     image_sizes: ImageSizes | None,
     verbose: bool,
+    **engine_values: Any,
 ) -> None:
     """Build a TensorRT engine from ONNX, of the precision that the ONNX graph has."""
     console = set_up_logging(verbose)
     from runtime.engine.build import build
-    from runtime.engine.flavours import parse_sm
     from runtime.engine.int8 import summary_of
 
-    targets = [parse_sm(text) for text in sm]
-    with console.status("building"):
-        info = build(onnx, out, batch=batch, sizes=image_sizes, sm=targets, flavour=builder, timing_cache=timing_cache)
+    arguments = build_arguments(engine_values)
+    with console.status("building") as status:
+        info = build(onnx, out, sizes=image_sizes, progress=engine_bar(status), **arguments)
     engine = out or onnx.with_suffix(".engine")
     computed = f"; in INT8: {summary_of(info.layers)}" if info.layers else ""
     console.print(

@@ -55,6 +55,9 @@ def _engine(table: Table, file: Path) -> EngineInfo:
     table.add_row("kind", f"TensorRT engine, {file.stat().st_size / 1e6:.1f} MB, bytes as built")
     table.add_row("built by", f"{info.flavour} {info.version}" + (f" on {info.gpu}" if info.gpu else ""))
     table.add_row("runs on", ", ".join(info.compute_capabilities))
+    table.add_row("flags", ", ".join(info.flags) or "none")
+    if info.has_host_code:
+        table.add_row("host code", "yes: it loads only where engine_host_code_allowed is set")
     table.add_row("weights", _shares(info.precision_shares) + (" in the ONNX file" if info.layers else ""))
     if info.layers:
         table.add_row("computes in INT8", summary_of(info.layers))

@@ -7,21 +7,28 @@ the build fails.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
-import os
+import math
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from runtime.cuda import find_gpu
+from runtime.engine.cache import EngineCache, engine_key
 from runtime.engine.flavours import Flavour, check_targets, choose_flavour, native_logger
-from runtime.engine.graph import OnnxSummary, summarise
+from runtime.engine.graph import OnnxSummary, read_onnx, sha256_onnx, summarise
+from runtime.engine.guard import check_volumes
 from runtime.engine.int8 import LayerReport, int8_layers, warn_of_floats, warn_of_padding, warn_of_size
 from runtime.engine.layers import inspected_layers, layers_of_log
-from runtime.engine.sidecar import EngineInfo, sidecar_path, write_sidecar
-from runtime.errors import ConfigError, EngineBuildError, ModelFileError
+from runtime.engine.options import BuildOptions, check_options, flag_names
+from runtime.engine.plan import PlanRequest, make_plan
+from runtime.engine.progress import BuildProgress, ProgressCallback, run_interruptibly
+from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
+from runtime.errors import ConfigError, ModelFileError, SpecError
 from runtime.files import output_dir, write_bytes
 from runtime.sizes import ImageSizes
 
@@ -31,6 +38,11 @@ log = logging.getLogger(__name__)
 
 _LEAST_SHARE = 0.5
 """An engine may carry the name of a precision that holds at least this share of weights."""
+_MOST_ELEMENTS = 2**31 - 1
+"""Of a tensor, as TensorRT has it."""
+_DEFAULTS = BuildOptions()
+_ONE_BUILD = threading.Lock()
+"""A process has one native logger, which collects the errors and layers of one build."""
 
 
 def build(
@@ -43,9 +55,13 @@ def build(
     sm: Sequence[int] = (),
     flavour: str = "auto",
     timing_cache: Path | None = None,
-    workspace_bytes: int = 0,
+    options: BuildOptions = _DEFAULTS,
+    cache: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> EngineInfo:
     """Builds an engine from an ONNX classifier.
+
+    Ctrl-C stops it at the builder's next step; engine and sidecar are then as they were.
 
     Args:
         onnx: the ONNX file; its tensors' types decide the engine's precision.
@@ -61,16 +77,22 @@ def build(
             are there, else TensorRT-RTX.
         timing_cache: full TensorRT's kernel timings, used where the file is there and written
             after the build; TensorRT-RTX has none.
-        workspace_bytes: memory the builder may use for scratch; 0 leaves it to the builder.
+        options: workspace, compatibility, refitting.
+        cache: take the engine from the cache where the same one was built before, and keep it there; the folder
+            `engines` below `ADVPROP_CACHE` or `~/.cache/advprop`, of at most `ADVPROP_CACHE_GB` (10). Neither the
+            builder nor its timing cache is used then.
+        progress: called with what the builder does and the share done, 0 to 1; not from the calling thread. What it
+            raises stops the build and is raised here.
 
     Returns:
         What was built, as the sidecar says it.
 
     Raises:
         BackendUnavailable: no builder is installed.
-        ConfigError: impossible batch sizes, or an `sm` the builder does not have.
-        EngineBuildError: the builder refused the graph; the message has its reason.
-        ModelFileError: not an ONNX classifier, or of another precision than asked for.
+        ConfigError: impossible batch sizes, or an `sm` or option the builder does not have.
+        EngineBuildError: the builder refused the graph; the message has node, operator and reason.
+        ModelFileError: not an ONNX classifier, one that claims what no builder can hold, or of another precision
+            than asked for.
         OutputError: the engine's folder cannot be written.
     """
     source = Path(onnx)
@@ -80,8 +102,11 @@ def build(
     summary = summarise(source)
     _check_precision(source, summary, precision)
     profile = _profile(summary, batch, sizes)
+    if math.prod(profile["max"]) > _MOST_ELEMENTS:
+        raise ConfigError(f"the largest input, {profile['max']}, has more than {_MOST_ELEMENTS:,} elements")
     chosen = choose_flavour(flavour, tuple(sm))
     check_targets(chosen, tuple(sm))
+    check_options(chosen, options, quantised=_is_quantised(summary))
     output_dir(target.parent)
     if timing_cache is not None:
         output_dir(timing_cache.parent)
@@ -90,28 +115,81 @@ def build(
     if timing_cache is not None and chosen.name != "tensorrt":
         log.warning("%s times no kernels when it builds: --timing-cache has no effect", chosen.name)
         timing_cache = None
-    plan, flags = _build_plan(chosen, source, summary, profile, tuple(sm), workspace_bytes, timing_cache)
-    layers = _report(chosen, source, summary, plan, tuple(sm)) if _is_quantised(summary) else ()
-    info = EngineInfo(
-        plan_sha256=_sha256(plan),
+    wanted = EngineInfo(
+        plan_sha256="",
         onnx_sha256=summary.sha256,
         flavour=chosen.name,
         version=chosen.version,
         compute_capabilities=_capabilities(chosen, tuple(sm)),
         gpu=_gpu_name(chosen),
         profiles=({summary.input_name: profile},),
-        flags=flags,
+        flags=flag_names(chosen.module, options),
         precision=summary.precision,
         precision_shares=summary.shares,
         calibration_sha256=summary.calibration_sha256,
         spec=summary.spec,
-        layers=layers,
     )
-    # A stop between the two writes must not leave an old sidecar beside a new plan.
-    sidecar_path(target).unlink(missing_ok=True)
-    write_bytes(target, plan)
-    write_sidecar(target, info)
+    request = PlanRequest(
+        flavour=chosen,
+        source=source,
+        input_name=summary.input_name,
+        profile=profile,
+        sms=tuple(sm),
+        options=options,
+        timing_cache=timing_cache,
+    )
+    info, plan = _obtain(request, wanted, summary, target, EngineCache.default() if cache else None, progress)
+    if info.layers:
+        warn_of_floats(info.layers)
+        warn_of_padding(info.layers)
+        warn_of_size(len(plan), sum(summary.weights.values()))
     return info
+
+
+def _obtain(
+    request: PlanRequest,
+    wanted: EngineInfo,
+    summary: OnnxSummary,
+    target: Path,
+    cache: EngineCache | None,
+    progress: ProgressCallback | None,
+) -> tuple[EngineInfo, bytes | memoryview]:
+    """Takes the engine from the cache, or builds it and keeps it there; either way it is written to `target`."""
+    with cache.claim(engine_key(wanted)) if cache is not None else nullcontext():
+        found = cache.fetch(wanted) if cache is not None else None
+        if found is not None:
+            log.info("the same engine was built before; taken from the cache")
+            if not _is_there(target, found[0]):
+                _write(target, *found)
+            return found
+        source = request.source
+        check_volumes(read_onnx(source), source)
+        state = BuildProgress(progress)
+        with _ONE_BUILD:
+            plan = run_interruptibly(lambda: make_plan(request, state), state)
+            layers = _report(request, summary, plan)
+        if sha256_onnx(source) != summary.sha256:
+            raise ModelFileError(f"{source} was changed while its engine was built; build again")
+        info = dataclasses.replace(wanted, plan_sha256=hashlib.sha256(plan).hexdigest(), layers=layers)
+        _write(target, info, plan)
+        if cache is not None:
+            cache.store(info, plan)
+        return info, plan
+
+
+def _is_there(engine: Path, info: EngineInfo) -> bool:
+    """Whether `engine` is what `info` says already, to the byte."""
+    try:
+        return read_sidecar(engine) == info
+    except (ModelFileError, SpecError):
+        return False
+
+
+def _write(engine: Path, info: EngineInfo, plan: bytes | memoryview) -> None:
+    # A stop between the two writes must not leave an old sidecar beside a new plan.
+    sidecar_path(engine).unlink(missing_ok=True)
+    write_bytes(engine, plan)
+    write_sidecar(engine, info)
 
 
 def _warn_where_it_will_not_run(flavour: Flavour, sms: tuple[int, ...]) -> None:
@@ -151,6 +229,11 @@ def _profile(summary: OnnxSummary, batch: tuple[int, int, int], sizes: ImageSize
     smallest, usual, largest = batch
     if not 1 <= smallest <= usual <= largest:
         raise ConfigError(f"batch sizes are min:opt:max with 1 ≤ min ≤ opt ≤ max; found {batch}")
+    if len(summary.input_shape) != 4 or 0 in summary.input_shape:
+        raise ModelFileError(
+            f"the input {summary.input_name} has the shape {list(summary.input_shape)}, expected images: four sizes, "
+            "none of them 0"
+        )
     fixed_batch, *size = summary.input_shape
     if fixed_batch > 0:
         smallest = usual = largest = fixed_batch
@@ -178,95 +261,24 @@ def _profile(summary: OnnxSummary, batch: tuple[int, int, int], sizes: ImageSize
     }
 
 
-def _build_plan(
-    flavour: Flavour,
-    source: Path,
-    summary: OnnxSummary,
-    profile: dict[str, list[int]],
-    sms: tuple[int, ...],
-    workspace_bytes: int,
-    timing_cache: Path | None,
-) -> tuple[memoryview, tuple[str, ...]]:
-    trt = flavour.module
-    logger = native_logger(flavour)
-    logger.reset()
-    builder = trt.Builder(logger)
-    network_flags, flags = _network_flags(trt)
-    network = builder.create_network(network_flags)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(source.read_bytes(), os.fspath(source)):
-        reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise EngineBuildError(f"{flavour.name} {flavour.version} cannot read {source}: {'; '.join(reasons)}")
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what `_report` reads
-    if workspace_bytes:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
-    shapes = builder.create_optimization_profile()
-    shapes.set_shape(summary.input_name, profile["min"], profile["opt"], profile["max"])
-    config.add_optimization_profile(shapes)
-    if sms and flavour.name == "tensorrt_rtx":
-        _set_targets(trt, config, sms)
-    timings = _timings(config, timing_cache) if timing_cache is not None else None  # must live until it is built
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        reason = "; ".join(logger.errors) or "it gave no reason"
-        raise EngineBuildError(f"{flavour.name} {flavour.version} could not build {source}: {reason}")
-    if timing_cache is not None and timings is not None:
-        write_bytes(timing_cache, bytes(timings.serialize()))
-    return memoryview(plan), flags
-
-
 def _is_quantised(summary: OnnxSummary) -> bool:
     return "DequantizeLinear" in summary.ops
 
 
-def _report(
-    flavour: Flavour, source: Path, summary: OnnxSummary, plan: memoryview, sms: tuple[int, ...]
-) -> tuple[LayerReport, ...]:
-    """What became of the quantised layers, and a warning where INT8 is not worth it."""
+def _report(request: PlanRequest, summary: OnnxSummary, plan: memoryview) -> tuple[LayerReport, ...]:
+    """What became of the quantised layers."""
+    if not _is_quantised(summary):
+        return ()
+    flavour = request.flavour
     logger = native_logger(flavour)
     if flavour.name == "tensorrt_rtx":
         found = layers_of_log(logger.listing)
     else:
-        found = inspected_layers(flavour.module, logger, plan)
+        found = inspected_layers(flavour.module, logger, plan, host_code=request.options.version_compatible)
     if not found:
         log.info("%s %s does not tell what it made of the quantised layers", flavour.name, flavour.version)
         return ()
-    layers = int8_layers(source, found, flavour=flavour.name, sms=sms)
-    warn_of_floats(layers)
-    warn_of_padding(layers)
-    warn_of_size(plan.nbytes, sum(summary.weights.values()))
-    return layers
-
-
-def _timings(config: Any, path: Path) -> Any:
-    """Gives the builder the timings of earlier builds; those of another GPU or version it leaves aside."""
-    timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if not config.set_timing_cache(timings, ignore_mismatch=False):
-        log.warning("%s is of another GPU or TensorRT; it is written anew", path)
-        timings = config.create_timing_cache(b"")
-        config.set_timing_cache(timings, ignore_mismatch=False)
-    return timings
-
-
-def _network_flags(trt: Any) -> tuple[int, tuple[str, ...]]:
-    """STRONGLY_TYPED is needed on TensorRT 10, and ignored where it is the only way."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return (0, ()) if flag is None else (1 << int(flag), ("STRONGLY_TYPED",))
-
-
-def _set_targets(trt: Any, config: Any, sms: tuple[int, ...]) -> None:
-    config.num_compute_capabilities = len(sms)
-    for index, sm in enumerate(sms):
-        if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{sm}"], index):
-            raise EngineBuildError(f"TensorRT-RTX {trt.__version__} refused the target SM {sm}")
-
-
-def _parser_error(error: Any) -> str:
-    node = error.node_name() if hasattr(error, "node_name") else ""
-    operator = error.node_operator() if hasattr(error, "node_operator") else ""
-    place = f"node {node!r} ({operator}): " if node or operator else ""
-    return place + str(error.desc())
+    return int8_layers(request.source, found, flavour=flavour.name, sms=request.sms)
 
 
 def _capabilities(flavour: Flavour, sms: tuple[int, ...]) -> tuple[str, ...]:
@@ -279,7 +291,3 @@ def _capabilities(flavour: Flavour, sms: tuple[int, ...]) -> tuple[str, ...]:
 def _gpu_name(flavour: Flavour) -> str:
     gpu = find_gpu()
     return gpu.name if flavour.name == "tensorrt" and gpu else ""
-
-
-def _sha256(content: memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()

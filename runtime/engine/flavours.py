@@ -111,7 +111,10 @@ def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavour | None, str]:
 
 def _import(name: str) -> tuple[Flavour | None, str]:
     try:
-        return Flavour(name, importlib.import_module(name)), ""
+        module = importlib.import_module(name)
+        if not hasattr(module, "Builder"):  # a folder of that name, such as that of type stubs
+            return None, f"{name} is not installed; what is found under its name is {list(module.__path__)}"
+        return Flavour(name, module), ""
     except (ImportError, OSError) as error:  # OSError: the native libraries did not load
         return None, f"{name} cannot be imported ({error})"
 

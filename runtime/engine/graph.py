@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.engine.guard import check_nodes, check_tensors, external_files
+from runtime.engine.wire import check_bytes
 from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.files import sha256_file
 from runtime.spec import METADATA_KEY, ModelSpec
@@ -79,10 +81,15 @@ def summarise(path: Path) -> OnnxSummary:
     """Reads the graph at `path`; weights kept outside the file are not loaded.
 
     Raises:
-        ModelFileError: no such file, not ONNX, or not one input and one output.
+        ModelFileError: no such file, not ONNX, claims what it does not hold, or not one input and one output.
         BackendUnavailable: the `onnx` package is missing.
     """
-    model = read_onnx(path)
+    from concurrent.futures import ThreadPoolExecutor
+
+    content = _content(path)
+    with ThreadPoolExecutor(1) as pool:
+        own_hash = pool.submit(lambda: hashlib.sha256(content).hexdigest())  # beside the parsing
+        model = _parse(path, content)
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
@@ -94,12 +101,12 @@ def summarise(path: Path) -> OnnxSummary:
             "input and one logits output"
         )
     sizes = inputs[0].type.tensor_type.shape.dim
-    files = _files(path, graph)
+    beside = external_files(model, path)
     return OnnxSummary(
-        sha256=_sha256(files),
-        size_bytes=sum(file.stat().st_size for file in files),
+        sha256=_combined(own_hash.result(), beside),
+        size_bytes=len(content) + sum(file.stat().st_size for file in beside),
         input_name=inputs[0].name,
-        input_shape=tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes),
+        input_shape=tuple(max(size.dim_value, -1) if size.HasField("dim_value") else -1 for size in sizes),
         outputs=tuple(value.name for value in graph.output),
         spec=spec,
         calibration_sha256=_metadata(model, CALIBRATION_KEY),
@@ -113,18 +120,36 @@ def read_onnx(path: Path) -> Any:
 
     Raises:
         BackendUnavailable: the `onnx` package is missing.
-        ModelFileError: no such file, or not ONNX.
+        ModelFileError: no such file, not ONNX, or it claims what it does not hold.
     """
+    return _parse(path, _content(path))
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file that may be ONNX."""
+    if not path.is_file():
+        raise ModelFileError(f"no such ONNX file: {path}")
+    try:
+        check_bytes(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parse(path: Path, content: bytes) -> Any:
     try:
         import onnx
     except ImportError as error:
         raise BackendUnavailable(f"reading ONNX files needs the onnx package ({error}); pip install onnx") from error
-    if not path.is_file():
-        raise ModelFileError(f"no such ONNX file: {path}")
     try:
-        return onnx.load(path, load_external_data=False)
+        model = onnx.ModelProto.FromString(content)
     except Exception as error:  # protobuf's DecodeError has another name in each release
         raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+    if not model.ir_version or not model.HasField("graph"):
+        raise ModelFileError(f"{path} is not an ONNX file: it has no graph, or no version")
+    check_nodes(model, path)
+    check_tensors(model, path)
+    return model
 
 
 def sha256_onnx(path: Path) -> str:
@@ -133,7 +158,8 @@ def sha256_onnx(path: Path) -> str:
     Raises:
         ModelFileError: as `summarise`.
     """
-    return _sha256(_files(path, read_onnx(path).graph))
+    content = _content(path)
+    return _combined(hashlib.sha256(content).hexdigest(), external_files(_parse(path, content), path))
 
 
 def work_of(path: Path) -> tuple[dict[str, int], int]:
@@ -160,23 +186,10 @@ def _spec(model: Any, where: str) -> ModelSpec | None:
     return ModelSpec.from_json(text, where=where) if text else None
 
 
-def _files(path: Path, graph: Any) -> list[Path]:
-    """The file, and those of its weights."""
-    locations = {
-        entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    files = [path, *(path.parent / location for location in sorted(locations))]
-    for file in files[1:]:
-        if path.parent.resolve() not in file.resolve().parents:
-            raise ModelFileError(f"{path} wants weights from outside its folder: {file}; refused")
-        if not file.is_file():
-            raise ModelFileError(f"{path} needs the file of its weights beside it: no such file: {file}")
-    return files
-
-
-def _sha256(files: list[Path]) -> str:
-    hashes = [sha256_file(file) for file in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+def _combined(own: str, beside: list[Path]) -> str:
+    """The file's own hash, or of one whose weights are beside it, the hash of all hashes."""
+    hashes = [own, *(sha256_file(file) for file in beside)]
+    return own if not beside else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _nodes_by_type(model: Any) -> dict[str, int]:
@@ -187,9 +200,9 @@ def _nodes_by_type(model: Any) -> dict[str, int]:
         inferred = onnx.shape_inference.infer_shapes(model).graph
     except onnx.shape_inference.InferenceError:
         inferred = graph
+    names = {onnx.TensorProto.DataType.Value(key): name for key, name in _NAMES.items()}
     kinds = {
-        value.name: _NAMES.get(onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type))
-        for value in (*inferred.value_info, *inferred.output)
+        value.name: names.get(value.type.tensor_type.elem_type) for value in (*inferred.value_info, *inferred.output)
     }
     found = [kinds.get(node.output[0]) for node in graph.node if node.output]
     return dict(Counter(kind for kind in found if kind is not None))
@@ -266,9 +279,11 @@ def _weights_by_type(graph: Any, initializers: dict[str, Any]) -> dict[str, int]
         name = node.input[1]
         producer = producers.get(name)
         target = None
-        while producer is not None and producer.op_type in ("Cast", "DequantizeLinear"):
+        passed: set[str] = set()  # a hostile graph may be a ring
+        while producer is not None and producer.op_type in ("Cast", "DequantizeLinear") and name not in passed:
+            passed.add(name)
             if producer.op_type == "Cast" and target is None:
-                target = next(item.i for item in producer.attribute if item.name == "to")
+                target = next((item.i for item in producer.attribute if item.name == "to"), None)
             name = producer.input[0]
             producer = producers.get(name)
         tensor = initializers.get(name)

@@ -10,7 +10,10 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorrt
 
 __all__ = ["LISTING", "EngineLayer", "EngineTensor", "inspected_layers", "layers_of_json", "layers_of_log"]
 
@@ -91,12 +94,20 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
     )
 
 
-def inspected_layers(trt: Any, logger: Any, plan: memoryview) -> list[EngineLayer]:
+def inspected_layers(trt: Any, logger: Any, plan: memoryview, *, host_code: bool = False) -> list[EngineLayer]:
     """Asks the engine inspector; nothing where the plan cannot be deserialised here.
+
+    Args:
+        trt: the TensorRT that built it.
+        logger: its logger.
+        plan: the engine, fresh from the builder.
+        host_code: whether it carries code for the CPU, as version-compatible plans do.
 
     Written against the API and NVIDIA's published examples; never run, for want of a GPU that full TensorRT takes.
     """
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    runtime: tensorrt.Runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = host_code
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return []
     inspector = engine.create_engine_inspector()

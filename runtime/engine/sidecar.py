@@ -8,19 +8,23 @@ compared with the sidecar's SHA-256.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.engine.int8 import LayerReport
+from runtime.engine.options import HOST_CODE_FLAG
 from runtime.errors import ModelFileError, SpecError
 from runtime.files import sha256_file, write_text
 from runtime.spec import ModelSpec
 
-__all__ = ["EngineInfo", "read_sidecar", "sidecar_path", "write_sidecar"]
+__all__ = ["EngineInfo", "read_engine", "read_sidecar", "sidecar_path", "write_sidecar"]
 
 FORMAT = "advprop.engine/1"
+_MOST_BYTES = 2**26
+"""Of a sidecar; the largest have a thousand classes and a hundred layers, half a megabyte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,11 @@ class EngineInfo:
     layers: tuple[LayerReport, ...] = ()
     """Of a quantised graph: what became of each layer; empty where the builder does not tell."""
 
+    @property
+    def has_host_code(self) -> bool:
+        """Whether the plan carries code for the CPU, and loads only where `engine_host_code_allowed` is set."""
+        return HOST_CODE_FLAG in self.flags
+
 
 def sidecar_path(engine: Path) -> Path:
     """Returns the sidecar's place: `m.engine` → `m.engine.json`."""
@@ -75,11 +84,43 @@ def read_sidecar(engine: Path) -> EngineInfo:
         ModelFileError: the plan or its sidecar is missing, the sidecar is not one, or the
             plan's bytes are not the ones that were built.
     """
+    info = _read(engine)
+    _compare(engine, info, sha256_file(engine))
+    return info
+
+
+def read_engine(engine: Path) -> tuple[EngineInfo, bytes]:
+    """Reads the sidecar and the plan: the very bytes that were compared, whatever becomes of the file meanwhile.
+
+    Raises:
+        ModelFileError: as `read_sidecar`.
+    """
+    info = _read(engine)
+    plan = engine.read_bytes()
+    _compare(engine, info, hashlib.sha256(plan).hexdigest())
+    return info, plan
+
+
+def _compare(engine: Path, info: EngineInfo, found: str) -> None:
+    if found != info.plan_sha256:
+        raise ModelFileError(
+            f"{engine} is not the plan its sidecar describes: found sha256 {found[:16]}…, expected "
+            f"{info.plan_sha256[:16]}…; it was changed or cut short. {_rebuild(engine)}"
+        )
+
+
+def _rebuild(engine: Path) -> str:
+    return f"build it again: advprop build MODEL.onnx --out {engine}"
+
+
+def _read(engine: Path) -> EngineInfo:
     path = sidecar_path(engine)
-    rebuild = f"build it again: advprop build MODEL.onnx --out {engine}"
+    rebuild = _rebuild(engine)
     for file in (engine, path):
         if not file.is_file():
             raise ModelFileError(f"no such file: {file}; {rebuild}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ModelFileError(f"{path} is not an engine's sidecar: {path.stat().st_size:,} bytes; {rebuild}")
     try:
         content = json.loads(path.read_text())
         found = content.pop("format")
@@ -95,23 +136,19 @@ def read_sidecar(engine: Path) -> EngineInfo:
         _check_types(info)
     except SpecError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(f"{path} is not an engine's sidecar ({error}); {rebuild}") from error
-    found = sha256_file(engine)
-    if found != info.plan_sha256:
-        raise ModelFileError(
-            f"{engine} is not the plan its sidecar describes: found sha256 {found[:16]}…, expected "
-            f"{info.plan_sha256[:16]}…; it was changed or cut short. {rebuild}"
-        )
     return info
 
 
 def _check_types(info: EngineInfo) -> None:
     """Raises TypeError where a field is not what it is declared to be."""
     texts = (info.plan_sha256, info.onnx_sha256, info.flavour, info.version, info.gpu, info.precision)
-    if not all(isinstance(text, str) for text in (*texts, *info.compute_capabilities, *info.flags)):
+    if not all(
+        isinstance(text, str) for text in (*texts, info.calibration_sha256, *info.compute_capabilities, *info.flags)
+    ):
         raise TypeError("a text field is not text")
     if info.flavour not in ("tensorrt", "tensorrt_rtx"):
         raise TypeError(f"flavour is {info.flavour!r}")
@@ -121,6 +158,8 @@ def _check_types(info: EngineInfo) -> None:
         for shapes in profile.values():
             if set(shapes) != {"min", "opt", "max"}:
                 raise TypeError("a profile needs min, opt and max")
+            if not all(isinstance(size, int) for shape in shapes.values() for size in shape):
+                raise TypeError("a profile's shape is not of whole numbers")
     for layer in info.layers:
         words = (layer.node, layer.op, layer.computes, layer.why)
         if not all(isinstance(word, str) for word in words) or not isinstance(layer.macs, int):

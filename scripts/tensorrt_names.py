@@ -1,0 +1,63 @@
+"""Writes which names of TensorRT's Python API are in the bindings of which release, from their wheels' own text.
+
+    python scripts/tensorrt_names.py            downloads two wheels of bindings (1.3 MB each) and installs nothing
+
+The bindings cannot be imported where TensorRT's libraries are not, and those are not on PyPI. Their compiled module
+holds every name as text, some as the end of a longer one. `tests/runtime/test_tensorrt_api.py` compares what our code
+uses with `tests/runtime/tensorrt_names.json`, which holds the names of the installed TensorRT-RTX, and of our code,
+that each release has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import tensorrt_rtx
+
+ROOT = Path(__file__).parent.parent
+TARGET = ROOT / "tests" / "runtime" / "tensorrt_names.json"
+WHEELS = {"10.16.1.11": "tensorrt-cu13-bindings", "11.4.0.106": "tensorrt-cu13-bindings"}
+
+
+def names_of_rtx() -> set[str]:
+    """Every public name of the installed module, and of its classes."""
+    names = set()
+    for name in dir(tensorrt_rtx):
+        names |= {name, *dir(getattr(tensorrt_rtx, name))}
+    return {name for name in names if not name.startswith("_")}
+
+
+def names_of_code() -> set[str]:
+    """Every attribute name in our code: more than its calls of TensorRT."""
+    text = "".join(path.read_text() for path in (ROOT / "runtime").rglob("*.py"))
+    return set(re.findall(r"\.([A-Za-z]\w+)", text))
+
+
+def names_in(module: bytes, wanted: set[str]) -> list[str]:
+    """Those of `wanted` that are a text, or the end of one, that ends in NUL."""
+    texts = {match.decode() for match in re.findall(rb"[A-Za-z_]\w*(?=\0)", module)}
+    ends = {text[start:] for text in texts if len(text) < 80 for start in range(len(text))}
+    return sorted(wanted & ends)
+
+
+def main() -> None:
+    wanted = names_of_rtx() | names_of_code()
+    found = {}
+    for version, package in WHEELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+            subprocess.run([*command, f"{package}=={version}"], check=True)
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                found[version] = names_in(wheel.read("tensorrt_bindings/tensorrt.so"), wanted)
+    TARGET.write_text(json.dumps(found, indent=None, separators=(",", ":")).replace("],", "],\n") + "\n")
+    print({version: len(names) for version, names in found.items()}, TARGET.stat().st_size)
+
+
+if __name__ == "__main__":
+    main()
