@@ -6,14 +6,19 @@ when a session or a build first needs it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from runtime import errors
 from runtime.backends.threads import Threads
 from runtime.batcher import Batching
-from runtime.engine.build import build
-from runtime.engine.options import BuildOptions
+from runtime.lazy import lazy_names
 from runtime.session import Prediction, Session, SessionStats, load
 from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
+
+if TYPE_CHECKING:
+    from runtime.engine.build import build
+    from runtime.engine.options import BuildOptions
 
 __all__ = [
     "Batching",
@@ -29,3 +34,6 @@ __all__ = [
     "errors",
     "load",
 ]
+
+# A service that runs models need not load what builds engines.
+__getattr__ = lazy_names(__name__, {"BuildOptions": "runtime.engine.options", "build": "runtime.engine.build"})

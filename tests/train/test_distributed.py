@@ -71,7 +71,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_goes_on(tmp_path: Path) 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     settings = ["--arch", "resnet10t", "--img-size", "16", "--epochs", "2", "--batch-size", "64", "--workers", "0"]
     settings += ["--out", str(tmp_path), "--resume", "auto", "--set", "save_every=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "300"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([*launch, "-m", "train.run", *settings], cwd=ROOT, env=environment, **pipes) as run:
         deadline = time.monotonic() + 120
