@@ -94,7 +94,7 @@ def _checked(content: dict[str, Any], path: Path) -> Result:
         result = finished(content)
         for cell in result["cells"].values():
             if Counts.from_dict(cell["counts"]).images < 1 and is_whole(result):
-                raise DataError(f"{path}: a cell without images")
+                raise ValueError("a cell without images")
             str(cell["names_sha256"]), str(cell["resize"])
         result["model"]["name"], result["model"]["classes"], result["data"]["path"], dict(result["versions"])
         for key in ("seed", "limit", "classes_asked", "batch_size", "preprocessing"):
@@ -102,10 +102,8 @@ def _checked(content: dict[str, Any], path: Path) -> Result:
         if result["reference"] is not None:
             str(result["reference"]["name"])
         if not isinstance(result["suite"], str) or not result["cells"]:
-            raise DataError(f"{path}: expected a suite and cells")
+            raise ValueError("no suite, or no cells")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        if isinstance(error, DataError):
-            raise
         what = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else error
         raise DataError(
             f"{path} says {FORMAT!r}, but is damaged or changed by hand ({what}); evaluate again"
