@@ -19,7 +19,7 @@ from runtime.evaluate.metrics import (
     rms_calibration_error,
 )
 
-__all__ = ["summarise"]
+__all__ = ["reference_of", "summarise"]
 
 Cells = Mapping[str, Counts]
 Statistic = Callable[[Cells, Sequence[int] | None], float]
@@ -88,7 +88,7 @@ def _statistic(cells: Cells, statistic: Statistic, unit: str) -> dict[str, Any]:
     """A value with its interval, and its difference from the reference's with that of its own."""
     summary = {"value": statistic(cells, None), "interval": _interval(cells, statistic), "unit": unit}
     if all(counts.pairs is not None for counts in cells.values()):
-        reference = {name: _reference(counts) for name, counts in cells.items()}
+        reference = {name: reference_of(counts) for name, counts in cells.items()}
         summary["difference"] = statistic(cells, None) - statistic(reference, None)
         summary["difference_interval"] = _interval(
             cells, lambda own, groups: statistic(own, groups) - statistic(reference, groups)
@@ -103,8 +103,8 @@ def _interval(cells: Cells, statistic: Statistic) -> Interval | None:
     return jackknife(lambda groups: statistic(cells, groups), GROUPS)
 
 
-def _reference(counts: Counts) -> Counts:
-    """The reference model's counts on the same images, as far as errors go."""
+def reference_of(counts: Counts) -> Counts:
+    """Returns the reference model's counts on the same images, as far as errors go; `counts.pairs` must be there."""
     assert counts.pairs is not None
     return dataclasses.replace(
         counts,

@@ -1,0 +1,141 @@
+"""The page: one file, no script, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import base64
+
+from runtime.evaluate.report.details import attacks, calibration, gaps, provenance, trade_offs
+from runtime.evaluate.report.markup import Markup, join, tag
+from runtime.evaluate.report.numbers import Column, Value, columns_of
+from runtime.evaluate.report.raw import to_csv
+from runtime.evaluate.report.robustness import corruptions
+from runtime.evaluate.report.rows import Entry, Report
+from runtime.evaluate.report.style import style_sheet
+from runtime.evaluate.report.words import difference_of, ends, findings, number, subject
+
+__all__ = ["to_html"]
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""A browser loads nothing and runs nothing, whatever a model is called."""
+
+
+def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
+    """Returns the page."""
+    sections = [
+        ("headline", "In short", _headline(report)),
+        ("corruptions", "Corruptions", corruptions(report)),
+        ("calibration", "Calibration", calibration(report)),
+        ("trade-offs", "Accuracy against latency", trade_offs(report)),
+        ("attacks", "Attacks", attacks(report)),
+        ("gaps", "What is not here", gaps(report)),
+        ("provenance", "How it was measured", provenance(report)),
+    ]
+    there = [(anchor, heading, body) for anchor, heading, body in sections if body is not None]
+    links = [tag("li", tag("a", heading, href=f"#{anchor}")) for anchor, heading, _ in there]
+    top = tag(
+        "header",
+        tag("h1", title),
+        tag("p", subject(report), class_="lead"),
+        tag("nav", tag("ul", *links), aria_label="Sections"),
+        class_="top",
+    )
+    body = [
+        tag(
+            "section",
+            tag("h2", heading, id=f"{anchor}-heading"),
+            content,
+            id=anchor,
+            aria_labelledby=f"{anchor}-heading",
+        )
+        for anchor, heading, content in there
+    ]
+    foot = tag("footer", "Made by advprop report from results of advprop eval. Intervals are of 95 %.")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        tag("title", title),
+        tag("style", Markup(style_sheet())),
+    )
+    page = tag("html", head, tag("body", top, tag("main", *body), foot), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def _headline(report: Report) -> Markup:
+    return join(_findings(report), _table(report, columns_of(report)), _download(report))
+
+
+def _findings(report: Report) -> Markup | None:
+    items = []
+    for name, compared, statements in findings(report):
+        told = [
+            join(text, *((" – ", tag("span", word, class_=_class(word))) if word else ())) for text, word in statements
+        ]
+        content = [part for statement in told for part in (statement, "; ")][:-1]
+        items.append(tag("li", tag("strong", tag("bdi", name)), f" {compared}: ", *content, "."))
+    return tag("ul", *items, class_="findings") if items else None
+
+
+def _class(word: str) -> str:
+    return {"worse": "worse", "better": "better"}.get(word, "same")
+
+
+def _table(report: Report, columns: list[Column]) -> Markup:
+    caption = (
+        "In brackets: 95 % intervals. Δ: difference from the reference on the same images, of shares in percentage "
+        "points; coloured where its interval excludes 0. mCE counts errors in percent of AlexNet's; mean error is "
+        "the plain share of wrong answers: two different numbers."
+    )
+    apart = any(value.why and value.value is not None for column in columns for value in column.values)
+    if apart:
+        caption += " ‡: measured on other images or cells than the rest of the column, see What is not here."
+    heads = [tag("th", column.title, tag("small", column.of), scope="col", role="columnheader") for column in columns]
+    first = [tag("th", name, scope="col", role="columnheader") for name in ("model", "precision")]
+    rows = [
+        _row(entry, [(column, column.values[place]) for column in columns])
+        for place, entry in enumerate(report.entries)
+    ]
+    table = tag(
+        "table",
+        tag("caption", caption),
+        tag("thead", tag("tr", *first, *heads, role="row"), role="rowgroup"),
+        tag("tbody", *rows, role="rowgroup"),
+        class_="headline",
+        role="table",
+    )
+    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="Headline numbers")
+
+
+def _row(entry: Entry, cells: list[tuple[Column, Value]]) -> Markup:
+    note = join(" ", tag("span", "reference", class_="chip")) if entry.is_reference else None
+    precision = entry.precision or "–"
+    return tag(
+        "tr",
+        tag("th", tag("bdi", entry.label), note, scope="row", role="rowheader"),
+        tag("td", tag("span", precision), role="cell", data_label="precision"),
+        *(_cell(column, value) for column, value in cells),
+        role="row",
+    )
+
+
+def _cell(column: Column, value: Value) -> Markup:
+    label = f"{column.title} ({column.of})"
+    if value.value is None:
+        shown = tag("span", "–", title=value.why or None)
+        return tag("td", shown, role="cell", data_label=label, class_="nothing")
+    parts = [tag("span", number(value), "‡" if value.why else None, class_="value")]
+    if value.interval:
+        parts.append(tag("small", ends(value.interval, value.form), class_="quiet"))
+    change, word = difference_of(value)
+    if change:
+        parts.append(tag("small", f"Δ {change}", class_=_class(word), title=word or None))
+    return tag("td", tag("div", *parts, title=value.why or None), role="cell", data_label=label)
+
+
+def _download(report: Report) -> Markup:
+    content = base64.b64encode(to_csv(report).encode()).decode()
+    link = tag("a", "cells.csv", href=f"data:text/csv;charset=utf-8;base64,{content}", download="cells.csv")
+    cells = sum(len(result["cells"]) for entry in report.entries for result in entry.results.values())
+    return tag("p", "Raw numbers: ", link, f", {cells:,} cells with counts and intervals.", class_="downloads")
