@@ -49,7 +49,7 @@ font-size:.78rem;font-weight:500;white-space:nowrap}
 .swatch{width:28px;height:16px;flex:none}
 .panels{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,310px),1fr))}
 .pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr))}
-.small{grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:8px}
+.small{grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:8px}
 figure{margin:0;min-width:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:10px 12px}
 .small figure{padding:6px 6px 2px}
 .small .wide{grid-column:span 2;grid-row:span 2;padding:8px 10px}
@@ -74,7 +74,7 @@ svg .number{fill:var(--ink);font-size:10.5px}
 .heat{width:100%;font-size:.82rem;table-layout:fixed}
 .heat th,.heat td{padding:.16rem .2rem;border:1px solid var(--page);text-align:center;
 vertical-align:middle;line-height:1.15}
-.heat.tall td{height:2.25em}
+.heat.tall td{height:2.65em}
 .heat th{font-weight:500}
 .heat tbody th,.heat thead th:first-child{text-align:left;width:8.4rem;overflow-wrap:anywhere}
 .heat td small{color:inherit;font-size:.72rem;display:block}

@@ -23,7 +23,7 @@ def number(value: Value) -> str:
     scaled = value.value * _FACTOR[value.form]
     if value.form == "share":
         return f"{scaled:.1f} %"
-    return f"{scaled:.3g}" if value.form == "ms" else f"{scaled:.1f}"
+    return f"{scaled:.1f}" if value.form == "mce" else f"{scaled:.3g}"
 
 
 def ends(interval: Sequence[float] | None, form: str, sign: str = "") -> str:
