@@ -9,13 +9,18 @@ from __future__ import annotations
 from runtime import errors
 from runtime.backends.threads import Threads
 from runtime.batcher import Batching
+from runtime.device.arrays import DeviceArray
 from runtime.engine.build import build
-from runtime.session import Prediction, Session, SessionStats, load
+from runtime.execution.options import EngineOptions
+from runtime.loading import load
+from runtime.session import Prediction, Session, SessionStats
 from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
 
 __all__ = [
     "Batching",
+    "DeviceArray",
+    "EngineOptions",
     "ImageSizes",
     "ModelSpec",
     "Prediction",
