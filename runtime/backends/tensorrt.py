@@ -114,14 +114,12 @@ class TensorRTBackend(Backend):
         """Splits a batch that is too large; its parts' answers are written one after the other."""
         count, most = len(images_NCHW), self._engine.profiles.most_images
         parts = [images_NCHW[start : start + most] for start in range(0, count, most)]
-        _, run_as = self._engine.profiles.choose(tuple(parts[-1].shape))
-        rows = count - len(parts[-1]) + run_as[0]
         with self._cuda.current(), self._pool.lend() as slot:
             if isinstance(images_NCHW, DeviceView):
                 self._cuda.check_pointer(images_NCHW.pointer)
             memories = [
                 self._cuda.device_memory(
-                    rows * output.shape[1] * output.dtype.itemsize, f"{output.name} of {rows} images"
+                    count * output.shape[1] * output.dtype.itemsize, f"{output.name} of {count} images"
                 )
                 for output in self.outputs
             ]

@@ -31,6 +31,7 @@ class Execution:
         """Sets the profile, the shape of the images, and where each tensor is. Raises RunFailed where it is refused."""
         if profile != self._profile:
             self._shape = ()
+            self._addresses.clear()  # whether they outlive a switch is not written anywhere
             self._expect(
                 self._context.set_optimization_profile_async(profile, self._stream), f"select profile {profile}"
             )

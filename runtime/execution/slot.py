@@ -24,6 +24,8 @@ __all__ = ["Slot"]
 log = logging.getLogger(__name__)
 
 _Shape = tuple[int, ...]
+_ALIGNMENT = 256
+"""Bytes: what TensorRT wants of each tensor's address, and what CUDA's allocations have."""
 
 
 @dataclass(slots=True)
@@ -102,10 +104,15 @@ class Slot:
 
         Args:
             images: the batch.
-            places: address of each output; there must be room for as many rows as the batch is run with.
+            places: address of each output.
         """
         try:
-            self._enqueue(images, places)
+            used = self._enqueue(images, places)
+            for output in self._engine.outputs:
+                name = output.name
+                if used[name] != places[name]:
+                    nbytes = len(images) * output.shape[1] * output.dtype.itemsize
+                    self._cuda.copy_on_device(places[name], used[name], nbytes, self._stream)
             self._cuda.synchronize(self._stream)
         except BaseException:
             self._cuda.settle(self._stream)
@@ -120,18 +127,24 @@ class Slot:
         del self._main
         self._close_handles()
 
-    def _enqueue(self, images: NDArray[Any] | DeviceView, places: dict[str, int]) -> None:
-        """Puts a batch on the stream. A graph is used only where all addresses are the slot's own."""
+    def _enqueue(self, images: NDArray[Any] | DeviceView, places: dict[str, int]) -> dict[str, int]:
+        """Puts a batch on the stream; returns where each tensor is.
+
+        Outputs are in `places`, but for rows to spare, which there is no room for, and addresses that TensorRT does not
+        take. A graph is used only where all addresses are the slot's own.
+        """
         shape = tuple(images.shape)
         profile, run_as = self._engine.profiles.choose(shape)
-        source = self._bring(images, run_as)
-        addresses = {self._engine.input.name: source, **places}
         own = {name: memory.pointer for name, memory in self._device.items()}
+        addresses = {**own, self._engine.input.name: self._bring(images, run_as)}
+        if run_as == shape:
+            addresses |= {name: place for name, place in places.items() if place % _ALIGNMENT == 0}
         if addresses == own and self._most_graphs and not self._engine.is_rtx:
             self._replay(profile, run_as, own)
         else:
             self._main.prepare(profile, run_as, addresses)
             self._main.enqueue()
+        return addresses
 
     def _bring(self, images: NDArray[Any] | DeviceView, run_as: _Shape) -> int:
         """Makes the images readable on the stream; returns their address. Rows to spare keep what was there."""
@@ -139,7 +152,7 @@ class Slot:
         target = self._device[name].pointer
         if isinstance(images, DeviceView):
             images.order(self._cuda, self._stream, self._event)
-            if len(images) == run_as[0]:
+            if len(images) == run_as[0] and images.pointer % _ALIGNMENT == 0:
                 return images.pointer
             self._cuda.copy_on_device(target, images.pointer, images.nbytes, self._stream)
         else:

@@ -58,12 +58,12 @@ class StandInDriver:
 
     @property
     def used(self) -> int:
-        return sum(ctypes.sizeof(self.memory[pointer]) for pointer in self.device)
+        return sum(self.memory[pointer][1] for pointer in self.device)
 
     def find(self, pointer: int, nbytes: int) -> None:
         """Fails where that memory is not, or no longer, allocated."""
         with self.lock:
-            blocks = [(start, ctypes.sizeof(block)) for start, block in self.memory.items()]
+            blocks = [(start, size) for start, (_, size) in self.memory.items()]
         assert any(start <= pointer and pointer + nbytes <= start + size for start, size in blocks), "not allocated"
 
     def enqueue(self, stream: int, work: Work) -> None:
@@ -78,10 +78,11 @@ class StandInDriver:
 
     def _allocate(self, nbytes: int) -> int:
         assert getattr(self.pushed, "depth", 0) > 0, "no context is current"
-        block = (ctypes.c_ubyte * nbytes)()
-        ctypes.memset(block, 0xFF, nbytes)  # NaN: whoever reads it before it is written is found out
-        self.memory[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
+        block = (ctypes.c_ubyte * (nbytes + 256))()
+        ctypes.memset(block, 0xFF, nbytes + 256)  # NaN: whoever reads it before it is written is found out
+        pointer = -(-ctypes.addressof(block) // 256) * 256
+        self.memory[pointer] = (block, nbytes)
+        return pointer
 
     def cuInit(self, flags: int) -> tuple[Any, ...]:
         return (OK,)
@@ -132,7 +133,7 @@ class StandInDriver:
 
     def cuPointerGetAttribute(self, attribute: int, pointer: int) -> tuple[Any, ...]:
         with self.lock:
-            known = [start for start in self.device if start <= pointer < start + ctypes.sizeof(self.memory[start])]
+            known = [start for start in self.device if start <= pointer < start + self.memory[start][1]]
         return (OK, 0) if known else (INVALID, None)
 
     def cuStreamCreate(self, flags: int) -> tuple[Any, ...]:

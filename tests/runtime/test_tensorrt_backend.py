@@ -78,6 +78,18 @@ def test_input_on_the_gpu_that_is_padded_is_copied_there(count: int) -> None:
     machine.backend.close()
 
 
+def test_slices_that_tensorrt_does_not_take_are_copied_on_the_gpu() -> None:
+    machine = Machine()
+    batch = images(8)
+    view, _memory = machine.on_gpu(batch)
+    for start in (0, 1, 4):  # an image has 192 bytes
+        machine.driver.counts.clear()
+        owner = Exporter((4, 3, 4, 4), view.pointer + start * 192)
+        np.testing.assert_array_equal(machine.backend.run(owner)[0], means(batch[start : start + 4]))
+        assert machine.count("cuMemcpyDtoDAsync") == (start == 1)
+    machine.backend.close()
+
+
 def test_work_on_the_callers_stream_is_waited_for() -> None:
     machine = Machine()
     batch = images(2)
