@@ -24,7 +24,8 @@ from export.to_onnx import INPUT, OUTPUT
 from export.verify import TOLERANCE, compare, require
 from runtime.errors import VerificationError
 from runtime.images import network_input, normalise
-from runtime.session import load, softmax
+from runtime.loading import load
+from runtime.session import softmax
 from runtime.spec import ModelSpec
 
 __all__ = [

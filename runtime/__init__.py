@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 from runtime import errors
 from runtime.backends.threads import Threads
 from runtime.batcher import Batching
+from runtime.device.arrays import DeviceArray
+from runtime.execution.options import EngineOptions
 from runtime.lazy import lazy_names
-from runtime.session import Prediction, Session, SessionStats, load
+from runtime.loading import load
+from runtime.session import Prediction, Session, SessionStats
 from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Batching",
     "BuildOptions",
+    "DeviceArray",
+    "EngineOptions",
     "ImageSizes",
     "ModelSpec",
     "Prediction",

@@ -22,7 +22,8 @@ from runtime.backends.base import Backend
 from runtime.batching.core import Core
 from runtime.batching.queue import Answers, Request
 from runtime.batching.stats import BatcherStats
-from runtime.errors import ConfigError
+from runtime.device.views import DeviceView
+from runtime.errors import ConfigError, InputError
 
 __all__ = ["Batcher", "BatcherStats", "Batching"]
 
@@ -76,12 +77,12 @@ class Batcher:
         weakref.finalize(self, self._core.stop, drain=True, wait=False).atexit = False
 
     def submit(
-        self, images_NCHW: NDArray[Any], *, timeout_s: float = math.inf, finish: Callable[[Answers], _Answer]
+        self, images_NCHW: Any, *, timeout_s: float = math.inf, finish: Callable[[Answers], _Answer]
     ) -> Future[_Answer]:
         """Asks for an answer.
 
         Args:
-            images_NCHW: as `Backend.run` takes them; not to be changed before the answer is there.
+            images_NCHW: as `Backend.run` takes them, in the CPU's memory; not to be changed before the answer is there.
             timeout_s: seconds within which the answer must be there.
             finish: makes the answer of the model's outputs, in a thread of the batcher.
 
@@ -93,9 +94,11 @@ class Batcher:
             QueueFull: no room now.
             SessionClosed: the batcher is closed.
         """
-        self._backend.check(images_NCHW)
-        request, future = self.reserve(len(images_NCHW), timeout_s=timeout_s, finish=finish)
-        self.enqueue(request, images_NCHW)
+        batch_NCHW = self._backend.accept(images_NCHW)
+        if isinstance(batch_NCHW, DeviceView):
+            raise InputError("requests are joined in the CPU's memory, and the images are on the GPU: use run")
+        request, future = self.reserve(len(batch_NCHW), timeout_s=timeout_s, finish=finish)
+        self.enqueue(request, batch_NCHW)
         return future
 
     def reserve(

@@ -7,30 +7,27 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend
-from runtime.backends.choose import open_backend
-from runtime.backends.choose import warm_up as run_first
-from runtime.backends.threads import Threads
 from runtime.batcher import Batcher, BatcherStats, Batching
 from runtime.decoder import Decoder
+from runtime.device.arrays import DeviceArray
 from runtime.errors import ConfigError, InputError, SessionClosed, SpecError
 from runtime.gate import Gate, in_own_thread
 from runtime.images import ImageLike, fit_all, network_input
 from runtime.predictions import Prediction, predictions_of, softmax
 from runtime.spec import ModelSpec
 
-__all__ = ["Prediction", "Session", "SessionStats", "load", "softmax"]
+__all__ = ["Prediction", "Session", "SessionStats", "softmax"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +42,14 @@ class SessionStats:
     """Such calls that raised an error, of whatever kind."""
     running: int
     """Such calls that are not finished."""
+    device_bytes: int
+    """GPU memory that an engine's contexts and the outputs left there hold; of other backends, and of an engine's
+    weights, TensorRT's and ONNX Runtime's own affair, 0."""
     batcher: BatcherStats
     """The same of `submit`, `submit_predict`, `arun` and `apredict`."""
+
+
+_Answer = TypeVar("_Answer", NDArray[Any], DeviceArray)
 
 
 class Session:
@@ -88,19 +91,28 @@ class Session:
         """What was done so far."""
         gate = self._gate
         return SessionStats(
-            calls=gate.calls, images=gate.images, failed=gate.failed, running=gate.inside, batcher=self._batcher.stats
+            calls=gate.calls,
+            images=gate.images,
+            failed=gate.failed,
+            running=gate.inside,
+            device_bytes=self._backend.device_bytes,
+            batcher=self._batcher.stats,
         )
 
     def explain(self) -> str:
         """Returns why this backend, device and kernels were chosen, a line each."""
         return "\n".join((f"{self._backend.name} on {self._backend.device}: {self._source}", *self._backend.reasons))
 
-    def run(self, images_NCHW: NDArray[Any]) -> NDArray[Any]:
+    def run(self, images_NCHW: Any, *, stream: object = None) -> NDArray[Any]:
         """Runs the network on a preprocessed batch.
 
         Args:
             images_NCHW: normalised float32, (N, 3, H, W), or pixels; `spec.input_form` says which. Of a file whose
-                batch size is fixed, any N too: it is split and padded.
+                batch size is fixed, any N too: it is split and padded. A NumPy array, or one of torch, CuPy, pycuda or
+                another library that has `__dlpack__` or `__cuda_array_interface__`, read where it lies; one on the
+                GPU where the model runs there, and whose values are not looked at.
+            stream: of an array on the GPU, the CUDA stream whose work writes it, where the array does not tell:
+                pycuda's tell of none but the default one. A stream of these libraries, or its number.
 
         Returns:
             logits or probabilities, as `spec.output_form` says, (N, K); of a `topk` file the largest
@@ -110,11 +122,20 @@ class Session:
             InputError: wrong dtype, shape or layout, an empty batch, NaN, or a closed session.
             RunFailed: the backend failed.
         """
-        return self._run(images_NCHW)[0]
+        return self._run(self._backend.run, images_NCHW, stream)[0]
 
-    def run_outputs(self, images_NCHW: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    def run_outputs(self, images_NCHW: Any, *, stream: object = None) -> dict[str, NDArray[Any]]:
         """Does what `run` does, and returns every output of the file by its name."""
-        answers = self._run(images_NCHW)
+        answers = self._run(self._backend.run, images_NCHW, stream)
+        return {output.name: answer for output, answer in zip(self._backend.outputs, answers, strict=True)}
+
+    def run_on_device(self, images_NCHW: Any, *, stream: object = None) -> dict[str, DeviceArray]:
+        """Does what `run_outputs` does, and leaves the outputs on the GPU, for a model that runs there.
+
+        Returns when they are written, so that no stream need wait; `torch.from_dlpack`, `cupy.asarray` and others take
+        them without a copy. Raises InputError for a model that runs on the CPU.
+        """
+        answers = self._run(self._backend.run_on_device, images_NCHW, stream)
         return {output.name: answer for output, answer in zip(self._backend.outputs, answers, strict=True)}
 
     def predict(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> list[Prediction]:
@@ -149,11 +170,11 @@ class Session:
             self._gate.leave(len(images), failed=failed)
         return predictions
 
-    def submit(self, images_NCHW: NDArray[Any], *, timeout_s: float = math.inf) -> Future[NDArray[Any]]:
+    def submit(self, images_NCHW: Any, *, timeout_s: float = math.inf) -> Future[NDArray[Any]]:
         """Does what `run` does, in a batch with other requests; returns at once.
 
         Args:
-            images_NCHW: as `run` takes them; not to be changed before the answer is there.
+            images_NCHW: as `run` takes them, in the CPU's memory; not to be changed before the answer is there.
             timeout_s: seconds after which the future fails with DeadlineExceeded.
 
         Returns:
@@ -191,7 +212,7 @@ class Session:
         self._decoder.start(request, images, lambda some: self._prepared(some, spec))
         return future
 
-    async def arun(self, images_NCHW: NDArray[Any], *, timeout_s: float = math.inf) -> NDArray[Any]:
+    async def arun(self, images_NCHW: Any, *, timeout_s: float = math.inf) -> NDArray[Any]:
         """Awaits what `submit` returns; cancelling the task cancels the request. Blocks no thread meanwhile."""
         import asyncio
 
@@ -233,14 +254,14 @@ class Session:
         state = "closed" if self._gate.closed else f"{self._backend.name} on {self._backend.device}"
         return f"<Session {self._source} ({state})>"
 
-    def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    def _run(self, run: Callable[..., tuple[_Answer, ...]], images_NCHW: Any, stream: object) -> tuple[_Answer, ...]:
         self._gate.enter()
-        failed = True
+        count, failed = 0, True
         try:
-            answers = self._backend.run(images_NCHW)
-            failed = False
+            answers = run(images_NCHW, stream=stream)
+            count, failed = len(answers[0]), False
         finally:
-            self._gate.leave(0 if failed else len(images_NCHW), failed=failed)
+            self._gate.leave(count, failed=failed)
         return answers
 
     def _prepared(self, images: Sequence[ImageLike], spec: ModelSpec) -> NDArray[Any]:
@@ -260,37 +281,3 @@ def _check_list(images: Any) -> None:
     many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     if not many and not (isinstance(images, np.ndarray) and images.ndim == 4):
         raise InputError("predict takes a list of images; put the one image in [ ]")
-
-
-def load(
-    path: str | PathLike[str],
-    *,
-    backend: str = "auto",
-    device: str = "auto",
-    threads: int | Threads = 0,
-    warm_up: Sequence[int] = (),
-    batching: Batching | None = None,
-) -> Session:
-    """Loads a model file.
-
-    Args:
-        path: an ONNX file that `advprop-export` wrote. Others load too, without `predict`.
-        backend: `auto` or `onnxruntime`.
-        device: `auto` (a GPU where it can be used), `cpu` or `cuda`.
-        threads: CPU threads inside one run, or a `Threads`; 0 leaves it to the backend.
-        warm_up: batch sizes that are run before `load` returns, so that no request pays for the first run.
-        batching: how `submit`, `arun` and their like make batches; default: `Batching()`.
-
-    Raises:
-        ModelFileError: no such file, or not a model that this version runs.
-        BackendUnavailable: the backend's library or the device is missing.
-        ConfigError: an argument with an impossible value.
-    """
-    file = Path(path)
-    opened = open_backend(file, backend, device, threads if isinstance(threads, Threads) else Threads(intra=threads))
-    try:
-        run_first(opened, warm_up, file)
-    except BaseException:
-        opened.close()
-        raise
-    return Session(opened, file, batching)

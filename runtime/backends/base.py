@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.device.arrays import DeviceArray
+from runtime.device.views import DeviceView, array_or_view
 from runtime.errors import AdvPropError, InputError, RunFailed, first_line
 from runtime.spec import ModelSpec
 
 __all__ = ["Backend", "TensorInfo"]
+
+_Answer = TypeVar("_Answer", NDArray[Any], DeviceArray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +64,19 @@ class Backend(ABC):
         fixed = self.input.shape[0]
         return (fixed, fixed) if fixed > 0 else (1, sys.maxsize)
 
-    def run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    @property
+    def device_bytes(self) -> int:
+        """GPU memory that the backend allocated by itself and holds; 0 where its library keeps that to itself."""
+        return 0
+
+    def run(self, images_NCHW: Any, *, stream: object = None) -> tuple[NDArray[Any], ...]:
         """Runs the model on an already preprocessed batch.
 
         Args:
-            images_NCHW: of exactly `self.input`'s dtype and image shape, finite; any N ≥ 1.
+            images_NCHW: of exactly `self.input`'s dtype and image shape, finite; any N ≥ 1. A NumPy array, or one of
+                another library, on the GPU too where the model runs there, which is read where it lies. Values are
+                not looked at on the GPU.
+            stream: CUDA stream whose work writes the images, where their array does not tell.
 
         Returns:
             (N, K) of each of `self.outputs`.
@@ -72,19 +85,37 @@ class Backend(ABC):
             InputError: wrong type, dtype, rank, size or layout, an empty batch, NaN or infinity.
             RunFailed: the library failed on it.
         """
-        self.check(images_NCHW)
-        return self.run_checked(images_NCHW)
+        return self.run_checked(self.accept(images_NCHW, stream=stream))
 
-    def check(self, images_NCHW: NDArray[Any]) -> None:
+    def run_on_device(self, images_NCHW: Any, *, stream: object = None) -> tuple[DeviceArray, ...]:
+        """Does what `run` does, and leaves the answers on the GPU, all written. Raises InputError on a CPU."""
+        if self.device != "cuda":
+            raise InputError(
+                f"outputs stay on the GPU where the model runs there; {self.name} runs on the CPU: use run"
+            )
+        accepted = self.accept(images_NCHW, stream=stream)
+        return self._answers(accepted, self._run_on_device)
+
+    def accept(self, images_NCHW: Any, *, stream: object = None) -> NDArray[Any] | DeviceView:
+        """Takes a batch as `run` does, without a copy; what it returns has passed `check`. Raises InputError."""
+        accepted = array_or_view(images_NCHW, stream)
+        self.check(accepted)
+        return accepted
+
+    def check(self, images_NCHW: NDArray[Any] | DeviceView) -> None:
         """Raises InputError for a batch that `run` does not take."""
         self.check_form(images_NCHW)
-        _check_values(images_NCHW)
+        if isinstance(images_NCHW, np.ndarray):
+            _check_values(images_NCHW)
 
-    def check_form(self, images_NCHW: NDArray[Any]) -> None:
+    def check_form(self, images_NCHW: NDArray[Any] | DeviceView) -> None:
         """Does what `check` does but for the values."""
         expected = self.input
-        if not isinstance(images_NCHW, np.ndarray):
-            raise InputError(f"run takes a NumPy array; found {type(images_NCHW).__name__}")
+        if isinstance(images_NCHW, DeviceView) and self.device != "cuda":
+            raise InputError(
+                f"the images are on the GPU and the model runs on the CPU, by {self.name}; bring them here "
+                "(torch: images.cpu()), or load the model by device='cuda'"
+            )
         if images_NCHW.dtype != expected.dtype:
             raise InputError(
                 f"the model expects {expected}; found dtype {images_NCHW.dtype}. "
@@ -94,28 +125,34 @@ class Backend(ABC):
             advice = _advice(images_NCHW.shape, expected)
             raise InputError(f"the model expects {expected}; found shape {images_NCHW.shape}{advice}")
 
-    def run_checked(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    def run_checked(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
         """Runs a batch that `check` has passed, padded or split where the file's batch is bounded."""
         fewest, most = self.batch_range
         count = len(images_NCHW)
         if fewest <= count <= most:
-            return self._answers(images_NCHW)
+            return self._answers(images_NCHW, self._run)
         parts = []
         for start in range(0, count, most):
             part_NCHW = images_NCHW[start : start + most]
             missing = fewest - len(part_NCHW)
             if missing > 0:
+                if isinstance(part_NCHW, DeviceView):
+                    raise InputError(
+                        f"the model takes batches of {fewest} images; found {count}, on the GPU: fill the batch up"
+                    )
                 padding = np.broadcast_to(part_NCHW[-1:], (missing, *part_NCHW.shape[1:]))
-                answers = self._answers(np.concatenate([part_NCHW, padding]))
+                answers = self._answers(np.concatenate([part_NCHW, padding]), self._run)
                 parts.append(tuple(answer[: len(part_NCHW)] for answer in answers))
             else:
-                parts.append(self._answers(part_NCHW))
+                parts.append(self._answers(part_NCHW, self._run))
         return tuple(np.concatenate(answers) for answers in zip(*parts, strict=True))
 
-    def _answers(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """One `_run`, whose failures are ours, and which answers every image."""
+    def _answers(
+        self, images_NCHW: NDArray[Any] | DeviceView, run: Callable[[NDArray[Any] | DeviceView], tuple[_Answer, ...]]
+    ) -> tuple[_Answer, ...]:
+        """One `run`, whose failures are ours, and which answers every image."""
         try:
-            answers = self._run(images_NCHW)
+            answers = run(images_NCHW)
         except AdvPropError:
             raise
         except Exception as error:  # libraries' exceptions share no base but this
@@ -132,8 +169,15 @@ class Backend(ABC):
         return answers
 
     @abstractmethod
-    def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """Runs a checked batch of `batch_range` images; called from several threads at once."""
+    def _run(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
+        """Runs a checked batch of `batch_range` images; called from several threads at once.
+
+        A view comes to backends on the GPU only.
+        """
+
+    def _run_on_device(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[DeviceArray, ...]:
+        """Runs a checked batch of any size, and leaves the answers on the GPU. For backends whose device is `cuda`."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, TensorInfo
+from runtime.backends.ort_binding import run_bound
 from runtime.backends.threads import Threads
 from runtime.cpu import has_exact_int8
 from runtime.cuda import find_gpu
+from runtime.device.arrays import DeviceArray
+from runtime.device.driver import Cuda, load_bindings
+from runtime.device.views import DeviceView
 from runtime.engine.graph import CALIBRATION_KEY
-from runtime.errors import BackendUnavailable, ConfigError, ModelFileError, first_line
+from runtime.errors import BackendUnavailable, ConfigError, InputError, ModelFileError, first_line
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["OnnxRuntimeBackend"]
@@ -105,6 +109,7 @@ class OnnxRuntimeBackend(Backend):
         (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)
         self.outputs = _tensors(session.get_outputs(), "output", path, expected, rank=2)
         self._session = session
+        self._cuda: Cuda | None = None
         self._names = [output.name for output in self.outputs]
         if self.device == "cpu":
             reasons.append(
@@ -112,8 +117,34 @@ class OnnxRuntimeBackend(Backend):
             )
         self.reasons = tuple(reasons)
 
-    def _run(self, images_NCHW: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    def _run(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
+        if isinstance(images_NCHW, DeviceView):
+            return tuple(answer.numpy() for answer in self._run_on_device(images_NCHW))
         return tuple(self._session.run(self._names, {self.input.name: images_NCHW}))
+
+    def _run_on_device(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[DeviceArray, ...]:
+        fewest, most = self.batch_range
+        if not fewest <= len(images_NCHW) <= most:
+            raise InputError(
+                f"the model takes batches of {fewest} images; found {len(images_NCHW)}: split or fill it up, or use run"
+            )
+        if isinstance(images_NCHW, DeviceView):
+            self._wait_for(images_NCHW)
+        return run_bound(self._session, self.input, self.outputs, images_NCHW, self.device)
+
+    def _wait_for(self, view: DeviceView) -> None:
+        """ONNX Runtime's own stream cannot be told to wait, so this thread does."""
+        if self._cuda is None:
+            self._cuda = Cuda(load_bindings())
+        with self._cuda.current():
+            self._cuda.check_pointer(view.pointer)
+            stream, event = self._cuda.stream(), self._cuda.event()
+            try:
+                view.order(self._cuda, stream, event)
+                self._cuda.synchronize(stream)
+            finally:
+                self._cuda.close_event(event)
+                self._cuda.close_stream(stream)
 
     def close(self) -> None:
         self._session = None

@@ -12,7 +12,8 @@ import click
 from runtime.console import cli_errors, set_up_logging
 from runtime.errors import DataError
 from runtime.images import SUFFIXES
-from runtime.session import Prediction, Session, load
+from runtime.loading import load
+from runtime.session import Prediction, Session
 
 EXAMPLES = """\b
 Examples:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from runtime.errors import BackendUnavailable, SpecError
 from runtime.files import sha256_file
 from runtime.images import network_input, normalise
-from runtime.session import Session, load
+from runtime.loading import load
+from runtime.session import Session
 from runtime.spec import ModelSpec
 
 __all__ = ["CHECKPOINT_LOADER", "Model", "load_model", "model_of"]

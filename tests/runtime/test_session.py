@@ -117,7 +117,7 @@ def test_classes_that_do_not_match_the_outputs(tmp_path: Path) -> None:
         ("none.onnx", None, "no such model file"),
         ("text.onnx", b"hello", "ONNX Runtime cannot load"),
         ("empty.onnx", b"", "ONNX Runtime cannot load"),
-        ("model.engine", b"plan", "builds engines but does not run them"),
+        ("model.engine", b"plan", "no such file: .*model.engine.json; build it again: advprop build"),
     ],
 )
 def test_files_that_are_not_models(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
@@ -141,7 +141,7 @@ def test_models_that_are_not_classifiers(tmp_path: Path) -> None:
 
 
 def test_unknown_backend_and_device(model: Path) -> None:
-    with pytest.raises(ConfigError, match="backend must be auto or onnxruntime"):
+    with pytest.raises(ConfigError, match="backend must be auto, onnxruntime or tensorrt"):
         runtime.load(model, backend="tflite")
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
         runtime.load(model, device="tpu")

@@ -1,0 +1,270 @@
+"""What a GPU makes of one network by every way there is to run it.
+
+    python benchmarks/gpu/runtime.py                       efficientnet_b0 with random weights, about ten minutes
+    python benchmarks/gpu/runtime.py --arch resnet50 --batches 1 32 --seconds 1 --json result.json
+
+Not executed so far. Six parts, each of which says why where it cannot be run; `--parts` chooses some, after the first:
+
+- engines: which TensorRT is here, and whether its engines (FP32 and FP16) are built, loaded and run on this GPU.
+- numerics: largest difference of logits, relative to the largest logit, and agreement of classes, to FP32 on the CPU.
+- latency: from host memory to host memory, torch eager and compiled beside each; rounds are interleaved.
+- graphs: engines with and without CUDA graphs.
+- zero-copy: input on the GPU from torch (DLPack), by `__cuda_array_interface__` and from pycuda; outputs left there.
+- threads: eight threads on one engine, each answer compared with that of one thread, for 1, 2, 4 and 8 contexts.
+
+Random weights give every class nearly the same logit, so of the numerics the differences count, not the agreement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+sys.path.pop(0)  # this folder, where this file would pass for our package
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import runtime
+from runtime.cuda import find_gpu
+from runtime.errors import AdvPropError
+
+PARTS = ("numerics", "latency", "graphs", "zero-copy", "threads")
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
+THREADS = 8
+
+
+class Rows:
+    """What was measured: printed at once, and kept."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, part: str, name: str, **found: Any) -> None:
+        self.rows.append({"part": part, "name": name, **found})
+        words = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
+        print(f"{part:10} {name:34} {'  '.join(words)}", flush=True)
+
+
+def times_ms(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call, which must return when its work is done; they take turns for `seconds` each."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(5):
+            call()
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end:
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            found[name].append(1e3 * (time.perf_counter() - began))
+    return found
+
+
+def report_times(rows: Rows, part: str, batch: int, calls: dict[str, Callable[[], Any]], seconds: float) -> None:
+    for name, times in times_ms(calls, seconds).items():
+        p50, p90, p99 = (float(np.percentile(times, q)) for q in (50, 90, 99))
+        cov = statistics.pstdev(times) / statistics.fmean(times)
+        rows.add(part, f"{name}, batch {batch}", p50_ms=p50, p90_ms=p90, p99_ms=p99, cov=cov, n=len(times))
+
+
+def files_of(arch: str, folder: Path) -> dict[str, Path]:
+    from export_time import write_checkpoint
+
+    from export.pipeline import export_checkpoint
+
+    write_checkpoint(arch, folder / "checkpoint.pt")
+    result = export_checkpoint(folder / "checkpoint.pt", out=folder, precision="fp16")
+    return {"fp32": result.onnx, "fp16": result.reduced_onnx}
+
+
+def engines_of(files: dict[str, Path], most: int, rows: Rows) -> dict[str, Path]:
+    """Builds every engine that can be built, and says which of them run on this GPU."""
+    engines = {}
+    for flavour in FLAVOURS:
+        for precision, file in files.items():
+            name, path = f"{flavour} {precision}", file.with_name(f"{flavour}.{precision}.engine")
+            try:
+                began = time.perf_counter()
+                runtime.build(file, path, batch=(1, most // 2 or 1, most), flavour=flavour)
+                built_s = time.perf_counter() - began
+                began = time.perf_counter()
+                runtime.load(path).close()
+            except AdvPropError as error:
+                rows.add("engines", name, runs=f"no, {error}")
+            else:
+                engines[name] = path
+                rows.add("engines", name, runs="yes", build_s=built_s, load_s=time.perf_counter() - began)
+    return engines
+
+
+def sessions_of(
+    files: dict[str, Path], engines: dict[str, Path], rows: Rows, part: str, stack: ExitStack
+) -> dict[str, runtime.Session]:
+    sessions = {}
+    for name, path in {**{f"cuda provider {key}": file for key, file in files.items()}, **engines}.items():
+        try:
+            sessions[name] = stack.enter_context(runtime.load(path, device="cuda"))
+        except AdvPropError as error:
+            rows.add(part, name, error=str(error))
+    return sessions
+
+
+def numerics(rows: Rows, files: dict[str, Path], sessions: dict[str, runtime.Session], images: np.ndarray) -> None:
+    with runtime.load(files["fp32"], device="cpu") as session:
+        expected = session.run(images)
+    for name, session in sessions.items():
+        found = session.run(images)
+        rows.add(
+            "numerics",
+            name,
+            max_relative=float(np.abs(found - expected).max() / np.abs(expected).max()),
+            agreement=float((found.argmax(1) == expected.argmax(1)).mean()),
+        )
+
+
+def torch_calls(arch: str, batch: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """The network in torch, from host memory to host memory, by pinned memory."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = timm.create_model(arch).eval().cuda()
+    pinned = torch.from_numpy(batch).pin_memory()
+
+    @torch.inference_mode()
+    def run(network: Any, dtype: Any) -> Any:
+        return network(pinned.to("cuda", non_blocking=True).to(dtype)).float().cpu()
+
+    calls = {"torch eager fp32": partial(run, model, torch.float32)}
+    calls["torch compiled fp32"] = partial(run, torch.compile(model, mode="reduce-overhead"), torch.float32)
+    half = timm.create_model(arch).eval().cuda().half()
+    calls["torch eager fp16"] = partial(run, half, torch.float16)
+    calls["torch compiled fp16"] = partial(run, torch.compile(half, mode="reduce-overhead"), torch.float16)
+    return calls
+
+
+def latency(rows: Rows, arch: str, sessions: dict[str, runtime.Session], images: np.ndarray, options: Any) -> None:
+    for size in options.batches:
+        batch = images[:size]
+        calls = torch_calls(arch, batch)
+        calls |= {name: partial(session.run, batch) for name, session in sessions.items()}
+        report_times(rows, "latency", size, calls, options.seconds)
+
+
+def graphs(rows: Rows, engines: dict[str, Path], images: np.ndarray, options: Any) -> None:
+    for name, path in engines.items():
+        with (
+            runtime.load(path) as on,
+            runtime.load(path, engine=runtime.EngineOptions(cuda_graphs=False)) as off,
+        ):
+            same = all(np.array_equal(on.run(images[:8]), off.run(images[:8])) for _ in range(4))
+            rows.add("graphs", name, same_bits=same)
+            for size in options.batches:
+                calls = {f"{name} on": partial(on.run, images[:size]), f"{name} off": partial(off.run, images[:size])}
+                report_times(rows, "graphs", size, calls, options.seconds)
+
+
+def zero_copy(rows: Rows, sessions: dict[str, runtime.Session], images: np.ndarray, options: Any) -> None:
+    import torch
+
+    batch = images[: options.batches[-1]]
+    tensor = torch.from_numpy(batch).cuda()
+    torch.cuda.synchronize()
+    sources: dict[str, Any] = {"host": batch, "torch": tensor}
+    # torch's own interface is of version 2, which names no stream.
+    sources["interface"] = SimpleNamespace(__cuda_array_interface__=tensor.__cuda_array_interface__)
+    try:
+        importlib.import_module("pycuda.autoprimaryctx")
+        sources["pycuda"] = importlib.import_module("pycuda.gpuarray").to_gpu(batch)
+    except Exception as error:  # pycuda's own errors share no base
+        rows.add("zero-copy", "pycuda", error=f"{type(error).__name__}: {error}")
+    for name, session in sessions.items():
+        expected = session.run(batch)
+        for kind, source in sources.items():
+            left = session.run_on_device(source)[session.backend.outputs[0].name]
+            same = np.array_equal(session.run(source), expected) and np.array_equal(left.numpy(), expected)
+            back = np.array_equal(torch.from_dlpack(left).cpu().numpy(), expected)
+            rows.add("zero-copy", f"{name} {kind}", same_bits=same, torch_reads_output=back)
+        with torch.cuda.stream(torch.cuda.Stream()):  # work that is not done when the session is asked
+            torch.cuda._sleep(50_000_000)
+            late = tensor * 1.0
+            same = np.array_equal(session.run(late), expected)
+            rows.add("zero-copy", f"{name} waits for torch's stream", same_bits=same)
+        calls = {f"{name} {kind}": partial(session.run_on_device, source) for kind, source in sources.items()}
+        report_times(rows, "zero-copy", len(batch), calls, options.seconds)
+
+
+def threads(rows: Rows, engines: dict[str, Path], images: np.ndarray, options: Any) -> None:
+    for name, path in engines.items():
+        for contexts in (1, 2, 4, 8):
+            with runtime.load(path, engine=runtime.EngineOptions(contexts=contexts)) as session:
+                batches = [images[start : start + 1 + start % 4] for start in range(16)]
+                expected = [session.run(batch) for batch in batches]
+
+                def ask(first: int, session: Any = session, batches: Any = batches, expected: Any = expected) -> int:
+                    places = [(first + number) % len(batches) for number in range(200)]
+                    return sum(not np.array_equal(session.run(batches[place]), expected[place]) for place in places)
+
+                with ThreadPoolExecutor(THREADS) as pool:
+                    began = time.perf_counter()
+                    wrong = sum(pool.map(ask, range(THREADS)))
+                    seconds = time.perf_counter() - began
+                rows.add("threads", f"{name}, {contexts} contexts", wrong=wrong, batches_per_s=THREADS * 200 / seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="efficientnet_b0", help="timm's name")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--json", type=Path, help="write what was measured there, too")
+    options = parser.parse_args()
+    options.batches.sort()
+    gpu = find_gpu()
+    if gpu is None:
+        print("this benchmark needs an NVIDIA GPU and its driver; none was found", file=sys.stderr)
+        return 2
+    rows = Rows()
+    print(f"{gpu.name}, SM {gpu.sm}")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        files = files_of(options.arch, Path(folder))
+        engines = engines_of(files, max(options.batches), rows)
+        sessions = sessions_of(files, engines, rows, "numerics", stack)
+        with runtime.load(files["fp32"], device="cpu") as session:
+            shape = (max(64, *options.batches), 3, session.spec.preprocessing.height, session.spec.preprocessing.width)
+        images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        parts = {
+            "numerics": partial(numerics, rows, files, sessions, images),
+            "latency": partial(latency, rows, options.arch, sessions, images, options),
+            "graphs": partial(graphs, rows, engines, images, options),
+            "zero-copy": partial(zero_copy, rows, sessions, images, options),
+            "threads": partial(threads, rows, engines, images, options),
+        }
+        for name, part in parts.items():
+            if name in options.parts:
+                try:
+                    part()
+                except Exception as error:  # the other parts are worth having
+                    rows.add(name, "failed", error=f"{type(error).__name__}: {error}")
+    if options.json:
+        options.json.write_text(json.dumps({"gpu": gpu.name, "sm": gpu.sm, "rows": rows.rows}, indent=1) + "\n")
+    return 1 if any("error" in row or row.get("wrong") or row.get("same_bits") is False for row in rows.rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
