@@ -24,12 +24,11 @@ from pathlib import Path
 import onnx
 import timm
 import torch
-from timm.data import resolve_model_data_config
 
 import runtime
 from calib.precision import to_reduced
+from export.source import timm_spec
 from export.to_onnx import to_onnx
-from runtime.spec import ModelSpec, Preprocessing
 
 NETS = ("resnet18", "efficientnet_b0", "mobilenetv3_small_050", "densenet121", "convnext_atto")
 ROUNDS = 5
@@ -39,11 +38,7 @@ def write_onnx(arch: str, folder: Path) -> dict[str, Path]:
     """FP32 and FP16 files of a net with random weights."""
     torch.manual_seed(0)
     model = timm.create_model(arch).eval()
-    config = resolve_model_data_config(model)
-    _, height, width = config["input_size"]
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    preprocessing = Preprocessing(height=height, width=width, **{name: config[name] for name in names})
-    graph = to_onnx(model, ModelSpec(arch=arch, classes=tuple(map(str, range(1000))), preprocessing=preprocessing))
+    graph = to_onnx(model, timm_spec(model, arch))
     onnx.save(graph, folder / f"{arch}.onnx")
     onnx.save(to_reduced(graph, "fp16"), folder / f"{arch}.fp16.onnx")
     return {"fp32": folder / f"{arch}.onnx", "fp16": folder / f"{arch}.fp16.onnx"}

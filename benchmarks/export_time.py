@@ -26,7 +26,7 @@ import torch
 from timm.data import resolve_model_data_config
 
 from export.pipeline import export_checkpoint
-from runtime.spec import ModelSpec, Preprocessing
+from export.source import timm_spec
 from train.checkpoint import save_checkpoint
 
 NETS = ("efficientnet_b0", "efficientnet_b3", "resnet50")
@@ -37,12 +37,9 @@ BATCH = 4  # the quickest here, for all three
 def write_checkpoint(arch: str, path: Path) -> torch.nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(arch).eval()
-    config = resolve_model_data_config(model)
-    _, height, width = config["input_size"]
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    preprocessing = Preprocessing(height=height, width=width, **{name: config[name] for name in names})
-    spec = ModelSpec(arch=arch, classes=tuple(map(str, range(1000))), preprocessing=preprocessing)
-    images = torch.randint(0, 256, (IMAGES, height, width, 3), dtype=torch.uint8)
+    spec = timm_spec(model, arch)
+    size = (IMAGES, spec.preprocessing.height, spec.preprocessing.width, 3)
+    images = torch.randint(0, 256, size, dtype=torch.uint8)
     save_checkpoint(
         path,
         {

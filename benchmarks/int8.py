@@ -41,8 +41,6 @@ from runtime.images import SUFFIXES, fit_all, normalise, spread
 from runtime.spec import ModelSpec, Preprocessing
 
 BATCH = 4
-FROM = 64
-"""Batches of this size where accuracy is measured on small images."""
 OURS: dict[str, dict[str, Any]] = {
     "minmax": {"method": "minmax", "correct_bias": False},
     "percentile 99.99": {"method": "percentile", "correct_bias": False},
@@ -126,6 +124,11 @@ def show(row: str, images: int, found: dict[str, float] | str) -> None:
     print(line, flush=True)
 
 
+def batch_size(spec: Preprocessing) -> int:
+    """Images at once where accuracy is measured."""
+    return 64 if spec.height <= 64 else BATCH
+
+
 def batches(paths: list[Path], spec: Preprocessing, size: int = BATCH) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(paths), size):
         yield normalise(fit_all(paths[start : start + size], spec), spec)
@@ -180,9 +183,8 @@ def measure(row: str, folder: Path, arguments: argparse.Namespace) -> dict[str, 
         "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024,
     }
     session, reference = open_session(quantised), open_session(model)
-    size = FROM if spec.preprocessing.height <= 64 else BATCH
     logits, expected = [], []
-    for batch in batches(held, spec.preprocessing, size):
+    for batch in batches(held, spec.preprocessing, batch_size(spec.preprocessing)):
         logits.append(session.run(None, {"input": batch})[0].argmax(1))
         expected.append(reference.run(None, {"input": batch})[0].argmax(1))
     classes = np.concatenate(logits)
@@ -298,7 +300,7 @@ def mean_corruption_error(session: Any, folder: Path, spec: Preprocessing) -> fl
     errors = []
     for path in sorted(folder.glob("*-[1-5].npy")):
         images = np.load(path)
-        size = FROM if spec.height <= 64 else BATCH
+        size = batch_size(spec)
         classes = [
             session.run(None, {"input": normalise(images[start : start + size], spec)})[0].argmax(1)
             for start in range(0, len(images), size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from calib.thresholds import METHODS
 from runtime.errors import ConfigError
 
 __all__ = ["KINDS_LEFT", "METHOD_NAMES", "CalibrationConfig"]
@@ -12,7 +13,7 @@ KINDS_LEFT = ("depthwise", "gates", "first", "last")
 """Kinds of layers that can be left out: depthwise convolutions, the layers of squeeze-and-excitation and other gates
 (they see one number a channel), the first convolution, the last matrix product."""
 
-METHOD_NAMES = ("auto", "minmax", "percentile", "entropy", "mse")
+METHOD_NAMES = ("auto", *METHODS)
 """How thresholds can be chosen."""
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from calib.cache import load_histograms, save_histograms
-from calib.graphs import open_session
+from calib.graphs import open_session, with_outputs
 from calib.histograms import Histogram
 from runtime.errors import DataError
 
@@ -46,16 +45,10 @@ def collect_histograms(
     Raises:
         DataError: no batch, or a value that is not finite; the message names the tensor.
     """
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    input_name = probe.graph.input[0].name
-    known = {value.name for value in probe.graph.output}
-    names = [name for name in dict.fromkeys(tensors) if name != input_name]
-    for name in names:
-        if name not in known:
-            probe.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = open_session(probe)
+    input_name = model.graph.input[0].name
     wanted = list(dict.fromkeys(tensors))
+    names = [name for name in wanted if name != input_name]
+    session = open_session(with_outputs(model, names))
     histograms, known_images = load_histograms(cache, wanted) if cache else ({}, 0)
     histograms = histograms or {name: Histogram() for name in wanted}
     seen = saved = 0

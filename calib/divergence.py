@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
-from calib.graphs import open_session, tensor_types
+from calib.graphs import open_session, tensor_types, with_outputs
 
 __all__ = ["TensorError", "first_beyond", "graph_errors", "relative_error", "tensors_of"]
 
@@ -83,16 +82,9 @@ def graph_errors(
 
 def tensors_of(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Runs `model` on `batch` and returns the tensors of those names."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    input_name = probe.graph.input[0].name
-    known = {value.name for value in probe.graph.output}
-    types = tensor_types(model)
-    for name in names:
-        if name not in known:
-            kind = types[name].elem_type if name in types else TensorProto.FLOAT
-            probe.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    return dict(zip(names, open_session(probe).run(names, {input_name: batch}), strict=True))
+    kinds = {name: kind.elem_type for name, kind in tensor_types(model).items()}
+    session = open_session(with_outputs(model, names, kinds))
+    return dict(zip(names, session.run(names, {model.graph.input[0].name: batch}), strict=True))
 
 
 def relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:

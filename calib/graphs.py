@@ -6,6 +6,7 @@ shapes are inferred and it is checked without its weights, and ONNX Runtime take
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.files import atomic_folder, write_bytes
 
-__all__ = ["LIMIT_BYTES", "check", "infer_shapes", "is_large", "open_session", "save_onnx", "tensor_types"]
+__all__ = [
+    "LIMIT_BYTES",
+    "check",
+    "infer_shapes",
+    "is_large",
+    "open_session",
+    "save_onnx",
+    "tensor_types",
+    "with_outputs",
+]
 
 LIMIT_BYTES = 2**31 - 2**26
 """Weights up to this size travel in the model itself: protobuf's 2 GiB, less 64 MiB for the graph."""
@@ -38,6 +48,26 @@ def tensor_types(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> dict[str, 
     """Returns the type and shape of every input, output and node output whose type is known, by name."""
     graph = infer_shapes(model, limit)
     return {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input, *graph.output)}
+
+
+def with_outputs(
+    model: onnx.ModelProto, names: Iterable[str], kinds: Mapping[str, int] | None = None
+) -> onnx.ModelProto:
+    """Returns a copy that also gives some inner tensors.
+
+    Args:
+        model: not changed.
+        names: of the tensors; those that are outputs already stay as they are.
+        kinds: ONNX's number of the type of those that are not float32.
+    """
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    known = {value.name for value in probe.graph.output}
+    for name in dict.fromkeys(names):
+        if name not in known:
+            kind = (kinds or {}).get(name, TensorProto.FLOAT)
+            probe.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    return probe
 
 
 def check(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> None:

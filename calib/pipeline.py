@@ -102,12 +102,8 @@ def calibrate_file(
     config = dataclasses.replace(config, mix=chosen.mix, seed=chosen.seed)
     if config.budget is not None and not chosen.held:
         raise ConfigError(f"{data} holds no images out for a budget; calibrate from the folder itself, or without one")
-    every = functools.partial(chosen.batches, preprocessing, adversary=adversary, size=_batch_size(model))
-    held = {kind: functools.partial(every, kinds=(kind,), held=True) for kind in chosen.mix}
-
-    def batches(count: int) -> Iterator[NDArray[np.float32]]:
-        return every(count)
-
+    batches = functools.partial(chosen.batches, preprocessing, adversary=adversary, size=_batch_size(model))
+    held = {kind: functools.partial(batches, kinds=(kind,), held=True) for kind in chosen.mix}
     calibrated = calibrate(
         model,
         batches,

@@ -96,9 +96,9 @@ def calibrate(
     config = config or CalibrationConfig()
     count = _Counter(progress)
     points = points_of(model, config.keep, config.leave)
-    alphas = _compromises(model, points, batches, count) if config.equalise else {}
-    if alphas:
-        model = equalised(model, collect_channel_amax(model, batches(TRIED), alphas), alphas)
+    alphas: dict[str, float] = {}
+    if config.equalise:
+        model, alphas = _equalised(model, points, batches, count)
         points = points_of(model, config.keep, config.leave)
     residuals = residual_inputs(model, points) if config.residuals else []
     added = [tensor for _, tensor in residuals]
@@ -183,14 +183,14 @@ def _thresholds(
     return _choose(layer_errors(model, points, candidates, batches(TRIED), count.of("layers")))
 
 
-def _compromises(
+def _equalised(
     model: onnx.ModelProto, points: Sequence[Point], batches: Batches, count: _Counter
-) -> dict[str, float]:
-    """Tensors that are worth equalising, and how far each."""
+) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """The graph with those tensors equalised that are worth it, and how far each."""
     names = equalisable(model, _tensors(points))
     if not names:
         log.info("no activation of this network can be equalised exactly")
-        return {}
+        return model, {}
     maxima = collect_channel_amax(model, batches(TRIED), names, count.of("channels"))
     before = _noise(model, points, names, batches, count)
     best: dict[str, float] = {}
@@ -201,7 +201,7 @@ def _compromises(
         for name, noise in noises.items():
             if noise < least[name]:
                 best[name], least[name] = alpha, noise
-    return best
+    return (equalised(model, maxima, best), best) if best else (model, best)
 
 
 def _noise(

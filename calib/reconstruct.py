@@ -19,10 +19,10 @@ import onnx
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor
 
-from calib.graphs import open_session
+from calib.graphs import open_session, with_outputs
 from calib.placement import Point
 from calib.quantize import along, dequantised_names, quantise_weight, quantize
 from calib.thresholds import LEVELS
@@ -111,13 +111,7 @@ class _Tap:
     def __init__(self, model: onnx.ModelProto, tensors: Iterable[str]) -> None:
         import onnxruntime as ort
 
-        probe = onnx.ModelProto()
-        probe.CopyFrom(model)
-        known = {value.name for value in probe.graph.output}
-        for name in dict.fromkeys(tensors):
-            if name not in known:
-                probe.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-        self._session = open_session(probe)
+        self._session = open_session(with_outputs(model, tensors))
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True
 

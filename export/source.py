@@ -31,7 +31,7 @@ from train.models import create_model
 from train.recipes import MAIN
 from train.restore import load_weights, restore_model
 
-__all__ = ["Source", "load_source", "resized"]
+__all__ = ["Source", "load_source", "resized", "timm_spec"]
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _from_state_dict(path: Path, content: Any, arch: str | None, bn: str) -> tup
     model = create_model(arch, num_classes=_classes(arch, weights, path))
     load_weights(model, weights, path, arch)
     log.warning("%s does not say how it was trained: preprocessing is timm's for %s", path, arch)
-    return model, _timm_spec(model, arch)
+    return model, timm_spec(model, arch)
 
 
 def _from_timm(name: str, arch: str | None, weights: Path | None, bn: str) -> tuple[nn.Module, ModelSpec, str]:
@@ -140,11 +140,11 @@ def _from_timm(name: str, arch: str | None, weights: Path | None, bn: str) -> tu
         if bn != MAIN:
             raise ConfigError(f"timm's weights have one BatchNorm route, {MAIN}; leave --route out")
         model = create_model(name, pretrained=True)
-        return model, _timm_spec(model, name), _sha256_of_weights(model)
+        return model, timm_spec(model, name), _sha256_of_weights(model)
     state = select_route(_state_dict(weights, read_torch_file(weights)), bn)
     model = create_model(name, num_classes=_classes(name, state, weights))
     load_weights(model, state, weights, name)
-    return model, _timm_spec(model, name), sha256_file(weights)
+    return model, timm_spec(model, name), sha256_file(weights)
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
@@ -158,7 +158,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
-def _timm_spec(model: nn.Module, arch: str) -> ModelSpec:
+def timm_spec(model: nn.Module, arch: str) -> ModelSpec:
     """What timm's configuration says of the model; of `.ap_in1k` weights, mean and std 0.5."""
     config = resolve_model_data_config(model)
     classes = int(model.num_classes)  # type: ignore[arg-type]  # every timm classifier has it
