@@ -1,12 +1,13 @@
 """Time of a first build and of the second, which the engine cache answers.
 
-    python benchmarks/engine_cache.py              five families in FP32 and FP16: about three minutes on two cores
+    python benchmarks/engine_cache.py --data imagenet_dev    twelve families in FP32, FP16 and INT8: about seven minutes
 
-Random weights, each net at its own size, engines of TensorRT-RTX for SM 89. `first`: built and kept. `second`: to
-another place, from the cache: the ONNX file hashed and read, the plan read, hashed, written and synced. `again`: to the
-same place, where the engine is already. Medians of five, in seconds of the clock, beside the processor's own for
-`second`: on a busy machine the clock says more about the others. `command`: a whole `advprop build` of it, the
-libraries' loading included. Imports are done before the first three.
+Random weights, each net at its own size, engines of TensorRT-RTX for SM 89 and batches of 1 to 32. INT8 thresholds are
+the largest values on 32 images of `--data`. `first`: built and kept. `second`: to another place, from the cache: the
+ONNX file read and hashed, the cached plan hashed and linked to. Medians of five, in seconds of the clock, beside the
+processor's own for `second`: on a busy machine the clock says more about the others. `command`: a whole `advprop build`
+of it, most of it the loading of libraries. Imports are done before the first two. `computes in` is what
+`advprop inspect`, run on the engine of the second build, has read: of INT8 the share of MACs and of layers.
 """
 
 from __future__ import annotations
@@ -24,24 +25,38 @@ from pathlib import Path
 import onnx
 import timm
 import torch
+from families import NETS
 
 import runtime
+from calib import collect_amax
+from calib.images import calibration_set
+from calib.placement import points_of
 from calib.precision import to_reduced
+from calib.quantize import quantize
 from export.source import timm_spec
 from export.to_onnx import to_onnx
+from runtime.engine.int8 import summary_of
+from runtime.engine.sidecar import EngineInfo
 
-NETS = ("resnet18", "efficientnet_b0", "mobilenetv3_small_050", "densenet121", "convnext_atto")
+IMAGES = 32
 ROUNDS = 5
 
 
-def write_onnx(arch: str, folder: Path) -> dict[str, Path]:
-    """FP32 and FP16 files of a net with random weights."""
+def write_onnx(arch: str, data: Path | None, folder: Path) -> dict[str, Path]:
+    """FP32, FP16 and, where there are images, INT8 files of a net with random weights."""
     torch.manual_seed(0)
     model = timm.create_model(arch).eval()
-    graph = to_onnx(model, timm_spec(model, arch))
-    onnx.save(graph, folder / f"{arch}.onnx")
-    onnx.save(to_reduced(graph, "fp16"), folder / f"{arch}.fp16.onnx")
-    return {"fp32": folder / f"{arch}.onnx", "fp16": folder / f"{arch}.fp16.onnx"}
+    spec = timm_spec(model, arch)
+    graph = to_onnx(model, spec)
+    graphs = {"fp32": graph, "fp16": to_reduced(graph, "fp16")}
+    if data is not None:
+        images = calibration_set(data, IMAGES, spec.preprocessing)
+        thresholds = collect_amax(graph, images.batches(spec.preprocessing, IMAGES))
+        graphs["int8"] = to_reduced(quantize(graph, points_of(graph), thresholds), "fp16")
+    files = {precision: folder / f"{arch}.{precision}.onnx" for precision in graphs}
+    for precision, file in files.items():
+        onnx.save(graphs[precision], file)
+    return files
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -52,12 +67,14 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
-    def build(name: str) -> object:
+    def build(name: str) -> EngineInfo:
         return runtime.build(source, folder / name, sm=(89,), flavour="tensorrt_rtx", cache=True)
 
-    first, _ = timed(lambda: build("first.engine"))
+    infos = []
+    first, _ = timed(lambda: infos.append(build("first.engine")))
     second = [timed(lambda number=number: build(f"{number}.engine")) for number in range(ROUNDS)]
-    again = [timed(lambda: build("first.engine"))[0] for _ in range(ROUNDS)]
+    inspect = [sys.executable, "-m", "runtime.cli", "inspect", str(folder / "0.engine")]
+    subprocess.run(inspect, check=True, capture_output=True)
     command = [sys.executable, "-m", "runtime.cli", "build", str(source), "--sm", "89", "--builder", "tensorrt_rtx"]
     whole, _ = timed(
         lambda: subprocess.run([*command, "--out", str(folder / "c.engine")], check=True, capture_output=True)
@@ -65,8 +82,8 @@ def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
     print(
         f"| {arch} | {precision} | {(folder / 'first.engine').stat().st_size / 1e6:.1f} | {first:.2f} "
         f"| {statistics.median(clock for clock, _ in second):.2f} "
-        f"| {statistics.median(processor for _, processor in second):.2f} | {statistics.median(again):.2f} "
-        f"| {whole:.1f} |",
+        f"| {statistics.median(processor for _, processor in second):.2f} | {whole:.1f} "
+        f"| {summary_of(infos[0].layers) if infos[0].layers else infos[0].precision} |",
         flush=True,
     )
 
@@ -74,13 +91,14 @@ def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=list(NETS))
+    parser.add_argument("--data", type=Path, help="Images to calibrate with, CLASS/IMAGE; without, no INT8.")
     arguments = parser.parse_args()
-    print("| net | | MB | first s | second s | of the processor s | again s | command s |\n" + "|---" * 8 + "|")
+    print("| net | | MB | first s | second s | of the processor s | command s | computes in |\n" + "|---" * 8 + "|")
     with tempfile.TemporaryDirectory() as name:
         os.environ["ADVPROP_CACHE"] = str(Path(name) / "cache")
-        runtime.build(write_onnx("resnet10t", Path(name))["fp16"], sm=(89,), flavour="tensorrt_rtx")  # imports
+        runtime.build(write_onnx("resnet10t", None, Path(name))["fp16"], sm=(89,), flavour="tensorrt_rtx")  # imports
         for arch in arguments.arch:
-            for precision, source in write_onnx(arch, Path(name)).items():
+            for precision, source in write_onnx(arch, arguments.data, Path(name)).items():
                 measure(arch, precision, source, Path(name))
 
 

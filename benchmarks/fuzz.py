@@ -31,7 +31,7 @@ from runtime.cli import main as advprop
 from runtime.engine.graph import read_onnx, summarise, work_of
 from runtime.engine.guard import check_volumes
 from runtime.engine.int8 import int8_layers
-from runtime.engine.sidecar import EngineInfo, read_engine, read_sidecar, sidecar_path, write_sidecar
+from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
 from runtime.errors import AdvPropError
 from runtime.files import write_bytes
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
@@ -220,7 +220,6 @@ def try_sidecar(content: bytes, folder: Path) -> str:
     engine.write_bytes(PLAN)
     sidecar_path(engine).write_bytes(content)
     try_command(["inspect", str(engine)])
-    only_our_errors(lambda: read_engine(engine))
     return only_our_errors(lambda: read_sidecar(engine))
 
 
@@ -229,7 +228,7 @@ def try_plan(content: bytes, folder: Path) -> str:
     engine = folder / "a.engine"
     write_bytes(engine, content)
     write_sidecar(engine, INFO)
-    return only_our_errors(lambda: read_engine(engine))
+    return only_our_errors(lambda: read_sidecar(engine))
 
 
 def try_command(arguments: list[str]) -> str:

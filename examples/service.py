@@ -1,78 +1,37 @@
-"""A small HTTP service: asyncio and a session, nothing else.
+"""The smallest service: `python examples/service.py model.onnx 8000`. What operators ask for more: http_service.py.
 
-    python examples/service.py model.onnx --port 8000
-    curl --data-binary @photo.jpg http://127.0.0.1:8000/predict    {"label": "tench", "probability": 0.93}
-    curl http://127.0.0.1:8000/live /ready                         200 once it listens / once it answers
-
-400: not an image. 503: overloaded, or not ready yet; ask again later. 500: the model failed. It listens on this
-machine only; put a proxy with TLS, authentication and limits on connections in front before anybody else may ask.
+curl --data-binary @photo.jpg http://127.0.0.1:8000/    {"label": "tench", "probability": 0.93}
 """
 
-import argparse
 import asyncio
-import contextlib
 import json
+import sys
 
 import runtime
-from runtime.errors import AdvPropError, InputError, NotAnswered, SessionClosed
-
-LARGEST_BODY = 20_000_000  # bytes
-TIMEOUT_S = 10.0
-session: runtime.Session | None = None
+from runtime.errors import InputError, NotAnswered
 
 
-async def answer(method: str, path: str, body: bytes) -> tuple[int, object]:
-    if path == "/live":
-        return 200, "live"
-    if session is None:
-        return 503, "loading"
-    if path == "/ready":
-        return 200, "ready"
-    if (method, path) != ("POST", "/predict"):
-        return 404, "POST an image to /predict, or GET /live or /ready"
+async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    image = await reader.readexactly(int(head.partition("content-length:")[2].split()[0]))
     try:
-        (prediction,) = await session.apredict([body], timeout_s=TIMEOUT_S)
-    except (NotAnswered, SessionClosed) as error:
-        return 503, str(error)
-    except InputError as error:
-        return 400, str(error)
-    except AdvPropError as error:
-        return 500, str(error)
-    return 200, {"label": prediction.label, "probability": prediction.probability}
+        (best,) = await session.apredict([image], timeout_s=10)  # joins the other requests' images in a batch
+        status, content = 200, {"label": best.label, "probability": best.probability}
+    except InputError as error:  # no image
+        status, content = 400, {"error": str(error)}
+    except NotAnswered as error:  # too many wait, or it took too long
+        status, content = 503, {"error": str(error)}
+    data = json.dumps(content).encode()
+    writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
+    await writer.drain()
+    writer.close()
 
 
-async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        async with asyncio.timeout(TIMEOUT_S):  # a client that stops sending
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-            method, path = head.split()[:2]
-            length = int(head.partition("\ncontent-length:")[2].partition("\r")[0] or 0)
-            body = await reader.readexactly(length) if length <= LARGEST_BODY else None
-        status, content = await answer(method.upper(), path, body) if body is not None else (413, "too large")
-        data = json.dumps(content).encode()
-        writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
-        await writer.drain()
-    except (OSError, EOFError, ValueError, TimeoutError, asyncio.LimitOverrunError):
-        pass  # not HTTP, too slow, or gone: nobody to answer
-    finally:
-        writer.close()
-
-
-async def main(model: str, port: int, batching: runtime.Batching) -> None:
-    global session
-    server = await asyncio.start_server(serve, "127.0.0.1", port, backlog=1024)
-    print("listening on", server.sockets[0].getsockname()[1], flush=True)
-    with await asyncio.to_thread(runtime.load, model, warm_up=(1, batching.max_batch), batching=batching) as session:
+async def main(model: str, port: str) -> None:
+    with runtime.load(model, warm_up=(1, 8), batching=runtime.Batching(max_queued_images=1000)) as session:
+        server = await asyncio.start_server(lambda *streams: serve(session, *streams), "127.0.0.1", port, backlog=1000)
+        print("listening on", server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-queued", type=int, default=256, help="images that may wait")
-    parser.add_argument("--max-batch", type=int, default=8)
-    arguments = parser.parse_args()
-    settings = runtime.Batching(max_batch=arguments.max_batch, max_queued_images=arguments.max_queued)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(arguments.model, arguments.port, settings))
+asyncio.run(main(*sys.argv[1:]))

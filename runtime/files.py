@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "cache_folder",
+    "link_or_copy",
     "output_dir",
     "sha256_file",
     "write_bytes",
@@ -119,6 +122,33 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Writes `content` to `path` atomically. Raises OutputError."""
     with atomic_write(path) as file:
         file.write(content)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, atomically; a copy where a file system cannot have it under two names.
+
+    Nothing here writes into a file that has its name, so that a link is as good as a copy, and no bytes move.
+
+    Raises:
+        FileNotFoundError: there is no `source`.
+        OutputError: the folder is not writable, or the disk is full.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        os.link(source, temporary)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
+        with source.open("rb") as file, atomic_write(target) as copy:
+            shutil.copyfileobj(file, copy, 2**20)
+        return
+    try:
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise _output_error(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # where the two were one file already, replacing does nothing
 
 
 def write_text(path: Path, content: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from runtime.backends.choose import open_backend
+from runtime.backends.choose import open_backend, open_folder
 from runtime.backends.choose import warm_up as run_first
 from runtime.backends.threads import Threads
 from runtime.batcher import Batching
@@ -30,7 +30,9 @@ def load(
 
     Args:
         path: an ONNX file that `advprop-export` wrote, or an engine that `advprop build` made of one, with its sidecar.
-            Other ONNX files load too, without `predict`.
+            Other ONNX files load too, without `predict`. Or the folder of an export, for the file in it that is best
+            here: an engine where one runs, INT8 before FP16 before FP32, else the FP32 ONNX file; `explain` says which
+            and why. Name the file where it must be that one.
         backend: `auto`, by the kind of file; `onnxruntime`; or `tensorrt`, whichever TensorRT built the engine.
         device: `auto` (a GPU where it can be used), `cpu` or `cuda`. Engines run on a GPU only.
         threads: CPU threads inside one run, or a `Threads`; 0 leaves it to the backend.
@@ -48,10 +50,14 @@ def load(
     """
     file = Path(path)
     cpu_threads = threads if isinstance(threads, Threads) else Threads(intra=threads)
-    opened = open_backend(file, backend, device, cpu_threads, engine)
+    passed_over: tuple[str, ...] = ()
+    if file.is_dir():
+        opened, file, passed_over = open_folder(file, backend, device, cpu_threads, engine)
+    else:
+        opened = open_backend(file, backend, device, cpu_threads, engine)
     try:
         run_first(opened, warm_up, file)
     except BaseException:
         opened.close()
         raise
-    return Session(opened, file, batching)
+    return Session(opened, file, batching, passed_over)

@@ -60,9 +60,19 @@ class Session:
     ones get SessionClosed. A process forked after `load` gets an InputError: load the model in the child.
     """
 
-    def __init__(self, backend: Backend, source: Path, batching: Batching | None = None) -> None:
-        """Wraps a loaded `backend`; `source` is the file it came from, for messages."""
+    def __init__(
+        self, backend: Backend, source: Path, batching: Batching | None = None, passed_over: Sequence[str] = ()
+    ) -> None:
+        """Wraps a loaded `backend`.
+
+        Args:
+            backend: what runs the model.
+            source: the file it came from, for messages.
+            batching: as of `load`.
+            passed_over: why other files were not taken, for `explain`.
+        """
         self._source = source
+        self._passed_over = tuple(passed_over)
         self._backend = backend
         self._gate = Gate(f"the session on {source}")
         self._batcher = Batcher(backend, batching or Batching())
@@ -101,7 +111,8 @@ class Session:
 
     def explain(self) -> str:
         """Returns why this backend, device and kernels were chosen, a line each."""
-        return "\n".join((f"{self._backend.name} on {self._backend.device}: {self._source}", *self._backend.reasons))
+        chosen = f"{self._backend.name} on {self._backend.device}: {self._source}"
+        return "\n".join((chosen, *self._passed_over, *self._backend.reasons))
 
     def run(self, images_NCHW: Any, *, stream: object = None) -> NDArray[Any]:
         """Runs the network on a preprocessed batch.

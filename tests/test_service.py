@@ -1,4 +1,4 @@
-"""The example service, started as a user would, under 1,000 concurrent requests."""
+"""The example services, started as a user would, under 1,000 concurrent requests."""
 
 import asyncio
 import io
@@ -28,12 +28,13 @@ def jpeg(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the service and returns its port."""
+    """Starts a service and returns its port."""
     services = []
 
-    def start(model: onnx.ModelProto, *arguments: str) -> int:
+    def start(model: onnx.ModelProto, *arguments: str, example: str = "http_service") -> int:
         onnx.save(model, tmp_path / "m.onnx")
-        command = [sys.executable, "examples/service.py", str(tmp_path / "m.onnx"), "--port", "0", *arguments]
+        port = ["0"] if example == "service" else ["--port", "0"]
+        command = [sys.executable, f"examples/{example}.py", str(tmp_path / "m.onnx"), *port, *arguments]
         services.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True))
         return int(services[-1].stdout.readline().split()[-1])
 
@@ -68,13 +69,16 @@ async def until_ready(port: int) -> None:
         await asyncio.sleep(0.02)
 
 
-def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", ["service", "http_service"])
+def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path, example: str) -> None:
     random = np.random.default_rng(0)
     images = [jpeg(tuple(colour)) for colour in random.integers(0, 256, (1000, 3)).tolist()]
-    port = start(serving_model(MEAN), "--max-queued", "1000", "--max-batch", "32")
+    options = ["--max-queued", "1000", "--max-batch", "32"] if example == "http_service" else []
+    port = start(serving_model(MEAN), *options, example=example)
 
     async def main() -> list[tuple[int, object]]:
-        await until_ready(port)
+        if example == "http_service":
+            await until_ready(port)
         return await asyncio.gather(*(ask(port, "/predict", image) for image in images))
 
     answers = asyncio.run(main())
@@ -83,6 +87,16 @@ def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path) -> None:
     assert [status for status, _ in answers] == [200] * 1000
     assert [content for _, content in answers] == expected
     assert len({(answer["label"], answer["probability"]) for answer in expected}) > 900
+
+
+def test_the_smallest_service_is_thirty_lines_and_tells_of_wrong_images(start: Start) -> None:
+    lines = (ROOT / "examples" / "service.py").read_text().split('"""', 2)[2].splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 30
+    port = start(serving_model(MEAN), example="service")
+    status, content = asyncio.run(ask(port, "/", b"no image"))
+    assert status == 400
+    assert "cannot decode the image bytes" in content["error"]
+    assert asyncio.run(ask(port, "/", jpeg((200, 0, 0))))[1]["label"] == "red"
 
 
 def test_live_is_not_ready_and_wrong_requests_are_told(start: Start) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 
 from runtime.backends.base import Backend
 from runtime.backends.threads import Threads
-from runtime.errors import ConfigError
+from runtime.errors import BackendUnavailable, ConfigError, ModelFileError, first_line
 from runtime.execution.options import EngineOptions
 
-__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "open_backend", "warm_up"]
+__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "open_backend", "open_folder", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +24,14 @@ BACKENDS = ("auto", "onnxruntime", "tensorrt")
 """What `backend` takes. `tensorrt` is whichever TensorRT built the engine: its sidecar says which."""
 ENGINE_SUFFIXES = (".engine", ".plan")
 """Files that TensorRT runs."""
+_CHECKPOINTS = (".pt", ".pth")
+_QUICKEST = ("int8", "fp16", "bf16", "fp32")
+"""Engines of an export by the precision in their names, the quickest first."""
 
 
 def open_backend(file: Path, backend: str, device: str, threads: Threads, engine: EngineOptions) -> Backend:
     """Opens a model file; arguments and errors are those of `runtime.load`."""
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}; found {backend!r}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu or cuda; found {device!r}")
+    _check(backend, device)
     if file.suffix in ENGINE_SUFFIXES:
         return _open_engine(file, backend, device, threads, engine)
     if backend == "tensorrt":
@@ -41,6 +41,59 @@ def open_backend(file: Path, backend: str, device: str, threads: Threads, engine
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(file, device, threads)
+
+
+def open_folder(
+    folder: Path, backend: str, device: str, threads: Threads, engine: EngineOptions
+) -> tuple[Backend, Path, tuple[str, ...]]:
+    """Opens the best file of an export's folder that works here: the quickest engine, else the FP32 ONNX file, else others.
+
+    Args:
+        folder: with files that are called as `advprop-export` calls them, `model.fp16.engine`.
+        backend: and the rest, as of `runtime.load`.
+
+    Returns:
+        The backend, its file, and a line for each file that would have been better and why it was passed over.
+
+    Raises:
+        ModelFileError: nothing in the folder can be run; the message says what of each.
+    """
+    _check(backend, device)
+    files = sorted(folder.iterdir(), key=lambda file: (_rank(file), file.name))
+    passed_over = []
+    for file in files:
+        if file.suffix not in (*ENGINE_SUFFIXES, ".onnx"):
+            continue
+        try:
+            return open_backend(file, backend, device, threads, engine), file, tuple(passed_over)
+        except (BackendUnavailable, ConfigError) as error:
+            reason = first_line(error)
+        except ModelFileError as error:
+            reason = first_line(error)
+            log.warning("passed over: %s", reason)  # damaged, perhaps: somebody should know
+        passed_over.append(f"passed over {file.name}: {reason}")
+    if passed_over:
+        raise ModelFileError("\n  ".join((f"nothing in the folder {folder} can be run:", *passed_over)))
+    checkpoint = min((file for file in files if file.suffix in _CHECKPOINTS), default=None)
+    advice = f"export its checkpoint first: advprop-export {checkpoint}" if checkpoint else "give a model file"
+    raise ModelFileError(f"the folder {folder} has no .onnx and no .engine file; {advice}")
+
+
+def _check(backend: str, device: str) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}; found {backend!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu or cuda; found {device!r}")
+
+
+def _rank(file: Path) -> int:
+    """How early a file is tried."""
+    named = Path(file.stem).suffix[1:] or "fp32"
+    place = _QUICKEST.index(named) if named in _QUICKEST else len(_QUICKEST)
+    if file.suffix in ENGINE_SUFFIXES:
+        return place
+    # ONNX Runtime computes FP16 in FP32 on a CPU, and INT8 well on few of them.
+    return 2 * len(_QUICKEST) - place + 1
 
 
 def _open_engine(file: Path, backend: str, device: str, threads: Threads, engine: EngineOptions) -> Backend:

@@ -27,8 +27,8 @@ from runtime.engine.layers import inspected_layers, layers_of_log
 from runtime.engine.options import BuildOptions, check_options, flag_names
 from runtime.engine.plan import PlanRequest, make_plan
 from runtime.engine.progress import BuildProgress, ProgressCallback, run_interruptibly
-from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
-from runtime.errors import ConfigError, ModelFileError, SpecError
+from runtime.engine.sidecar import EngineInfo, put_engine
+from runtime.errors import ConfigError, ModelFileError
 from runtime.files import output_dir, write_bytes
 from runtime.sizes import ImageSizes
 
@@ -138,11 +138,11 @@ def build(
         options=options,
         timing_cache=timing_cache,
     )
-    info, plan = _obtain(request, wanted, summary, target, EngineCache.default() if cache else None, progress)
+    info = _obtain(request, wanted, summary, target, EngineCache.default() if cache else None, progress)
     if info.layers:
         warn_of_floats(info.layers)
         warn_of_padding(info.layers)
-        warn_of_size(len(plan), sum(summary.weights.values()))
+        warn_of_size(target.stat().st_size, sum(summary.weights.values()))
     return info
 
 
@@ -153,14 +153,12 @@ def _obtain(
     target: Path,
     cache: EngineCache | None,
     progress: ProgressCallback | None,
-) -> tuple[EngineInfo, bytes | memoryview]:
+) -> EngineInfo:
     """Takes the engine from the cache, or builds it and keeps it there; either way it is written to `target`."""
     with cache.claim(engine_key(wanted)) if cache is not None else nullcontext():
-        found = cache.fetch(wanted) if cache is not None else None
+        found = cache.fetch(wanted, target) if cache is not None else None
         if found is not None:
             log.info("the same engine was built before; taken from the cache")
-            if not _is_there(target, found[0]):
-                _write(target, *found)
             return found
         source = request.source
         check_volumes(read_onnx(source), source)
@@ -171,25 +169,10 @@ def _obtain(
         if sha256_onnx(source) != summary.sha256:
             raise ModelFileError(f"{source} was changed while its engine was built; build again")
         info = dataclasses.replace(wanted, plan_sha256=hashlib.sha256(plan).hexdigest(), layers=layers)
-        _write(target, info, plan)
+        put_engine(target, info, lambda: write_bytes(target, plan))
         if cache is not None:
-            cache.store(info, plan)
-        return info, plan
-
-
-def _is_there(engine: Path, info: EngineInfo) -> bool:
-    """Whether `engine` is what `info` says already, to the byte."""
-    try:
-        return read_sidecar(engine) == info
-    except (ModelFileError, SpecError):
-        return False
-
-
-def _write(engine: Path, info: EngineInfo, plan: bytes | memoryview) -> None:
-    # A stop between the two writes must not leave an old sidecar beside a new plan.
-    sidecar_path(engine).unlink(missing_ok=True)
-    write_bytes(engine, plan)
-    write_sidecar(engine, info)
+            cache.store(info, target)
+        return info
 
 
 def _warn_where_it_will_not_run(flavour: Flavour, sms: tuple[int, ...]) -> None:

@@ -1,7 +1,9 @@
 """Engines of earlier builds, kept by everything that decides what an engine is.
 
 An entry is `KEY.engine` and its sidecar, as a build writes them, in `cache_folder("engines")`. The sidecar is written
-last and removed first, so that an entry with one is whole. Whatever fails here costs a build, never the result.
+last and removed first, so that an entry with one is whole. Where the file system can, a plan is one file under two
+names, here and where it was built: no bytes move. Who writes into one changes the other, which its hash then tells.
+Whatever fails here costs a build, never the result.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cachedir import entries, limit_bytes, prune, remove_leftovers
-from runtime.engine.sidecar import EngineInfo, read_engine, sidecar_path, write_sidecar
+from runtime.engine.sidecar import EngineInfo, put_engine, read_sidecar, sidecar_path
 from runtime.errors import ModelFileError, SpecError
-from runtime.files import cache_folder, write_bytes
+from runtime.files import cache_folder, link_or_copy
 from runtime.locks import file_lock
 
 __all__ = ["EngineCache", "engine_key"]
@@ -77,21 +79,25 @@ class EngineCache:
         with file_lock(self.folder / f"{key}.lock", patience_s=self.patience_s, waiting=_tell):
             yield
 
-    def fetch(self, wanted: EngineInfo) -> tuple[EngineInfo, bytes] | None:
-        """Looks for an engine; its bytes are those that were compared with their hash.
+    def fetch(self, wanted: EngineInfo, target: Path) -> EngineInfo | None:
+        """Puts an engine and its sidecar at `target`, if there is one whose bytes are still those of their hash.
 
         Args:
             wanted: what it must be, its `plan_sha256` and `layers` aside.
+            target: the engine's file.
 
         Returns:
-            Its sidecar and plan; None where there is none, or it was damaged, which is told and removed.
+            What its sidecar says; None where there is none, or it was damaged, which is told and removed.
+
+        Raises:
+            OutputError: `target` cannot be written.
         """
         key = engine_key(wanted)
         engine = self.folder / f"{key}.engine"
         if self.limit == 0 or not sidecar_path(engine).is_file():
             return None
         try:
-            info, plan = read_engine(engine)
+            info = read_sidecar(engine)
             if engine_key(info) != key:
                 raise ModelFileError(f"{engine} is another engine than its name says")
             os.utime(sidecar_path(engine))
@@ -102,21 +108,28 @@ class EngineCache:
         except OSError as error:
             log.warning("a cached engine cannot be read and is built anew: %s", error)
             return None
-        return info, plan
+        try:
+            put_engine(target, info, lambda: link_or_copy(engine, target))
+        except FileNotFoundError:  # removed meanwhile, by a process that made room
+            return None
+        return info
 
-    def store(self, info: EngineInfo, plan: bytes | memoryview) -> None:
-        """Keeps an engine, and removes what was used longest ago where that is too much. Never raises."""
-        if memoryview(plan).nbytes > self.limit:
+    def store(self, info: EngineInfo, built: Path) -> None:
+        """Keeps the engine at `built`, and removes what was used longest ago where that is too much. Never raises."""
+        try:
+            size = built.stat().st_size
+        except OSError as error:
+            log.warning("the engine is built, but could not be kept in the cache: %s", error)
+            return
+        if size > self.limit:
             log.info("the engine is larger than the cache may be; not kept (ADVPROP_CACHE_GB)")
             return
         engine = self.folder / f"{engine_key(info)}.engine"
         try:
             remove_leftovers(self.folder)
             # Room first: a disk that is nearly full must not be filled by what goes anyway.
-            prune(entries(self.folder), self.limit - memoryview(plan).nbytes)
-            sidecar_path(engine).unlink(missing_ok=True)
-            write_bytes(engine, plan)
-            write_sidecar(engine, info)
+            prune(entries(self.folder), self.limit - size)
+            put_engine(engine, info, lambda: link_or_copy(built, engine))
         except OSError as error:  # OutputError is one
             log.warning("the engine is built, but could not be kept in the cache: %s", error)
             self._forget(engine)

@@ -8,8 +8,8 @@ compared with the sidecar's SHA-256.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from runtime.errors import ModelFileError, SpecError
 from runtime.files import sha256_file, write_text
 from runtime.spec import ModelSpec
 
-__all__ = ["EngineInfo", "read_engine", "read_sidecar", "sidecar_path", "write_sidecar"]
+__all__ = ["EngineInfo", "put_engine", "read_sidecar", "sidecar_path", "write_sidecar"]
 
 FORMAT = "advprop.engine/1"
 _MOST_BYTES = 2**26
@@ -77,6 +77,19 @@ def write_sidecar(engine: Path, info: EngineInfo) -> None:
     write_text(sidecar_path(engine), json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def put_engine(engine: Path, info: EngineInfo, write_plan: Callable[[], None]) -> None:
+    """Lets `write_plan` write `engine`, and writes its sidecar.
+
+    The old sidecar goes first: a stop between the two must not leave it beside a new plan.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    sidecar_path(engine).unlink(missing_ok=True)
+    write_plan()
+    write_sidecar(engine, info)
+
+
 def read_sidecar(engine: Path) -> EngineInfo:
     """Reads the sidecar of `engine` and compares the plan's bytes with it.
 
@@ -85,28 +98,13 @@ def read_sidecar(engine: Path) -> EngineInfo:
             plan's bytes are not the ones that were built.
     """
     info = _read(engine)
-    _compare(engine, info, sha256_file(engine))
-    return info
-
-
-def read_engine(engine: Path) -> tuple[EngineInfo, bytes]:
-    """Reads the sidecar and the plan: the very bytes that were compared, whatever becomes of the file meanwhile.
-
-    Raises:
-        ModelFileError: as `read_sidecar`.
-    """
-    info = _read(engine)
-    plan = engine.read_bytes()
-    _compare(engine, info, hashlib.sha256(plan).hexdigest())
-    return info, plan
-
-
-def _compare(engine: Path, info: EngineInfo, found: str) -> None:
+    found = sha256_file(engine)
     if found != info.plan_sha256:
         raise ModelFileError(
             f"{engine} is not the plan its sidecar describes: found sha256 {found[:16]}…, expected "
             f"{info.plan_sha256[:16]}…; it was changed or cut short. {_rebuild(engine)}"
         )
+    return info
 
 
 def _rebuild(engine: Path) -> str:

@@ -1,6 +1,7 @@
 """The engine cache, with engines that TensorRT-RTX builds, real processes, a real full disk and a real kill."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from tests.networks import classifier, graph
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 
 ROOT = Path(__file__).parent.parent.parent
+SHM = Path("/dev/shm")
 BUILD = "import sys, runtime; print(runtime.build(sys.argv[1], sys.argv[2], sm=(89,), cache=True))"
 
 
@@ -78,8 +81,38 @@ def test_the_second_build_is_the_first_one(
     assert read_sidecar(folder / f"{entry.key}.engine") == first
     assert folder.stat().st_mode & 0o077 == 0
     before = (tmp_path / "b.engine").stat()
-    build(model, tmp_path / "b.engine")  # it is there already: nothing is written
+    build(model, tmp_path / "b.engine")  # it is there already: no bytes are written
+    assert (tmp_path / "b.engine").samefile(folder / f"{entry.key}.engine")
     assert (tmp_path / "b.engine").stat().st_ino == before.st_ino
+    assert not list(tmp_path.glob(".*.tmp")) and not list(folder.glob(".*.tmp"))
+
+
+def test_a_change_to_an_engine_that_is_one_file_with_its_entry_is_told(
+    model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = build(model, tmp_path / "a.engine")
+    good = (tmp_path / "a.engine").read_bytes()
+    with (tmp_path / "a.engine").open("r+b") as file:
+        file.write(b"\0\0\0\0")
+    build(model, tmp_path / "b.engine")
+    assert "a cached engine is damaged and built anew" in caplog.text
+    assert (
+        read_sidecar(tmp_path / "b.engine").plan_sha256
+        == hashlib.sha256((tmp_path / "b.engine").read_bytes()).hexdigest()
+    )
+    assert (folder / f"{engine_key(first)}.engine").samefile(tmp_path / "b.engine")
+    assert (tmp_path / "a.engine").read_bytes()[4:] == good[4:]  # what the user changed stays the user's
+
+
+@pytest.mark.skipif(not SHM.is_dir(), reason="no second file system at hand (/dev/shm)")
+def test_another_file_system_gets_a_copy(model: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=SHM) as name:
+        first = build(model, Path(name) / "a.engine")
+        second = build(model, Path(name) / "b.engine")
+        assert first == second == read_sidecar(Path(name) / "b.engine")
+        plan = folder / f"{engine_key(first)}.engine"
+        assert plan.stat().st_dev != (Path(name) / "a.engine").stat().st_dev
+        assert plan.read_bytes() == (Path(name) / "b.engine").read_bytes()
 
 
 def test_what_makes_another_engine(model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,78 @@
+"""An HTTP service with what operators ask for: live and ready, limits, deadlines. asyncio and a session, nothing else.
+
+    python examples/http_service.py model.onnx --port 8000
+    curl --data-binary @photo.jpg http://127.0.0.1:8000/predict    {"label": "tench", "probability": 0.93}
+    curl http://127.0.0.1:8000/live /ready                         200 once it listens / once it answers
+
+400: not an image. 503: overloaded, or not ready yet; ask again later. 500: the model failed. It listens on this
+machine only; put a proxy with TLS, authentication and limits on connections in front before anybody else may ask.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+
+import runtime
+from runtime.errors import AdvPropError, InputError, NotAnswered, SessionClosed
+
+LARGEST_BODY = 20_000_000  # bytes
+TIMEOUT_S = 10.0
+session: runtime.Session | None = None
+
+
+async def answer(method: str, path: str, body: bytes) -> tuple[int, object]:
+    if path == "/live":
+        return 200, "live"
+    if session is None:
+        return 503, "loading"
+    if path == "/ready":
+        return 200, "ready"
+    if (method, path) != ("POST", "/predict"):
+        return 404, "POST an image to /predict, or GET /live or /ready"
+    try:
+        (prediction,) = await session.apredict([body], timeout_s=TIMEOUT_S)
+    except (NotAnswered, SessionClosed) as error:
+        return 503, str(error)
+    except InputError as error:
+        return 400, str(error)
+    except AdvPropError as error:
+        return 500, str(error)
+    return 200, {"label": prediction.label, "probability": prediction.probability}
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        async with asyncio.timeout(TIMEOUT_S):  # a client that stops sending
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+            method, path = head.split()[:2]
+            length = int(head.partition("\ncontent-length:")[2].partition("\r")[0] or 0)
+            body = await reader.readexactly(length) if length <= LARGEST_BODY else None
+        status, content = await answer(method.upper(), path, body) if body is not None else (413, "too large")
+        data = json.dumps(content).encode()
+        writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
+        await writer.drain()
+    except (OSError, EOFError, ValueError, TimeoutError, asyncio.LimitOverrunError):
+        pass  # not HTTP, too slow, or gone: nobody to answer
+    finally:
+        writer.close()
+
+
+async def main(model: str, port: int, batching: runtime.Batching) -> None:
+    global session
+    server = await asyncio.start_server(serve, "127.0.0.1", port, backlog=1024)
+    print("listening on", server.sockets[0].getsockname()[1], flush=True)
+    with await asyncio.to_thread(runtime.load, model, warm_up=(1, batching.max_batch), batching=batching) as session:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-queued", type=int, default=256, help="images that may wait")
+    parser.add_argument("--max-batch", type=int, default=8)
+    arguments = parser.parse_args()
+    settings = runtime.Batching(max_batch=arguments.max_batch, max_queued_images=arguments.max_queued)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(arguments.model, arguments.port, settings))

@@ -1,0 +1,87 @@
+"""`runtime.load` of an export's folder: the best file that works here, and why the others were passed over."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import runtime
+from runtime.cuda import find_gpu
+from runtime.engine.sidecar import sidecar_path
+from runtime.errors import ConfigError, ModelFileError
+from tests.runtime.serving_models import serving_model
+
+IMAGES = np.zeros((1, 3, 32, 32), np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx"):
+        onnx.save(serving_model(size="32, 32"), tmp_path / name)
+    (tmp_path / "best.pt").write_bytes(b"not looked at")
+    (tmp_path / "export.json").write_text("{}")
+    return tmp_path
+
+
+def test_onnx_files_in_their_order(folder: Path) -> None:
+    with runtime.load(folder) as session:
+        assert session.explain().splitlines()[0].endswith(f": {folder / 'model.onnx'}")
+        expected = session.run(IMAGES)
+    (folder / "model.onnx").unlink()
+    with runtime.load(str(folder), warm_up=(2,)) as session:
+        assert "model.fp16.onnx" in session.explain()
+        np.testing.assert_array_equal(session.run(IMAGES), expected)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
+def test_an_engine_comes_first_and_is_passed_over_where_it_cannot_run(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    for precision in ("fp16", "int8"):
+        runtime.build(folder / f"model.{precision}.onnx", sm=(89,), flavour="tensorrt_rtx", batch=(1, 1, 2))
+    with runtime.load(folder) as session:
+        first, *others = session.explain().splitlines()
+        assert first.endswith(f": {folder / 'model.onnx'}")
+        assert [line.split(":")[0] for line in others[:2]] == [
+            "passed over model.int8.engine",
+            "passed over model.fp16.engine",
+        ]
+        assert "no NVIDIA GPU or driver was found" in others[0]
+        assert session.run(IMAGES).shape[0] == 1
+    with runtime.load(folder, device="cpu") as session:
+        assert "runs on a GPU only" in session.explain()
+    assert not caplog.records  # nothing is wrong
+    with (folder / "model.int8.engine").open("r+b") as file:
+        file.write(b"\0\0\0\0")
+    with runtime.load(folder) as session:
+        assert "passed over model.int8.engine: " in session.explain()
+    (record,) = caplog.records
+    assert "model.int8.engine is not the plan its sidecar describes" in record.getMessage()
+    for file in folder.glob("*.onnx"):
+        file.unlink()
+    with pytest.raises(
+        ModelFileError, match=r"nothing in the folder .* can be run:\n  passed over model\.int8\.engine"
+    ):
+        runtime.load(folder)
+    sidecar_path(folder / "model.int8.engine").unlink()
+    with pytest.raises(ModelFileError, match=r"no such file: .*json"):
+        runtime.load(folder)
+
+
+def test_a_folder_without_models_says_what_to_do(folder: Path, tmp_path: Path) -> None:
+    for file in folder.glob("*.onnx"):
+        file.unlink()
+    with pytest.raises(ModelFileError, match=r"no \.onnx and no \.engine file; .* advprop-export .*/best\.pt"):
+        runtime.load(folder)
+    (folder / "best.pt").unlink()
+    with pytest.raises(ModelFileError, match="give a model file"):
+        runtime.load(folder)
+
+
+def test_impossible_arguments_are_no_reason_to_pass_a_file_over(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="backend must be"):
+        runtime.load(folder, backend="tensorflow")
+    with pytest.raises(ConfigError, match="device must be"):
+        runtime.load(folder, device="tpu")
