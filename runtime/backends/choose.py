@@ -46,7 +46,7 @@ def open_backend(file: Path, backend: str, device: str, threads: Threads, engine
 def open_folder(
     folder: Path, backend: str, device: str, threads: Threads, engine: EngineOptions
 ) -> tuple[Backend, Path, tuple[str, ...]]:
-    """Opens the best file of an export's folder that works here: the quickest engine, else the FP32 ONNX file, else others.
+    """Opens the best file of an export's folder that works here: the quickest engine, else the FP32 ONNX file.
 
     Args:
         folder: with files that are called as `advprop-export` calls them, `model.fp16.engine`.
@@ -60,7 +60,7 @@ def open_folder(
     """
     _check(backend, device)
     files = sorted(folder.iterdir(), key=lambda file: (_rank(file), file.name))
-    passed_over = []
+    passed_over: list[str] = []
     for file in files:
         if file.suffix not in (*ENGINE_SUFFIXES, ".onnx"):
             continue
