@@ -33,7 +33,8 @@ def load(
             Other ONNX files load too, without `predict`. Or the folder of an export, for the file in it that is best
             here: an engine where one runs, INT8 before FP16 before FP32, else the FP32 ONNX file; `explain` says which
             and why. Name the file where it must be that one.
-        backend: `auto`, by the kind of file; `onnxruntime`; or `tensorrt`, whichever TensorRT built the engine.
+        backend: `auto`, by the kind of file; `onnxruntime`; `onnxruntime-tensorrt`, TensorRT inside ONNX Runtime, which
+            builds its engine at the first run; or `tensorrt`, whichever TensorRT built the engine.
         device: `auto` (a GPU where it can be used), `cpu` or `cuda`. Engines run on a GPU only.
         threads: CPU threads inside one run, or a `Threads`; 0 leaves it to the backend.
         warm_up: batch sizes that are run before `load` returns, so that no request pays for the first run. Of an

@@ -114,9 +114,12 @@ def sessions_of(
     files: dict[str, Path], engines: dict[str, Path], rows: Rows, part: str, stack: ExitStack
 ) -> dict[str, runtime.Session]:
     sessions = {}
-    for name, path in {**{f"cuda provider {key}": file for key, file in files.items()}, **engines}.items():
+    ways = {f"cuda provider {key}": (file, "onnxruntime") for key, file in files.items()}
+    ways |= {f"tensorrt provider {key}": (file, "onnxruntime-tensorrt") for key, file in files.items()}
+    ways |= {name: (file, "tensorrt") for name, file in engines.items()}
+    for name, (path, backend) in ways.items():
         try:
-            sessions[name] = stack.enter_context(runtime.load(path, device="cuda"))
+            sessions[name] = stack.enter_context(runtime.load(path, backend=backend, device="cuda"))
         except AdvPropError as error:
             rows.add(part, name, error=str(error))
     return sessions

@@ -20,8 +20,9 @@ __all__ = ["BACKENDS", "ENGINE_SUFFIXES", "open_backend", "open_folder", "warm_u
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt")
-"""What `backend` takes. `tensorrt` is whichever TensorRT built the engine: its sidecar says which."""
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
+"""What `backend` takes. `tensorrt` is whichever TensorRT built the engine: its sidecar says which.
+`onnxruntime-tensorrt` is the one inside ONNX Runtime, for ONNX files."""
 ENGINE_SUFFIXES = (".engine", ".plan")
 """Files that TensorRT runs."""
 _CHECKPOINTS = (".pt", ".pth")
@@ -40,7 +41,7 @@ def open_backend(file: Path, backend: str, device: str, threads: Threads, engine
         log.warning("EngineOptions have no effect on %s, which is no engine", file)
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(file, device, threads)
+    return OnnxRuntimeBackend(file, device, threads, tensorrt=backend == "onnxruntime-tensorrt")
 
 
 def open_folder(
@@ -97,7 +98,7 @@ def _rank(file: Path) -> int:
 
 
 def _open_engine(file: Path, backend: str, device: str, threads: Threads, engine: EngineOptions) -> Backend:
-    if backend == "onnxruntime":
+    if backend.startswith("onnxruntime"):
         raise ConfigError(f"{file} is a TensorRT engine; ONNX Runtime runs the ONNX file that it was built from")
     if device == "cpu":
         raise ConfigError(f"{file} is a TensorRT engine and runs on a GPU only; load its ONNX file for device='cpu'")

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the default backend, on a CPU or through its CUDA provider."""
+"""ONNX Runtime: the default backend, on a CPU, or on a GPU by CUDA or TensorRT."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, TensorInfo
 from runtime.backends.ort_binding import run_bound
+from runtime.backends.providers import choose_providers
 from runtime.backends.threads import Threads
 from runtime.cpu import has_exact_int8
-from runtime.cuda import find_gpu
 from runtime.device.arrays import DeviceArray
 from runtime.device.driver import Cuda, load_bindings
 from runtime.device.views import DeviceView
 from runtime.engine.graph import CALIBRATION_KEY
-from runtime.errors import BackendUnavailable, ConfigError, InputError, ModelFileError, first_line
+from runtime.errors import BackendUnavailable, InputError, ModelFileError, first_line
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["OnnxRuntimeBackend"]
@@ -45,6 +45,8 @@ class OnnxRuntimeBackend(Backend):
         device: str = "auto",
         threads: Threads = Threads(),  # noqa: B008  # frozen
         exact_int8: bool | None = None,
+        *,
+        tensorrt: bool = False,
     ) -> None:
         """Loads `path`.
 
@@ -54,28 +56,29 @@ class OnnxRuntimeBackend(Backend):
             threads: CPU threads inside one run.
             exact_int8: on a CPU, run Q/DQ nodes as they are written, in floating point, and not by INT8 kernels:
                 slower, and the numbers a GPU gives. Default: where the CPU's own INT8 sums saturate.
+            tensorrt: run it by TensorRT inside ONNX Runtime, on a GPU.
 
         Raises:
             ModelFileError: no such file, not ONNX, or not an image classifier.
-            BackendUnavailable: ONNX Runtime, or for `cuda` its provider or a GPU, is missing.
+            BackendUnavailable: ONNX Runtime, or for `cuda` or TensorRT the provider or a GPU, is missing.
+            ConfigError: no such device, or TensorRT on the CPU.
         """
         ort = _import()
-        self.device, why = _choose_device(ort, device)
-        reasons = [f"backend: ONNX Runtime {ort.__version__}, which runs ONNX files", f"device: {why}"]
+        providers = choose_providers(ort, device, tensorrt=tensorrt)
+        self.device = providers.device
+        by = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
+        reasons = [f"backend: {by} {ort.__version__}, which runs ONNX files", f"device: {providers.why}"]
         options = _options(ort, threads)
         saturates = exact_int8 is None and self.device == "cpu" and has_exact_int8() is False
         if exact_int8 or saturates:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             reasons.append("INT8: in floating point, as Q/DQ nodes are written" + " (no VNNI here)" * saturates)
-        providers = ["CPUExecutionProvider"]
-        if self.device == "cuda":
-            providers.insert(0, "CUDAExecutionProvider")
-            if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
+        if self.device == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
         try:
-            session = ort.InferenceSession(str(path), options, providers=providers)
+            session = ort.InferenceSession(str(path), options, providers=list(providers.options))
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             if "NOT_IMPLEMENTED" in str(error):
                 raise ModelFileError(
@@ -86,13 +89,10 @@ class OnnxRuntimeBackend(Backend):
                 f"ONNX Runtime cannot load {path}: {first_line(error)}. "
                 "Is the file whole? `advprop-export` writes it anew"
             ) from error
-        if self.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-            problem = (
-                "ONNX Runtime could not start its CUDA provider, most often because its CUDA or cuDNN "
-                "libraries were not found; pip install 'onnxruntime-gpu[cuda,cudnn]'"
-            )
-            if device == "cuda":
-                raise BackendUnavailable(f"{problem}, or use device='cpu'")
+        problem, otherwise = providers.missing(session), "onnxruntime" if tensorrt else "cpu"
+        if problem:
+            if tensorrt or device == "cuda":
+                raise BackendUnavailable(f"{problem}, or use {'backend' if tensorrt else 'device'}='{otherwise}'")
             log.warning("%s. Running on the CPU", problem)
             self.device = "cpu"
             reasons[1] = f"device: cpu, since {problem}"
@@ -174,22 +174,6 @@ def _options(ort: Any, threads: Threads) -> Any:
         for pool in ("intra", "inter"):
             options.add_session_config_entry(f"session.{pool}_op.allow_spinning", "0")
     return options
-
-
-def _choose_device(ort: Any, device: str) -> tuple[str, str]:
-    """Returns the device and why it is that one."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu or cuda; found {device!r}")
-    if device == "cpu":
-        return "cpu", "cpu, as asked"
-    provider = "CUDAExecutionProvider" in ort.get_available_providers()
-    gpu = find_gpu()
-    if provider and gpu:
-        return "cuda", f"cuda, on {gpu.name}" + ("" if device == "cuda" else ", since it is there")
-    missing = "no NVIDIA GPU or driver was found" if provider else "this ONNX Runtime has no CUDA"
-    if device == "cuda":
-        raise BackendUnavailable(f"device='cuda': {missing}; use device='cpu' or 'auto'")
-    return "cpu", f"cpu, since {missing}"
 
 
 def _tensors(nodes: Any, role: str, path: Path, expected: int, rank: int) -> tuple[TensorInfo, ...]:

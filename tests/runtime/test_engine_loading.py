@@ -193,7 +193,7 @@ def test_a_sibling_of_the_gpu_is_warned_of(engine: Path, caplog: pytest.LogCaptu
         ({"backend": "onnxruntime"}, "ONNX Runtime runs the ONNX file that it was built from"),
         ({"device": "cpu"}, "runs on a GPU only"),
         ({"device": "tpu"}, "device must be auto, cpu or cuda"),
-        ({"backend": "trt"}, "backend must be auto, onnxruntime or tensorrt"),
+        ({"backend": "trt"}, "backend must be auto, onnxruntime, onnxruntime-tensorrt or tensorrt"),
     ],
 )
 def test_wishes_that_an_engine_cannot_meet(engine: Path, options: dict[str, str], expected: str) -> None:

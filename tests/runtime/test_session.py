@@ -141,7 +141,7 @@ def test_models_that_are_not_classifiers(tmp_path: Path) -> None:
 
 
 def test_unknown_backend_and_device(model: Path) -> None:
-    with pytest.raises(ConfigError, match="backend must be auto, onnxruntime or tensorrt"):
+    with pytest.raises(ConfigError, match="backend must be auto, onnxruntime, onnxruntime-tensorrt or tensorrt"):
         runtime.load(model, backend="tflite")
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
         runtime.load(model, device="tpu")
