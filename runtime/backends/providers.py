@@ -58,14 +58,14 @@ def choose_providers(ort: Any, device: str, *, tensorrt: bool) -> Providers:
         raise ConfigError(f"device must be auto, cpu or cuda; found {device!r}")
     if tensorrt and device == "cpu":
         raise ConfigError("backend='onnxruntime-tensorrt' runs on a GPU only; use backend='onnxruntime' on the CPU")
-    cpu = (_CPU, {})
+    cpu: tuple[str, dict[str, str]] = (_CPU, {})
     if device == "cpu":
         return Providers(device="cpu", why="cpu, as asked", wanted=_CPU, options=(cpu,))
     wanted = _TENSORRT if tensorrt else _CUDA
     has_provider, gpu = wanted in ort.get_available_providers(), find_gpu()
     if has_provider and gpu:
         why = f"cuda, on {gpu.name}" + ("" if device == "cuda" else ", since it is there")
-        cuda = (_CUDA, {})
+        cuda: tuple[str, dict[str, str]] = (_CUDA, {})
         options = ((_TENSORRT, _tensorrt_options()), cuda, cpu) if tensorrt else (cuda, cpu)
         return Providers(device="cuda", why=why, wanted=wanted, options=options)
     name = "TensorRT" if tensorrt else "CUDA"
