@@ -176,7 +176,9 @@ def measure_batcher(path: Path, threads: int, images: int, rounds: int) -> None:
     bare = bare_session(path, threads)
     sizes = (1, 4, 8, 16, 32)
     best = max(sizes, key=lambda size: fixed_rate(bare, batch_NCHW, size))
-    limits = sorted({best, runtime.Batching().max_batch})
+    with runtime.load(path, device="cpu", threads=threads) as session:
+        usual = session.batching.max_batch
+    limits = sorted({best, usual})
     fixed: dict[int, list[float]] = {size: [] for size in sizes}
     ours: dict[int, list[float]] = {limit: [] for limit in limits}
     for _ in range(rounds):
@@ -199,14 +201,17 @@ def measure_batcher(path: Path, threads: int, images: int, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer calls")
+    parser.add_argument("--only-batcher", action="store_true", help="leave the ratios of calls and the memory out")
     parser.add_argument("--threads", type=int, default=0, help="of both sides; default: ONNX Runtime's own")
     arguments = parser.parse_args()
-    measure_memory(4_000 if arguments.quick else 20_000)
+    if not arguments.only_batcher:
+        measure_memory(4_000 if arguments.quick else 20_000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint("efficientnet_b0", folder / "checkpoint.pt")
         path = export_checkpoint(folder / "checkpoint.pt", out=folder).onnx
-        measure_overhead(path, arguments.threads, 60 if arguments.quick else 400)
+        if not arguments.only_batcher:
+            measure_overhead(path, arguments.threads, 60 if arguments.quick else 400)
         measure_batcher(path, arguments.threads, 128 if arguments.quick else 512, 3 if arguments.quick else 7)
 
 

@@ -13,7 +13,7 @@ import math
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -29,14 +29,17 @@ __all__ = ["Batcher", "BatcherStats", "Batching"]
 
 _Answer = TypeVar("_Answer")
 
+_CPU_BATCH = 4
+_GPU_BATCH = 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
     """How a batcher makes batches."""
 
-    max_batch: int = 8
-    """Images in a batch at most; fewer where the model file takes fewer. On a CPU large batches leave its caches and
-    are slower for each image; a GPU wants 32 and more. benchmarks/runtime_overhead.py finds the best."""
+    max_batch: int = 0
+    """Images in a batch at most; fewer where the model file takes fewer. 0: 4 on a CPU, where large batches leave the
+    caches and are slower for each image, and 32 on a GPU. benchmarks/runtime_overhead.py finds the best."""
     max_delay_us: int = 1000
     """Microseconds that a request waits for others while the model is idle."""
     max_queued_images: int = 256
@@ -45,7 +48,7 @@ class Batching:
     """Threads that decode images for `submit_predict` and `apredict`."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch", 1), ("max_delay_us", 0), ("max_queued_images", 1), ("decode_threads", 1)):
+        for name, least in (("max_batch", 0), ("max_delay_us", 0), ("max_queued_images", 1), ("decode_threads", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}; found {getattr(self, name)}")
 
@@ -65,10 +68,12 @@ class Batcher:
 
     def __init__(self, backend: Backend, config: Batching) -> None:
         """Makes a batcher that runs `backend`, which stays its owner's to close, after the batcher."""
-        self.config = config
+        largest = config.max_batch or (_CPU_BATCH if backend.device == "cpu" else _GPU_BATCH)
+        self.config = replace(config, max_batch=min(largest, backend.batch_range[1]))
+        """As given, with the largest batch that there will be."""
         self._core = Core(
             backend,
-            max_batch=min(config.max_batch, backend.batch_range[1]),
+            max_batch=self.config.max_batch,
             max_delay_s=config.max_delay_us * 1e-6,
             max_queued=config.max_queued_images,
         )

@@ -97,6 +97,11 @@ class Session:
         return spec
 
     @property
+    def batching(self) -> Batching:
+        """How `submit`, `arun` and their like make batches, with the largest batch as it is for this model here."""
+        return self._batcher.config
+
+    @property
     def stats(self) -> SessionStats:
         """What was done so far."""
         gate = self._gate
