@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnx
 
 from calib.graphs import is_large
 from calib.histograms import BINS, Histogram
+from runtime.cachedir import entries, limit_bytes, prune, remove_leftovers
 from runtime.files import atomic_write, cache_folder
 
 __all__ = ["cache_file", "load_histograms", "save_histograms"]
@@ -20,12 +22,14 @@ __all__ = ["cache_file", "load_histograms", "save_histograms"]
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_MOST_FILES = 64
 
 
 def cache_file(model: onnx.ModelProto, images_sha256: str) -> Path | None:
-    """Returns where the histograms of this very model on these images are kept; None for models beyond 2 GiB."""
-    if is_large(model):
+    """Returns where the histograms of this very model on these images are kept.
+
+    None for models beyond 2 GiB, and where `ADVPROP_CACHE_GB` turns the cache off.
+    """
+    if is_large(model) or limit_bytes() == 0:
         return None
     digest = hashlib.sha256(f"{_FORMAT} {BINS} {images_sha256}".encode())
     digest.update(model.SerializeToString(deterministic=True))
@@ -33,7 +37,7 @@ def cache_file(model: onnx.ModelProto, images_sha256: str) -> Path | None:
 
 
 def save_histograms(path: Path, histograms: Mapping[str, Histogram], images: int) -> None:
-    """Writes the histograms after `images` images; the oldest of many such files goes. Raises OutputError."""
+    """Writes the histograms after `images` images; what was used longest ago goes. Raises OutputError."""
     content: dict[str, np.ndarray] = {
         "images": np.asarray(images),
         "names": np.asarray(list(histograms)),
@@ -44,9 +48,8 @@ def save_histograms(path: Path, histograms: Mapping[str, Histogram], images: int
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         np.savez_compressed(file, **content)  # type: ignore[arg-type]  # its stub wants arrays as positions
-    files = sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)
-    for old in files[:-_MOST_FILES]:
-        old.unlink(missing_ok=True)
+    remove_leftovers(path.parent)
+    prune(entries(path.parent), limit_bytes())
 
 
 def load_histograms(path: Path, names: list[str]) -> tuple[dict[str, Histogram], int]:
@@ -61,6 +64,7 @@ def load_histograms(path: Path, names: list[str]) -> tuple[dict[str, Histogram],
                 histogram.counts = content["counts"][row].astype(np.int64)
                 histogram.top, histogram.amax = (float(value) for value in content["ranges"][row])
                 histogram.zeros = int(content["zeros"][row])
+            os.utime(path)
             return histograms, int(content["images"])
     except FileNotFoundError:
         return {}, 0

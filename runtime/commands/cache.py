@@ -28,8 +28,8 @@ Examples:
 def main() -> None:
     """List what is cached (engines, calibration histograms), and make room.
 
-    The folder is ADVPROP_CACHE, else advprop below XDG_CACHE_HOME or ~/.cache. Engines are kept up to ADVPROP_CACHE_GB
-    gigabytes (10), those used longest ago going first; 0 keeps none.
+    The folder is ADVPROP_CACHE, else advprop below XDG_CACHE_HOME or ~/.cache. Each kind is kept up to ADVPROP_CACHE_GB
+    gigabytes (10), what was used longest ago going first; 0 keeps nothing.
     """
 
 

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
+from calib.cache import cache_file, load_histograms, save_histograms
 from calib.counting import collect_histograms
 from calib.histograms import BINS, Histogram
 from runtime.errors import DataError
@@ -101,3 +103,23 @@ def test_counting_goes_on_where_it_was_cut_off(tmp_path: Path, caplog: pytest.Lo
     again = collect_histograms(network, few, ["input", "r"], cache=cache)
     np.testing.assert_array_equal(again["r"].counts, whole["r"].counts)
     assert "is damaged and made anew" in caplog.text
+
+
+def test_the_cache_keeps_to_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADVPROP_CACHE", str(tmp_path))
+    histogram = filled(values())
+    first, second = (cache_file(classifier(), images) for images in ("a", "b"))
+    assert first is not None
+    assert second is not None
+    save_histograms(first, {"x": histogram}, 10)
+    assert load_histograms(first, ["x"])[1] == 10
+    monkeypatch.setenv("ADVPROP_CACHE_GB", str(1.5e-9 * first.stat().st_size))
+    os.utime(first, (1, 1))
+    save_histograms(second, {"x": histogram}, 20)
+    assert not first.exists()
+    assert load_histograms(second, ["x"])[1] == 20
+    os.utime(second, (1, 1))
+    load_histograms(second, ["x"])
+    assert second.stat().st_mtime > 1e9  # it was used
+    monkeypatch.setenv("ADVPROP_CACHE_GB", "0")
+    assert cache_file(classifier(), "a") is None
