@@ -23,11 +23,11 @@ import torch
 from real_weights import ARCH, save_lite0
 from torch import nn
 
-from calib.rounding import with_roundings
 from export import checks
 from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
 from export.verify import Parity, compare
+from runtime.rounding import with_roundings
 
 NETS = (
     "efficientnet_b0",

@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 from real_weights import SOURCE, labelled_images, save_lite0
 
 from calib.config import CalibrationConfig
-from calib.graphs import open_session
 from calib.images import Adversary, CalibrationImage, CalibrationSet
 from calib.ptq import calibrate
 from runtime.engine.graph import node_macs, summarise
 from runtime.errors import BackendUnavailable
 from runtime.files import sha256_file
+from runtime.graphs import open_session
 from runtime.images import SUFFIXES, fit_all, normalise, spread
 from runtime.spec import ModelSpec, Preprocessing
 

@@ -24,9 +24,9 @@ from real_weights import ARCH, SOURCE, labelled_images, save_lite0
 from timm.data import create_transform, resolve_model_data_config
 
 import runtime
-from calib.rounding import with_roundings
 from export.pipeline import export_checkpoint
 from runtime.images import fit_all, network_input, normalise
+from runtime.rounding import with_roundings
 
 BATCH = 8
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from calib.graphs import is_large
 from calib.histograms import BINS, Histogram
 from runtime.cachedir import entries, limit_bytes, prune, remove_leftovers
 from runtime.files import atomic_write, cache_folder
+from runtime.graphs import is_large
 
 __all__ = ["cache_file", "load_histograms", "save_histograms"]
 

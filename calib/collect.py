@@ -14,8 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from calib.graphs import open_session, tensor_types
 from runtime.errors import DataError
+from runtime.graphs import open_session, tensor_types
 
 __all__ = ["Collected", "collect", "collect_amax", "collect_channel_amax"]
 

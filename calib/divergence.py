@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calib.graphs import open_session, tensor_types, with_outputs
+from runtime.graphs import open_session, tensor_types, with_outputs
 
 __all__ = ["TensorError", "first_beyond", "graph_errors", "relative_error", "tensors_of"]
 

@@ -32,8 +32,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calib.graphs import check, tensor_types
 from calib.initializers import add_initializer
+from runtime.graphs import check, tensor_types
 
 __all__ = ["ALPHAS", "equalisable", "equalised"]
 

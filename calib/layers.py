@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.graphs import open_session, tensor_types
 from calib.placement import Point
 from calib.quantize import along, quantise_weight, scale_of
+from runtime.graphs import open_session, tensor_types
 
 __all__ = ["LayerError", "layer_errors"]
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from calib.collect import collect
 from calib.config import CalibrationConfig
-from calib.graphs import open_session, save_onnx
 from calib.images import BATCH, Adversary, CalibrationSet, calibration_set, check_mix
 from calib.placement import Point
 from calib.plots import plot_fallback, plot_ranges
@@ -24,10 +23,11 @@ from calib.prepare import prepared
 from calib.ptq import TRIED, Calibrated, calibrate
 from calib.quantize import dequantised_names
 from calib.record import save_record
-from calib.rounding import with_roundings
 from runtime.engine.graph import CALIBRATION_KEY, summarise
 from runtime.errors import ConfigError, ModelFileError, VerificationError
 from runtime.files import output_dir
+from runtime.graphs import open_session, save_onnx
+from runtime.rounding import with_roundings
 from runtime.spec import Preprocessing
 
 __all__ = ["CalibratedFile", "calibrate_file"]

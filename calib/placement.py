@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import onnx
 
-from calib.graphs import tensor_types
 from runtime.engine.graph import node_macs
 from runtime.errors import ConfigError, ModelFileError, nearest
+from runtime.graphs import tensor_types
 
 __all__ = ["Point", "int8_share", "points_of", "residual_inputs"]
 

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calib.divergence import TensorError
-from calib.graphs import check
 from calib.initializers import add_initializer
+from runtime.graphs import check
 
 __all__ = [
     "LIMIT",

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, version_converter
 
-from calib.graphs import tensor_types
 from runtime.errors import ModelFileError, first_line
+from runtime.graphs import tensor_types
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 __all__ = ["prepared"]

@@ -14,10 +14,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calib.graphs import check
 from calib.initializers import add_initializer
 from calib.placement import Point
 from calib.thresholds import LEVELS
+from runtime.graphs import check
 
 __all__ = ["InsertQDQ", "along", "dequantised_names", "quantise_weight", "quantize", "scale_of"]
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from calib.graphs import open_session, with_outputs
 from calib.placement import Point
 from calib.quantize import along, dequantised_names, quantise_weight, quantize
 from calib.thresholds import LEVELS
+from runtime.graphs import open_session, with_outputs
 from runtime.images import spread
 
 __all__ = ["reconstruct"]

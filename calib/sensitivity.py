@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calib.graphs import open_session
 from calib.placement import Point, int8_share
+from runtime.graphs import open_session
 
 __all__ = ["Fallback", "Held", "Trial", "expected_loss", "keep_budget", "sensitivities"]
 

@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from calib.divergence import TensorError, first_beyond, graph_errors
-from calib.graphs import open_session
-from calib.rounding import rounded_name
 from export.bisect import module_errors
 from export.io_forms import TOP
 from export.source import Source, resized
 from export.to_onnx import INPUT, OUTPUT
 from export.verify import TOLERANCE, compare, require
 from runtime.errors import VerificationError
+from runtime.graphs import open_session
 from runtime.images import network_input, normalise
 from runtime.loading import load
+from runtime.rounding import rounded_name
 from runtime.session import softmax
 from runtime.spec import ModelSpec
 

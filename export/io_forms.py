@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from calib.graphs import check
 from calib.initializers import add_initializer
+from runtime.graphs import check
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 __all__ = ["TOP", "HalfInput", "HalfOutput", "PixelInput", "ProbabilityOutput", "TopKOutput", "with_forms"]

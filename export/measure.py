@@ -43,7 +43,7 @@ class MeasureConfig:
     """The most of them."""
     workers: int | None = None
     """Processes that decode and corrupt; None: cores − 1."""
-    batch_size: int = 32
+    batch_size: int = 8
     device: str = "auto"
     threads: int = 0
 

@@ -12,10 +12,8 @@ import onnx
 
 from calib.collect import collect
 from calib.config import CalibrationConfig
-from calib.graphs import save_onnx
 from calib.pipeline import CalibratedFile, calibrate_file
 from calib.precision import REDUCED, Decision, deciding_tensors
-from calib.rounding import with_roundings
 from export.adversary import adversary_of
 from export.checks import (
     batches,
@@ -38,6 +36,8 @@ from runtime.engine.options import BuildOptions, check_options
 from runtime.engine.sidecar import EngineInfo
 from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBuildError, ModelFileError
 from runtime.files import output_dir
+from runtime.graphs import save_onnx
+from runtime.rounding import with_roundings
 from runtime.sizes import ImageSizes
 from train.recipes import MAIN
 

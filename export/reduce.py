@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from calib.collect import collect
 from calib.divergence import graph_errors
 from calib.precision import Decision, losses, overflows, to_reduced
-from calib.rounding import rounded_name, with_roundings
 from export.verify import TOLERANCE, Parity, agrees, compare
+from runtime.rounding import rounded_name, with_roundings
 
 __all__ = ["Reduced", "reduce_precision"]
 

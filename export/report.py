@@ -69,7 +69,7 @@ _OF_FROM = (
     metavar="DIR",
     help="--from: where files and results go.  [default: the first FILE without its ending]",
 )
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="--from: images at once.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="--from: images at once.")
 @click.option("--workers", type=click.IntRange(min=0), help="--from: processes that corrupt.  [default: cores − 1]")
 @click.option("--threads", default=0, show_default=True, help="--from: CPU threads of ONNX Runtime; 0: all cores.")
 @click.option(

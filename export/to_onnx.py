@@ -13,9 +13,9 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import nn
 
-from calib.graphs import check
 from export.fold import BatchNormToAffine, FoldBatchNorm
 from runtime.errors import ArchError
+from runtime.graphs import check
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["INPUT", "OPSET", "OUTPUT", "module_tensors", "to_onnx"]

@@ -44,7 +44,7 @@ class OnnxRuntimeBackend(Backend):
         path: Path,
         device: str = "auto",
         threads: Threads = Threads(),  # noqa: B008  # frozen
-        exact_int8: bool | None = None,
+        exact: bool | None = None,
         *,
         tensorrt: bool = False,
     ) -> None:
@@ -54,8 +54,9 @@ class OnnxRuntimeBackend(Backend):
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA where a GPU and the provider are there.
             threads: CPU threads inside one run.
-            exact_int8: on a CPU, run Q/DQ nodes as they are written, in floating point, and not by INT8 kernels:
-                slower, and the numbers a GPU gives. Default: where the CPU's own INT8 sums saturate.
+            exact: on a CPU, compute what a GPU gives: Q/DQ nodes as they are written, in floating point and not by INT8
+                kernels, and every FP16 or BF16 tensor rounded, which ONNX Runtime leaves out there. Slower than
+                without. Default: where the CPU's own INT8 sums saturate.
             tensorrt: run it by TensorRT inside ONNX Runtime, on a GPU.
 
         Raises:
@@ -69,16 +70,22 @@ class OnnxRuntimeBackend(Backend):
         by = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
         reasons = [f"backend: {by} {ort.__version__}, which runs ONNX files", f"device: {providers.why}"]
         options = _options(ort, threads)
-        saturates = exact_int8 is None and self.device == "cpu" and has_exact_int8() is False
-        if exact_int8 or saturates:
+        saturates = exact is None and self.device == "cpu" and has_exact_int8() is False
+        if exact or saturates:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             reasons.append("INT8: in floating point, as Q/DQ nodes are written" + " (no VNNI here)" * saturates)
         if self.device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
+        source: str | bytes = str(path)
+        if exact and self.device == "cpu":
+            from runtime.rounding import rounded_file
+
+            source = rounded_file(path)
+            reasons.append("FP16: rounded where a GPU rounds" * isinstance(source, bytes))
         try:
-            session = ort.InferenceSession(str(path), options, providers=list(providers.options))
+            session = ort.InferenceSession(source, options, providers=list(providers.options))
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             if "NOT_IMPLEMENTED" in str(error):
                 raise ModelFileError(

@@ -81,13 +81,15 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 @click.option("--out", default=Path("evaluation"), show_default=True, type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--shard", default="1/1", type=_Shard(), metavar="I/N", help="Do a part; eval-merge puts all together.")
 @click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep corrupted images there.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images at once.")
+@click.option(
+    "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Images at once; on a GPU, try 64."
+)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode and corrupt.  [default: cores − 1]")
 @click.option("--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores.")
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where models run."
 )
-@click.option("--cpu-int8", is_flag=True, help="Run INT8 files by the CPU's own kernels, not as they are written.")
+@click.option("--cpu-kernels", is_flag=True, help="On a CPU, do not compute as a GPU rounds, but as services here do.")
 @cli_errors
 def main(
     models: tuple[Path, ...],
@@ -108,7 +110,7 @@ def main(
     workers: int | None,
     threads: int,
     device: str,
-    cpu_int8: bool,
+    cpu_kernels: bool,
 ) -> None:
     """Measure the accuracy and robustness of MODELs: ONNX files, engines and checkpoints.
 
@@ -130,13 +132,13 @@ def main(
         shards=shard[1],
         cache=cache,
     )
-    loaded, compared = _load(models, reference, routes or ("main",), device, threads, not cpu_int8)
+    loaded, compared = _load(models, reference, routes or ("main",), device, threads, not cpu_kernels)
     results = _evaluate(console, loaded, compared, config, run)
     _write(console, results, config, run)
 
 
 def _load(
-    paths: Sequence[Path], reference: Path | None, routes: Sequence[str], device: str, threads: int, exact_int8: bool
+    paths: Sequence[Path], reference: Path | None, routes: Sequence[str], device: str, threads: int, exact: bool
 ) -> tuple[list[Model], Model | None]:
     import dataclasses
 
@@ -148,7 +150,7 @@ def _load(
     for path, route in wanted:
         key = (path.resolve(), route if path.suffix in (".pt", ".pth") else "")
         if key not in known:
-            known[key] = load_model(path, device=device, threads=threads, route=route, exact_int8=exact_int8)
+            known[key] = load_model(path, device=device, threads=threads, route=route, exact=exact)
     names = Counter(model.name for model in known.values())
     for key, model in known.items():
         if names[model.name] > 1:

@@ -61,9 +61,7 @@ def model_of(
     return Model(name=name, spec=spec, logits=logits, facts=facts or {}, size_open=size_open)
 
 
-def load_model(
-    path: Path, *, device: str = "auto", threads: int = 0, route: str = "main", exact_int8: bool = True
-) -> Model:
+def load_model(path: Path, *, device: str = "auto", threads: int = 0, route: str = "main", exact: bool = True) -> Model:
     """Loads a model file, an engine, or a checkpoint.
 
     Args:
@@ -71,8 +69,9 @@ def load_model(
         device: `auto`, `cpu` or `cuda`.
         threads: CPU threads inside one run; 0 leaves it to the backend.
         route: BatchNorm route of a checkpoint.
-        exact_int8: compute Q/DQ nodes as they are written, which is what a GPU gives, and not by the CPU's INT8
-            kernels, which saturate on some.
+        exact: on a CPU, compute ONNX files as a GPU rounds them: Q/DQ nodes as they are written, FP16 tensors in FP16.
+            Else ONNX Runtime chooses its kernels, of which those for INT8 saturate on some CPUs, and those for FP16
+            round nothing.
 
     Raises:
         InputError: no such file, not a model, no such route, or one that does not describe itself.
@@ -83,23 +82,23 @@ def load_model(
     if path.suffix in (".engine", ".plan"):
         session = load(path, device=device, threads=threads)
         return _of_session(session, path, {"kind": "engine", "sha256": sha256_file(path)})
-    return _onnx(path, device, threads, exact_int8)
+    return _onnx(path, device, threads, exact)
 
 
-def _onnx(path: Path, device: str, threads: int, exact_int8: bool) -> Model:
+def _onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
     from runtime.backends.threads import Threads
     from runtime.engine.graph import summarise
 
     summary = summarise(path)
-    session = Session(OnnxRuntimeBackend(path, device, Threads(intra=threads), exact_int8=exact_int8), path)
+    session = Session(OnnxRuntimeBackend(path, device, Threads(intra=threads), exact=exact), path)
     facts = {
         "kind": "onnx",
         "sha256": summary.sha256,
         "size_bytes": summary.size_bytes,
         "precision": summary.precision,
         "calibration_sha256": summary.calibration_sha256,
-        "arithmetic": "Q/DQ as written" if exact_int8 else "ONNX Runtime's choice of kernels",
+        "arithmetic": "as written, every rounding done" if exact else "ONNX Runtime's choice of kernels",
     }
     return _of_session(session, path, facts)
 

@@ -46,8 +46,8 @@ class RunConfig:
 
     out: Path
     """Folder of the journal, which is there until the evaluation is done."""
-    batch_size: int = 32
-    """Images a model sees at once."""
+    batch_size: int = 8
+    """Images a model sees at once. Twice as quick for each image as 32 on a CPU, whose caches hold so many."""
     workers: int = max(1, min(8, _cores() - 1))
     """Processes that decode and corrupt; 0: this one."""
     shard: int = 1

@@ -9,15 +9,15 @@ from PIL import Image
 
 import runtime
 from calib.config import CalibrationConfig
-from calib.graphs import open_session
 from calib.images import calibration_set
 from calib.pipeline import calibrate_file
 from calib.precision import to_reduced
 from calib.ptq import calibrate
-from calib.rounding import with_roundings
 from export.pipeline import export_checkpoint
 from runtime.cli import main
 from runtime.errors import ConfigError, DataError, ModelFileError
+from runtime.graphs import open_session
+from runtime.rounding import with_roundings
 from tests.networks import classifier, graph
 from train.data import embedded_digits
 from train.loop import FitResult

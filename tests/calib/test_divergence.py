@@ -4,7 +4,7 @@ from onnx import numpy_helper
 
 from calib.divergence import first_beyond, graph_errors
 from calib.precision import to_reduced
-from calib.rounding import rounded_name, with_roundings
+from runtime.rounding import rounded_name, with_roundings
 from tests.networks import graph, scale_weight
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)

@@ -4,8 +4,8 @@ import pytest
 
 from calib.collect import collect_channel_amax
 from calib.equalise import equalisable, equalised
-from calib.graphs import open_session
 from calib.placement import points_of
+from runtime.graphs import open_session
 from tests.networks import graph
 
 RANDOM = np.random.default_rng(0)

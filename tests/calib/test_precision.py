@@ -12,7 +12,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from calib.collect import collect_amax
 from calib.precision import LIMIT, Decision, deciding_tensors, overflows, to_reduced
-from calib.rounding import with_roundings
+from runtime.rounding import with_roundings
 from tests.networks import graph
 
 

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 import runtime
 from calib.config import KINDS_LEFT, CalibrationConfig
-from calib.graphs import open_session
 from calib.placement import points_of, residual_inputs
 from calib.ptq import calibrate
 from calib.quantize import quantise_weight, quantize, scale_of
 from calib.thresholds import LEVELS
 from runtime.errors import ConfigError, ModelFileError
+from runtime.graphs import open_session
 from tests.networks import graph
 
 

@@ -1,10 +1,10 @@
 import numpy as np
 import onnx
 
-from calib.graphs import open_session
 from calib.placement import points_of
 from calib.quantize import along, quantise_weight, quantize
 from calib.reconstruct import reconstruct
+from runtime.graphs import open_session
 from tests.networks import graph
 
 

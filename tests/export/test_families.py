@@ -11,11 +11,11 @@ from torch import nn
 
 import runtime
 from calib.collect import collect
-from calib.graphs import save_onnx
 from calib.precision import overflows, to_reduced
-from calib.rounding import with_roundings
 from export.to_onnx import to_onnx
 from export.verify import TOLERANCE, compare
+from runtime.graphs import save_onnx
+from runtime.rounding import with_roundings
 from runtime.spec import ModelSpec, Preprocessing
 
 FAMILIES = {

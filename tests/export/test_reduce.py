@@ -6,9 +6,9 @@ import onnxruntime as ort
 
 from calib.collect import collect
 from calib.precision import deciding_tensors
-from calib.rounding import with_roundings
 from export.reduce import Reduced, reduce_precision
 from export.verify import TOLERANCE, agrees, compare
+from runtime.rounding import with_roundings
 from tests.networks import classifier, graph
 
 

@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import nn
 
-from calib.graphs import save_onnx
 from export.to_onnx import to_onnx
 from runtime.errors import OutputError
+from runtime.graphs import save_onnx
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 from train.dual_bn import add_auxiliary_bns, strip_auxiliary
 

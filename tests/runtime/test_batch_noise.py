@@ -8,8 +8,8 @@ import timm
 import torch
 
 import runtime
-from calib.graphs import save_onnx
 from export.to_onnx import to_onnx
+from runtime.graphs import save_onnx
 from runtime.spec import ModelSpec, Preprocessing
 
 BOUND = 1e-5

@@ -8,7 +8,6 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import runtime
-from calib.graphs import save_onnx
 from calib.precision import to_reduced
 from runtime.cli import main
 from runtime.cuda import find_gpu
@@ -16,6 +15,7 @@ from runtime.engine.flavours import choose_flavour, parse_sm
 from runtime.engine.graph import summarise
 from runtime.engine.sidecar import read_sidecar, sidecar_path
 from runtime.errors import BackendUnavailable, ConfigError, EngineBuildError, ModelFileError
+from runtime.graphs import save_onnx
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 

@@ -47,7 +47,7 @@ def test_a_table_and_a_result(tmp_path: Path, data: Path) -> None:
     assert "error, snow/2" in one.output
     found = content(out / "toy.corruptions.clean+fog.json")
     assert found["format"] == "advprop.evaluation/1"
-    assert found["model"]["arithmetic"] == "Q/DQ as written"
+    assert found["model"]["arithmetic"] == "as written, every rounding done"
     assert found["model"]["backend"] == "onnxruntime"
     assert len(found["model"]["sha256"]) == 64
     assert found["settings"]["table"] == "cifar"

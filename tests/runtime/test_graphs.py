@@ -2,7 +2,7 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.graphs import check, infer_shapes, is_large, open_session
+from runtime.graphs import check, infer_shapes, is_large, open_session
 from tests.networks import graph
 
 

@@ -13,13 +13,16 @@ after, with the same bits: that leaves ONNX Runtime its fused Conv + Relu.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.graphs import tensor_types
+from runtime.engine.graph import read_onnx
+from runtime.engine.guard import external_files
+from runtime.graphs import tensor_types
 
-__all__ = ["rounded_name", "with_roundings"]
+__all__ = ["rounded_file", "rounded_name", "with_roundings"]
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _ORDERLY = frozenset({"Clip", "Flatten", "Identity", "MaxPool", "Relu", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
@@ -68,6 +71,19 @@ def with_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
             graph.node.append(_cast(name + "/unrounded", short, narrow[name]))
             graph.node.append(_cast(short, rounded_name(name), TensorProto.FLOAT))
     return rounded
+
+
+def rounded_file(path: Path) -> bytes | str:
+    """Returns the ONNX file at `path` with all roundings, for ONNX Runtime; the path where none are missing.
+
+    Raises:
+        BackendUnavailable: the `onnx` package is missing.
+        ModelFileError: no such file, or not ONNX.
+    """
+    model = read_onnx(path)
+    if external_files(model, path) or not _narrow_tensors(model):
+        return str(path)
+    return bytes(with_roundings(model).SerializeToString())
 
 
 def rounded_name(tensor: str) -> str:
