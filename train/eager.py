@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from runtime.bench.contestants import EVENTS, HOST
 from runtime.errors import BackendUnavailable, ConfigError
 from runtime.files import sha256_file
 from runtime.spec import ModelSpec
@@ -120,7 +121,7 @@ def open_eager(
         "precision": "fp16" if half else "fp32",
         "backend": f"torch {torch.__version__}",
         "device": place.type,
-        "clock": "CUDA events" if place.type == "cuda" else "the host's clock",
+        "clock": EVENTS if place.type == "cuda" else HOST,
     }
     if place.type == "cpu":
         facts["threads"] = torch.get_num_threads()

@@ -17,12 +17,24 @@ from numpy.typing import NDArray
 from runtime.backends.base import Backend
 from runtime.bench.rounds import Probe, timed
 from runtime.device.arrays import DeviceArray
+from runtime.device.driver import Cuda, load_bindings
 from runtime.errors import InputError
 from runtime.images import decode, fit_to_input, network_input
 from runtime.predictions import predictions_of
 from runtime.session import Session
 
-__all__ = ["EVENTS", "HOST", "HOST_ON_GPU", "Contestant", "TorchPeer", "Work", "of_session", "of_torch"]
+__all__ = [
+    "EVENTS",
+    "HOST",
+    "HOST_ON_GPU",
+    "Contestant",
+    "TorchPeer",
+    "Work",
+    "backend_input",
+    "of_session",
+    "of_torch",
+    "on_gpu",
+]
 
 EVENTS = "CUDA events"
 HOST = "the host's clock"
@@ -127,7 +139,7 @@ def _compute(backend: Backend, batch: NDArray[Any]) -> Probe:
     if backend.device == "cpu":
         return timed("compute", lambda: backend.run_checked(batch))
     if backend.device_times(batch) is None:
-        resident = _on_gpu(batch)
+        resident = on_gpu(batch, Cuda(load_bindings()))
         return timed("compute", lambda: backend.run_on_device(resident))
 
     def probe() -> dict[str, float]:
@@ -144,11 +156,8 @@ def _compute(backend: Backend, batch: NDArray[Any]) -> Probe:
     return probe
 
 
-def _on_gpu(batch: NDArray[Any]) -> DeviceArray:
-    """Puts a batch on the GPU, once, in the primary context that the backend uses too."""
-    from runtime.device.driver import Cuda, load_bindings
-
-    cuda = Cuda(load_bindings())
+def on_gpu(batch: NDArray[Any], cuda: Cuda) -> DeviceArray:
+    """Puts a batch on the GPU, once, in the primary context that the backend uses too. Raises RunFailed."""
     with cuda.current():
         memory = cuda.device_memory(batch.nbytes, "a batch")
         stream = cuda.stream()

@@ -1,4 +1,4 @@
-"""What is measured, and what trtexec calls it. `trtexec`'s log and documents, TensorRT 8 to 11, and `tensorrt_rtx`."""
+"""What is measured, and what trtexec calls it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Quantity:
     """From where to where."""
     trtexec: str = ""
     """Its name in the log of trtexec 8.5 to 11, and of tensorrt_rtx; empty where these have none."""
-    trtexec_older: str = ""
-    """Its other name, where older releases or the documents have one."""
+    trtexec_documents: str = ""
+    """Its name in documents of TensorRT 8 to 10, where that is another."""
 
 
 QUANTITIES = {
@@ -27,9 +27,7 @@ QUANTITIES = {
     "h2d": Quantity(meaning="input tensors to the GPU, from pinned memory, by events", trtexec="H2D Latency"),
     "d2h": Quantity(meaning="output tensors to the CPU, by events", trtexec="D2H Latency"),
     "enqueue": Quantity(meaning="the host putting copies and kernels on the stream", trtexec="Enqueue Time"),
-    "latency": Quantity(
-        meaning="h2d + compute + d2h of one call", trtexec="Latency", trtexec_older="Host Latency (documents)"
-    ),
+    "latency": Quantity(meaning="h2d + compute + d2h of one call", trtexec="Latency", trtexec_documents="Host Latency"),
     "end_to_end": Quantity(
         meaning="`Session.run`: host tensors in, host logits out, checks and waiting included; host clock. Not "
         "trtexec's End-to-End Host Latency, which counts the wait for the query before"

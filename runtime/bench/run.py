@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +23,8 @@ __all__ = ["Bench", "Point"]
 
 _BY_CLOCK = ("compute", "h2d", "d2h", "latency")
 """Quantities that the contestant's own clock measures; the others are the host's."""
-_WARM_CALLS = 3
+_WARM_CALLS = 2
+"""Of each caller, beside the one that is never counted."""
 
 Progress = Callable[[int, int, str], None]
 """Called with the rounds that are done, all rounds, and what is measured now."""
@@ -108,11 +108,8 @@ class Bench:
         config = self.config
         show(0)
         for work in works:
-            end = time.perf_counter() + config.warm_up_ms / 1000
-            calls = 0
-            while calls < _WARM_CALLS or time.perf_counter() < end:
-                work.run()
-                calls += 1
+            # By as many callers as will come: each context of an engine captures its own graph, at its second run.
+            crowd(work.run, callers, config.warm_up_ms / 1000, _WARM_CALLS)
         tallies = [_Tally() for _ in works]
         kinds = dict.fromkeys(kind for work in works for kind in work.probes) if callers == 1 else {}
         for number in range(config.rounds):

@@ -117,7 +117,7 @@ def _measure(console: Console, bench: Bench, out: Path, images: str) -> None:
         if not bench.points:
             raise
         kept = _write(console, bench, out, images)
-        raise Interrupted(f"stopped: the {kept} points that are finished are in {out}") from None
+        raise Interrupted(f"stopped; points that are finished, and in {out}: {kept}") from None
     except AdvPropError:
         if bench.points:
             _write(console, bench, out, images)

@@ -39,16 +39,7 @@ def real_spec(tmp_path: Path) -> Path:
 
 def test_files_and_peers_side_by_side(real_spec: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    other, out = toy_onnx(tmp_path / "other.onnx", scale=2.0), tmp_path / "out"
-    try:
-        run = bench(
-            *(real_spec, other, "--against", "torch,ort", "--batch", "1,4", "--concurrency", "1,2", "--out", out)
-        )
-    finally:
-        torch.set_num_threads(threads)
-    # The second file's architecture, "toy", is none of timm's.
-    assert run.exit_code == 2
-    assert "has no architecture 'toy'" in run.stderr
+    out = tmp_path / "out"
     run = bench(real_spec, "--against", "torch,ort", "--batch", "1,4", "--concurrency", "1,2", "--out", out)
     torch.set_num_threads(threads)
     assert run.exit_code == 0, run.output

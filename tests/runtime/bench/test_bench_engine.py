@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.bench.config import BenchConfig
-from runtime.bench.contestants import EVENTS, of_session
+from runtime.bench.contestants import EVENTS, of_session, on_gpu
 from runtime.bench.run import Bench
 from runtime.session import Session
 from tests.runtime.stand_in_machine import Machine, images, means
@@ -29,6 +29,18 @@ def test_times_by_events(flavour: str, graphs: bool) -> None:
     assert machine.count("cuEventRecord") == recorded  # a run that is not timed records nothing
     machine.backend.close()
     assert machine.count("cuEventDestroy") == machine.count("cuEventCreate") + 2  # those of the two slots, made before
+
+
+def test_a_batch_that_lies_on_the_gpu() -> None:
+    """What ONNX Runtime's CUDA provider is given, whose own times nothing tells."""
+    machine = Machine()
+    batch = images(5)
+    resident = on_gpu(batch, machine.cuda)
+    for _ in range(2):
+        (left,) = machine.backend.run_on_device(resident)
+        np.testing.assert_array_equal(left.numpy(), means(batch))
+    assert machine.count("cuMemcpyHtoDAsync") == 1
+    machine.backend.close()
 
 
 def test_an_engine_takes_part() -> None:

@@ -24,7 +24,7 @@ def trtexecs(times: list[float], percent: float) -> float:
     return value
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 9, 10, 11, 20, 99, 100, 101, 250, 1000])
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 10, 11, 20, 99, 100, 101, 250])
 def test_percentiles_are_trtexecs(count: int) -> None:
     times = [random.Random(count).choice(range(count * 2)) / 7 for _ in range(count)]
     random.Random(0).shuffle(times)
