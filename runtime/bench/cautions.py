@@ -29,10 +29,10 @@ def warnings_of(result: dict[str, Any], gpu_unknown: bool) -> list[str]:
 
 def _machine(machine: dict[str, Any], gpu_unknown: bool) -> list[str]:
     found = []
-    others = machine["others_share"]
-    if others is not None and others > _OTHERS:
+    share = machine["others_share"]
+    if share is not None and share > _OTHERS:
         found.append(
-            f"other work used {others:.0%} of the cores meanwhile: compare the ratios, and repeat on a quiet machine "
+            f"other work used {share:.0%} of the cores meanwhile: compare the ratios, and repeat on a quiet machine "
             "for times"
         )
     before, after = machine["before"], machine["after"]
@@ -47,6 +47,9 @@ def _machine(machine: dict[str, Any], gpu_unknown: bool) -> list[str]:
     reasons = {reason for state in machine["gpu_states"] for reason in state["reasons"] or ()} & SLOWED_DOWN
     if reasons:
         found.append(f"the GPU was slowed down: {', '.join(sorted(reasons))}. nvidia-smi -lgc locks its clock")
+    others = sorted({state["name"] for state in machine["gpu_states"]} - {machine["gpu"]})
+    if others:
+        found.append(f"nvidia-smi told of {', '.join(others)}; {machine['gpu']} was used, and its clocks are unknown")
     if gpu_unknown:
         found.append("clocks and throttling of the GPU are unknown: nvidia-smi did not tell")
     return found

@@ -11,7 +11,7 @@ from runtime.evaluate.report.colours import LIGHT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["place_labels", "plot_run"]
+__all__ = ["place_labels", "plot_run", "unbeaten"]
 
 _MARKERS = "os^Dv*"
 _LINES = ("-", "--", ":")
@@ -23,6 +23,8 @@ _AROUND = ((0, 9), (0, -9), (1, 0), (-1, 0), (1, 9), (-1, 9), (1, -9), (-1, -9),
 
 def plot_run(path: Path, result: Mapping[str, Any]) -> None:
     """Draws throughput against p50 latency, a line a model, each point named by batch size and callers.
+
+    With several numbers of callers the line is through the points that no other point of the model beats.
 
     Args:
         path: `.png` or `.svg`; 1600 × 1000 pixels.
@@ -38,8 +40,10 @@ def plot_run(path: Path, result: Mapping[str, Any]) -> None:
         for point in result["points"]
         if point["model"] == model["name"]
     ]
+    several = len(result["settings"]["concurrency"]) > 1
     for place, model in enumerate(result["models"]):
-        _line(axes, place, str(model["name"]), sorted((x, y) for other, x, y, _ in points if other == place))
+        own = [(x, y) for other, x, y, _ in points if other == place]
+        _line(axes, place, str(model["name"]), own, several)
     _style(axes, result)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, ncols=3)
     figure.draw_without_rendering()  # now it is known where the points are
@@ -96,18 +100,29 @@ def _words(point: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return f"{point['batch_size']}×{point['concurrency']}" if several else str(point["batch_size"])
 
 
-def _line(axes: Axes, place: int, name: str, points: Sequence[tuple[float, float]]) -> None:
-    if points:
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            color=LIGHT[f"s{place % _COLOURS}"],
-            marker=_MARKERS[place % len(_MARKERS)],
-            linestyle=_LINES[place // _COLOURS % len(_LINES)],
-            linewidth=1.4,
-            markersize=6,
-            label=name,
-        )
+def _line(axes: Axes, place: int, name: str, points: Sequence[tuple[float, float]], several: bool) -> None:
+    if not points:
+        return
+    style: dict[str, Any] = {
+        "color": LIGHT[f"s{place % _COLOURS}"],
+        "marker": _MARKERS[place % len(_MARKERS)],
+        "markersize": 6,
+    }
+    joined = unbeaten(points) if several else list(points)
+    dashes = _LINES[place // _COLOURS % len(_LINES)]
+    axes.plot(*zip(*joined, strict=True), **style, linestyle=dashes, linewidth=1.4, label=name)
+    rest = [point for point in points if point not in joined]
+    if rest:
+        axes.plot(*zip(*rest, strict=True), **style, linestyle="none", alpha=0.5)
+
+
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the points (latency, throughput) that no other beats in both, by latency."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
 
 
 def _style(axes: Axes, result: Mapping[str, Any]) -> None:
@@ -128,8 +143,8 @@ def _style(axes: Axes, result: Mapping[str, Any]) -> None:
     machine = result["machine"]
     on_gpu = any(model["device"] == "cuda" for model in result["models"])
     device = machine["gpu"] if on_gpu else f"{machine['cpu'] or 'unknown CPU'}, {machine['cores']} cores"
-    named = "batch size × callers" if several else "batch size"
-    axes.set_title(f"{device}; points: {named}", fontsize=10, color=LIGHT["ink"], loc="left")
+    named = "batch size × callers; lines: what no other point of a model beats" if several else "batch size"
+    axes.set_title(f"{device}\npoints: {named}", fontsize=9, color=LIGHT["ink"], loc="left")
     axes.grid(color=LIGHT["rule"], linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

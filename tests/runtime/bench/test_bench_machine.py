@@ -113,8 +113,17 @@ def test_a_gpu() -> None:
     assert reasons_of("0x0") == []
 
 
+L4 = {"name": "NVIDIA L4"}
+
+
 def result(**changes: Any) -> dict[str, Any]:
-    machine = {"others_share": 0.0, "before": NOTHING, "after": NOTHING, "gpu_states": []} | changes.pop("machine", {})
+    machine = {
+        "gpu": "NVIDIA L4",
+        "others_share": 0.0,
+        "before": NOTHING,
+        "after": NOTHING,
+        "gpu_states": [],
+    } | changes.pop("machine", {})
     end_to_end = {"round_medians_ms": [1.0] * 6, "cov_percent": 1.0, "p50_ms": 1.0} | changes.pop("end_to_end", {})
     point = {"model": "m", "batch_size": 8, "concurrency": 1, "quantities": {"end_to_end": end_to_end, **changes}}
     return {"machine": machine, "points": [point]}
@@ -138,8 +147,12 @@ def test_what_a_reader_is_told() -> None:
             "3000 MHz before and 2000 MHz after",
         ),
         (
-            {"machine": {"gpu_states": [{"reasons": ["idle", "power cap"]}, {"reasons": None}]}},
-            "slowed down: power cap",
+            {"machine": {"gpu_states": [L4 | {"reasons": ["idle", "power cap"]}, L4 | {"reasons": None}]}},
+            "slowed down: power cap. nvidia-smi -lgc",
+        ),
+        (
+            {"machine": {"gpu": "NVIDIA T4", "gpu_states": [L4 | {"reasons": []}]}},
+            "nvidia-smi told of NVIDIA L4; NVIDIA T4 was used",
         ),
         (
             {"end_to_end": {"round_medians_ms": [1, 1, 1.02, 1.05, 1.1, 1.1]}},
