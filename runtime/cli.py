@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": ("calib.cli:main", "Float32 ONNX → INT8, by real images."),
     "build": ("runtime.commands.build:main", "ONNX → TensorRT engine."),
     "predict": ("runtime.commands.predict:main", "Classify images with an exported model."),
+    "bench": ("runtime.commands.bench:main", "Measure latency and throughput."),
     "eval": ("runtime.commands.evaluate:main", "Measure accuracy and robustness."),
     "eval-merge": ("runtime.commands.merge:main", "Put the parts of an evaluation together."),
     "report": ("export.report:main", "Results, or a checkpoint, as a page."),

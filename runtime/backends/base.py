@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.device.arrays import DeviceArray
+from runtime.device.times import DeviceTimes
 from runtime.device.views import DeviceView, array_or_view
 from runtime.errors import AdvPropError, InputError, RunFailed, first_line
 from runtime.spec import ModelSpec
@@ -146,6 +147,13 @@ class Backend(ABC):
             else:
                 parts.append(self._answers(part_NCHW, self._run))
         return tuple(np.concatenate(answers) for answers in zip(*parts, strict=True))
+
+    def device_times(self, images_NCHW: NDArray[Any]) -> DeviceTimes | None:
+        """Runs a checked batch within `batch_range`, and returns the GPU's own times; None where nothing tells them.
+
+        Raises RunFailed.
+        """
+        return None
 
     def _answers(
         self, images_NCHW: NDArray[Any] | DeviceView, run: Callable[[NDArray[Any] | DeviceView], tuple[_Answer, ...]]

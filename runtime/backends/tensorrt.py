@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from runtime.backends.base import Backend
 from runtime.device.arrays import DeviceArray
 from runtime.device.driver import Cuda, DeviceMemory, load_bindings
+from runtime.device.times import DeviceTimes
 from runtime.device.views import DeviceView
 from runtime.execution.admission import Admitted, admit
 from runtime.execution.engine import Engine
@@ -109,6 +110,10 @@ class TensorRTBackend(Backend):
             if isinstance(images_NCHW, DeviceView):
                 self._cuda.check_pointer(images_NCHW.pointer)
             return slot.run(images_NCHW)
+
+    def device_times(self, images_NCHW: NDArray[Any]) -> DeviceTimes | None:
+        with self._cuda.current(), self._pool.lend() as slot:
+            return slot.run_timed(images_NCHW)
 
     def _run_on_device(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[DeviceArray, ...]:
         """Splits a batch that is too large; its parts' answers are written one after the other."""

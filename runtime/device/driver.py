@@ -154,6 +154,18 @@ class Cuda:
         """Ends an event."""
         self._call("cuEventDestroy", event)
 
+    def timer(self) -> int:
+        """Makes an event with a time, for `record` and `elapsed_ms`; `close_event` ends it."""
+        return int(self._call("cuEventCreate", self._api.CUevent_flags.CU_EVENT_DEFAULT))
+
+    def record(self, timer: int, stream: int) -> None:
+        """Sets a timer to the moment when all that is on `stream` now is done."""
+        self._call("cuEventRecord", timer, stream)
+
+    def elapsed_ms(self, first: int, last: int) -> float:
+        """Returns the milliseconds between two timers whose moments have come."""
+        return float(self._call("cuEventElapsedTime", first, last))
+
     def wait_for(self, stream: int, other: int, event: int) -> None:
         """Lets what comes next on `stream` wait, on the GPU, for what is on `other` now; `event` is overwritten."""
         self._call("cuEventRecord", event, other)

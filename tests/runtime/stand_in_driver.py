@@ -25,7 +25,7 @@ class StandInDriver:
 
     CU_MEMHOSTALLOC_PORTABLE = 1
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
-    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
+    CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=0, CU_EVENT_DISABLE_TIMING=2)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
 
@@ -161,6 +161,12 @@ class StandInDriver:
     def cuEventRecord(self, event: int, stream: int) -> tuple[Any, ...]:
         self.events[event] = (stream, self.done.get(stream, 0) + len(self.streams[stream]))
         return (OK,)
+
+    def cuEventElapsedTime(self, first: int, last: int) -> tuple[Any, ...]:
+        """A millisecond for each piece of work between the two, which must be done."""
+        (stream, begin), (same, end) = self.events[first], self.events[last]
+        assert stream == same and self.done.get(stream, 0) >= end, "not done"
+        return OK, float(end - begin)
 
     def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any, ...]:
         other, upto = self.events[event]

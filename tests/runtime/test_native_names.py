@@ -33,6 +33,7 @@ def test_the_driver_has_what_we_call() -> None:
     for kind, name in (
         ("CUstream_flags", "CU_STREAM_NON_BLOCKING"),
         ("CUevent_flags", "CU_EVENT_DISABLE_TIMING"),
+        ("CUevent_flags", "CU_EVENT_DEFAULT"),
         ("CUstreamCaptureMode", "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"),
         ("CUpointer_attribute", "CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL"),
     ):

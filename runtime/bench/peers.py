@@ -1,0 +1,139 @@
+"""What model files are compared with: ONNX Runtime by itself, and the same network in PyTorch.
+
+Shape suffixes: N images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.base import Backend
+from runtime.backends.threads import Threads
+from runtime.bench.contestants import HOST, Contestant, Work, backend_input, of_torch
+from runtime.bench.rounds import timed
+from runtime.engine.graph import sha256_onnx
+from runtime.engine.sidecar import read_sidecar
+from runtime.errors import BackendUnavailable, ModelFileError
+from runtime.images import normalise
+from runtime.spec import ModelSpec
+
+__all__ = ["CHECKPOINT_SUFFIXES", "TORCH_OPENER", "bare_onnxruntime", "onnx_beside", "torch_peers"]
+
+TORCH_OPENER = "train.eager:open_eager"
+"""What makes PyTorch peers: imported when there is one, since the runtime depends on nothing else of ours."""
+CHECKPOINT_SUFFIXES = (".pt", ".pth")
+
+
+def bare_onnxruntime(
+    name: str, path: Path, beside: Backend, threads: Threads, image_size: tuple[int, int]
+) -> Contestant:
+    """Makes a contestant of `InferenceSession.run`: what the session's own work is measured against.
+
+    Args:
+        name: what it is called.
+        path: the ONNX file.
+        beside: the backend that runs the same file: its device, and the form of its input.
+        threads: as the backend's.
+        image_size: height and width.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads, options.inter_op_num_threads = threads.intra, threads.inter
+    if not threads.spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    as_written = any(reason.startswith("INT8: in floating point") for reason in beside.reasons)
+    if as_written:  # the same arithmetic, so that the difference is the session's
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    gpu = ["CUDAExecutionProvider"] if beside.device == "cuda" else []
+    session = onnxruntime.InferenceSession(str(path), options, providers=[*gpu, "CPUExecutionProvider"])
+    outputs = [output.name for output in beside.outputs]
+
+    def prepare(pixels_NHWC: NDArray[np.uint8], encoded: Sequence[bytes]) -> Work:
+        feed = {beside.input.name: backend_input(beside, pixels_NHWC)}
+
+        def run() -> Any:
+            return session.run(outputs, feed)
+
+        # Without a GPU there is nothing else to time: the call is the network.
+        return Work(run=run, probes={} if gpu else {"compute": timed("compute", run)})
+
+    facts = {
+        "kind": "onnx",
+        "sha256": sha256_onnx(path),
+        "peer": "a bare InferenceSession.run of the same file",
+        "backend": "onnxruntime",
+        "device": beside.device,
+        "clock": HOST,
+        "threads": threads.intra,
+        "spin": threads.spin,
+    }
+    fewest, most = beside.batch_range
+    return Contestant(
+        name=name,
+        facts=facts,
+        most_images=most,
+        fixed_batch=fewest if fewest == most else None,
+        prepare=prepare,
+        image_size=image_size,
+    )
+
+
+def onnx_beside(engine: Path) -> Path:
+    """Returns the ONNX file that an engine was built from, in the engine's folder.
+
+    Raises:
+        ModelFileError: it is not there; the message has its hash.
+    """
+    wanted = read_sidecar(engine).onnx_sha256
+    near = engine.with_suffix(".onnx")
+    files = [near, *(path for path in sorted(engine.parent.glob("*.onnx")) if path != near)]
+    for path in files:
+        if path.is_file() and sha256_onnx(path) == wanted:
+            return path
+    other = f"; the {near.name} there is another" if near.is_file() else ""
+    raise ModelFileError(
+        f"--against ort wants the ONNX file that {engine} was built from, SHA-256 {wanted[:16]}…, in its folder: not "
+        f"found{other}. Put it there, or leave --against ort out"
+    )
+
+
+def torch_peers(
+    name: str, spec: ModelSpec | None, precision: str, device: str, threads: int, checkpoint: Path | None = None
+) -> list[Contestant]:
+    """Makes contestants of a network in PyTorch: as it is, and on a GPU also compiled.
+
+    Args:
+        name: what it is called.
+        spec: architecture, classes and image size; weights are random, which changes no time. None: the checkpoint's.
+        precision: of the file beside: on a GPU the peer of an `fp16` or `int8` file computes in FP16.
+        device: `auto`, `cpu` or `cuda`.
+        threads: CPU threads; 0 leaves it to PyTorch.
+        checkpoint: one of our checkpoints, for its weights.
+
+    Raises:
+        ArchError: timm does not have the architecture.
+        BackendUnavailable: torch or timm is missing.
+    """
+    module, attribute = TORCH_OPENER.split(":")
+    try:
+        opener = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"running a network in PyTorch needs torch and timm ({error}); install them, or leave it out"
+        ) from error
+    spec, peers = opener(
+        spec, checkpoint=checkpoint, half=precision in ("fp16", "int8"), device=device, threads=threads
+    )
+    preprocessing = spec.preprocessing
+    return [
+        of_torch(name + suffix, peer, lambda pixels_NHWC: normalise(pixels_NHWC, preprocessing))
+        for suffix, peer in peers
+    ]
