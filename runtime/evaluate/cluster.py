@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -37,7 +38,7 @@ _LOSSES = 3
 """Workers lost in a row, for each that there should be, before it is given up."""
 
 _PATIENCE_S = 15.0
-"""After how long a wait for the first worker is told."""
+"""How long a cluster may take to answer, and after how long a wait for the first worker is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,13 +217,21 @@ def _connect(config: ClusterConfig) -> tuple[Any, bool]:
         options |= {"include_dashboard": False}
         options |= {"num_cpus": math.ceil(config.workers * config.cpus)} if config.workers else {}
     try:
+        _knock(config.address)
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise BackendUnavailable(
             f"no Ray cluster at {config.address!r} ({_last(error)}). Start one with `ray start --head`, and join it on "
             "other machines with `ray start --address HOST:PORT`; --ray local needs none"
         ) from error
     return ray, True
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray itself tries for many minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_S).close()
 
 
 def _parts(measurement: Measurement, units: set[Unit]) -> Iterator[list[Unit]]:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,6 +163,17 @@ def test_too_small_a_cluster_is_told(two_cpus: None) -> None:
     for options in ({"workers": 0}, {"cpus": 0.0}, {"gpus": -1.0}):
         with pytest.raises(ConfigError, match="at least one worker"):
             ClusterConfig(address="auto", **options)  # type: ignore[arg-type]
+
+
+def test_no_cluster_at_the_address_is_told_soon(data: Path, models: list[Path], tmp_path: Path) -> None:
+    """In a process of its own, since this one is connected."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "runtime.cli", "eval", str(models[0]), "--suite", "imagenet", "--data", str(data)]
+    run = subprocess.run([*command, "--ray", address], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 3
+    assert f"no Ray cluster at '{address}' ([Errno 111] Connection refused)" in run.stderr
 
 
 def test_ctrl_c_stops_and_a_run_without_ray_goes_on(data: Path, models: list[Path], tmp_path: Path) -> None:
