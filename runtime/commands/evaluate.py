@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from runtime.evaluate.cells import SuiteConfig
+    from runtime.evaluate.cluster import Cluster
     from runtime.evaluate.models import Model
     from runtime.evaluate.results import Result
     from runtime.evaluate.run import RunConfig
@@ -27,6 +29,7 @@ Examples:
   advprop eval best.pt --route main --route adv --suite imagenet-a --data imagenet-a --clean imagenet/val
   advprop eval model.onnx --suite imagenet-c --data imagenet-c --only fog --only frost/3
   advprop eval model.onnx --suite corruptions --data photos/val --shard 1/4     then advprop eval-merge
+  advprop eval model.onnx --suite corruptions --data photos/val --ray auto      on all machines of a Ray cluster
 
 \b
 Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagenet-c, cifar10, cifar10-c: the released
@@ -85,7 +88,17 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
     "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Images at once; on a GPU, try 64."
 )
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode and corrupt.  [default: cores − 1]")
-@click.option("--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores.")
+@click.option(
+    "--ray", "address", metavar="ADDRESS", help="Run over a Ray cluster: HOST:PORT, auto, or local to start one."
+)
+@click.option(
+    "--ray-workers", type=click.IntRange(min=1), metavar="N", help="Its processes.  [default: what it has room for]"
+)
+@click.option("--ray-cpus", default=1.0, show_default=True, metavar="X", help="CPUs of each.")
+@click.option("--ray-gpus", type=float, metavar="X", help="GPUs of each, such as 0.25.  [default: 1 if there are any]")
+@click.option(
+    "--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores, or --ray-cpus."
+)
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where models run."
 )
@@ -108,6 +121,10 @@ def main(
     cache: Path | None,
     batch_size: int,
     workers: int | None,
+    address: str | None,
+    ray_workers: int | None,
+    ray_cpus: float,
+    ray_gpus: float | None,
     threads: int,
     device: str,
     cpu_kernels: bool,
@@ -132,25 +149,48 @@ def main(
         shards=shard[1],
         cache=cache,
     )
-    loaded, compared = _load(models, reference, routes or ("main",), device, threads, not cpu_kernels)
-    results = _evaluate(console, loaded, compared, config, run)
+    if address is None and (ray_workers, ray_gpus, ray_cpus) != (None, None, 1.0):
+        raise ConfigError("--ray-workers, --ray-cpus and --ray-gpus go with --ray ADDRESS")
+    if address is not None and workers is not None:
+        raise ConfigError("--workers is of runs on this machine; over Ray, --ray-workers decode and corrupt themselves")
+    with _cluster(address, ray_workers, ray_cpus, ray_gpus) as cluster:
+        loaded, compared = _load(cluster, models, reference, routes or ("main",), device, threads, not cpu_kernels)
+        results = _evaluate(console, loaded, compared, config, run, cluster)
     _write(console, results, config, run)
 
 
+@contextmanager
+def _cluster(address: str | None, workers: int | None, cpus: float, gpus: float | None) -> Iterator[Cluster | None]:
+    if address is None:
+        yield None
+        return
+    from runtime.evaluate.cluster import Cluster, ClusterConfig
+
+    with Cluster(ClusterConfig(address=address, workers=workers, cpus=cpus, gpus=gpus)) as cluster:
+        yield cluster
+
+
 def _load(
-    paths: Sequence[Path], reference: Path | None, routes: Sequence[str], device: str, threads: int, exact: bool
+    cluster: Cluster | None,
+    paths: Sequence[Path],
+    reference: Path | None,
+    routes: Sequence[str],
+    device: str,
+    threads: int,
+    exact: bool,
 ) -> tuple[list[Model], Model | None]:
     import dataclasses
 
     from runtime.evaluate.models import load_model
 
+    load = load_model if cluster is None else cluster.load_model
     known: dict[tuple[Path, str], Model] = {}
     pairs = [(path, route) for path in paths for route in (routes if path.suffix in (".pt", ".pth") else ("main",))]
     wanted = [*pairs, *([(reference, routes[0])] if reference else [])]
     for path, route in wanted:
         key = (path.resolve(), route if path.suffix in (".pt", ".pth") else "")
         if key not in known:
-            known[key] = load_model(path, device=device, threads=threads, route=route, exact=exact)
+            known[key] = load(path, device=device, threads=threads, route=route, exact=exact)
     names = Counter(model.name for model in known.values())
     for key, model in known.items():
         if names[model.name] > 1:
@@ -166,7 +206,12 @@ def _load(
 
 
 def _evaluate(
-    console: Console, models: list[Model], reference: Model | None, config: SuiteConfig, run: RunConfig
+    console: Console,
+    models: list[Model],
+    reference: Model | None,
+    config: SuiteConfig,
+    run: RunConfig,
+    cluster: Cluster | None,
 ) -> list[Result]:
     from rich.progress import (
         BarColumn,
@@ -186,7 +231,7 @@ def _evaluate(
         def show(done: int, total: int) -> None:
             bars.update(task, completed=done, total=total)
 
-        return evaluate(models, config, run, reference=reference, progress=show)
+        return evaluate(models, config, run, reference=reference, progress=show, cluster=cluster)
 
 
 def _write(console: Console, results: list[Result], config: SuiteConfig, run: RunConfig) -> None:

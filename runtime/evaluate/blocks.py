@@ -32,7 +32,7 @@ from runtime.files import atomic_write, output_dir
 from runtime.images import decode, fit_to_input
 from runtime.spec import Preprocessing
 
-__all__ = ["Corruption", "Workers", "corrupt_block", "in_order", "load_block"]
+__all__ = ["Corruption", "Workers", "corrupt_block", "in_order", "load_block", "one_core"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -192,6 +192,11 @@ def _begin() -> None:
     """Begins a worker: it leaves Ctrl-C to its parent, ends with it, and keeps to one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    one_core()
+
+
+def one_core() -> None:
+    """Makes OpenCV keep to one core in this process."""
     try:
         import cv2
     except ImportError:  # needed for corruptions only, which say so

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["Interval", "jackknife", "newcombe_paired", "wilson"]
+__all__ = ["Interval", "jackknife", "newcombe_paired", "unvaried", "wilson"]
 
 Interval = tuple[float, float]
 """Lower and upper end."""
@@ -92,3 +92,23 @@ def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> Inter
     variance = (groups - 1) / groups * math.fsum((value - mean) ** 2 for value in without)
     half, whole = _T[groups - 2] * math.sqrt(variance), statistic(everything)
     return whole - half, whole + half
+
+
+def unvaried(value: float, images: int, lowest: float, highest: float) -> Interval:
+    """Returns an interval of a mean over images each of which gave the very same value.
+
+    Their variance is 0, and no width at all would be no honest interval: the next image may be the first to differ. At
+    most z²/(n + z²) of all images do, which is the upper end of Wilson's interval of 0 in n (about 3.8/n; the "rule of
+    three" of Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 249, 1983, is its
+    one-sided sister); and each can give from `lowest` to `highest`.
+
+    Args:
+        value: what every image gave.
+        images: how many there were, at least one.
+        lowest: the least that an image can give.
+        highest: the most.
+    """
+    found = wilson(0, images)
+    assert found is not None
+    share = found[1]
+    return value + share * (lowest - value), value + share * (highest - value)

@@ -21,7 +21,7 @@ from runtime.loading import load
 from runtime.session import Session
 from runtime.spec import ModelSpec
 
-__all__ = ["CHECKPOINT_LOADER", "Model", "load_model", "model_of"]
+__all__ = ["CHECKPOINT_LOADER", "Model", "ModelSource", "load_model", "model_of"]
 
 CHECKPOINT_LOADER = "train.predictor:load_predictor"
 """What loads checkpoints: imported when there is one, since the runtime depends on nothing else of ours."""
@@ -59,6 +59,26 @@ def model_of(
         return predict(normalise(images_NHWC, spec.preprocessing))
 
     return Model(name=name, spec=spec, logits=logits, facts=facts or {}, size_open=size_open)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """What `load_model` needs to load a model, in this process or another."""
+
+    path: Path
+    """`.pt` and `.pth` files are checkpoints."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    threads: int = 0
+    """CPU threads inside one run; 0 leaves it to the backend."""
+    route: str = "main"
+    """BatchNorm route of a checkpoint."""
+    exact: bool = True
+    """On a CPU, compute ONNX files as a GPU rounds them."""
+
+    def load(self) -> Model:
+        """Loads it. Raises as `load_model` does."""
+        return load_model(self.path, device=self.device, threads=self.threads, route=self.route, exact=self.exact)
 
 
 def load_model(path: Path, *, device: str = "auto", threads: int = 0, route: str = "main", exact: bool = True) -> Model:

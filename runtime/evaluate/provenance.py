@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,7 +15,7 @@ from runtime.evaluate.results import FORMAT
 from runtime.evaluate.suites import Suite
 from runtime.spec import ModelSpec
 
-__all__ = ["alike", "describe"]
+__all__ = ["alike", "describe", "difference"]
 
 
 def alike(one: ModelSpec, other: ModelSpec) -> bool:
@@ -69,6 +70,19 @@ def describe(
             for cell in suite.cells
         },
     }
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Says what differs first in two descriptions: `model.sha256 is 'a' and not 'b', as`; "" where nothing does."""
+    for key in dict.fromkeys([*other, *one]):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inner = difference(a, b)
+            if inner:
+                return f"{key}.{inner}"
+        elif a != b:
+            return f"{key} is {a!r} and not {b!r}, as"
+    return ""
 
 
 def _model(model: Model) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from runtime.evaluate.corruptions import CORRUPTIONS
 from runtime.evaluate.counts import GROUPS, Counts
-from runtime.evaluate.intervals import Interval, jackknife, newcombe_paired, wilson
+from runtime.evaluate.intervals import Interval, jackknife, newcombe_paired, unvaried, wilson
 from runtime.evaluate.metrics import (
     calibration_error,
     corruption_errors,
@@ -19,11 +19,14 @@ from runtime.evaluate.metrics import (
     rms_calibration_error,
 )
 
-__all__ = ["reference_of", "summarise"]
+__all__ = ["difference_interval_of", "interval_of", "reference_of", "summarise"]
 
 Cells = Mapping[str, Counts]
 Statistic = Callable[[Cells, Sequence[int] | None], float]
 """Of cells, of all images or those of some groups."""
+
+_ROUNDING = 1e-9
+"""Width below which an interval is of rounding errors only."""
 
 MCE_UNIT = "percent of AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
 RELATIVE_UNIT = "percent of what corruption adds to AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
@@ -48,12 +51,14 @@ def summarise(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> di
         return metrics | {name: _nothing(why) for name in ("mce_alexnet", "relative_mce_alexnet", "mean_error")}
     if len(errors) < len(CORRUPTIONS):
         why_no_mce = why_no_mce or f"{len(errors)} of the fifteen corruptions have all five severities"
-    metrics["mean_error"] = {"corruptions": list(errors), **_statistic(cells, _mean_error, MEAN_UNIT)}
+    metrics["mean_error"] = {"corruptions": list(errors), **_statistic(cells, _mean_error, MEAN_UNIT, (0.0, 1.0))}
     if why_no_mce:
         return metrics | {name: _nothing(why_no_mce) for name in ("mce_alexnet", "relative_mce_alexnet")}
-    metrics["mce_alexnet"] = _statistic(cells, _mce, MCE_UNIT)
+    wrong = dict.fromkeys(CORRUPTIONS, [1.0] * 5)
+    metrics["mce_alexnet"] = _statistic(cells, _mce, MCE_UNIT, (0.0, mce_alexnet(wrong)))
     if clean in cells:
-        metrics["relative_mce_alexnet"] = _statistic(cells, _relative_mce, RELATIVE_UNIT)
+        most = relative_mce_alexnet(wrong, 0.0)
+        metrics["relative_mce_alexnet"] = _statistic(cells, _relative_mce, RELATIVE_UNIT, (-most, most))
     else:
         metrics["relative_mce_alexnet"] = _nothing("it needs the error on clean images: --clean DIR")
     return metrics
@@ -84,23 +89,60 @@ def _nothing(why: str) -> dict[str, Any]:
     return {"value": None, "why_not": why}
 
 
-def _statistic(cells: Cells, statistic: Statistic, unit: str) -> dict[str, Any]:
+def _statistic(cells: Cells, statistic: Statistic, unit: str, ends: Interval) -> dict[str, Any]:
     """A value with its interval, and its difference from the reference's with that of its own."""
-    summary = {"value": statistic(cells, None), "interval": _interval(cells, statistic), "unit": unit}
-    if all(counts.pairs is not None for counts in cells.values()):
+    value, every = statistic(cells, None), list(cells.values())
+    interval = interval_of(every, lambda groups: statistic(cells, groups), ends)
+    summary: dict[str, Any] = {"value": value, "interval": interval, "unit": unit}
+    if all(counts.pairs is not None for counts in every):
         reference = {name: reference_of(counts) for name, counts in cells.items()}
-        summary["difference"] = statistic(cells, None) - statistic(reference, None)
-        summary["difference_interval"] = _interval(
-            cells, lambda own, groups: statistic(own, groups) - statistic(reference, groups)
+        summary["difference"] = value - statistic(reference, None)
+        summary["difference_interval"] = difference_interval_of(
+            every, lambda groups: statistic(cells, groups) - statistic(reference, groups), ends
         )
     return summary
 
 
-def _interval(cells: Cells, statistic: Statistic) -> Interval | None:
-    """None where there are too few images for every group to have one."""
-    if any(min(counts.group_images) == 0 for counts in cells.values()):
+Grouped = Callable[[Sequence[int]], float]
+"""A statistic of the images of some groups."""
+
+
+def interval_of(cells: Collection[Counts], statistic: Grouped, ends: Interval = (0.0, 1.0)) -> Interval | None:
+    """Returns an interval of a mean of the errors of cells, all of the same images.
+
+    Args:
+        cells: with images in each.
+        statistic: the mean, of the images of some groups.
+        ends: the least and the most that an image can give.
+
+    Returns:
+        Lower and upper end; None where there are too few images for every group to have one, or where groups are
+        alike though images are not, which leaves nothing to go by.
+    """
+    alike = all(counts.top1 in (0, counts.images) for counts in cells)
+    return _unvaried(cells, statistic, ends) if alike else _jackknife(cells, statistic)
+
+
+def difference_interval_of(
+    cells: Collection[Counts], statistic: Grouped, ends: Interval = (0.0, 1.0)
+) -> Interval | None:
+    """Returns an interval of the difference of such a mean from the reference's; `ends` are those of the mean."""
+    pairs = [counts.pairs for counts in cells if counts.pairs is not None]
+    if all(pair.only_model == pair.only_reference == 0 for pair in pairs):
+        return _unvaried(cells, statistic, (ends[0] - ends[1], ends[1] - ends[0]))
+    return _jackknife(cells, statistic)
+
+
+def _unvaried(cells: Collection[Counts], statistic: Grouped, ends: Interval) -> Interval:
+    groups = [place for place in range(GROUPS) if all(counts.group_images[place] for counts in cells)]
+    return unvaried(statistic(groups), min(counts.images for counts in cells), *ends)
+
+
+def _jackknife(cells: Collection[Counts], statistic: Grouped) -> Interval | None:
+    if any(min(counts.group_images) == 0 for counts in cells):
         return None
-    return jackknife(lambda groups: statistic(cells, groups), GROUPS)
+    found = jackknife(statistic, GROUPS)
+    return None if found is None or found[1] - found[0] < _ROUNDING else found
 
 
 def reference_of(counts: Counts) -> Counts:

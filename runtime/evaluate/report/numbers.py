@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
-from runtime.evaluate.counts import GROUPS, Counts
-from runtime.evaluate.intervals import Interval, jackknife, wilson
+from runtime.evaluate.counts import Counts
+from runtime.evaluate.intervals import Interval, wilson
 from runtime.evaluate.metrics import error_of
 from runtime.evaluate.report.rows import CORRUPTED, Entry, Report, main_cell
 from runtime.evaluate.results import Result
-from runtime.evaluate.summary import reference_of
+from runtime.evaluate.summary import difference_interval_of, interval_of, reference_of
 
 __all__ = ["Column", "CorruptionError", "Value", "columns_of", "corruption_errors_of", "severity_errors", "verdict"]
 
@@ -86,7 +86,7 @@ def _corruption(name: str, levels: Mapping[int, Counts]) -> CorruptionError:
     found = CorruptionError(
         name=name,
         error=_mean(cells, None),
-        interval=_interval(cells, lambda groups: _mean(cells, groups)),
+        interval=interval_of(cells, lambda groups: _mean(cells, groups)),
         levels=tuple((level, error_of(cell), _error_interval(cell)) for level, cell in levels.items()),
     )
     if any(cell.pairs is None for cell in cells):
@@ -98,7 +98,9 @@ def _corruption(name: str, levels: Mapping[int, Counts]) -> CorruptionError:
         interval=found.interval,
         levels=found.levels,
         difference=found.error - _mean(reference, None),
-        difference_interval=_interval(cells, lambda groups: _mean(cells, groups) - _mean(reference, groups)),
+        difference_interval=difference_interval_of(
+            cells, lambda groups: _mean(cells, groups) - _mean(reference, groups)
+        ),
         level_differences={
             level: error_of(cell) - error_of(own) for (level, cell), own in zip(levels.items(), reference, strict=True)
         },
@@ -112,7 +114,7 @@ def severity_errors(result: Result) -> list[tuple[int, float, Interval | None]]:
     rows: list[tuple[int, float, Interval | None]] = []
     for level in range(1, 6) if names else ():
         cells = [counts[f"{name}/{level}"] for name in names]
-        rows.append((level, _mean(cells, None), _interval(cells, _mean_of(cells))))
+        rows.append((level, _mean(cells, None), interval_of(cells, _mean_of(cells))))
     return rows
 
 
@@ -122,14 +124,6 @@ def _mean_of(cells: Sequence[Counts]) -> Callable[[Sequence[int]], float]:
 
 def _mean(cells: Sequence[Counts], groups: Sequence[int] | None) -> float:
     return sum(error_of(cell, groups) for cell in cells) / len(cells)
-
-
-def _interval(cells: Sequence[Counts], statistic: Callable[[Sequence[int]], float]) -> Interval | None:
-    if any(min(cell.group_images) == 0 for cell in cells):
-        return None
-    found = jackknife(statistic, GROUPS)
-    # Where all groups are alike, the jackknife has nothing to go by: no width is no certainty.
-    return None if found is None or found[0] == found[1] else found
 
 
 def _error_interval(counts: Counts) -> Interval | None:

@@ -88,18 +88,22 @@ def quantised(source: Path, data: Path, target: Path) -> Path:
     return target
 
 
-def with_fault(source: Path, target: Path) -> Path:
-    """An INT8 file with one layer's activation scale ×0.1: what it reads is cut off at a tenth of its range."""
+def with_fault(source: Path, target: Path, place: float = 0.5) -> Path:
+    """An INT8 file with one layer's activation scale ×0.1: what it reads is cut off at a tenth of its range.
+
+    `place`: how far down the network, from 0 to 1.
+    """
     model = onnx.load(source)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     activations = [
         node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] not in constants
     ]
-    scale = constants[activations[1].input[1]]
+    faulty = activations[int(place * len(activations))]
+    scale = constants[faulty.input[1]]
     value = numpy_helper.to_array(scale)
     scale.CopyFrom(numpy_helper.from_array((value * 0.1).astype(value.dtype), scale.name))
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] == activations[1].output[0]:
+        if node.op_type == "DequantizeLinear" and node.input[0] == faulty.output[0]:
             node.input[1] = scale.name
     onnx.save(model, target)
     return target

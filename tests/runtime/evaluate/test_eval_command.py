@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +183,18 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, data: Path) -> None
     missing = run(tmp_path / "none.onnx", "--suite", "imagenet", "--data", data, "--out", tmp_path)
     assert missing.exit_code == 2
     assert "no such ONNX file" in missing.stderr
+
+
+def test_ray_options_are_checked_and_a_missing_ray_is_told(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [str(toy_onnx(tmp_path / "toy.onnx")), "--suite", "imagenet", "--data", str(data)]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for more, code, words in (
+        (["--ray", "auto"], 3, "pip install 'advprop[ray]'"),
+        (["--ray-workers", "2"], 2, "go with --ray ADDRESS"),
+        (["--ray", "auto", "--workers", "1"], 2, "--ray-workers decode and corrupt themselves"),
+    ):
+        result = CliRunner().invoke(main, ["eval", *options, *more])
+        assert result.exit_code == code, result.output
+        assert words in result.stderr

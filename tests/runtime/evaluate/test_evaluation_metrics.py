@@ -1,6 +1,7 @@
 """Metrics against numbers computed by hand, or published."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,18 +9,21 @@ import pytest
 from runtime.errors import InputError
 from runtime.evaluate.corruptions import CORRUPTIONS
 from runtime.evaluate.counts import BINS, GROUPS, NANO, Counts, answers_of, count
-from runtime.evaluate.intervals import jackknife, newcombe_paired, wilson
+from runtime.evaluate.intervals import jackknife, newcombe_paired, unvaried, wilson
 from runtime.evaluate.metrics import (
     ALEXNET,
     ALEXNET_CLEAN,
     calibration_error,
     corruption_errors,
+    error_of,
     mce_alexnet,
     mean_error,
     relative_mce_alexnet,
     rms_calibration_error,
 )
-from runtime.evaluate.summary import summarise
+from runtime.evaluate.summary import difference_interval_of, summarise
+
+LEVELS = range(1, 6)
 
 
 def counts_of(right: int, images: int, **pairs: int) -> Counts:
@@ -98,6 +102,57 @@ def test_jackknife_covers_the_mean_error_where_images_repeat() -> None:
         lower, upper = summarise(cells)["mean_error"]["interval"]
         covered += lower <= 0.3 * 0.9 + 0.7 * 0.1 <= upper
     assert 0.9 <= covered / 100 <= 0.99
+
+
+def test_images_that_are_all_alike_have_an_interval_with_a_width() -> None:
+    assert unvaried(0.0, 100, -1.0, 1.0) == pytest.approx((-0.0370, 0.0370), abs=5e-5)  # 1.96²/(100 + 1.96²)
+    assert unvaried(1.0, 100, 0.0, 1.0) == pytest.approx((0.9630, 1.0), abs=5e-5)
+    cells = {
+        f"{name}/{level}": paired(np.ones(100, bool), np.ones(100, bool)) for name in CORRUPTIONS for level in LEVELS
+    }
+    cells["clean"] = paired(np.ones(100, bool), np.ones(100, bool))
+    metrics = summarise(cells)
+    assert metrics["mean_error"]["interval"] == pytest.approx((0.0, 0.0370), abs=5e-5)
+    assert metrics["mean_error"]["difference_interval"] == pytest.approx((-0.0370, 0.0370), abs=5e-5)
+    most = mce_alexnet(dict.fromkeys(CORRUPTIONS, [1.0] * 5))
+    assert metrics["mce_alexnet"]["interval"] == pytest.approx((0.0, 0.0370 * most), abs=0.01)
+    low, high = metrics["relative_mce_alexnet"]["difference_interval"]
+    assert -low == high > 0.0370 * most
+
+
+def test_groups_that_are_alike_by_chance_have_no_interval() -> None:
+    """One of the five images of each group is wrong, in turn: no variance to see, and yet no certainty."""
+    right = np.arange(100) // 20 != 2
+    cells = {f"fog/{level}": paired(right, np.ones(100, bool)) for level in LEVELS}
+    mean = summarise(cells)["mean_error"]
+    assert mean["value"] == pytest.approx(0.2)
+    assert mean["interval"] is None
+    assert mean["difference_interval"] is None
+
+
+@pytest.mark.parametrize("share", [0.001, 0.004, 0.01, 0.03])
+def test_the_interval_of_a_rare_difference_covers_it(share: float) -> None:
+    """Of 300 images some are lost by one of two models: 95 % intervals, 300 times, of which some have seen no loss."""
+    random = np.random.default_rng(7)
+    covered, still = 0, 0
+    for _ in range(300):
+        lost = random.random(300) < share
+        cell = paired(~lost, np.ones(300, bool))
+        interval = difference_interval_of([cell], partial(error_of, cell))
+        assert interval
+        low, high = interval
+        assert low < high
+        covered += low <= share <= high
+        still += not lost.any()
+    assert covered / 300 >= 0.9
+    assert still or share > 0.01
+
+
+def paired(right: np.ndarray, reference_right: np.ndarray) -> Counts:
+    """Counts of a model of two classes beside a reference."""
+    labels = np.zeros(len(right), int)
+    answers = [answers_of(np.stack([own, ~own], 1).astype(float), labels) for own in (right, reference_right)]
+    return count(answers[0], np.arange(len(right)), answers[1])
 
 
 def test_calibration_errors_by_hand() -> None:
