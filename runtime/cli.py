@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": ("runtime.commands.predict:main", "Classify images with an exported model."),
     "eval": ("runtime.commands.evaluate:main", "Measure accuracy and robustness."),
     "eval-merge": ("runtime.commands.merge:main", "Put the parts of an evaluation together."),
+    "attack": ("runtime.commands.attack:main", "Measure accuracy under attack: PGD, APGD, Square, noise."),
     "report": ("export.report:main", "Results, or a checkpoint, as a page."),
     "inspect": ("runtime.commands.inspect:main", "Say what a model file or engine is."),
     "cache": ("runtime.commands.cache:main", "List what is cached, and make room."),

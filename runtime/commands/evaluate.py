@@ -130,14 +130,15 @@ def main(
         shards=shard[1],
         cache=cache,
     )
-    loaded, compared = _load(models, reference, routes or ("main",), device, threads, not cpu_int8)
+    loaded, compared = load_models(models, reference, routes or ("main",), device, threads, not cpu_int8)
     results = _evaluate(console, loaded, compared, config, run)
     _write(console, results, config, run)
 
 
-def _load(
+def load_models(
     paths: Sequence[Path], reference: Path | None, routes: Sequence[str], device: str, threads: int, exact_int8: bool
 ) -> tuple[list[Model], Model | None]:
+    """Loads models, and the one that they are compared with: each once, under names that tell them apart."""
     import dataclasses
 
     from runtime.evaluate.models import load_model
