@@ -57,7 +57,8 @@ def checkpoints(steps: int) -> list[int]:
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return sorted({math.ceil(share * steps) for share in shares if share <= 1} - {0})
+    # Less a little, so that 0.57 · 100, which is 57.000…01 in binary, is 57.
+    return sorted({math.ceil(share * steps - 1e-9) for share in shares if share <= 1} - {0})
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from runtime.errors import ConfigError
 from runtime.evaluate.attacks.ball import rounded
 from runtime.evaluate.attacks.transfer import Craft
 from runtime.images import normalise
-from runtime.spec import ModelSpec, Preprocessing
+from runtime.spec import ModelSpec
 from train.apgd import LOSSES, LinfAPGD
 from train.attack import Randomness, evaluation_attack
 from train.predictor import restore_for_evaluation
@@ -46,7 +46,7 @@ def load_attacker(path: Path, *, route: str = MAIN, device: str = "auto") -> tup
         BackendUnavailable: there is no GPU for `cuda`.
     """
     spec, model, place, facts = restore_for_evaluation(path, route=route, device=device)
-    return spec, crafter(model, spec.preprocessing, place), facts
+    return spec, crafter(model, spec, place), facts
 
 
 class SeededNoise(Randomness):
@@ -62,7 +62,7 @@ class SeededNoise(Randomness):
         return torch.from_numpy(2 * drawn_NCHW - 1).to(images_NCHW)
 
 
-def crafter(model: nn.Module, preprocessing: Preprocessing, place: torch.device) -> Craft:
+def crafter(model: nn.Module, spec: ModelSpec, place: torch.device) -> Craft:
     """Returns what attacks a network by PGD (`pgd`) and Auto-PGD with both of its losses (`apgd`).
 
     PGD is untargeted, from random starts, with steps of 2.5 ε / steps (Madry et al., 2018). Both walk in pixels that
@@ -70,10 +70,10 @@ def crafter(model: nn.Module, preprocessing: Preprocessing, place: torch.device)
 
     Args:
         model: a plain network in evaluation mode, from normalised images to logits, on `place`.
-        preprocessing: how its input is normalised.
+        spec: how its input is normalised, and how many classes it has.
         place: the device it is on.
     """
-    mean, std = preprocessing.mean, preprocessing.std
+    mean, std = spec.preprocessing.mean, spec.preprocessing.std
     std_C11 = np.asarray(std, np.float32).reshape(-1, 1, 1)
     mean_C11 = np.asarray(mean, np.float32).reshape(-1, 1, 1)
 
@@ -87,7 +87,7 @@ def crafter(model: nn.Module, preprocessing: Preprocessing, place: torch.device)
         steps: int,
         restarts: int,
     ) -> NDArray[np.uint8]:
-        images_NCHW = torch.from_numpy(normalise(images_NHWC, preprocessing)).to(place)
+        images_NCHW = torch.from_numpy(normalise(images_NHWC, spec.preprocessing)).to(place)
         labels = torch.from_numpy(labels_N).to(place)
 
         def attacked() -> Iterator[torch.Tensor]:
@@ -96,9 +96,7 @@ def crafter(model: nn.Module, preprocessing: Preprocessing, place: torch.device)
                 if attack == "pgd":
                     yield pgd(model, images_NCHW, labels, MAIN)
                 elif attack == "apgd":
-                    with torch.inference_mode():
-                        classes = model(images_NCHW[:1]).shape[1]
-                    for name in LOSSES if classes > 2 else ("ce",):  # of two classes DLR says nothing
+                    for name in LOSSES if len(spec.classes) > 2 else ("ce",):  # of two classes DLR says nothing
                         yield LinfAPGD(pgd, steps, LOSSES[name])(model, images_NCHW, labels, MAIN)
                 else:
                     raise ConfigError(f"no attack {attack!r} by gradient; expected pgd or apgd")

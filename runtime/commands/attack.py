@@ -143,7 +143,7 @@ def main(
     if white_box is not None and all(white_box is not model for model in loaded):
         # Square attack costs most, and is on the files' logits: those of the checkpoint too where it is a MODEL.
         cheap = tuple(name for name in asked.attacks if name != "square")
-        targets.insert(0, Target(model=white_box, attacks=cheap))
+        targets.append(Target(model=white_box, attacks=cheap))
     results = _attack(
         console,
         targets,

@@ -24,7 +24,7 @@ def table_of(results: Sequence[AttackResult]) -> Table:
     from rich.table import Table
 
     table = Table(box=None)
-    table.add_column(f"top-1 of {results[0]['images']:,} images")
+    table.add_column(f"top-1 of {results[0]['images']:,} images", no_wrap=True)
     columns: list[dict[str, str]] = []
     for result in results:
         for epsilon in result["settings"]["epsilons"]:
