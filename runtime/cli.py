@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": ("runtime.commands.bench:main", "Measure latency and throughput."),
     "eval": ("runtime.commands.evaluate:main", "Measure accuracy and robustness."),
     "eval-merge": ("runtime.commands.merge:main", "Put the parts of an evaluation together."),
+    "attack": ("runtime.commands.attack:main", "Measure accuracy under attack: PGD, APGD, Square, noise."),
     "report": ("export.report:main", "Results, or a checkpoint, as a page."),
     "inspect": ("runtime.commands.inspect:main", "Say what a model file or engine is."),
     "cache": ("runtime.commands.cache:main", "List what is cached, and make room."),

@@ -166,7 +166,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def evaluation_attack(epsilon: float, mean: Sequence[float], std: Sequence[float], steps: int = 5) -> LinfPGD:
+def evaluation_attack(
+    epsilon: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    steps: int = 5,
+    randomness: Randomness | None = None,
+) -> LinfPGD:
     """The attack that validation reports: untargeted PGD at `epsilon`/255.
 
     Step size 2.5 ε / steps, as in Madry et al. (2018), from a random start.
@@ -178,4 +184,4 @@ def evaluation_attack(epsilon: float, mean: Sequence[float], std: Sequence[float
         targeted=False,
         clean_start_share=0.0,
     )
-    return LinfPGD(stronger, mean, std)
+    return LinfPGD(stronger, mean, std, randomness)

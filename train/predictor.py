@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from runtime.errors import BackendUnavailable
 from runtime.files import sha256_file
@@ -21,7 +22,7 @@ from train.checkpoint import load_checkpoint
 from train.recipes import MAIN
 from train.restore import restore_model
 
-__all__ = ["Predict", "load_predictor"]
+__all__ = ["Predict", "load_predictor", "restore_for_evaluation"]
 
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Normalised images, (N, 3, H, W) → logits, (N, K)."""
@@ -46,6 +47,22 @@ def load_predictor(
         ConfigError: it has no such route.
         BackendUnavailable: there is no GPU for `cuda`.
     """
+    spec, model, place, facts = restore_for_evaluation(path, route=route, ema=ema, device=device)
+
+    def predict(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits_NK: NDArray[np.float32] = model(torch.from_numpy(images_NCHW).to(place)).float().cpu().numpy()
+        return logits_NK
+
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    size_open = not config.get("fixed_input_size")
+    return spec, predict, size_open, facts
+
+
+def restore_for_evaluation(
+    path: Path, *, route: str, ema: bool = True, device: str
+) -> tuple[ModelSpec, nn.Module, torch.device, dict[str, Any]]:
+    """As `load_predictor`, but returns the network itself, without its other routes, and the device it is on."""
     checkpoint = load_checkpoint(path)
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
     if device == "cuda" and not torch.cuda.is_available():
@@ -53,12 +70,6 @@ def load_predictor(
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     model = restore_model(checkpoint, path, bn=route, ema=ema).eval().to(place)
     sha256 = sha256_file(path)
-
-    def predict(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits_NK: NDArray[np.float32] = model(torch.from_numpy(images_NCHW).to(place)).float().cpu().numpy()
-        return logits_NK
-
     facts = {
         "kind": "checkpoint",
         "sha256": sha256,
@@ -70,6 +81,4 @@ def load_predictor(
         "route": route,
         "weights": "moving average" if ema and checkpoint.get("ema_state_dict") else "last",
     }
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    size_open = not config.get("fixed_input_size")
-    return dataclasses.replace(spec, route=route, checkpoint_sha256=sha256), predict, size_open, facts
+    return dataclasses.replace(spec, route=route, checkpoint_sha256=sha256), model, place, facts

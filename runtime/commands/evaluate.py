@@ -154,7 +154,8 @@ def main(
     if address is not None and workers is not None:
         raise ConfigError("--workers is of runs on this machine; over Ray, --ray-workers decode and corrupt themselves")
     with _cluster(address, ray_workers, ray_cpus, ray_gpus) as cluster:
-        loaded, compared = _load(cluster, models, reference, routes or ("main",), device, threads, not cpu_kernels)
+        exact, routes = not cpu_kernels, routes or ("main",)
+        loaded, compared = load_models(models, reference, routes, device, threads, exact, cluster)
         results = _evaluate(console, loaded, compared, config, run, cluster)
     _write(console, results, config, run)
 
@@ -170,15 +171,16 @@ def _cluster(address: str | None, workers: int | None, cpus: float, gpus: float 
         yield cluster
 
 
-def _load(
-    cluster: Cluster | None,
+def load_models(
     paths: Sequence[Path],
     reference: Path | None,
     routes: Sequence[str],
     device: str,
     threads: int,
     exact: bool,
+    cluster: Cluster | None = None,
 ) -> tuple[list[Model], Model | None]:
+    """Loads models, and the one that they are compared with: each once, under names that tell them apart."""
     import dataclasses
 
     from runtime.evaluate.models import load_model

@@ -15,7 +15,7 @@ from runtime.evaluate.results import FORMAT
 from runtime.evaluate.suites import Suite
 from runtime.spec import ModelSpec
 
-__all__ = ["alike", "describe", "difference"]
+__all__ = ["alike", "describe", "described", "difference", "versions_of"]
 
 
 def alike(one: ModelSpec, other: ModelSpec) -> bool:
@@ -40,8 +40,8 @@ def describe(
     return {
         "format": FORMAT,
         "suite": suite.name,
-        "model": _model(model),
-        "reference": None if reference is None else _model(reference),
+        "model": described(model),
+        "reference": None if reference is None else described(reference),
         "data": {
             "path": str(config.data),
             "clean": None if config.clean is None else str(config.clean),
@@ -85,16 +85,23 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return ""
 
 
-def _model(model: Model) -> dict[str, Any]:
+def described(model: Model) -> dict[str, Any]:
+    """Returns what a result says of a model."""
     return {"name": model.name, "classes": len(model.spec.classes), **model.facts}
 
 
-def _versions(model: Model, suite: Suite) -> dict[str, str]:
+def versions_of(model: Model) -> dict[str, str]:
+    """Returns the versions of what decodes images and runs a model."""
     import PIL
 
     found = {"advprop": _installed("advprop"), "numpy": np.__version__, "pillow": PIL.__version__}
     if model.facts.get("backend") == "onnxruntime":
         found["onnxruntime"] = _installed("onnxruntime-gpu") or _installed("onnxruntime")
+    return found
+
+
+def _versions(model: Model, suite: Suite) -> dict[str, str]:
+    found = versions_of(model)
     if suite.table is not None:
         import cv2
         import scipy

