@@ -5,9 +5,8 @@
     python benchmarks/attacks.py --net runs/resnet18/best.pt --data cifar10/val --eps 8 --queries 500 --limit 200
 
 Without `--net` the network is EfficientNet-Lite0 with its real ImageNet weights. It is exported, and calibrated on
-images that are not attacked, by our own commands. All run the same INT8 file with Q/DQ arithmetic as written, on the
-same images. What is not INT8 stays FP32 (`--rest fp32`): where it is FP16, ONNX Runtime takes 3.5 times as long on a
-CPU.
+images that are not attacked, by our own commands. All run the same INT8 file as it is written, with every rounding
+done, on the same images.
 
 Both Square attacks have the same ε, first squares and number of tries. Ours rounds every try to uint8; ART's is on
 pixels in [0, 1] that it does not round, so what it made is counted as it is and once more after rounding. ART asks
@@ -124,8 +123,6 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
             plain,
             "--data",
             folder,
-            "--rest",
-            "fp32",
             "--out",
             int8,
         ]
@@ -232,7 +229,7 @@ def theirs(
 
 def opened(file: Path) -> Float:
     """The file as a function from pixels in [0, 1], (N, H, W, 3), that need be no grey levels, to logits."""
-    session = Session(OnnxRuntimeBackend(file, "cpu", Threads(), exact_int8=True), file)
+    session = Session(OnnxRuntimeBackend(file, "cpu", Threads(), exact=True), file)
     mean, std = (
         np.asarray(part, np.float32) for part in (session.spec.preprocessing.mean, session.spec.preprocessing.std)
     )

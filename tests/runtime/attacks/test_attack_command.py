@@ -109,7 +109,7 @@ def test_files_alone_get_square_and_noise_and_say_what_is_missing(tmp_path: Path
     found = content(tmp_path / "toy.attack.json")
     assert [curve["attack"] for curve in found["curves"]] == ["square", "noise", "worst"]
     assert found["checkpoint"] is None
-    assert found["model"]["arithmetic"] == "Q/DQ as written"
+    assert found["model"]["arithmetic"] == "as written, every rounding done"
     alone = attack(model, "--data", data, "--out", tmp_path, "--attacks", "square")
     assert "no noise control" in alone.output
     assert run(command="attack").exit_code == 2
