@@ -83,9 +83,11 @@ def _pareto(report: Report, latency: Column, column: Column) -> Markup | None:
 def attacks(report: Report) -> Markup | None:
     """Accuracy against ε, a picture a model and set of images."""
     panels, rows = [], []
+    every = [curve.attack for entry in report.entries for attack in entry.attacks for curve in attack.curves]
+    places = {name: place for place, name in enumerate(dict.fromkeys(every), STYLES // 2)}  # not the first models'
     for entry in report.entries:
         for attack in entry.attacks:
-            own = _lines(attack)
+            own = _lines(attack, places)
             caption = tag("figcaption", tag("strong", tag("bdi", entry.label)), f": {attack.images:,} images")
             keys = tag(
                 "ul", *(tag("li", swatch(line.place, line.control), line.label) for line in own), class_="legend"
@@ -108,16 +110,16 @@ def attacks(report: Report) -> Markup | None:
     )
 
 
-def _lines(attack: Attack) -> list[Line]:
-    curves = sorted(attack.curves, key=lambda curve: curve.attack == NOISE)
+def _lines(attack: Attack, places: Mapping[str, int]) -> list[Line]:
+    """An attack looks the same in every model's picture."""
     return [
         Line(
-            place=place,
+            place=places[curve.attack],
             label=curve.attack,
             points=tuple((255 * epsilon_, right / attack.images) for epsilon_, right in curve.points),
             control=curve.attack == NOISE,
         )
-        for place, curve in enumerate(curves, STYLES // 2)  # not the colours of the first models
+        for curve in sorted(attack.curves, key=lambda curve: curve.attack == NOISE)
         if curve.points
     ]
 
