@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from calib.options import calibration_config, calibration_options
-from runtime.console import cli_errors, set_up_logging
+from runtime.console import cli_errors, counting_bars, set_up_logging
 from runtime.spec import INTERPOLATIONS, Preprocessing
 
 EXAMPLES = """\b
@@ -78,14 +78,11 @@ def main(
     console = set_up_logging()
     config = calibration_config(calibration)
     preprocessing = _preprocessing(img_size, mean, std, interpolation, crop_pct)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from calib.pipeline import calibrate_file
     from calib.printing import print_calibration
 
     target = out or onnx.with_suffix(".int8.onnx")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with counting_bars(console) as bars:
         tasks = {}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -14,9 +14,10 @@ from runtime.errors import AdvPropError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
     from rich.status import Status
 
-__all__ = ["cli_errors", "engine_bar", "set_up_logging"]
+__all__ = ["cli_errors", "counting_bars", "engine_bar", "set_up_logging"]
 
 _Parameters = ParamSpec("_Parameters")
 _BAR = 30  # characters
@@ -38,6 +39,26 @@ def set_up_logging(verbose: bool = False) -> Console:
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
         logger.handlers = [handler]
     return console
+
+
+def counting_bars(console: Console, *, counts: bool = True, auto_refresh: bool = True) -> Progress:
+    """Returns rich's progress bars, which go when they are done.
+
+    Args:
+        console: where they are.
+        counts: show how many of how many, else a share.
+        auto_refresh: draw them from a thread; else when they are updated with `refresh`.
+    """
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn() if counts else progress.TaskProgressColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=console, transient=True, auto_refresh=auto_refresh)
 
 
 def engine_bar(status: Status) -> Callable[[str, float], None]:

@@ -5,7 +5,6 @@ Shape suffixes: N images, C channels, H height, W width.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from runtime.bench.contestants import HOST, Contestant, Work, backend_input, of_
 from runtime.bench.rounds import timed
 from runtime.engine.graph import sha256_onnx
 from runtime.engine.sidecar import read_sidecar
-from runtime.errors import BackendUnavailable, ModelFileError
+from runtime.errors import ModelFileError
 from runtime.images import normalise
+from runtime.lazy import elsewhere
 from runtime.spec import ModelSpec
 
 __all__ = ["CHECKPOINT_SUFFIXES", "TORCH_OPENER", "bare_onnxruntime", "onnx_beside", "torch_peers"]
@@ -122,13 +122,7 @@ def torch_peers(
         ArchError: timm does not have the architecture.
         BackendUnavailable: torch or timm is missing.
     """
-    module, attribute = TORCH_OPENER.split(":")
-    try:
-        opener = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"running a network in PyTorch needs torch and timm ({error}); install them, or leave it out"
-        ) from error
+    opener = elsewhere(TORCH_OPENER, "running a network in PyTorch", "leave it out")
     spec, peers = opener(
         spec, checkpoint=checkpoint, half=precision in ("fp16", "int8"), device=device, threads=threads
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.console import cli_errors, set_up_logging
+from runtime.console import cli_errors, counting_bars, set_up_logging
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -167,19 +167,9 @@ def _attack(
     attacker: Attacker | None,
     batch_size: int,
 ) -> list[AttackResult]:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from runtime.evaluate.attacks.run import attack
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+    with counting_bars(console, counts=False) as bars:
         task = bars.add_task(", ".join(config.attacks), total=None)
 
         def show(done: float, total: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.console import cli_errors, set_up_logging
+from runtime.console import cli_errors, counting_bars, set_up_logging
 from runtime.errors import AdvPropError, Interrupted
 
 if TYPE_CHECKING:
@@ -101,12 +101,9 @@ def main(files: tuple[Path, ...], against: str, out: Path, images: Path | None, 
 
 def _measure(console: Console, bench: Bench, out: Path, images: str) -> None:
     """Measures, and writes what is finished, however it ends."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         # Drawn between turns only: a thread that draws would take turns with what is measured.
-        with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
+        with counting_bars(console, auto_refresh=False) as bars:
             task = bars.add_task("", total=None)
 
             def show(done: int, total: int, words: str) -> None:

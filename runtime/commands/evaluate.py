@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.console import cli_errors, set_up_logging
+from runtime.console import cli_errors, counting_bars, set_up_logging
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -215,19 +215,9 @@ def _evaluate(
     run: RunConfig,
     cluster: Cluster | None,
 ) -> list[Result]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from runtime.evaluate.run import evaluate
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+    with counting_bars(console) as bars:
         task = bars.add_task(f"{config.name}, blocks of {run.batch_size}", total=None)
 
         def show(done: int, total: int) -> None:

@@ -5,7 +5,6 @@ Shape suffixes: N images, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailable, SpecError
+from runtime.errors import SpecError
 from runtime.files import sha256_file
 from runtime.images import network_input, normalise
+from runtime.lazy import elsewhere
 from runtime.loading import load
 from runtime.session import Session
 from runtime.spec import ModelSpec
@@ -147,12 +147,6 @@ def _of_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
 
 
 def _checkpoint(path: Path, device: str, route: str) -> Model:
-    module, name = CHECKPOINT_LOADER.split(":")
-    try:
-        loader = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"evaluating the checkpoint {path} needs torch and timm ({error}); install them, or evaluate its ONNX file"
-        ) from error
+    loader = elsewhere(CHECKPOINT_LOADER, f"evaluating the checkpoint {path}", "evaluate its ONNX file")
     spec, predict, size_open, facts = loader(path, route=route, device=device)
     return model_of(f"{path.stem}.{route}", spec, predict, facts, size_open=size_open)

@@ -5,7 +5,6 @@ Shape suffixes: A attacked copies of each image, N images, H height, W width, C 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailable, CheckpointError
+from runtime.errors import CheckpointError
 from runtime.evaluate.attacks.victim import Victim
+from runtime.lazy import elsewhere
 from runtime.spec import ModelSpec
 
 __all__ = ["ATTACKER_LOADER", "Attacker", "Craft", "load_attacker", "transfer"]
@@ -72,14 +72,8 @@ def load_attacker(path: Path, *, route: str = "main", device: str = "auto") -> A
             f"{path} is a model file, and has no gradient; --checkpoint wants the checkpoint that it was made from, "
             "such as best.pt"
         )
-    module, name = ATTACKER_LOADER.split(":")
-    try:
-        loader = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"PGD and APGD on the checkpoint {path} need torch and timm ({error}); install them, or leave --checkpoint "
-            "out for Square attack and noise alone"
-        ) from error
+    purpose = f"attacking the checkpoint {path} by its gradient"
+    loader = elsewhere(ATTACKER_LOADER, purpose, "leave --checkpoint out for Square attack and noise alone")
     spec, craft, facts = loader(path, route=route, device=device)
     return Attacker(name=f"{path.stem}.{route}", spec=spec, craft=craft, facts=facts)
 
