@@ -110,6 +110,8 @@ class OnnxRuntimeBackend(Backend):
                 "point, with the accuracy of a GPU but no quicker than the FP32 file",
                 path,
             )
+        if self.device == "cpu" and CALIBRATION_KEY in metadata:
+            reasons.append("INT8 files are for GPUs: on a CPU the FP32 file is quicker")
         text = metadata.get(METADATA_KEY)
         self.spec = ModelSpec.from_json(text, where=str(path)) if text else None
         expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
