@@ -2,7 +2,7 @@
 
     python examples/http_service.py model.onnx --port 8000
     curl --data-binary @photo.jpg http://127.0.0.1:8000/predict    {"label": "tench", "probability": 0.93}
-    curl http://127.0.0.1:8000/live /ready                         200 once it listens / once it answers
+    curl http://127.0.0.1:8000/live          /ready likewise       200 once it listens / once it answers
 
 400: not an image. 503: overloaded, or not ready yet; ask again later. 500: the model failed. It listens on this
 machine only; put a proxy with TLS, authentication and limits on connections in front before anybody else may ask.
@@ -47,6 +47,8 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             method, path = head.split()[:2]
             length = int(head.partition("\ncontent-length:")[2].partition("\r")[0] or 0)
+            if "100-continue" in head:  # curl asks before it sends more than a megabyte
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(length) if length <= LARGEST_BODY else None
         status, content = await answer(method.upper(), path, body) if body is not None else (413, "too large")
         data = json.dumps(content).encode()

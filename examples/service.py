@@ -13,6 +13,8 @@ from runtime.errors import InputError, NotAnswered
 
 async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    if "100-continue" in head:  # curl asks before it sends more than a megabyte
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     image = await reader.readexactly(int(head.partition("content-length:")[2].split()[0]))
     try:
         (best,) = await session.apredict([image], timeout_s=10)  # joins the other requests' images in a batch

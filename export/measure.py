@@ -78,6 +78,8 @@ def measure_checkpoint(
     output_dir(config.folder)
     progress("reading the checkpoint")
     reference = load_model(checkpoint, device=config.device)
+    if config.suite.name == "corruptions":
+        open_suite(config.suite, reference.spec).probe()  # not after the exports
     parts, suite = None, config.suite
     if "int8" in config.precisions:
         progress("choosing calibration images")

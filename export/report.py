@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   advprop report evaluation/*.json -o report.html
-  advprop report evaluation/*.json bench.json attack.json -o report.html -o report.md -o cells.csv
+  advprop report evaluation/*.json bench/*.batch1.json -o report.html -o report.md -o cells.csv
   advprop report --from best.pt --data photos/val --precisions fp32,fp16,int8 -o report.html
   advprop report --from best.pt --data photos/val --calib-data photos/train --limit 500 -o report.html
 

@@ -84,7 +84,7 @@ def image_size(image: ImageLike) -> tuple[int, int]:
 @contextmanager
 def _opened(image: str | PathLike[str] | bytes) -> Iterator[Image]:
     """Opens an encoded image. What goes wrong then or while it is read is a DataError."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     name = "the image bytes" if isinstance(image, bytes) else str(Path(image))
     try:
@@ -94,7 +94,8 @@ def _opened(image: str | PathLike[str] | bytes) -> Iterator[Image]:
     except FileNotFoundError as error:
         raise DataError(f"no such image file: {name}") from error
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot decode {name} as an image: {error}") from error
+        reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"cannot decode {name} as an image: {reason}") from error
 
 
 def _from_array(array: NDArray[Any]) -> Image:

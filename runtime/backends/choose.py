@@ -35,6 +35,8 @@ def open_backend(file: Path, backend: str, device: str, threads: Threads, engine
     _check(backend, device)
     if file.suffix in ENGINE_SUFFIXES:
         return _open_engine(file, backend, device, threads, engine)
+    if file.suffix in _CHECKPOINTS:
+        raise ModelFileError(f"{file} is a checkpoint; export it first: advprop-export {file}")
     if backend == "tensorrt":
         raise ConfigError(f"TensorRT runs engines; make one of {file} first: advprop build {file}")
     if engine != EngineOptions():
@@ -93,8 +95,8 @@ def _rank(file: Path) -> int:
     place = _QUICKEST.index(named) if named in _QUICKEST else len(_QUICKEST)
     if file.suffix in ENGINE_SUFFIXES:
         return place
-    # ONNX Runtime computes FP16 in FP32 on a CPU, and INT8 well on few of them.
-    return 2 * len(_QUICKEST) - place + 1
+    # ONNX Runtime computes FP16 in FP32 on a CPU, and INT8 too; names that say nothing come last.
+    return 3 * len(_QUICKEST) - place if named in _QUICKEST else 3 * len(_QUICKEST) + 1
 
 
 def _open_engine(file: Path, backend: str, device: str, threads: Threads, engine: EngineOptions) -> Backend:

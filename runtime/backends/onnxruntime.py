@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, TensorInfo
 from runtime.backends.ort_binding import run_bound
-from runtime.backends.providers import choose_providers
+from runtime.backends.providers import Providers, choose_providers
 from runtime.backends.threads import Threads
 from runtime.cpu import has_exact_int8
 from runtime.device.arrays import DeviceArray
@@ -32,6 +32,7 @@ _DTYPES = {
     "tensor(int64)": np.int64,
 }
 _LOG_ERRORS_ONLY = 3
+_AS_WRITTEN = ("session.disable_quant_qdq", "1")
 
 
 class OnnxRuntimeBackend(Backend):
@@ -56,7 +57,8 @@ class OnnxRuntimeBackend(Backend):
             threads: CPU threads inside one run.
             exact: on a CPU, compute what a GPU gives: Q/DQ nodes as they are written, in floating point and not by INT8
                 kernels, and every FP16 or BF16 tensor rounded, which ONNX Runtime leaves out there. Slower than
-                without. Default: where the CPU's own INT8 sums saturate.
+                without. Default: INT8 files of ours, for which it is the quickest way too, and where the CPU's own
+                INT8 sums saturate.
             tensorrt: run it by TensorRT inside ONNX Runtime, on a GPU.
 
         Raises:
@@ -72,30 +74,14 @@ class OnnxRuntimeBackend(Backend):
         options = _options(ort, threads)
         saturates = exact is None and self.device == "cpu" and has_exact_int8() is False
         if exact or saturates:
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            options.add_session_config_entry(*_AS_WRITTEN)
             reasons.append("INT8: in floating point, as Q/DQ nodes are written" + " (no VNNI here)" * saturates)
         if self.device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
-        source: str | bytes = str(path)
-        if exact and self.device == "cpu":
-            from runtime.rounding import rounded_file
-
-            source = rounded_file(path)
-            reasons.append("FP16: rounded where a GPU rounds" * isinstance(source, bytes))
-        try:
-            session = ort.InferenceSession(source, options, providers=list(providers.options))
-        except Exception as error:  # ONNX Runtime's exceptions share no base but this
-            if "NOT_IMPLEMENTED" in str(error):
-                raise ModelFileError(
-                    f"ONNX Runtime cannot run {path} on the {self.device}: {first_line(error)}. BF16 files are for "
-                    "TensorRT: advprop build makes an engine"
-                ) from error
-            raise ModelFileError(
-                f"ONNX Runtime cannot load {path}: {first_line(error)}. "
-                "Is the file whole? `advprop-export` writes it anew"
-            ) from error
+        source = _rounded(path) if exact and self.device == "cpu" else str(path)
+        session = _open(ort, path, source, options, providers)
         problem, otherwise = providers.missing(session), "onnxruntime" if tensorrt else "cpu"
         if problem:
             if tensorrt or device == "cuda":
@@ -104,14 +90,17 @@ class OnnxRuntimeBackend(Backend):
             self.device = "cpu"
             reasons[1] = f"device: cpu, since {problem}"
         metadata = session.get_modelmeta().custom_metadata_map
-        if saturates and CALIBRATION_KEY in metadata:
-            log.warning(
-                "%s is INT8, and this CPU has no VNNI: ONNX Runtime's INT8 kernels would saturate. It runs in floating "
-                "point, with the accuracy of a GPU but no quicker than the FP32 file",
-                path,
-            )
-        if self.device == "cpu" and CALIBRATION_KEY in metadata:
+        if exact is None and self.device == "cpu" and CALIBRATION_KEY in metadata:
+            # Its convolutions' outputs are not quantised, as TensorRT wants it: INT8 kernels could not take them, and
+            # ONNX Runtime would compute every weight anew in every run.
+            if not saturates:
+                options.add_session_config_entry(*_AS_WRITTEN)
+                reasons.append("INT8: in floating point, as Q/DQ nodes are written")
+            source = _rounded(path)
+            session = _open(ort, path, source, options, providers)
             reasons.append("INT8 files are for GPUs: on a CPU the FP32 file is quicker")
+        if isinstance(source, bytes):
+            reasons.append("FP16: rounded where a GPU rounds")
         text = metadata.get(METADATA_KEY)
         self.spec = ModelSpec.from_json(text, where=str(path)) if text else None
         expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
@@ -157,6 +146,27 @@ class OnnxRuntimeBackend(Backend):
 
     def close(self) -> None:
         self._session = None
+
+
+def _rounded(path: Path) -> bytes | str:
+    from runtime.rounding import rounded_file
+
+    return rounded_file(path)
+
+
+def _open(ort: Any, path: Path, source: bytes | str, options: Any, providers: Providers) -> Any:
+    """Returns a session of `source`, which is what is run of `path`."""
+    try:
+        return ort.InferenceSession(source, options, providers=list(providers.options))
+    except Exception as error:  # ONNX Runtime's exceptions share no base but this
+        if "NOT_IMPLEMENTED" in str(error):
+            raise ModelFileError(
+                f"ONNX Runtime cannot run {path} on the {providers.device}: {first_line(error)}. BF16 files are for "
+                "TensorRT: advprop build makes an engine"
+            ) from error
+        raise ModelFileError(
+            f"ONNX Runtime cannot load {path}: {first_line(error)}. Is the file whole? `advprop-export` writes it anew"
+        ) from error
 
 
 def _import() -> Any:

@@ -182,11 +182,12 @@ def _write(console: Console, results: list[AttackResult], out: Path) -> None:
     import json
 
     from runtime.evaluate.attacks.table import notes, table_of
+    from runtime.evaluate.results import name_for
     from runtime.files import write_text
 
     written = []
     for result in results:
-        path = out / f"{result['model']['name']}.attack.json"
+        path = name_for(result["model"], out, "attack.json")
         write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         written.append(str(path))
     console.print(table_of(results))

@@ -227,14 +227,14 @@ def _evaluate(
 
 
 def _write(console: Console, results: list[Result], config: SuiteConfig, run: RunConfig) -> None:
-    from runtime.evaluate.results import write_result
+    from runtime.evaluate.results import name_for, write_result
     from runtime.evaluate.table import notes, table_of
 
     only = ["+".join(config.only).replace("/", "-")] if config.only else []
     part = [f"{run.shard}of{run.shards}"] if run.shards > 1 else []
     written = []
     for result in results:
-        path = run.out / ".".join([result["model"]["name"], config.name, *only, *part, "json"])
+        path = name_for(result["model"], run.out, ".".join([config.name, *only, *part, "json"]))
         write_result(path, result)
         written.append(str(path))
     console.print(table_of(results))

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from runtime.errors import DataError, SpecError
 from runtime.evaluate.blocks import Corruption, Workers, corrupt_block, in_order, load_block
 from runtime.evaluate.cells import Cell, SuiteConfig
-from runtime.evaluate.corruptions import corrupt
 from runtime.evaluate.counts import Answers, Counts, answers_of, count
 from runtime.evaluate.journal import Unit
 from runtime.evaluate.models import Model
@@ -92,10 +91,7 @@ class Measurement:
 
     def probe(self, cells: Container[str]) -> None:
         """What a corruption needs and is missing is found now, not hours later. Raises BackendUnavailable."""
-        size = self.models[0].spec.preprocessing
-        for name in {cell.corruption[0] for cell in self.suite.cells if cell.corruption and cell.id in cells}:
-            assert self.suite.table is not None
-            corrupt(np.zeros((size.height, size.width, 3), np.uint8), name, 1, table=self.suite.table)
+        self.suite.probe(cells)
 
     def _images(self, workers: Workers, units: Iterable[Unit]) -> Iterator[tuple[Cell, int, NDArray[np.uint8]]]:
         """Yields the images of every unit: decoded once, then corrupted in all ways."""

@@ -7,6 +7,7 @@ the bytes of one run.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from runtime.evaluate.counts import Counts
 from runtime.evaluate.summary import summarise
 from runtime.files import write_text
 
-__all__ = ["FORMAT", "finished", "is_whole", "merge", "read_result", "write_result"]
+__all__ = ["FORMAT", "finished", "is_whole", "merge", "name_for", "read_result", "write_result"]
+
+log = logging.getLogger(__name__)
 
 FORMAT = "advprop.evaluation/1"
 
@@ -59,6 +62,23 @@ def _why_no_mce(result: Result) -> str:
     if settings["table"] not in (None, "imagenet"):
         return f"AlexNet's errors are under ImageNet's table of severities, not {settings['table']}'s"
     return ""
+
+
+def name_for(model: Mapping[str, Any], folder: Path, ending: str) -> Path:
+    """Returns where a model's result goes: `NAME.ENDING`, or with its hash where another file's result is there.
+
+    Exports are all called `model`; what took hours must not go because another of them is measured.
+    """
+    path = folder / f"{model['name']}.{ending}"
+    try:
+        found = json.loads(path.read_text())["model"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return path
+    if found == model["sha256"]:
+        return path
+    own = folder / f"{model['name']}-{model['sha256'][:8]}.{ending}"
+    log.warning("%s is of another model file: this one's result goes to %s", path, own.name)
+    return own
 
 
 def write_result(path: Path, result: Result) -> None:

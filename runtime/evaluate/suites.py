@@ -6,13 +6,15 @@ A cell is what one number is measured on: a set of images, or ImageNet-C's `fog/
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from runtime.errors import ConfigError, nearest
 from runtime.evaluate.cells import CLEAN, Cell, Opening, SuiteConfig
 from runtime.evaluate.class_lists import IMAGENET_A, IMAGENET_R
-from runtime.evaluate.corruptions import table_for
+from runtime.evaluate.corruptions import corrupt, table_for
 from runtime.evaluate.families import (
     labelled_folders,
     made_here,
@@ -56,6 +58,12 @@ class Suite:
     """The only classes that are asked about; None: all of the model's."""
     skipped: tuple[str, ...] = ()
     """Folders that the model has no class for."""
+
+    def probe(self, cells: Container[str] | None = None) -> None:
+        """Makes every corruption of these cells, or all, once. Raises BackendUnavailable where something is missing."""
+        for name in {cell.corruption[0] for cell in self.cells if cell.corruption and (not cells or cell.id in cells)}:
+            assert self.table is not None
+            corrupt(np.zeros((64, 64, 3), np.uint8), name, 1, table=self.table)
 
 
 def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:

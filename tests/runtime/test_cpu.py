@@ -4,11 +4,13 @@ import numpy as np
 import onnx
 import pytest
 
+import runtime
 from calib.placement import points_of
 from calib.precision import to_reduced
 from calib.quantize import quantize
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.cpu import has_exact_int8, tells_exact_int8
+from runtime.engine.graph import CALIBRATION_KEY
 from runtime.errors import ModelFileError
 from runtime.graphs import open_session
 from runtime.rounding import rounded_file, with_roundings
@@ -61,6 +63,18 @@ def test_on_a_cpu_every_rounding_of_a_gpu_is_done(tmp_path: Path, kind: str) -> 
     backend.close()
     (wide,) = open_session(classifier()).run(None, {"input": images})
     assert 0 < np.abs(found - wide).max() <= (64 * narrow if kind != "int8" else 0.5) * np.abs(wide).max()
+
+
+def test_an_int8_file_of_ours_is_run_as_it_is_written_by_itself(tmp_path: Path) -> None:
+    """ONNX Runtime would compute its weights anew in every run: 37 ms for a ResNet-18 at 32 pixels instead of 1.4."""
+    model = to_reduced(quantize(classifier(), points_of(classifier()), {"input": 3.0}), "fp16")
+    model.metadata_props.add(key=CALIBRATION_KEY, value="0" * 64)
+    onnx.save(model, tmp_path / "m.onnx")
+    images = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
+    with runtime.load(tmp_path / "m.onnx", device="cpu") as session:
+        (expected,) = open_session(with_roundings(model)).run(None, {"input": images})
+        np.testing.assert_array_equal(session.run(images), expected)
+        assert "INT8 files are for GPUs" in session.explain()
 
 
 def test_files_without_narrow_tensors_are_run_as_they_are(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ def test_onnx_files_in_their_order(folder: Path) -> None:
     with runtime.load(folder) as session:
         assert session.explain().splitlines()[0].endswith(f": {folder / 'model.onnx'}")
         expected = session.run(IMAGES)
+    onnx.save(serving_model(size="32, 32"), folder / "model.v2.onnx")
+    with runtime.load(folder) as session:  # a name that says nothing comes last
+        assert session.explain().splitlines()[0].endswith(f": {folder / 'model.onnx'}")
     (folder / "model.onnx").unlink()
     with runtime.load(str(folder), warm_up=(2,)) as session:
         assert "model.fp16.onnx" in session.explain()
@@ -83,6 +86,11 @@ def test_a_folder_without_models_says_what_to_do(folder: Path, tmp_path: Path) -
     (folder / "best.pt").unlink()
     with pytest.raises(ModelFileError, match="give a model file"):
         runtime.load(folder)
+
+
+def test_a_checkpoint_itself_says_what_to_do(folder: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"best\.pt is a checkpoint; export it first: advprop-export"):
+        runtime.load(folder / "best.pt")
 
 
 def test_impossible_arguments_are_no_reason_to_pass_a_file_over(folder: Path) -> None:

@@ -19,6 +19,7 @@ def to_markdown(report: Report, title: str = "Accuracy and robustness") -> str:
     """Returns the numbers of the page; pictures are the page's own."""
     parts = [f"# {escape(title)}", escape(subject(report)), _findings(report), _headline(report)]
     parts += [_corruptions(group) for group in report.groups if group.suite in CORRUPTED]
+    parts.append(_attacks(report))
     if report.gaps:
         parts.append("## What is not here\n\n" + "\n".join(f"- {escape(gap)}" for gap in report.gaps))
     parts.append(_provenance(report))
@@ -85,6 +86,24 @@ def _corruptions(group: Group) -> str:
         rows.append(row)
     heads = ["corruption", *(entry.label for entry in group.entries)]
     return f"## {escape(group.suite)}: error by corruption, %\n\n{_table(heads, rows)}"
+
+
+def _attacks(report: Report) -> str:
+    heads = ["model", "attack", "ε", "right", "top-1"]
+    rows = [
+        [
+            entry.label,
+            curve.attack,
+            f"{255 * epsilon:g}/255",
+            f"{right} of {attack.images}",
+            f"{right / attack.images:.1%}",
+        ]
+        for entry in report.entries
+        for attack in entry.attacks
+        for curve in attack.curves
+        for epsilon, right in curve.points
+    ]
+    return f"## Attacks\n\n{_table(heads, rows)}" if rows else ""
 
 
 def _provenance(report: Report) -> str:

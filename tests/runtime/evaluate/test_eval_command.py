@@ -15,6 +15,7 @@ from export.pipeline import export_checkpoint
 from runtime.cli import main
 from runtime.errors import CheckpointError, SpecError
 from runtime.evaluate.models import load_model
+from runtime.evaluate.results import name_for
 from runtime.spec import METADATA_KEY
 from tests.runtime.evaluate.evaluation_sets import labelled_folder, spec_of, toy_onnx
 from train.checkpoint import load_checkpoint, save_checkpoint
@@ -198,3 +199,15 @@ def test_ray_options_are_checked_and_a_missing_ray_is_told(
         result = CliRunner().invoke(main, ["eval", *options, *more])
         assert result.exit_code == code, result.output
         assert words in result.stderr
+
+
+def test_a_result_of_another_file_of_that_name_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = ({"name": "model", "sha256": letter * 64} for letter in "ab")
+    path = name_for(first, tmp_path, "imagenet.json")
+    assert path == tmp_path / "model.imagenet.json"
+    path.write_text(json.dumps({"model": first}))
+    assert name_for(first, tmp_path, "imagenet.json") == path
+    assert name_for(second, tmp_path, "imagenet.json") == tmp_path / "model-bbbbbbbb.imagenet.json"
+    assert "is of another model file" in caplog.text
+    path.write_text("no JSON")
+    assert name_for(second, tmp_path, "imagenet.json") == path
