@@ -79,7 +79,8 @@ def measure_checkpoint(
     progress("reading the checkpoint")
     reference = load_model(checkpoint, device=config.device)
     if config.suite.name == "corruptions":
-        open_suite(config.suite, reference.spec).probe()  # not after the exports
+        opened = open_suite(config.suite, reference.spec)
+        opened.probe({cell.id for cell in opened.cells}, reference.spec.preprocessing)  # not after the exports
     parts, suite = None, config.suite
     if "int8" in config.precisions:
         progress("choosing calibration images")

@@ -99,6 +99,27 @@ def test_the_smallest_service_is_thirty_lines_and_tells_of_wrong_images(start: S
     assert asyncio.run(ask(port, "/", jpeg((200, 0, 0))))[1]["label"] == "red"
 
 
+@pytest.mark.parametrize("example", ["service", "http_service"])
+def test_a_client_that_asks_before_it_sends_is_answered(start: Start, example: str) -> None:
+    """As curl does before more than a megabyte."""
+    image = jpeg((200, 0, 0))
+
+    async def main() -> None:
+        if example == "http_service":
+            await until_ready(port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST /predict HTTP/1.1\r\nContent-Length: {len(image)}\r\nExpect: 100-continue\r\n\r\n"
+        writer.write(head.encode())
+        assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(image)
+        assert b'"label": "red"' in await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+    port = start(serving_model(MEAN), example=example)
+    asyncio.run(main())
+
+
 def test_live_is_not_ready_and_wrong_requests_are_told(start: Start) -> None:
     async def main() -> None:
         assert await ask(port, "/live") == (200, "live")

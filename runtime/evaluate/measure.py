@@ -91,7 +91,7 @@ class Measurement:
 
     def probe(self, cells: Container[str]) -> None:
         """What a corruption needs and is missing is found now, not hours later. Raises BackendUnavailable."""
-        self.suite.probe(cells)
+        self.suite.probe(cells, self.models[0].spec.preprocessing)
 
     def _images(self, workers: Workers, units: Iterable[Unit]) -> Iterator[tuple[Cell, int, NDArray[np.uint8]]]:
         """Yields the images of every unit: decoded once, then corrupted in all ways."""

@@ -23,7 +23,7 @@ from runtime.evaluate.families import (
     released_folders,
     two_hundred,
 )
-from runtime.spec import ModelSpec
+from runtime.spec import ModelSpec, Preprocessing
 
 __all__ = ["SUITES", "Suite", "open_suite"]
 
@@ -59,11 +59,19 @@ class Suite:
     skipped: tuple[str, ...] = ()
     """Folders that the model has no class for."""
 
-    def probe(self, cells: Container[str] | None = None) -> None:
-        """Makes every corruption of these cells, or all, once. Raises BackendUnavailable where something is missing."""
-        for name in {cell.corruption[0] for cell in self.cells if cell.corruption and (not cells or cell.id in cells)}:
+    def probe(self, cells: Container[str], size: Preprocessing) -> None:
+        """Makes every corruption of these cells once: what is missing is found now, not hours later.
+
+        Args:
+            cells: their ids.
+            size: of the network's images.
+
+        Raises:
+            BackendUnavailable: something that makes a corruption is missing.
+        """
+        for name in {cell.corruption[0] for cell in self.cells if cell.corruption and cell.id in cells}:
             assert self.table is not None
-            corrupt(np.zeros((64, 64, 3), np.uint8), name, 1, table=self.table)
+            corrupt(np.zeros((size.height, size.width, 3), np.uint8), name, 1, table=self.table)
 
 
 def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:

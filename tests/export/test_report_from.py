@@ -1,6 +1,7 @@
 """`advprop report --from`: a checkpoint's whole way to the page, stopped and gone on with."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -11,15 +12,16 @@ import torch
 from click.testing import CliRunner, Result
 
 from calib.images import CalibrationImage
-from export.measure import MeasureConfig
+from export.measure import MeasureConfig, measure_checkpoint
 from export.split import split
 from runtime.cli import main
-from runtime.errors import ConfigError
+from runtime.errors import BackendUnavailable, ConfigError
 from runtime.evaluate.cells import SuiteConfig
+from runtime.evaluate.corruptions.frost import _texture
 from runtime.evaluate.suites import open_suite
 from runtime.files import sha256_file
+from tests.checkpoints import save_resnet10t
 from tests.runtime.evaluate.evaluation_sets import COLOURS, labelled_folder, picture, spec_of
-from train.checkpoint import save_checkpoint
 from train.models import create_model
 
 
@@ -29,20 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=3)
     images = np.stack([picture(colour, 100 + number) for number in range(4) for colour in COLOURS])
-    content = {
-        "arch": "resnet10t",
-        "model_kwargs": {"num_classes": 3},
-        "recipe": "vanilla",
-        "spec": dataclasses.replace(spec_of(), arch="resnet10t").to_json(),
-        "state_dict": model.state_dict(),
-        "ema_state_dict": None,
-        "epoch": 0,
-        "step": 0,
-        "sample": {"images": torch.from_numpy(images), "labels": torch.zeros(len(images))},
-    }
-    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
-    save_checkpoint(path, content)
-    return path
+    return save_resnet10t(tmp_path_factory.mktemp("checkpoint") / "best.pt", model, images)
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +112,19 @@ def test_impossible_wishes(checkpoint: Path, data: Path, tmp_path: Path) -> None
         MeasureConfig(
             precisions=("fp16",), suite=SuiteConfig(name="imagenet", data=data), folder=tmp_path, calib_data=data
         )
+
+
+def test_what_a_corruption_lacks_is_told_before_anything_is_exported(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(name: str) -> importlib.metadata.Distribution:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    _texture.cache_clear()
+    config = MeasureConfig(
+        precisions=("fp32",), suite=SuiteConfig(name="corruptions", data=data), folder=tmp_path / "w", device="cpu"
+    )
+    with pytest.raises(BackendUnavailable, match="frost needs the textures"):
+        measure_checkpoint(checkpoint, config)
+    assert list((tmp_path / "w").iterdir()) == []

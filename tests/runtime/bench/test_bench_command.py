@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -19,9 +20,9 @@ from runtime.engine.sidecar import EngineInfo, write_sidecar
 from runtime.errors import ArchError, ConfigError, ModelFileError
 from runtime.evaluate.report.measured import latency_of
 from runtime.files import sha256_file
+from tests.checkpoints import save_resnet10t
 from tests.runtime.evaluate.evaluation_sets import labelled_folder, spec_of, toy_onnx
 from tests.runtime.serving_models import serving_model
-from train.checkpoint import save_checkpoint
 from train.models import create_model
 
 QUICK = ["--rounds", "2", "--duration-s", "0", "--iterations", "2", "--warm-up-ms", "0", "--device", "cpu"]
@@ -94,18 +95,7 @@ def test_the_report_takes_it(real_spec: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_and_images_of_ones_own(real_spec: Path, tmp_path: Path) -> None:
     model = create_model("resnet10t", num_classes=3)
-    content = {
-        "arch": "resnet10t",
-        "model_kwargs": {"num_classes": 3},
-        "recipe": "vanilla",
-        "spec": dataclasses.replace(spec_of(), arch="resnet10t").to_json(),
-        "state_dict": model.state_dict(),
-        "ema_state_dict": None,
-        "epoch": 0,
-        "step": 0,
-        "sample": {"images": torch.zeros(1, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(1)},
-    }
-    save_checkpoint(tmp_path / "best.pt", content)
+    save_resnet10t(tmp_path / "best.pt", model, np.zeros((1, 32, 32, 3), np.uint8))
     threads = torch.get_num_threads()
     folder = labelled_folder(tmp_path / "set", count=1)
     run = bench(real_spec, tmp_path / "best.pt", "--batch", "5", "--images", folder, "--out", tmp_path / "out")

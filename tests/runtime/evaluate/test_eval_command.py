@@ -17,8 +17,9 @@ from runtime.errors import CheckpointError, SpecError
 from runtime.evaluate.models import load_model
 from runtime.evaluate.results import name_for
 from runtime.spec import METADATA_KEY
+from tests.checkpoints import save_resnet10t
 from tests.runtime.evaluate.evaluation_sets import labelled_folder, spec_of, toy_onnx
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import load_checkpoint
 from train.dual_bn import add_auxiliary_bns, route
 from train.models import create_model
 from train.restore import restore_model
@@ -123,19 +124,7 @@ def checkpoint(tmp_path: Path) -> Path:
     for name, value in model.state_dict().items():
         if ".aux." in name and name.endswith(("weight", "bias")):
             value.uniform_(0.2, 1.5)
-    content = {
-        "arch": "resnet10t",
-        "model_kwargs": {"num_classes": 3},
-        "recipe": "advprop",
-        "spec": dataclasses.replace(spec_of(), arch="resnet10t").to_json(),
-        "state_dict": model.state_dict(),
-        "ema_state_dict": None,
-        "epoch": 0,
-        "step": 0,
-        "sample": {"images": torch.zeros(4, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(4)},
-    }
-    save_checkpoint(tmp_path / "best.pt", content)
-    return tmp_path / "best.pt"
+    return save_resnet10t(tmp_path / "best.pt", model, np.zeros((4, 32, 32, 3), np.uint8), recipe="advprop")
 
 
 def test_a_checkpoint_through_either_route_beside_its_onnx_file(tmp_path: Path, checkpoint: Path, data: Path) -> None:

@@ -1,5 +1,6 @@
 """Every suite on a tiny folder laid out as the released set is."""
 
+import importlib.metadata
 import logging
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.errors import ConfigError, DataError, SpecError
+from runtime.errors import BackendUnavailable, ConfigError, DataError, SpecError
 from runtime.evaluate.class_lists import CIFAR10, IMAGENET_A, IMAGENET_R
+from runtime.evaluate.corruptions.frost import _texture
 from runtime.evaluate.images import Folder, LabelledImages
 from runtime.evaluate.results import Result
 from runtime.evaluate.run import evaluate
@@ -295,3 +297,18 @@ def test_greys_and_other_files_are_read_as_colour(tmp_path: Path) -> None:
     Image.fromarray(picture("red", 0)[..., 0]).save(folder / "grey.JPEG")
     (folder / "notes.txt").write_text("no image")
     assert cells(measure("imagenet", tmp_path / "set", tmp_path)) == {"images": 1}
+
+
+def test_only_the_corruptions_that_are_asked_for_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, spec = labelled_folder(tmp_path, count=2), spec_of()
+    suite = open_suite(config("corruptions", data), spec)
+
+    def nothing(name: str) -> importlib.metadata.Distribution:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    _texture.cache_clear()
+    suite.probe(set(), spec.preprocessing)
+    suite.probe({"fog/3", "clean"}, spec.preprocessing)
+    with pytest.raises(BackendUnavailable, match="frost needs the textures"):
+        suite.probe({"frost/1"}, spec.preprocessing)
