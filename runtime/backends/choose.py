@@ -16,7 +16,7 @@ from runtime.backends.threads import Threads
 from runtime.errors import BackendUnavailable, ConfigError, ModelFileError, first_line
 from runtime.execution.options import EngineOptions
 
-__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "open_backend", "open_folder", "warm_up"]
+__all__ = ["BACKENDS", "CHECKPOINT_SUFFIXES", "ENGINE_SUFFIXES", "open_backend", "open_folder", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,8 @@ BACKENDS = ("auto", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
 `onnxruntime-tensorrt` is the one inside ONNX Runtime, for ONNX files."""
 ENGINE_SUFFIXES = (".engine", ".plan")
 """Files that TensorRT runs."""
-_CHECKPOINTS = (".pt", ".pth")
+CHECKPOINT_SUFFIXES = (".pt", ".pth")
+"""Files that PyTorch runs, and that are exported."""
 _QUICKEST = ("int8", "fp16", "bf16", "fp32")
 """Engines of an export by the precision in their names, the quickest first."""
 
@@ -35,7 +36,7 @@ def open_backend(file: Path, backend: str, device: str, threads: Threads, engine
     _check(backend, device)
     if file.suffix in ENGINE_SUFFIXES:
         return _open_engine(file, backend, device, threads, engine)
-    if file.suffix in _CHECKPOINTS:
+    if file.suffix in CHECKPOINT_SUFFIXES:
         raise ModelFileError(f"{file} is a checkpoint; export it first: advprop-export {file}")
     if backend == "tensorrt":
         raise ConfigError(f"TensorRT runs engines; make one of {file} first: advprop build {file}")
@@ -77,7 +78,7 @@ def open_folder(
         passed_over.append(f"passed over {file.name}: {reason}")
     if passed_over:
         raise ModelFileError("\n  ".join((f"nothing in the folder {folder} can be run:", *passed_over)))
-    checkpoint = min((file for file in files if file.suffix in _CHECKPOINTS), default=None)
+    checkpoint = min((file for file in files if file.suffix in CHECKPOINT_SUFFIXES), default=None)
     advice = f"export its checkpoint first: advprop-export {checkpoint}" if checkpoint else "give a model file"
     raise ModelFileError(f"the folder {folder} has no .onnx and no .engine file; {advice}")
 

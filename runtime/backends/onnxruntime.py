@@ -73,9 +73,9 @@ class OnnxRuntimeBackend(Backend):
         reasons = [f"backend: {by} {ort.__version__}, which runs ONNX files", f"device: {providers.why}"]
         options = _options(ort, threads)
         saturates = exact is None and self.device == "cpu" and has_exact_int8() is False
-        if exact or saturates:
+        as_written = bool(exact) or saturates
+        if as_written:
             options.add_session_config_entry(*_AS_WRITTEN)
-            reasons.append("INT8: in floating point, as Q/DQ nodes are written" + " (no VNNI here)" * saturates)
         if self.device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
         if not path.is_file():
@@ -93,12 +93,14 @@ class OnnxRuntimeBackend(Backend):
         if exact is None and self.device == "cpu" and CALIBRATION_KEY in metadata:
             # Its convolutions' outputs are not quantised, as TensorRT wants it: INT8 kernels could not take them, and
             # ONNX Runtime would compute every weight anew in every run.
-            if not saturates:
+            if not as_written:
                 options.add_session_config_entry(*_AS_WRITTEN)
-                reasons.append("INT8: in floating point, as Q/DQ nodes are written")
+            as_written = True
             source = _rounded(path)
             session = _open(ort, path, source, options, providers)
             reasons.append("INT8 files are for GPUs: on a CPU the FP32 file is quicker")
+        if as_written:
+            reasons.append("INT8: in floating point, as Q/DQ nodes are written" + " (no VNNI here)" * saturates)
         if isinstance(source, bytes):
             reasons.append("FP16: rounded where a GPU rounds")
         text = metadata.get(METADATA_KEY)
@@ -114,6 +116,11 @@ class OnnxRuntimeBackend(Backend):
                 f"threads: {threads.intra or 'one a core'} for an operator, {threads.inter} operators at a time"
             )
         self.reasons = tuple(reasons)
+
+    @property
+    def session(self) -> Any:
+        """The `onnxruntime.InferenceSession` below, to be measured beside: without checks, and of this file only."""
+        return self._session
 
     def _run(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
         if isinstance(images_NCHW, DeviceView):

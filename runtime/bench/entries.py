@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.choose import ENGINE_SUFFIXES
+from runtime.backends.choose import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
+from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.backends.threads import Threads
 from runtime.bench.contestants import Contestant, of_session
 from runtime.bench.names import names_of, slug, unused
-from runtime.bench.peers import CHECKPOINT_SUFFIXES, bare_onnxruntime, onnx_beside, torch_peers
+from runtime.bench.peers import bare_onnxruntime, onnx_beside, torch_peers
 from runtime.engine.graph import summarise
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import ConfigError, InputError, ModelFileError
@@ -117,6 +118,7 @@ def _add_ort(
         facts = {**_onnx_facts(onnx), "peer": f"{onnx.name}, which the engine was built from, in ONNX Runtime"}
         found.append(of_session(name, other, {**facts, **_settings(other, options)}, size))
     else:
+        assert isinstance(backend, OnnxRuntimeBackend)
         found.append(bare_onnxruntime(name, path, backend, threads, size))
 
 

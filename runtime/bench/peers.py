@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.base import Backend
+from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.backends.threads import Threads
 from runtime.bench.contestants import HOST, Contestant, Work, backend_input, of_torch
 from runtime.bench.rounds import timed
@@ -23,38 +23,26 @@ from runtime.images import normalise
 from runtime.lazy import elsewhere
 from runtime.spec import ModelSpec
 
-__all__ = ["CHECKPOINT_SUFFIXES", "TORCH_OPENER", "bare_onnxruntime", "onnx_beside", "torch_peers"]
+__all__ = ["TORCH_OPENER", "bare_onnxruntime", "onnx_beside", "torch_peers"]
 
 TORCH_OPENER = "train.eager:open_eager"
 """What makes PyTorch peers: imported when there is one, since the runtime depends on nothing else of ours."""
-CHECKPOINT_SUFFIXES = (".pt", ".pth")
 
 
 def bare_onnxruntime(
-    name: str, path: Path, beside: Backend, threads: Threads, image_size: tuple[int, int]
+    name: str, path: Path, beside: OnnxRuntimeBackend, threads: Threads, image_size: tuple[int, int]
 ) -> Contestant:
     """Makes a contestant of `InferenceSession.run`: what the session's own work is measured against.
 
     Args:
         name: what it is called.
         path: the ONNX file.
-        beside: the backend that runs the same file: its device, and the form of its input.
-        threads: as the backend's.
+        beside: the backend that runs the file. Its own `InferenceSession` is called, so that settings and arithmetic
+            are the same and the difference is ours alone.
+        threads: the backend's.
         image_size: height and width.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads, options.inter_op_num_threads = threads.intra, threads.inter
-    if not threads.spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    as_written = any(reason.startswith("INT8: in floating point") for reason in beside.reasons)
-    if as_written:  # the same arithmetic, so that the difference is the session's
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    gpu = ["CUDAExecutionProvider"] if beside.device == "cuda" else []
-    session = onnxruntime.InferenceSession(str(path), options, providers=[*gpu, "CPUExecutionProvider"])
-    outputs = [output.name for output in beside.outputs]
+    session, outputs = beside.session, [output.name for output in beside.outputs]
 
     def prepare(pixels_NHWC: NDArray[np.uint8], encoded: Sequence[bytes]) -> Work:
         feed = {beside.input.name: backend_input(beside, pixels_NHWC)}
@@ -63,7 +51,7 @@ def bare_onnxruntime(
             return session.run(outputs, feed)
 
         # Without a GPU there is nothing else to time: the call is the network.
-        return Work(run=run, probes={} if gpu else {"compute": timed("compute", run)})
+        return Work(run=run, probes={} if beside.device == "cuda" else {"compute": timed("compute", run)})
 
     facts = {
         "kind": "onnx",
