@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from runtime.console import cli_errors, set_up_logging
+from runtime.options import device_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,13 +73,7 @@ _OF_FROM = (
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="--from: images at once.")
 @click.option("--workers", type=click.IntRange(min=0), help="--from: processes that corrupt.  [default: cores − 1]")
 @click.option("--threads", default=0, show_default=True, help="--from: CPU threads of ONNX Runtime; 0: all cores.")
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    help="--from: where models run.",
-)
+@device_option("--from: where models run.")
 @cli_errors
 def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path | None, **options: Any) -> None:
     """Make one page of RESULTS, or of a checkpoint: how accurate and robust each precision is.

@@ -12,7 +12,14 @@ from runtime.engine.options import HARDWARE_LEVELS, BuildOptions
 from runtime.errors import ConfigError
 from runtime.sizes import ImageSizes
 
-__all__ = ["ENGINE_OPTION_NAMES", "build_arguments", "engine_options", "image_size_option"]
+__all__ = [
+    "ENGINE_OPTION_NAMES",
+    "build_arguments",
+    "cpu_kernels_option",
+    "device_option",
+    "engine_options",
+    "image_size_option",
+]
 
 ENGINE_OPTION_NAMES = (
     "sm",
@@ -61,6 +68,18 @@ class _ImageSizes(click.ParamType):  # type: ignore[type-arg]
             return ImageSizes.parse(str(value))
         except ConfigError as error:
             self.fail(str(error), param, ctx)
+
+
+def device_option(help_text: str) -> Callable[[_Command], _Command]:
+    """Makes --device, of whatever `runtime.load` runs."""
+    choice = click.Choice(["auto", "cpu", "cuda"])
+    return click.option("--device", default="auto", show_default=True, type=choice, help=help_text)
+
+
+cpu_kernels_option = click.option(
+    "--cpu-kernels", is_flag=True, help="On a CPU, do not compute as a GPU rounds, but as services here do."
+)
+"""Makes --cpu-kernels, of evaluations and attacks."""
 
 
 def image_size_option(help_text: str) -> Callable[[_Command], _Command]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from runtime.cuda import find_gpu
 from runtime.doctor import Finding, look
+from runtime.engine.flavours import RTX_DEFAULT_SMS
 from runtime.engine.graph import OnnxSummary
 from runtime.engine.sidecar import EngineInfo
 
@@ -39,8 +40,8 @@ def engine_support(info: EngineInfo) -> list[str]:
 
 
 def _by_default(info: EngineInfo, sm: int) -> bool:
-    """Whether TensorRT-RTX's own choice of targets, Ampere to Ada and Blackwell's consumer GPUs, has that one."""
-    return info.compute_capabilities == ("default",) and sm in (80, 86, 89, 120, 121)
+    """Whether TensorRT-RTX's own choice of targets has that one."""
+    return info.compute_capabilities == ("default",) and sm in RTX_DEFAULT_SMS
 
 
 def _yes_or_why(finding: Finding) -> str:

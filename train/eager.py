@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from runtime.bench.contestants import EVENTS, HOST
-from runtime.errors import BackendUnavailable, ConfigError
+from runtime.errors import ConfigError
 from runtime.files import sha256_file
 from runtime.spec import ModelSpec
 from train.checkpoint import load_checkpoint
 from train.models import create_model
+from train.predictor import device_for
 from train.restore import restore_model
 
 __all__ = ["EagerModel", "open_eager"]
@@ -98,9 +99,7 @@ def open_eager(
         ArchError: timm does not have the architecture.
         BackendUnavailable: there is no GPU for `cuda`.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("device='cuda': torch finds no GPU; use device='cpu' or 'auto'")
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    place = device_for(device)
     if threads:
         torch.set_num_threads(threads)
     facts: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from train.checkpoint import load_checkpoint
 from train.recipes import MAIN
 from train.restore import restore_model
 
-__all__ = ["Predict", "load_predictor", "restore_for_evaluation"]
+__all__ = ["Predict", "device_for", "load_predictor", "restore_for_evaluation"]
 
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Normalised images, (N, 3, H, W) → logits, (N, K)."""
@@ -59,15 +59,20 @@ def load_predictor(
     return spec, predict, size_open, facts
 
 
+def device_for(name: str) -> torch.device:
+    """Returns the device for `auto` (a GPU where there is one), `cpu` or `cuda`. Raises BackendUnavailable."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("device='cuda': torch finds no GPU; use device='cpu' or 'auto'")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def restore_for_evaluation(
     path: Path, *, route: str, ema: bool = True, device: str
 ) -> tuple[ModelSpec, nn.Module, torch.device, dict[str, Any]]:
     """As `load_predictor`, but returns the network itself, without its other routes, and the device it is on."""
     checkpoint = load_checkpoint(path)
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("device='cuda': torch finds no GPU; use device='cpu' or 'auto'")
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    place = device_for(device)
     model = restore_model(checkpoint, path, bn=route, ema=ema).eval().to(place)
     sha256 = sha256_file(path)
     facts = {

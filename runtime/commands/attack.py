@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from runtime.console import cli_errors, counting_bars, set_up_logging
-from runtime.errors import ConfigError
+from runtime.options import cpu_kernels_option, device_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,10 +78,8 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic from click
 @click.option("--out", default=Path("evaluation"), show_default=True, type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Images at once.")
 @click.option("--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores.")
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where models run."
-)
-@click.option("--cpu-kernels", is_flag=True, help="On a CPU, do not compute as a GPU rounds, but as services here do.")
+@device_option("Where models run.")
+@cpu_kernels_option
 @cli_errors
 def main(
     models: tuple[Path, ...],
@@ -106,11 +105,11 @@ def main(
     Prints a table, and writes OUT/MODEL.attack.json, which advprop report draws as accuracy against ε.
     """
     console = set_up_logging()
-    from runtime.commands.evaluate import load_models
     from runtime.evaluate.attacks.config import AttackConfig, default_attacks, default_epsilon
     from runtime.evaluate.attacks.run import Target
     from runtime.evaluate.attacks.transfer import load_attacker
     from runtime.evaluate.cells import SuiteConfig
+    from runtime.evaluate.models import load_model, load_models
     from runtime.files import output_dir
 
     def config(width: float) -> AttackConfig:
@@ -126,20 +125,15 @@ def main(
         )
 
     asked = config(1)  # what is wrong with the options is said before models are loaded
-    if asked.gradient and checkpoint is None:
-        raise ConfigError(
-            f"{', '.join(asked.gradient)} follow a gradient, which model files do not have: give the checkpoint that "
-            "they were made from, --checkpoint best.pt, or ask for --attacks square,noise"
-        )
+    asked.check_gradient(checkpoint is not None)
     output_dir(out)
     attacker = None
     if checkpoint is not None and asked.gradient:
         attacker = load_attacker(checkpoint, device=device)
     elif checkpoint is not None:
         log.warning("--checkpoint has no effect: neither pgd nor apgd is asked for")
-    loaded, white_box = load_models(
-        models, checkpoint if attacker else None, ("main",), device, threads, not cpu_kernels
-    )
+    load = partial(load_model, device=device, threads=threads, exact=not cpu_kernels)
+    loaded, white_box = load_models(load, models, checkpoint if attacker else None)
     asked = config(default_epsilon(loaded[0].spec))
     targets = [Target(model=model, attacks=asked.attacks) for model in loaded]
     if white_box is not None and all(white_box is not model for model in loaded):

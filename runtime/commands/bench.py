@@ -9,6 +9,7 @@ import click
 
 from runtime.console import cli_errors, counting_bars, set_up_logging
 from runtime.errors import AdvPropError, Interrupted
+from runtime.options import device_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,9 +60,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from click
 @click.option("--iterations", default=10, show_default=True, help="Calls at the least, likewise.")
 @click.option("--rounds", default=10, show_default=True, help="Turns that each FILE gets.")
 @click.option("--seed", default=0, show_default=True, help="Of the order of turns, and of images.")
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where all run."
-)
+@device_option("Where all run.")
 @click.option("--threads", default=0, show_default=True, help="CPU threads of one run; 0: as each library likes.")
 @click.option("--spin/--no-spin", default=None, help="ONNX Runtime's idle threads spin.  [default: spin]")
 @click.option("--graphs/--no-graphs", default=None, help="Engines replay CUDA graphs.  [default: graphs]")

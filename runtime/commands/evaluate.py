@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import click
 
 from runtime.console import cli_errors, counting_bars, set_up_logging
 from runtime.errors import ConfigError
+from runtime.options import cpu_kernels_option, device_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,10 +100,8 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 @click.option(
     "--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores, or --ray-cpus."
 )
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where models run."
-)
-@click.option("--cpu-kernels", is_flag=True, help="On a CPU, do not compute as a GPU rounds, but as services here do.")
+@device_option("Where models run.")
+@cpu_kernels_option
 @cli_errors
 def main(
     models: tuple[Path, ...],
@@ -135,6 +134,7 @@ def main(
     """
     console = set_up_logging()
     from runtime.evaluate.cells import SuiteConfig
+    from runtime.evaluate.models import load_model, load_models
     from runtime.evaluate.run import RunConfig
 
     config = SuiteConfig(
@@ -154,8 +154,9 @@ def main(
     if address is not None and workers is not None:
         raise ConfigError("--workers is of runs on this machine; over Ray, --ray-workers decode and corrupt themselves")
     with _cluster(address, ray_workers, ray_cpus, ray_gpus) as cluster:
-        exact, routes = not cpu_kernels, routes or ("main",)
-        loaded, compared = load_models(models, reference, routes, device, threads, exact, cluster)
+        loader = load_model if cluster is None else cluster.load_model
+        load = partial(loader, device=device, threads=threads, exact=not cpu_kernels)
+        loaded, compared = load_models(load, models, reference, routes or ("main",))
         results = _evaluate(console, loaded, compared, config, run, cluster)
     _write(console, results, config, run)
 
@@ -169,42 +170,6 @@ def _cluster(address: str | None, workers: int | None, cpus: float, gpus: float 
 
     with Cluster(ClusterConfig(address=address, workers=workers, cpus=cpus, gpus=gpus)) as cluster:
         yield cluster
-
-
-def load_models(
-    paths: Sequence[Path],
-    reference: Path | None,
-    routes: Sequence[str],
-    device: str,
-    threads: int,
-    exact: bool,
-    cluster: Cluster | None = None,
-) -> tuple[list[Model], Model | None]:
-    """Loads models, and the one that they are compared with: each once, under names that tell them apart."""
-    import dataclasses
-
-    from runtime.evaluate.models import load_model
-
-    load = load_model if cluster is None else cluster.load_model
-    known: dict[tuple[Path, str], Model] = {}
-    pairs = [(path, route) for path in paths for route in (routes if path.suffix in (".pt", ".pth") else ("main",))]
-    wanted = [*pairs, *([(reference, routes[0])] if reference else [])]
-    for path, route in wanted:
-        key = (path.resolve(), route if path.suffix in (".pt", ".pth") else "")
-        if key not in known:
-            known[key] = load(path, device=device, threads=threads, route=route, exact=exact)
-    names = Counter(model.name for model in known.values())
-    for key, model in known.items():
-        if names[model.name] > 1:
-            known[key] = dataclasses.replace(model, name=f"{model.name}-{model.facts['sha256'][:8]}")
-
-    def find(path: Path, route: str) -> Model:
-        return known[path.resolve(), route if path.suffix in (".pt", ".pth") else ""]
-
-    models = list({id(model): model for model in (find(*pair) for pair in pairs)}.values())
-    if len({model.name for model in models}) < len(models):
-        raise ConfigError("two of the models are the same file; give each once")
-    return models, find(reference, routes[0]) if reference else None
 
 
 def _evaluate(

@@ -13,6 +13,7 @@ from runtime.console import cli_errors, set_up_logging
 from runtime.errors import DataError
 from runtime.images import SUFFIXES
 from runtime.loading import load
+from runtime.options import device_option
 from runtime.session import Prediction, Session
 
 EXAMPLES = """\b
@@ -29,9 +30,7 @@ Examples:
 @click.option("--top", default=1, show_default=True, type=click.IntRange(min=1), help="Classes to list an image.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images at once.")
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where it runs."
-)
+@device_option("Where it runs.")
 @cli_errors
 def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_size: int, device: str) -> None:
     """Classify IMAGES (files, or folders of them) with the exported MODEL."""

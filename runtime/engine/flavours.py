@@ -12,10 +12,12 @@ from runtime.cuda import find_gpu
 from runtime.engine.layers import LISTING
 from runtime.errors import BackendUnavailable, ConfigError
 
-__all__ = ["Flavour", "check_targets", "choose_flavour", "native_logger", "parse_sm"]
+__all__ = ["RTX_DEFAULT_SMS", "Flavour", "check_targets", "choose_flavour", "native_logger", "parse_sm"]
 
 log = logging.getLogger(__name__)
 
+RTX_DEFAULT_SMS = (80, 86, 89, 120, 121)
+"""TensorRT-RTX's own choice of targets: Ampere to Ada, and Blackwell's consumer GPUs."""
 _FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _OLDEST_TENSORRT = 10  # before it there are no strongly typed networks
 

@@ -5,7 +5,9 @@ Shape suffixes: N images, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import SpecError
+from runtime.backends.choose import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
+from runtime.errors import ConfigError, SpecError
 from runtime.files import sha256_file
 from runtime.images import network_input, normalise
 from runtime.lazy import elsewhere
@@ -21,7 +24,7 @@ from runtime.loading import load
 from runtime.session import Session
 from runtime.spec import ModelSpec
 
-__all__ = ["CHECKPOINT_LOADER", "Model", "ModelSource", "load_model", "model_of"]
+__all__ = ["CHECKPOINT_LOADER", "Model", "ModelSource", "load_model", "load_models", "model_of"]
 
 CHECKPOINT_LOADER = "train.predictor:load_predictor"
 """What loads checkpoints: imported when there is one, since the runtime depends on nothing else of ours."""
@@ -97,12 +100,45 @@ def load_model(path: Path, *, device: str = "auto", threads: int = 0, route: str
         InputError: no such file, not a model, no such route, or one that does not describe itself.
         BackendUnavailable: what runs it is missing.
     """
-    if path.suffix in (".pt", ".pth"):
+    if path.suffix in CHECKPOINT_SUFFIXES:
         return _checkpoint(path, device, route)
-    if path.suffix in (".engine", ".plan"):
+    if path.suffix in ENGINE_SUFFIXES:
         session = load(path, device=device, threads=threads)
         return _of_session(session, path, {"kind": "engine", "sha256": sha256_file(path)})
     return _onnx(path, device, threads, exact)
+
+
+def load_models(
+    load: Callable[..., Model], paths: Sequence[Path], reference: Path | None, routes: Sequence[str] = ("main",)
+) -> tuple[list[Model], Model | None]:
+    """Loads models, and the one that they are compared with: each once, under names that tell them apart.
+
+    Args:
+        load: `load_model`, or what does as it does, called with a path and `route`.
+        paths: checkpoints are loaded by each of `routes`.
+        reference: a checkpoint is loaded by the first of `routes`.
+        routes: BatchNorm routes of checkpoints.
+
+    Raises:
+        ConfigError: the same file twice.
+    """
+    known: dict[tuple[Path, str], Model] = {}
+
+    def keys(path: Path) -> list[tuple[Path, str]]:
+        return [(path.resolve(), route) for route in (routes if path.suffix in CHECKPOINT_SUFFIXES else ("main",))]
+
+    pairs = [(path, key) for path in paths for key in keys(path)]
+    for path, key in (*pairs, *([(reference, keys(reference)[0])] if reference else [])):
+        if key not in known:
+            known[key] = load(path, route=key[1])
+    names = Counter(model.name for model in known.values())
+    for key, model in known.items():
+        if names[model.name] > 1:
+            known[key] = dataclasses.replace(model, name=f"{model.name}-{model.facts['sha256'][:8]}")
+    models = list({id(model): model for model in (known[key] for _, key in pairs)}.values())
+    if len({model.name for model in models}) < len(models):
+        raise ConfigError("two of the models are the same file; give each once")
+    return models, known[keys(reference)[0]] if reference else None
 
 
 def _onnx(path: Path, device: str, threads: int, exact: bool) -> Model:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cuda import Gpu, find_gpu
-from runtime.engine.flavours import Flavour
+from runtime.engine.flavours import RTX_DEFAULT_SMS, Flavour
 from runtime.engine.sidecar import EngineInfo, read_sidecar
 from runtime.errors import BackendUnavailable, ModelFileError, first_line
 
@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 
 _PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _PACKAGES = {"tensorrt": "'advprop[tensorrt]'", "tensorrt_rtx": "tensorrt-rtx"}
-_RTX_DEFAULT = (80, 86, 89, 120, 121)  # TensorRT-RTX's own choice of targets
-_RTX_ALL = (75, *_RTX_DEFAULT)
+_RTX_ALL = (75, *RTX_DEFAULT_SMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def check_plan(path: Path, plan: bytes, info: EngineInfo, *, allow_host_code: bo
             f"{path} changed while it was read: found sha256 {found[:16]}…, expected {info.plan_sha256[:16]}…; load it "
             "again when it is written"
         )
-    if "VERSION_COMPATIBLE" in info.flags and not allow_host_code:
+    if info.has_host_code and not allow_host_code:
         raise ModelFileError(
             f"{path} is version-compatible, so it holds code that would run on the CPU. If you trust who built it, "
             "load it by EngineOptions(allow_host_code=True); or build one without: " + rebuild_command(path, info)
@@ -98,7 +97,7 @@ def check_version(path: Path, info: EngineInfo, found: str) -> None:
     if found == info.version:
         return
     product = _PRODUCTS[info.flavour]
-    if "VERSION_COMPATIBLE" in info.flags and _numbers(found) > _numbers(info.version):
+    if info.has_host_code and _numbers(found) > _numbers(info.version):
         return
     raise ModelFileError(
         f"{path} was built by another release of {product}: found {product} {found} here, expected {info.version}. "
@@ -110,13 +109,13 @@ def check_gpu(path: Path, info: EngineInfo, gpu: Gpu) -> None:
     """Raises ModelFileError where the engine is not for this GPU; warns where it is for a sibling."""
     here = f"{gpu.name} (SM {gpu.sm})"
     targets = info.compute_capabilities
-    if f"sm_{gpu.sm}" in targets or (targets == ("default",) and gpu.sm in _RTX_DEFAULT):
+    if f"sm_{gpu.sm}" in targets or (targets == ("default",) and gpu.sm in RTX_DEFAULT_SMS):
         if info.gpu and info.gpu != gpu.name:
             log.warning("%s was tuned on %s; on %s it runs, maybe slower than it could", path, info.gpu, gpu.name)
         return
     if "AMPERE_PLUS" in info.flags and gpu.sm >= 80:
         return
-    built = ", ".join(f"SM {sm}" for sm in _RTX_DEFAULT) if targets == ("default",) else ", ".join(targets)
+    built = ", ".join(f"SM {sm}" for sm in RTX_DEFAULT_SMS) if targets == ("default",) else ", ".join(targets)
     if info.flavour == "tensorrt_rtx" and gpu.sm not in _RTX_ALL:
         mend = "TensorRT-RTX has no kernels for it; pip install 'advprop[tensorrt]', then " + rebuild_command(
             path, info, builder="tensorrt"

@@ -73,3 +73,11 @@ class AttackConfig:
     def gradient(self) -> tuple[str, ...]:
         """Those of the attacks that need a checkpoint."""
         return tuple(name for name in self.attacks if name in GRADIENT)
+
+    def check_gradient(self, has_checkpoint: bool) -> None:
+        """Raises ConfigError where an attack follows a gradient that there is not."""
+        if self.gradient and not has_checkpoint:
+            raise ConfigError(
+                f"{', '.join(self.gradient)} follow a gradient, which model files do not have: give the checkpoint "
+                "that they were made from, --checkpoint best.pt, or ask for --attacks square,noise"
+            )

@@ -92,11 +92,7 @@ def _check(targets: Sequence[Target], config: AttackConfig, attacker: Attacker |
                 f"{name} has other classes, another input size or crop than {first.name}, so the same images cannot "
                 f"be shown to both: found {shown[1]}, expected {shown[0]}. Attack it in a run of its own"
             )
-    if config.gradient and attacker is None:
-        raise ConfigError(
-            f"{', '.join(config.gradient)} follow a gradient, which model files do not have; give the checkpoint that "
-            "they were made from, --checkpoint best.pt, or ask for square and noise only"
-        )
+    config.check_gradient(attacker is not None)
 
 
 class _Run:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends.choose import ENGINE_SUFFIXES
 from runtime.errors import CheckpointError
 from runtime.evaluate.attacks.victim import Victim
 from runtime.lazy import elsewhere
@@ -67,7 +68,7 @@ def load_attacker(path: Path, *, route: str = "main", device: str = "auto") -> A
         CheckpointError: a model file, which has no gradient, or no checkpoint at all.
         BackendUnavailable: torch is missing, or a GPU.
     """
-    if path.suffix in (".onnx", ".engine", ".plan"):
+    if path.suffix in (".onnx", *ENGINE_SUFFIXES):
         raise CheckpointError(
             f"{path} is a model file, and has no gradient; --checkpoint wants the checkpoint that it was made from, "
             "such as best.pt"
