@@ -80,7 +80,7 @@ class RoutedBatchNorm:
             raise ValueError(f"a batch of {x.shape[0]} cannot be routed as {plan}")
         counts = [count * (x.shape[0] // total) for _, count in plan]
         layers = [self._layer(name) for name, _ in plan]
-        if self.plain and applies(layers, x):
+        if self.plain and applies(layers, counts, x):
             return normalise_parts(layers, counts, x)
         parts = torch.split(x, counts)
         return torch.cat([self._through(name, part) for (name, _), part in zip(plan, parts, strict=True)])

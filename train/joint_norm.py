@@ -4,18 +4,20 @@
 side by side: normalising slices and joining them with `torch.cat` copies every activation
 twice more. `affine_map` is BatchNorm on running statistics as an attack needs it.
 
-Both compute what the layers themselves do; `applies` and `is_constant` say where. Shapes: N
-images first, C channels, whatever follows.
+Both compute what the layers themselves do; `applies` and `is_constant` say where. Anywhere else
+the layers' own forward is used. Shapes: N images first, C channels, whatever follows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["affine_map", "applies", "is_constant", "is_plain", "normalise_parts"]
@@ -52,22 +54,40 @@ def affine_map(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return _activated(layer, torch.addcmul(shift.view(shape), x, scale.view(shape)))
 
 
-def applies(layers: Sequence[Any], x: torch.Tensor) -> bool:
+def applies(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> bool:
     """Whether `normalise_parts` can stand in for the layers.
 
-    On a CPU only: elsewhere it was never measured. torch.compile joins the parts by itself.
+    Only for dense inputs. If an input is, say, a slice of channels, `native_batch_norm.out` does not
+    write `save_mean`, normalises with whatever that memory held and reports no error (torch 2.14).
+    Only on a CPU: it was never measured elsewhere. torch.compile joins the parts by itself.
     """
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and x.dtype in (torch.float32, torch.float64)
+        and _is_dense(x)
+        and min(counts) * math.prod(x.shape[2:]) > 1  # the layers refuse to normalise a single value
+        and all(_can_be_joined(layer, x) for layer in layers)
+    )
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether `x` is contiguous or channels-last, the two layouts that torch's kernel writes in full."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.is_contiguous() or (x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim]))
+
+
+def _can_be_joined(layer: Any, x: torch.Tensor) -> bool:
+    return bool(
+        layer.training
+        and layer.affine
+        and layer.num_features == x.shape[1]
         and all(
-            layer.training
-            and layer.affine
-            and layer.weight.dtype == x.dtype
-            and (layer.momentum is not None or not layer.track_running_stats)
-            and not _is_watched(layer)
-            for layer in layers
+            tensor is None or tensor.dtype == x.dtype
+            for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var)
         )
+        and (layer.momentum is not None or not layer.track_running_stats)
+        and not _is_watched(layer)
     )
 
 
@@ -120,6 +140,7 @@ class _NormalisedParts(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # mean and deviation are constants here, so a second derivative would be wrong
     def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
         x, *saved = ctx.saved_tensors
         gradient_x = torch.empty_like(x)

@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_parts_are_normalised_as_the_layers_do_it(kind: str, memory_format: torc
     nn.init.normal_(layers[1].weight)
     others = copy.deepcopy(layers)
     x = images(memory_format)
-    assert applies(layers, x)
+    assert applies(layers, [7, 3], x)
     y = normalise_parts(layers, [7, 3], x)
     direction = torch.randn_like(y)
     gradients = torch.autograd.grad(y, [x, layers[0].weight, layers[1].weight, layers[1].bias], direction)
@@ -41,6 +42,69 @@ def test_parts_are_normalised_as_the_layers_do_it(kind: str, memory_format: torc
     for mine, other in zip(layers, others, strict=True):
         torch.testing.assert_close(mine.state_dict(), other.state_dict())
         assert mine.num_batches_tracked == 1
+
+
+def dense() -> torch.Tensor:
+    return torch.randn(10, 6, 5, 4)
+
+
+INPUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "contiguous": dense,
+    "channels-last": lambda: dense().to(memory_format=torch.channels_last),
+    "slice of channels": lambda: torch.randn(10, 9, 5, 4)[:, 2:8],
+    "slice of channels, channels-last": lambda: torch.randn(10, 9, 5, 4).to(memory_format=torch.channels_last)[:, 2:8],
+    "every second pixel": lambda: torch.randn(10, 6, 10, 4)[:, :, ::2],
+    "transposed image": lambda: torch.randn(10, 6, 4, 5).transpose(2, 3),
+    "images last": lambda: torch.randn(6, 5, 4, 10).permute(3, 0, 1, 2),
+    "repeated image": lambda: torch.randn(1, 6, 5, 4).expand(10, -1, -1, -1),
+    "tokens": lambda: torch.randn(10, 7, 6).transpose(1, 2),
+    "slice of features": lambda: torch.randn(10, 9)[:, 2:8],
+    "one pixel": lambda: torch.randn(10, 6, 1, 1),
+    "volume, channels-last": lambda: torch.randn(10, 6, 3, 4, 5).to(memory_format=torch.channels_last_3d),
+    "slice of a volume": lambda: torch.randn(10, 6, 3, 4, 5)[..., 1:4],
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+@pytest.mark.parametrize("spread_gradient", [False, True])
+def test_a_joint_forward_equals_separate_ones_whatever_the_inputs_layout(case: str, spread_gradient: bool) -> None:
+    """Slices of channels once got values that were never written (lambda layers, NextViT)."""
+    torch.manual_seed(0)
+    x = INPUTS[case]()
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[x.ndim]
+    joint = add_auxiliary_bns(nn.Sequential(kind(6)), ["adv"]).train()
+    for tensor in joint.parameters():
+        nn.init.normal_(tensor)
+    separate = copy.deepcopy(joint)
+    x.requires_grad_(True)
+    with route(joint, ("main", 7), ("adv", 3)):
+        y = joint(x)
+    with route(separate, "main"):
+        main = separate(x[:7])
+    with route(separate, "adv"):
+        adv = separate(x[7:])
+    z = torch.cat([main, adv])
+    direction = torch.randn(10, *[1] * (y.ndim - 1)).expand_as(y) if spread_gradient else torch.randn_like(y)
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, [x, *joint.parameters()], direction),
+        torch.autograd.grad(z, [x, *separate.parameters()], direction),
+    )
+    torch.testing.assert_close(joint.state_dict(), separate.state_dict())
+
+
+def test_a_part_of_one_value_is_refused_as_by_the_layer() -> None:
+    joint = add_auxiliary_bns(nn.Sequential(nn.BatchNorm2d(6)), ["adv"]).train()
+    with route(joint, ("main", 3), ("adv", 1)), pytest.raises(ValueError, match="more than 1 value per channel"):
+        joint(torch.randn(4, 6, 1, 1))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = images()
+    y = normalise_parts([layer("torch"), layer("torch")], [7, 3], x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["torch", "timm"])
@@ -58,9 +122,12 @@ def test_an_attack_sees_the_same_layer_as_an_affine_map(kind: str) -> None:
 
 def test_where_the_layers_themselves_are_used() -> None:
     norm, x = layer("torch"), images()
-    assert not applies([layer("torch", momentum=None)], x)
-    assert not applies([layer("torch").eval()], x)
-    assert not applies([norm], x.to(torch.bfloat16))
+    assert applies([norm], [10], x)
+    assert not applies([layer("torch", momentum=None)], [10], x)
+    assert not applies([layer("torch").eval()], [10], x)
+    assert not applies([norm], [10], x.to(torch.bfloat16))
+    assert not applies([norm.double()], [10], x)
+    norm.float()
     assert not is_constant(norm.eval(), x)  # its own gradient is wanted
     norm.requires_grad_(False)
     assert is_constant(norm, x)
