@@ -32,19 +32,19 @@ import torch
 from numpy.typing import NDArray
 from real_weights import ARCH, SOURCE, save_lite0
 
-from runtime.backends.onnxruntime import OnnxRuntimeBackend
+from advprop.cli import main as advprop
+from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.backends.threads import Threads
-from runtime.cli import main as advprop
 from runtime.evaluate.attacks.ball import rounded
 from runtime.evaluate.attacks.config import SQUARE
 from runtime.evaluate.attacks.draws import generator, seed_of
 from runtime.evaluate.attacks.square import INITIAL_SHARE, square
-from runtime.evaluate.attacks.victim import Victim, judge
+from runtime.evaluate.attacks.target import Victim, judge
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.intervals import wilson
 from runtime.evaluate.models import Model, load_model
 from runtime.evaluate.suites import open_suite
-from runtime.images import fit_all, spread
+from runtime.preprocessing import fit_all, spread
 from runtime.session import Session
 
 BATCH = 16
@@ -54,7 +54,7 @@ Float = Callable[[NDArray[np.float32]], NDArray[Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", type=Path, help="A checkpoint. Default: EfficientNet-Lite0.")
-    parser.add_argument("--data", type=Path, required=True, help="Labelled images, CLASS/*.")
+    parser.add_argument("--data", type=Path, required=True, help="Labeled images, CLASS/*.")
     parser.add_argument("--work", type=Path, default=Path("attack-benchmark"), help="Where files are kept.")
     parser.add_argument("--limit", type=int, default=100, help="Images to attack.")
     parser.add_argument("--eps", type=int, default=4, help="In 1/255.")
@@ -89,7 +89,7 @@ def main() -> None:
 def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, Path, Path]:
     """The checkpoint, its ONNX file and the INT8 file, made where they are not there yet."""
     from export.pipeline import export_checkpoint
-    from runtime.engine.graph import summarise
+    from runtime.graph.summary import summarize
     from train.checkpoint import save_checkpoint
 
     checkpoint, plain = net or work / "lite0.pt", work / "model.onnx"
@@ -97,7 +97,7 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
     int8, folder = apart / "model.int8.onnx", apart / "images"
     if not checkpoint.exists():
         weights = save_lite0(work / "lite0.pth")
-        spec = summarise(export_checkpoint(SOURCE, weights=weights, data=data, out=work).onnx).spec
+        spec = summarize(export_checkpoint(SOURCE, weights=weights, data=data, out=work).onnx).spec
         assert spec is not None
         content = {"arch": ARCH, "model_kwargs": {"num_classes": len(spec.classes)}, "recipe": "pretrained"}
         sample = {"images": torch.zeros(4, 224, 224, 3, dtype=torch.uint8), "labels": torch.zeros(4, dtype=torch.long)}
@@ -107,7 +107,7 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
     if not plain.exists():
         export_checkpoint(checkpoint, out=work, data=data)
     if not int8.exists():
-        spec = summarise(plain).spec
+        spec = summarize(plain).spec
         assert spec is not None
         attacked = set(open_suite(SuiteConfig(name="imagenet", data=data, limit=limit), spec).cells[0].images.names)
         others = sorted(path for path in data.glob("*/*") if path.relative_to(data).as_posix() not in attacked)
@@ -118,7 +118,7 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
         command = [
             sys.executable,
             "-m",
-            "runtime.cli",
+            "advprop.cli",
             "calibrate",
             plain,
             "--data",
@@ -228,7 +228,7 @@ def theirs(
 
 
 def opened(file: Path) -> Float:
-    """The file as a function from pixels in [0, 1], (N, H, W, 3), that need be no grey levels, to logits."""
+    """The file as a function from pixels in [0, 1], (N, H, W, 3), that need be no gray levels, to logits."""
     session = Session(OnnxRuntimeBackend(file, "cpu", Threads(), exact=True), file)
     mean, std = (
         np.asarray(part, np.float32) for part in (session.spec.preprocessing.mean, session.spec.preprocessing.std)

@@ -68,14 +68,14 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
     def build(name: str) -> EngineInfo:
-        return runtime.build(source, folder / name, sm=(89,), flavour="tensorrt_rtx", cache=True)
+        return runtime.build(source, folder / name, sm=(89,), flavor="tensorrt_rtx", cache=True)
 
     infos = []
     first, _ = timed(lambda: infos.append(build("first.engine")))
     second = [timed(lambda number=number: build(f"{number}.engine")) for number in range(ROUNDS)]
-    inspect = [sys.executable, "-m", "runtime.cli", "inspect", str(folder / "0.engine")]
+    inspect = [sys.executable, "-m", "advprop.cli", "inspect", str(folder / "0.engine")]
     subprocess.run(inspect, check=True, capture_output=True)
-    command = [sys.executable, "-m", "runtime.cli", "build", str(source), "--sm", "89", "--builder", "tensorrt_rtx"]
+    command = [sys.executable, "-m", "advprop.cli", "build", str(source), "--sm", "89", "--builder", "tensorrt_rtx"]
     whole, _ = timed(
         lambda: subprocess.run([*command, "--out", str(folder / "c.engine")], check=True, capture_output=True)
     )
@@ -96,7 +96,7 @@ def main() -> None:
     print("| net | | MB | first s | second s | of the processor s | command s | computes in |\n" + "|---" * 8 + "|")
     with tempfile.TemporaryDirectory() as name:
         os.environ["ADVPROP_CACHE"] = str(Path(name) / "cache")
-        runtime.build(write_onnx("resnet10t", None, Path(name))["fp16"], sm=(89,), flavour="tensorrt_rtx")  # imports
+        runtime.build(write_onnx("resnet10t", None, Path(name))["fp16"], sm=(89,), flavor="tensorrt_rtx")  # imports
         for arch in arguments.arch:
             for precision, source in write_onnx(arch, arguments.data, Path(name)).items():
                 measure(arch, precision, source, Path(name))

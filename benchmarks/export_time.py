@@ -4,7 +4,7 @@
 
 Ours: the checkpoint read, traced, folded, described; FP32 and FP16 files written and both verified on
 64 images at the network's size; no engine. The peer: `torch.onnx.export` with its defaults (dynamo,
-optimised, BatchNorms folded by torch) of the same network into one file, which verifies nothing. The bound:
+optimized, BatchNorms folded by torch) of the same network into one file, which verifies nothing. The bound:
 the peer, and what a verification cannot do without: 64 images once through torch and twice (FP32, FP16) through
 ONNX Runtime. In turn, round after round; a ratio is taken within its round.
 """

@@ -27,7 +27,7 @@ from export import checks
 from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
 from export.verify import Parity, compare
-from runtime.rounding import with_roundings
+from runtime.graph.rounding import with_roundings
 
 NETS = (
     "efficientnet_b0",

@@ -27,14 +27,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from runtime.cli import main as advprop
-from runtime.engine.graph import read_onnx, summarise, work_of
-from runtime.engine.guard import check_volumes
+from advprop.cli import main as advprop
 from runtime.engine.int8 import int8_layers
 from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
 from runtime.errors import AdvPropError
-from runtime.files import write_bytes
+from runtime.graph.guard import check_volumes
+from runtime.graph.summary import read_onnx, summarize, work_of
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
+from runtime.system.files import write_bytes
 
 SPEC = ModelSpec(
     arch="resnet10t",
@@ -54,7 +54,7 @@ PLAIN = st.recursive(
 
 
 def sample_onnx() -> onnx.ModelProto:
-    """A quantised convolution, a float one and a Gemm, with a spec, a subgraph and a constant."""
+    """A quantized convolution, a float one and a Gemm, with a spec, a subgraph and a constant."""
     text = """<ir_version: 9, opset_import: ["" : 20]>
     g (float[n, 3, 8, 8] input) => (float[n, 4] logits) {
         q = QuantizeLinear(input, s, z) d = DequantizeLinear(q, s, z) w = DequantizeLinear(wq, s, z)
@@ -80,7 +80,7 @@ def sample_onnx() -> onnx.ModelProto:
 MODEL = sample_onnx()
 PLAN = np.random.default_rng(1).bytes(4000)
 INFO = EngineInfo(
-    plan_sha256="0" * 64, onnx_sha256="1" * 64, flavour="tensorrt_rtx", version="1.7.1",
+    plan_sha256="0" * 64, onnx_sha256="1" * 64, flavor="tensorrt_rtx", version="1.7.1",
     compute_capabilities=("sm_89",), gpu="",
     profiles=({"input": {"min": [1, 3, 8, 8], "opt": [1, 3, 8, 8], "max": [1, 3, 8, 8]}},),
     flags=("STRONGLY_TYPED",), precision="int8", precision_shares={"int8": 1.0}, calibration_sha256="", spec=SPEC,
@@ -196,14 +196,14 @@ def try_onnx(content: bytes, folder: Path, native: bool = False) -> str:
     path.write_bytes(content)
 
     def read() -> None:
-        summarise(path)
+        summarize(path)
         work_of(path)
         int8_layers(path, [])
         check_volumes(read_onnx(path), path)
 
     result = only_our_errors(read)
     if result == "passed" and native:
-        program = "import sys, runtime; runtime.build(sys.argv[1], sys.argv[2], sm=(89,), flavour='tensorrt_rtx')"
+        program = "import sys, runtime; runtime.build(sys.argv[1], sys.argv[2], sm=(89,), flavor='tensorrt_rtx')"
         command = [sys.executable, "-c", program, str(path), str(folder / "a.engine")]
         run = subprocess.run(command, capture_output=True, text=True, timeout=120)
         last = (run.stderr.strip().splitlines() or [""])[-1]

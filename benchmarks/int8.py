@@ -28,17 +28,17 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from real_weights import SOURCE, labelled_images, save_lite0
+from real_weights import SOURCE, labeled_images, save_lite0
 
 from calib.config import CalibrationConfig
 from calib.images import Adversary, CalibrationImage, CalibrationSet
 from calib.ptq import calibrate
-from runtime.engine.graph import node_macs, summarise
 from runtime.errors import BackendUnavailable
-from runtime.files import sha256_file
-from runtime.graphs import open_session
-from runtime.images import SUFFIXES, fit_all, normalise, spread
+from runtime.graph.model import open_session
+from runtime.graph.summary import node_macs, summarize
+from runtime.preprocessing import SUFFIXES, fit_all, normalize, spread
 from runtime.spec import ModelSpec, Preprocessing
+from runtime.system.files import sha256_file
 
 BATCH = 4
 OURS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ OURS: dict[str, dict[str, Any]] = {
     "mse": {"method": "mse", "correct_bias": False},
     "auto": {"method": "auto", "correct_bias": False},
     "auto, bias corrected": {},
-    "+ equalised": {"equalise": True},
+    "+ equalized": {"equalize": True},
     "+ reconstructed": {"reconstruct": True},
     "+ budget 0.5": {"budget": 0.5},
     "+ clean, corrupted": {"mix": ("clean", "corrupted")},
@@ -66,7 +66,7 @@ THEIRS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", type=Path, help="A checkpoint. Default: EfficientNet-Lite0.")
-    parser.add_argument("--val", type=Path, required=True, help="Labelled images, CLASS/*.")
+    parser.add_argument("--val", type=Path, required=True, help="Labeled images, CLASS/*.")
     parser.add_argument("--calib", type=Path, help="Calibration images. Default: some of --val.")
     parser.add_argument("--images", type=int, nargs="+", default=[256], help="Calibration images.")
     parser.add_argument("--corrupted", type=int, default=0, help="Images to corrupt in all ways.")
@@ -97,7 +97,7 @@ def export(arguments: argparse.Namespace, folder: Path) -> ModelSpec:
         source = export_checkpoint(SOURCE, weights=weights, data=arguments.val, out=folder).onnx
     else:
         source = export_checkpoint(arguments.net, out=folder).onnx
-    spec = summarise(source).spec
+    spec = summarize(source).spec
     assert spec is not None
     return spec
 
@@ -131,13 +131,13 @@ def batch_size(spec: Preprocessing) -> int:
 
 def batches(paths: list[Path], spec: Preprocessing, size: int = BATCH) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(paths), size):
-        yield normalise(fit_all(paths[start : start + size], spec), spec)
+        yield normalize(fit_all(paths[start : start + size], spec), spec)
 
 
-def labelled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
+def labeled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
     """Images of `folder/CLASS/*`, and their places among the model's classes."""
     if spec.wnids:
-        return labelled_images(folder)
+        return labeled_images(folder)
     places = {name: place for place, name in enumerate(spec.classes)}
     paths = sorted(path for path in folder.glob("*/*") if path.parent.name in places)
     return paths, [places[path.parent.name] for path in paths]
@@ -145,7 +145,7 @@ def labelled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
 
 def split(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[Path, list[Path], list[Path], list[int]]:
     """The calibration images and their folder, the others and their labels."""
-    paths, labels = labelled(arguments.val, spec)
+    paths, labels = labeled(arguments.val, spec)
     if arguments.calib is not None:
         others = sorted(path for path in arguments.calib.rglob("*") if path.suffix.lower() in SUFFIXES)
         return arguments.calib, spread(others, arguments.images[0]), paths, labels
@@ -161,7 +161,7 @@ def split(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[Path, list[Pa
 
 def measure(row: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     source = folder / "model.onnx"
-    spec = summarise(source).spec
+    spec = summarize(source).spec
     assert spec is not None
     root, chosen, held, labels = split(arguments, spec)
     model = onnx.load(source)
@@ -169,20 +169,20 @@ def measure(row: str, folder: Path, arguments: argparse.Namespace) -> dict[str, 
     began = time.perf_counter()
     share = 0.0
     if row in OURS:
-        quantised, share = ours(model, root, chosen, spec, CalibrationConfig(**OURS[row]), arguments.net)
+        quantized, share = ours(model, root, chosen, spec, CalibrationConfig(**OURS[row]), arguments.net)
     elif row in THEIRS:
         options = THEIRS[row]
-        quantised = theirs(source, chosen, spec.preprocessing, options["method"], options.get("extra", {}))
+        quantized = theirs(source, chosen, spec.preprocessing, options["method"], options.get("extra", {}))
         macs = node_macs(model)
-        share = sum(count for name, count in macs.items() if is_quantised(quantised, name)) / sum(macs.values())
+        share = sum(count for name, count in macs.items() if is_quantized(quantized, name)) / sum(macs.values())
     else:
-        quantised = model
+        quantized = model
     found = {
         "share": share,
         "seconds": time.perf_counter() - began,
         "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024,
     }
-    session, reference = open_session(quantised), open_session(model)
+    session, reference = open_session(quantized), open_session(model)
     logits, expected = [], []
     for batch in batches(held, spec.preprocessing, batch_size(spec.preprocessing)):
         logits.append(session.run(None, {"input": batch})[0].argmax(1))
@@ -271,7 +271,7 @@ def theirs(source: Path, images: list[Path], spec: Preprocessing, method: str, e
     return onnx.load(target)
 
 
-def is_quantised(model: onnx.ModelProto, name: str) -> bool:
+def is_quantized(model: onnx.ModelProto, name: str) -> bool:
     producers = {output: node.op_type for node in model.graph.node for output in node.output}
     node = next(node for node in model.graph.node if node.name == name)
     return all(producers.get(source) == "DequantizeLinear" for source in node.input[:2])
@@ -302,7 +302,7 @@ def mean_corruption_error(session: Any, folder: Path, spec: Preprocessing) -> fl
         images = np.load(path)
         size = batch_size(spec)
         classes = [
-            session.run(None, {"input": normalise(images[start : start + size], spec)})[0].argmax(1)
+            session.run(None, {"input": normalize(images[start : start + size], spec)})[0].argmax(1)
             for start in range(0, len(images), size)
         ]
         errors.append(float((np.concatenate(classes) != labels).mean()))

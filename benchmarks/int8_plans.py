@@ -35,7 +35,7 @@ from calib.precision import to_reduced
 from calib.quantize import quantize
 from export.source import load_source
 from export.to_onnx import to_onnx
-from runtime.engine.flavours import choose_flavour, native_logger
+from runtime.engine.flavors import choose_flavor, native_logger
 from runtime.engine.int8 import int8_layers
 from runtime.engine.layers import layers_of_log
 
@@ -53,8 +53,8 @@ def int8(
     """The Q/DQ graph as `calib` makes it, `leave` and `residuals` being its options."""
     points = points_of(model, leave=leave)
     found = residual_inputs(model, points) if residuals else ()
-    quantised = quantize(model, points, thresholds, residuals=found)
-    return to_reduced(quantised, "fp16") if half else quantised
+    quantized = quantize(model, points, thresholds, residuals=found)
+    return to_reduced(quantized, "fp16") if half else quantized
 
 
 def one_scale(model: onnx.ModelProto, factors: bool = True) -> onnx.ModelProto:
@@ -62,7 +62,7 @@ def one_scale(model: onnx.ModelProto, factors: bool = True) -> onnx.ModelProto:
 
     Args:
         model: an FP16 Q/DQ graph; changed.
-        factors: False leaves that out. The plan is that of weights quantised per tensor; the results are not.
+        factors: False leaves that out. The plan is that of weights quantized per tensor; the results are not.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {node.output[0]: node for node in model.graph.node}
@@ -157,8 +157,8 @@ def float_graph(name: str, folder: Path, data: Path) -> tuple[onnx.ModelProto, d
 def built(model: onnx.ModelProto, folder: Path, sm: int, batch: tuple[int, int, int]) -> Built:
     path = folder / "model.onnx"
     onnx.save(model, path)
-    runtime.build(path, sm=(sm,), batch=batch, flavour="tensorrt_rtx")
-    layers = layers_of_log(native_logger(choose_flavour("tensorrt_rtx", (sm,))).listing)
+    runtime.build(path, sm=(sm,), batch=batch, flavor="tensorrt_rtx")
+    layers = layers_of_log(native_logger(choose_flavor("tensorrt_rtx", (sm,))).listing)
     plan = path.with_suffix(".engine").read_bytes()
     return Built(
         plan=len(plan),

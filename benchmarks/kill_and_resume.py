@@ -3,7 +3,7 @@
     python benchmarks/kill_and_resume.py                  ten runs, about five minutes on two cores
 
 One run is left alone. Each of the others is killed by SIGKILL at a random moment after its first
-checkpoint, resumed, and compared with the first, bit by bit: weights, moving average, optimiser,
+checkpoint, resumed, and compared with the first, bit by bit: weights, moving average, optimizer,
 schedule, random generators, counters and metrics. Says after which step each was killed, and ends
 with 1 if any differs.
 """

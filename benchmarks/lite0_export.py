@@ -20,13 +20,13 @@ import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from real_weights import ARCH, SOURCE, labelled_images, save_lite0
+from real_weights import ARCH, SOURCE, labeled_images, save_lite0
 from timm.data import create_transform, resolve_model_data_config
 
 import runtime
 from export.pipeline import export_checkpoint
-from runtime.images import fit_all, network_input, normalise
-from runtime.rounding import with_roundings
+from runtime.graph.rounding import with_roundings
+from runtime.preprocessing import fit_all, network_input, normalize
 
 BATCH = 8
 
@@ -60,14 +60,14 @@ def rounded_logits(file: Path, paths: list[Path]) -> NDArray[np.float32]:
     run = ort.InferenceSession(graph, providers=["CPUExecutionProvider"]).run
     rows = []
     for start in range(0, len(paths), BATCH):
-        batch = normalise(fit_all(paths[start : start + BATCH], preprocessing), preprocessing)
+        batch = normalize(fit_all(paths[start : start + BATCH], preprocessing), preprocessing)
         rows.append(run(None, {"input": batch})[0])
     return np.concatenate(rows)
 
 
 def measure(data: Path, folder: Path, images: int | None = None) -> dict[str, NDArray[np.float32]]:
     """Exports into `folder`, and returns each stage's logits of the first `images`, spread over the classes."""
-    paths, _ = labelled_images(data)
+    paths, _ = labeled_images(data)
     paths = paths[: images or len(paths)]
     weights = save_lite0(folder / "lite0.pth")
     plain = export_checkpoint(SOURCE, weights=weights, data=data, out=folder / "plain", precision="fp16")
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
-    _, labels = labelled_images(arguments.data)
+    _, labels = labeled_images(arguments.data)
     with tempfile.TemporaryDirectory() as folder:
         stages = measure(arguments.data, Path(folder))
     reference = stages["torch"]

@@ -14,7 +14,7 @@ import timm
 import torch
 
 from export.source import timm_spec
-from runtime.images import fit_all
+from runtime.preprocessing import fit_all
 from train.checkpoint import save_checkpoint
 
 ARCH = "tf_efficientnet_lite0"
@@ -43,7 +43,7 @@ def save_lite0_checkpoint(path: Path, data: Path, images: int = 64) -> None:
     model.load_state_dict(torch.load(save_lite0(path.with_suffix(".weights")), weights_only=True))
     path.with_suffix(".weights").unlink()
     spec = timm_spec(model, SOURCE.removeprefix("timm:"))
-    paths, labels = labelled_images(data)
+    paths, labels = labeled_images(data)
     step = max(1, len(paths) // images)
     sample = {
         "images": torch.from_numpy(fit_all(paths[::step][:images], spec.preprocessing)),
@@ -54,7 +54,7 @@ def save_lite0_checkpoint(path: Path, data: Path, images: int = 64) -> None:
     save_checkpoint(path, content)
 
 
-def labelled_images(folder: Path) -> tuple[list[Path], list[int]]:
+def labeled_images(folder: Path) -> tuple[list[Path], list[int]]:
     """Returns the images of `folder/WNID/*` in order, and their ImageNet-1k classes."""
     from timm.data import ImageNetInfo
 

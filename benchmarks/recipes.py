@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from runtime.console import set_up_logging
 from runtime.errors import AdvPropError
 from runtime.spec import ModelSpec
+from runtime.system.console import set_up_logging
 from train.attack import evaluation_attack
 from train.build import make_device
 from train.checkpoint import load_checkpoint

@@ -6,14 +6,14 @@
 EfficientNet-B0 with random weights at 224 pixels, through the exporter.
 
 - run: `Session.run` over a bare `InferenceSession.run` of the same file and settings. Goal ≤ 1.03.
-- predict: `Session.predict` from JPEG bytes over the same decode, resize, normalise, run and softmax, written by
+- predict: `Session.predict` from JPEG bytes over the same decode, resize, normalize, run and softmax, written by
   hand with Pillow and NumPy. Goal ≤ 1.05.
 - memory: the process's size over 20,000 calls of a tiny model, half `run`, half `submit`. Goal: flat.
 - batcher: images a second of 64 clients that ask for one image at a time, over the best fixed batch given to the
   bare `run`. Goal ≥ 0.9.
 
 Peers take turns, call by call, in one process, so ratios hold on a machine whose speed changes. A ratio is the median
-over pairs of neighbouring calls; in brackets the quartiles.
+over pairs of neighboring calls; in brackets the quartiles.
 """
 
 from __future__ import annotations

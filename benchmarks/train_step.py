@@ -13,7 +13,7 @@ of a vanilla batch (256 clean + 64 for 256), scaled to the same number of images
 "reference" is Algorithm 1 written the plain way: a layer with two BatchNorms behind a flag,
 separate forwards for clean and adversarial images, gradients of the attack taken by
 `backward` with parameters not frozen, everything in the default memory format. Ours is
-measured as `train.run` does it, optimiser step included in all rows.
+measured as `train.run` does it, optimizer step included in all rows.
 
 Peak memory is measured in a process of its own for each row: the largest resident size
 above that before the first step.

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.lazy import lazy_names
+from runtime.system.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from calib.collect import collect_amax
     from calib.pipeline import CalibratedFile, calibrate_file
     from calib.ptq import Calibrated, calibrate
+    from runtime.graph.collect import collect_amax
 
 __all__ = ["Calibrated", "CalibratedFile", "calibrate", "calibrate_file", "collect_amax"]
 
@@ -21,7 +21,7 @@ _HOMES = {
     "CalibratedFile": "calib.pipeline",
     "calibrate": "calib.ptq",
     "calibrate_file": "calib.pipeline",
-    "collect_amax": "calib.collect",
+    "collect_amax": "runtime.graph.collect",
 }
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 
 from calib.histograms import BINS, Histogram
-from runtime.cachedir import entries, limit_bytes, prune, remove_leftovers
-from runtime.files import atomic_write, cache_folder
-from runtime.graphs import is_large
+from runtime.graph.model import is_large
+from runtime.system.cache import entries, limit_bytes, prune, remove_leftovers
+from runtime.system.files import atomic_write, cache_folder
 
 __all__ = ["cache_file", "load_histograms", "save_histograms"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from calib.options import calibration_config, calibration_options
-from runtime.console import cli_errors, counting_bars, set_up_logging
 from runtime.spec import INTERPOLATIONS, Preprocessing
+from runtime.system.console import cli_errors, counting_bars, set_up_logging
 
 EXAMPLES = """\b
 Examples:
@@ -69,7 +69,7 @@ def main(
     crop_pct: float | None,
     **calibration: Any,
 ) -> None:
-    """Quantise the float32 classifier ONNX to INT8 by real images.
+    """Quantize the float32 classifier ONNX to INT8 by real images.
 
     Convolutions and matrix products become INT8, everything else FP16. Also written: calib.json, the
     images it was done with; NAME.int8.json, each layer's threshold and error; and pictures of the ranges

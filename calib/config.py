@@ -19,7 +19,7 @@ METHOD_NAMES = ("auto", *METHODS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
-    """How a classifier is quantised."""
+    """How a classifier is quantized."""
 
     images: int = 256
     """The most images to take from a folder, tar or array for thresholds."""
@@ -28,7 +28,7 @@ class CalibrationConfig:
     the largest magnitude, that whose layers' outputs come out nearest."""
     correct_bias: bool = True
     """Take the mean error of each output channel off its bias."""
-    equalise: bool = False
+    equalize: bool = False
     """Move range between the channels of an activation and the weights that read it, where that is exact."""
     reconstruct: bool = False
     """Learn how each weight is rounded (AdaRound)."""
@@ -42,7 +42,7 @@ class CalibrationConfig:
     leave: tuple[str, ...] = ()
     """Kinds of layers that stay in floating point, of KINDS_LEFT."""
     residuals: bool = False
-    """Quantise the other input of each Add behind a quantised convolution, so that TensorRT can do both at once."""
+    """Quantize the other input of each Add behind a quantized convolution, so that TensorRT can do both at once."""
     half: bool = True
     """Make everything FP16 that is not INT8."""
     seed: int = 0

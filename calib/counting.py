@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from calib.cache import load_histograms, save_histograms
 from calib.histograms import Histogram
 from runtime.errors import DataError
-from runtime.graphs import open_session, with_outputs
+from runtime.graph.model import open_session, with_outputs
 
 __all__ = ["collect_histograms"]
 

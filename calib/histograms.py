@@ -16,7 +16,7 @@ _SMALLEST_TOP = 2.0**-100
 class Histogram:
     """How often a tensor had which magnitude.
 
-    The range is a power of two. When a larger value comes, it doubles and neighbouring bins merge, so
+    The range is a power of two. When a larger value comes, it doubles and neighboring bins merge, so
     the counts are the same whatever the order and the batches of the images.
     """
 
@@ -36,7 +36,7 @@ class Histogram:
         return self.top / BINS
 
     @property
-    def centres(self) -> NDArray[np.float64]:
+    def centers(self) -> NDArray[np.float64]:
         """The magnitude in the middle of each bin, (BINS,)."""
         middles: NDArray[np.float64] = (np.arange(BINS, dtype=np.float64) + 0.5) * self.width
         return middles

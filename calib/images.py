@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from calib.sources import ImageSource, open_source
 from runtime.errors import ConfigError, DataError, nearest
-from runtime.files import write_text
-from runtime.images import decode, fit_to_input, normalise, spread
+from runtime.preprocessing import decode, fit_to_input, normalize, spread
 from runtime.spec import Preprocessing
+from runtime.system.files import write_text
 
 __all__ = ["BATCH", "KINDS", "Adversary", "CalibrationImage", "CalibrationSet", "calibration_set", "check_mix"]
 
@@ -31,7 +31,7 @@ KINDS = ("clean", "corrupted", "adversarial")
 corruptions that ImageNet-C keeps for validation, so that its mCE stays a test), or attacked."""
 
 Adversary: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Normalised images, float32 (N, 3, H, W), → the same, attacked."""
+"""Normalized images, float32 (N, 3, H, W), → the same, attacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class CalibrationSet:
         adversary: Adversary | None = None,
         size: int = BATCH,
     ) -> Iterator[NDArray[np.float32]]:
-        """Yields normalised images, float32 (N, 3, H, W), N up to `size`.
+        """Yields normalized images, float32 (N, 3, H, W), N up to `size`.
 
         Args:
             spec: how an image becomes the network's input.
@@ -98,7 +98,7 @@ class CalibrationSet:
                     pixels = fitted
                     if kind == "corrupted":
                         pixels = [_corrupted(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
-                    batch = normalise(np.stack(pixels), spec)
+                    batch = normalize(np.stack(pixels), spec)
                     yield adversary(batch) if kind == "adversarial" and adversary else batch
 
     def save(self, path: Path) -> None:
@@ -185,7 +185,7 @@ def _readable(reader: ImageSource, names: Sequence[str], spec: Preprocessing | N
             if spec is not None:
                 pixels = fit_to_input(image, spec)
                 if (pixels == pixels[0, 0]).all():
-                    raise DataError("it is of one colour")
+                    raise DataError("it is of one color")
                 small += 2 * min(image.size) < min(spec.height, spec.width)
         except DataError as error:
             log.warning("skipped %s: %s", name, error)

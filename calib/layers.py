@@ -1,4 +1,4 @@
-"""What quantisation does to each layer's output, with everything before it exact.
+"""What quantization does to each layer's output, with everything before it exact.
 
 One graph has the float network and, beside each convolution, the same one with its input through Q/DQ at
 every candidate threshold and with int8 weights. Of each is kept the squared error of the output, by which a
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from calib.placement import Point
-from calib.quantize import along, quantise_weight, scale_of
-from runtime.graphs import open_session, tensor_types
+from calib.quantize import along, quantize_weight, scale_of
+from runtime.graph.model import open_session, tensor_types
 
 __all__ = ["LayerError", "layer_errors"]
 
@@ -48,7 +48,7 @@ def layer_errors(
     batches: Iterable[NDArray[Any]],
     progress: Callable[[int], None] | None = None,
 ) -> list[LayerError]:
-    """Tries every candidate threshold of every quantised layer.
+    """Tries every candidate threshold of every quantized layer.
 
     Args:
         model: a float32 graph.
@@ -144,6 +144,6 @@ def _add_weight(graph: onnx.GraphProto, weight: onnx.TensorProto, axis: int) -> 
     name = f"{_PREFIX}{weight.name}/rounded/{axis}"
     if not any(tensor.name == name for tensor in graph.initializer):
         array = numpy_helper.to_array(weight)
-        integers, scales = quantise_weight(array, axis)
+        integers, scales = quantize_weight(array, axis)
         graph.initializer.append(numpy_helper.from_array(integers * along(scales, axis, array.ndim), name))
     return name

@@ -15,7 +15,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _DEFAULTS = CalibrationConfig()
 
 OPTION_NAMES = (
-    *("calib_images", "calib_mix", "method", "bias_correction", "equalise", "reconstruct"),
+    *("calib_images", "calib_mix", "method", "bias_correction", "equalize", "reconstruct"),
     *("budget", "keep", "leave", "residuals", "rest", "calib_seed"),
 )
 """What the options are called in a command's parameters."""
@@ -55,8 +55,9 @@ def calibration_options(command: _Command) -> _Command:
             help="Take the mean error of each channel off its bias.",
         ),
         click.option(
-            "--equalise/--no-equalise",
-            default=_DEFAULTS.equalise,
+            "--equalize/--no-equalize",
+            "--equalise/--no-equalise",  # how version 0.1 spelled it
+            default=_DEFAULTS.equalize,
             show_default=True,
             help="Move range from activations to weights where that is exact.",
         ),
@@ -78,7 +79,7 @@ def calibration_options(command: _Command) -> _Command:
             "--residuals/--no-residuals",
             default=_DEFAULTS.residuals,
             show_default=True,
-            help="Quantise what residual Adds read too, so that TensorRT can fuse them.",
+            help="Quantize what residual Adds read too, so that TensorRT can fuse them.",
         ),
         click.option(
             "--rest",
@@ -100,7 +101,7 @@ def calibration_config(given: dict[str, Any]) -> CalibrationConfig:
         images=given["calib_images"],
         method=given["method"],
         correct_bias=given["bias_correction"],
-        equalise=given["equalise"],
+        equalize=given["equalize"],
         reconstruct=given["reconstruct"],
         budget=given["budget"],
         mix=_words(given["calib_mix"]),

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calib.collect import collect
 from calib.config import CalibrationConfig
 from calib.images import BATCH, Adversary, CalibrationSet, calibration_set, check_mix
 from calib.placement import Point
@@ -21,14 +20,15 @@ from calib.plots import plot_fallback, plot_ranges
 from calib.precision import deciding_tensors, overflows, to_reduced
 from calib.prepare import prepared
 from calib.ptq import TRIED, Calibrated, calibrate
-from calib.quantize import dequantised_names
+from calib.quantize import dequantized_names
 from calib.record import save_record
-from runtime.engine.graph import CALIBRATION_KEY, summarise
 from runtime.errors import ConfigError, ModelFileError, VerificationError
-from runtime.files import output_dir
-from runtime.graphs import open_session, save_onnx
-from runtime.rounding import with_roundings
+from runtime.graph.collect import collect
+from runtime.graph.model import open_session, save_onnx
+from runtime.graph.rounding import with_roundings
+from runtime.graph.summary import CALIBRATION_KEY, summarize
 from runtime.spec import Preprocessing
+from runtime.system.files import output_dir
 
 __all__ = ["CalibratedFile", "calibrate_file"]
 
@@ -67,7 +67,7 @@ def calibrate_file(
     cache: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CalibratedFile:
-    """Quantises the file `source`.
+    """Quantizes the file `source`.
 
     Beside `target` go `calib.json` (the images), `NAME.json` (every layer), `NAME.ranges.png` and, with a
     budget, `NAME.budget.png`.
@@ -112,17 +112,17 @@ def calibrate_file(
         images_sha256=chosen.sha256 if cache else "",
         progress=None if progress is None else _with_totals(progress, len(chosen.images) * len(chosen.mix)),
     )
-    quantised = _rest_in_fp16(calibrated, batches) if config.half else calibrated.model
+    quantized = _rest_in_fp16(calibrated, batches) if config.half else calibrated.model
     onnx.helper.set_model_props(
-        quantised, {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: chosen.sha256}
+        quantized, {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: chosen.sha256}
     )
-    agreement, compared = _agreement(model, with_roundings(quantised), batches)
+    agreement, compared = _agreement(model, with_roundings(quantized), batches)
     if not compared:
         raise VerificationError(f"the INT8 graph of {source.name} gives logits that are not finite; nothing written")
     _warn(source, calibrated, agreement)
     # A stop in between must leave no new record beside an old model.
     target.with_suffix(".json").unlink(missing_ok=True)
-    save_onnx(quantised, target)
+    save_onnx(quantized, target)
     save_record(target.with_suffix(".json"), calibrated, config, agreement, compared)
     chosen.save(target.with_name("calib.json"))
     plot_ranges(calibrated, target.with_suffix(".ranges.png"))
@@ -138,7 +138,7 @@ def _batch_size(model: onnx.ModelProto) -> int:
 
 def _read(source: Path, preprocessing: Preprocessing | None) -> tuple[onnx.ModelProto, Preprocessing]:
     """The float32 graph, ours or another's, and how images become its input."""
-    summary = summarise(source)
+    summary = summarize(source)
     if set(summary.weights) - {"fp32"}:
         raise ModelFileError(
             f"{source} computes in {', '.join(summary.weights)}; calibrate the float32 file (model.onnx)"
@@ -192,7 +192,7 @@ def _rest_in_fp16(calibrated: Calibrated, batches: _Batches) -> onnx.ModelProto:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for point in calibrated.points:
         if point.int8:
-            activation, weight = dequantised_names(point)
+            activation, weight = dequantized_names(point)
             amax[activation] = calibrated.thresholds[point.tensor]
             amax[weight] = _largest(point, constants)
     kept = overflows(calibrated.model, amax)
@@ -205,8 +205,8 @@ def _largest(point: Point, constants: dict[str, onnx.TensorProto]) -> float:
     return float(np.abs(onnx.numpy_helper.to_array(constants[point.weight])).max())
 
 
-def _agreement(model: onnx.ModelProto, quantised: onnx.ModelProto, batches: _Batches) -> tuple[float, int]:
-    reference, candidate = open_session(model), open_session(quantised)
+def _agreement(model: onnx.ModelProto, quantized: onnx.ModelProto, batches: _Batches) -> tuple[float, int]:
+    reference, candidate = open_session(model), open_session(quantized)
     name = model.graph.input[0].name
     same, count = 0, 0
     for batch in batches(_COMPARED):

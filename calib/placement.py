@@ -1,4 +1,4 @@
-"""Which tensors are quantised, by TensorRT's rules for explicit quantisation.
+"""Which tensors are quantized, by TensorRT's rules for explicit quantization.
 
 All inputs of convolutions and matrix products: activations per tensor, weights per output channel. Not their
 outputs (a SiLU behind them wants the full range), no bias, nothing in between; of a residual Add the input
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import onnx
 
-from runtime.engine.graph import node_macs
 from runtime.errors import ConfigError, ModelFileError, nearest
-from runtime.graphs import tensor_types
+from runtime.graph.model import tensor_types
+from runtime.graph.summary import node_macs
 
 __all__ = ["Point", "int8_share", "points_of", "residual_inputs"]
 
@@ -27,7 +27,7 @@ _WORDS = {
     "last": "the last layer",
 }
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul")
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Point:
     macs: int
     """Multiply-accumulates for one image."""
     int8: bool
-    """Whether it is quantised."""
+    """Whether it is quantized."""
     reason: str
     """Why, or why not."""
 
@@ -62,11 +62,11 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = (), leave: Collect
 
     Raises:
         ConfigError: `keep` names no such node.
-        ModelFileError: the graph is quantised already, or there is nothing to quantise.
+        ModelFileError: the graph is quantized already, or there is nothing to quantize.
     """
-    found = sorted({node.op_type for node in model.graph.node if node.op_type in _QUANTISED})
+    found = sorted({node.op_type for node in model.graph.node if node.op_type in _QUANTIZED})
     if found:
-        raise ModelFileError(f"the model is quantised already: it has {', '.join(found)}; give the float32 file")
+        raise ModelFileError(f"the model is quantized already: it has {', '.join(found)}; give the float32 file")
     names = [node.name for node in model.graph.node if node.op_type in _WEIGHTED]
     if len(set(names)) < len(names) or "" in names:
         raise ModelFileError("the convolutions and matrix products of the model need names of their own")
@@ -103,7 +103,7 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = (), leave: Collect
         )
     if not any(point.int8 for point in points):
         raise ModelFileError(
-            "there is nothing to quantise: no convolution or matrix product with constant weights is left"
+            "there is nothing to quantize: no convolution or matrix product with constant weights is left"
         )
     return points
 
@@ -116,7 +116,7 @@ def int8_share(points: Iterable[Point]) -> float:
 
 
 def residual_inputs(model: onnx.ModelProto, points: Iterable[Point]) -> list[tuple[str, str]]:
-    """Returns (Add, tensor) of each residual Add behind a quantised convolution.
+    """Returns (Add, tensor) of each residual Add behind a quantized convolution.
 
     The tensor is the other input: the identity, which others read too, or, behind a projected shortcut, the second.
     """

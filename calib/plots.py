@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.thresholds import percentile
-from runtime.files import atomic_write
+from runtime.system.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ __all__ = ["plot_fallback", "plot_ranges"]
 
 
 def plot_ranges(calibrated: Calibrated, path: Path) -> None:
-    """Draws the range of every quantised activation and the threshold it got, in the order of the layers."""
+    """Draws the range of every quantized activation and the threshold it got, in the order of the layers."""
     from matplotlib.figure import Figure
 
     names = list(calibrated.histograms)
@@ -30,7 +30,7 @@ def plot_ranges(calibrated: Calibrated, path: Path) -> None:
     axes.vlines(places, most, largest, color="0.75", linewidth=3, label="99.99 % to the largest")
     axes.plot(places, largest, "_", color="0.4", label="largest magnitude")
     axes.plot(places, [calibrated.thresholds[name] for name in names], "o", markersize=3, label="threshold (127)")
-    axes.set(yscale="log", xlabel="quantised activation, from input to output", ylabel="magnitude")
+    axes.set(yscale="log", xlabel="quantized activation, from input to output", ylabel="magnitude")
     axes.legend(frameon=False)
     _save(figure, path)
 

@@ -18,9 +18,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calib.divergence import TensorError
-from calib.initializers import add_initializer
-from runtime.graphs import check
+from runtime.graph.compare import TensorError
+from runtime.graph.edit import add_initializer
+from runtime.graph.model import check
 
 __all__ = [
     "LIMIT",
@@ -127,7 +127,7 @@ def losses(
 
     Args:
         model: the float32 graph.
-        errors: of its tensors in the reduced precision; see `calib.divergence.graph_errors`.
+        errors: of its tensors in the reduced precision; see `runtime.graph.compare.graph_errors`.
         amax: largest magnitudes, for the record.
         count: nodes to choose by their own error.
     """

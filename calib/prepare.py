@@ -1,4 +1,4 @@
-"""Any float32 ONNX classifier → one that can be quantised: named nodes, constants in place, BatchNorm folded."""
+"""Any float32 ONNX classifier → one that can be quantized: named nodes, constants in place, BatchNorm folded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, version_converter
 
 from runtime.errors import ModelFileError, first_line
-from runtime.graphs import tensor_types
+from runtime.graph.model import tensor_types
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 __all__ = ["prepared"]
@@ -24,7 +24,7 @@ _LOG_ERRORS_ONLY = 3
 def prepared(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
     """Reads a file that is not ours.
 
-    ONNX Runtime's basic optimisations fold BatchNorm and constants; they leave standard operators only.
+    ONNX Runtime's basic optimizations fold BatchNorm and constants; they leave standard operators only.
 
     Args:
         path: a float32 ONNX classifier of images.
@@ -49,7 +49,7 @@ def prepared(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
                 f"{path} is of opset {opset} and cannot be converted to {_OPSET} ({first_line(error)}); "
                 f"export it with opset {_OPSET}"
             ) from error
-    model = _optimised(path, model)
+    model = _optimized(path, model)
     _name_nodes(model)
     onnx.helper.set_model_props(model, {METADATA_KEY: _spec(path, model, preprocessing).to_json()})
     return model
@@ -69,18 +69,18 @@ def _check_input(path: Path, value: onnx.ValueInfoProto, preprocessing: Preproce
         name = TensorProto.DataType.Name(kind.elem_type).lower()
         raise ModelFileError(
             f"{path} takes {name} {sizes}; expected float [any or 1, {wanted[0]}, {wanted[1]}, {wanted[2]}]: "
-            "normalised images, channels first. Is --img-size right?"
+            "normalized images, channels first. Is --img-size right?"
         )
 
 
-def _optimised(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+def _optimized(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = _LOG_ERRORS_ONLY
     with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         try:
             ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base but this

@@ -13,10 +13,9 @@ import onnx
 from numpy.typing import NDArray
 
 from calib.cache import cache_file
-from calib.collect import collect_channel_amax
 from calib.config import CalibrationConfig
 from calib.counting import collect_histograms
-from calib.equalise import ALPHAS, equalisable, equalised
+from calib.equalize import ALPHAS, equalizable, equalized
 from calib.histograms import Histogram
 from calib.layers import LayerError, layer_errors
 from calib.placement import Point, int8_share, points_of, residual_inputs
@@ -24,6 +23,7 @@ from calib.quantize import quantize
 from calib.sensitivity import Fallback, Held, keep_budget
 from calib.thresholds import METHODS, minmax, mse, percentile
 from runtime.errors import DataError
+from runtime.graph.collect import collect_channel_amax
 
 __all__ = ["FEWEST", "TRIED", "Batches", "Calibrated", "calibrate"]
 
@@ -34,10 +34,10 @@ FEWEST = 32
 TRIED = 64
 """Images on which candidate thresholds, compromises and channel means are compared."""
 _WORTH_IT = 0.9
-"""Equalisation must lower a tensor's noise to this share: it may cost a multiplication."""
+"""Equalization must lower a tensor's noise to this share: it may cost a multiplication."""
 
 Batches: TypeAlias = Callable[[int], Iterator[NDArray[np.float32]]]
-"""Given a number of images, 0 for all: the normalised images, float32 (N, 3, H, W), a few at a time."""
+"""Given a number of images, 0 for all: the normalized images, float32 (N, 3, H, W), a few at a time."""
 Progress: TypeAlias = Callable[[str, int], None]
 """Called with a stage's name and its images, layers or steps so far."""
 
@@ -49,16 +49,16 @@ class Calibrated:
     model: onnx.ModelProto
     """Q/DQ nodes where INT8 is wanted, float32 everywhere else."""
     source: onnx.ModelProto
-    """The float32 graph that was quantised: the given one, or it equalised."""
+    """The float32 graph that was quantized: the given one, or it equalized."""
     points: tuple[Point, ...]
-    """Every convolution and matrix product, and whether it is quantised."""
+    """Every convolution and matrix product, and whether it is quantized."""
     thresholds: dict[str, float]
     """Tensor → what 127 stands for."""
     histograms: dict[str, Histogram]
     """Tensor → magnitudes on the calibration images."""
     layers: tuple[LayerError, ...]
-    """Each quantised layer at the threshold it got; empty where none was measured."""
-    equalised: dict[str, float]
+    """Each quantized layer at the threshold it got; empty where none was measured."""
+    equalized: dict[str, float]
     """Tensor whose channels were scaled → its compromise."""
     fallback: Fallback | None
     """How the budget was kept, where there was one."""
@@ -78,7 +78,7 @@ def calibrate(
     images_sha256: str = "",
     progress: Progress | None = None,
 ) -> Calibrated:
-    """Quantises a classifier after training.
+    """Quantizes a classifier after training.
 
     Args:
         model: a float32 graph with unique node names.
@@ -91,14 +91,14 @@ def calibrate(
     Raises:
         ConfigError: a node to keep is not there.
         DataError: no images, images that are all the same, or values that are not finite.
-        ModelFileError: the model is quantised already, or has nothing to quantise.
+        ModelFileError: the model is quantized already, or has nothing to quantize.
     """
     config = config or CalibrationConfig()
     count = _Counter(progress)
     points = points_of(model, config.keep, config.leave)
     alphas: dict[str, float] = {}
-    if config.equalise:
-        model, alphas = _equalised(model, points, batches, count)
+    if config.equalize:
+        model, alphas = _equalized(model, points, batches, count)
         points = points_of(model, config.keep, config.leave)
     residuals = residual_inputs(model, points) if config.residuals else []
     added = [tensor for _, tensor in residuals]
@@ -122,22 +122,22 @@ def calibrate(
             model, points, thresholds, batches(TRIED), config.seed, progress=count.of("rounding")
         )
 
-    def quantised(some: Sequence[Point]) -> onnx.ModelProto:
+    def quantized(some: Sequence[Point]) -> onnx.ModelProto:
         still = set(residual_inputs(model, some)) & set(residuals)
         return quantize(model, some, thresholds, biases=biases, weights=weights, residuals=still)
 
     fallback = None
     if config.budget is not None and held:
-        fallback = keep_budget(model, quantised, points, config.budget / 100, held, count)
+        fallback = keep_budget(model, quantized, points, config.budget / 100, held, count)
         points = list(fallback.points)
     return Calibrated(
-        model=quantised(points),
+        model=quantized(points),
         source=model,
         points=tuple(points),
         thresholds=thresholds,
         histograms={name: histograms[name] for name in thresholds},
         layers=tuple(layers),
-        equalised=alphas,
+        equalized=alphas,
         fallback=fallback,
     )
 
@@ -183,25 +183,25 @@ def _thresholds(
     return _choose(layer_errors(model, points, candidates, batches(TRIED), count.of("layers")))
 
 
-def _equalised(
+def _equalized(
     model: onnx.ModelProto, points: Sequence[Point], batches: Batches, count: _Counter
 ) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The graph with those tensors equalised that are worth it, and how far each."""
-    names = equalisable(model, _tensors(points))
+    """The graph with those tensors equalized that are worth it, and how far each."""
+    names = equalizable(model, _tensors(points))
     if not names:
-        log.info("no activation of this network can be equalised exactly")
+        log.info("no activation of this network can be equalized exactly")
         return model, {}
     maxima = collect_channel_amax(model, batches(TRIED), names, count.of("channels"))
     before = _noise(model, points, names, batches, count)
     best: dict[str, float] = {}
     least = {name: _WORTH_IT * noise for name, noise in before.items()}
     for alpha in ALPHAS:
-        tried = equalised(model, maxima, dict.fromkeys(names, alpha))
+        tried = equalized(model, maxima, dict.fromkeys(names, alpha))
         noises = _noise(tried, points_of(tried), names, batches, count)
         for name, noise in noises.items():
             if noise < least[name]:
                 best[name], least[name] = alpha, noise
-    return (equalised(model, maxima, best), best) if best else (model, best)
+    return (equalized(model, maxima, best), best) if best else (model, best)
 
 
 def _noise(

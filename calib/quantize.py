@@ -14,12 +14,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calib.initializers import add_initializer
 from calib.placement import Point
 from calib.thresholds import LEVELS
-from runtime.graphs import check
+from runtime.graph.edit import add_initializer
+from runtime.graph.model import check
 
-__all__ = ["InsertQDQ", "along", "dequantised_names", "quantise_weight", "quantize", "scale_of"]
+__all__ = ["InsertQDQ", "along", "dequantized_names", "quantize", "quantize_weight", "scale_of"]
 
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 
@@ -33,12 +33,12 @@ def scale_of(threshold: float | NDArray[np.floating]) -> NDArray[np.float32]:
     return half.astype(np.float32)
 
 
-def dequantised_names(point: Point) -> tuple[str, str]:
-    """Returns what the activation and the weights of a quantised layer are called behind their DequantizeLinear."""
-    return _dequantised(point.tensor), _dequantised(_int8_name(point.weight, point.axis))
+def dequantized_names(point: Point) -> tuple[str, str]:
+    """Returns what the activation and the weights of a quantized layer are called behind their DequantizeLinear."""
+    return _dequantized(point.tensor), _dequantized(_int8_name(point.weight, point.axis))
 
 
-def _dequantised(name: str) -> str:
+def _dequantized(name: str) -> str:
     return f"{name}_dequantized"
 
 
@@ -51,7 +51,7 @@ def along(scales: NDArray[np.float32], axis: int, rank: int) -> NDArray[np.float
     return scales.reshape([-1 if dimension == axis else 1 for dimension in range(rank)])
 
 
-def quantise_weight(weight: NDArray[np.floating], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_weight(weight: NDArray[np.floating], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Returns int8 weights and the scale of each output channel, (channels,)."""
     others = tuple(dimension for dimension in range(weight.ndim) if dimension != axis)
     scales = scale_of(np.abs(weight).max(axis=others))
@@ -68,7 +68,7 @@ def quantize(
     weights: Mapping[str, NDArray[np.int8]] | None = None,
     residuals: Iterable[tuple[str, str]] = (),
 ) -> onnx.ModelProto:
-    """Quantises the `int8` ones of `points`.
+    """Quantizes the `int8` ones of `points`.
 
     Args:
         model: the float32 graph; not changed.
@@ -77,16 +77,16 @@ def quantize(
         biases: what is added to a node's bias, (channels,), by its name: bias correction.
         weights: int8 weights that are not rounded to the nearest, by the node's name; of nodes that share theirs
             with no other.
-        residuals: (Add, tensor) whose tensor is quantised for that Add.
+        residuals: (Add, tensor) whose tensor is quantized for that Add.
 
     Returns:
         A float32 graph with Q/DQ nodes.
     """
     graph_model = ir.from_proto(model)
     InsertQDQ(points, thresholds, biases or {}, weights or {}, residuals)(graph_model)
-    quantised = ir.to_proto(graph_model)
-    check(quantised)
-    return quantised
+    quantized = ir.to_proto(graph_model)
+    check(quantized)
+    return quantized
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -157,13 +157,13 @@ class InsertQDQ(ir.passes.InPlacePass):
 
 
 def _pair(graph: ir.Graph, reader: ir.Node, value: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
-    quantised = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}_quantize")
-    whole = quantised.outputs[0]
+    quantized = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}_quantize")
+    whole = quantized.outputs[0]
     whole.name, whole.type, whole.shape = f"{value.name}_int8", ir.TensorType(ir.DataType.INT8), value.shape
     back = ir.node("DequantizeLinear", [whole, scale, zero], name=f"{value.name}_dequantize")
     output = back.outputs[0]
-    output.name, output.type, output.shape = _dequantised(str(value.name)), value.type, value.shape
-    graph.insert_before(reader, [quantised, back])
+    output.name, output.type, output.shape = _dequantized(str(value.name)), value.type, value.shape
+    graph.insert_before(reader, [quantized, back])
     return output
 
 
@@ -171,7 +171,7 @@ def _weight(
     graph: ir.Graph, reader: ir.Node, weight: ir.Value, axis: int, rounded: NDArray[np.int8] | None
 ) -> ir.Value:
     assert weight.const_value is not None
-    integers, scales = quantise_weight(weight.const_value.numpy(), axis)
+    integers, scales = quantize_weight(weight.const_value.numpy(), axis)
     if rounded is not None:
         integers = rounded
     name = _int8_name(str(weight.name), axis)
@@ -186,6 +186,6 @@ def _weight(
         name=f"{name}_dequantize",
     )
     output = back.outputs[0]
-    output.name, output.type, output.shape = _dequantised(name), weight.type, weight.shape
+    output.name, output.type, output.shape = _dequantized(name), weight.type, weight.shape
     graph.insert_before(reader, back)
     return output

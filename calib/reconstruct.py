@@ -1,11 +1,11 @@
 """Weights rounded so that each layer's output comes out right, not each weight (AdaRound).
 
-Layer by layer, from the input on: the layer reads what the network quantised so far gives it and is to give what
-the float32 one does. Which of its weights are rounded up and which down is learnt by gradient descent on a soft
+Layer by layer, from the input on: the layer reads what the network quantized so far gives it and is to give what
+the float32 one does. Which of its weights are rounded up and which down is learned by gradient descent on a soft
 choice that is pressed towards 0 or 1. The mean error that is left goes into the bias.
 
 Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2004.10568), whose
-rectified sigmoid, regulariser and schedule are used; the asymmetric form, in which a layer reads quantised
+rectified sigmoid, regulariser and schedule are used; the asymmetric form, in which a layer reads quantized
 activations, is theirs too.
 """
 
@@ -23,10 +23,10 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from calib.placement import Point
-from calib.quantize import along, dequantised_names, quantise_weight, quantize
+from calib.quantize import along, dequantized_names, quantize, quantize_weight
 from calib.thresholds import LEVELS
-from runtime.graphs import open_session, with_outputs
-from runtime.images import spread
+from runtime.graph.model import open_session, with_outputs
+from runtime.preprocessing import spread
 
 __all__ = ["reconstruct"]
 
@@ -50,7 +50,7 @@ class _Layer(NamedTuple):
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     inputs: Tensor
-    """From the network quantised so far."""
+    """From the network quantized so far."""
     targets: Tensor
     """Of the float32 network."""
 
@@ -64,7 +64,7 @@ def reconstruct(
     steps: int = 400,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]]:
-    """Learns how the weights of every quantised layer are rounded.
+    """Learns how the weights of every quantized layer are rounded.
 
     Args:
         model: the float32 graph.
@@ -96,10 +96,10 @@ def reconstruct(
                 point=point,
                 weight=np.array(numpy_helper.to_array(constants[point.weight])),
                 bias=_constant(node, constants),
-                inputs=_Tap(before, [dequantised_names(point)[0]]).of(images, dequantised_names(point)[0]),
+                inputs=_Tap(before, [dequantized_names(point)[0]]).of(images, dequantized_names(point)[0]),
                 targets=exact.of(images, node.output[0]),
             )
-            weights[point.node], biases[point.node] = _learnt(layer, steps, generator)
+            weights[point.node], biases[point.node] = _learned(layer, steps, generator)
         if point.int8 and progress:
             progress(1)
     return weights, biases
@@ -124,15 +124,15 @@ class _Tap:
         return torch.from_numpy(np.concatenate(few))
 
 
-def _learnt(layer: _Layer, steps: int, generator: torch.Generator) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+def _learned(layer: _Layer, steps: int, generator: torch.Generator) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """The layer's int8 weights, and the correction of its bias."""
-    _, scales = quantise_weight(layer.weight, layer.point.axis)
+    _, scales = quantize_weight(layer.weight, layer.point.axis)
     scale = torch.from_numpy(along(scales, layer.point.axis, layer.weight.ndim))
     ratio = torch.from_numpy(layer.weight) / scale
     floor = ratio.floor()
     start = ((ratio - floor) - _LOW) / (_HIGH - _LOW)
     choice = torch.log(start / (1 - start)).requires_grad_(True)
-    optimiser = torch.optim.Adam([choice], lr=_LEARNING_RATE)
+    optimizer = torch.optim.Adam([choice], lr=_LEARNING_RATE)
     power = layer.targets.square().mean().clamp_min(1e-12)
     free = int(_FREE * steps)
     for step in range(steps):
@@ -144,13 +144,13 @@ def _learnt(layer: _Layer, steps: int, generator: torch.Generator) -> tuple[NDAr
             done = (step - free) / (steps - free)
             sharpness = _SHARPNESS[1] + 0.5 * (_SHARPNESS[0] - _SHARPNESS[1]) * (1 + np.cos(np.pi * done))
             loss = loss + _PRESSURE / choice.numel() * (1 - (2 * up - 1).abs().pow(sharpness)).sum()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
-        learnt = (floor + (_chosen(choice) >= 0.5)).clamp(-LEVELS, LEVELS)
+        learned = (floor + (_chosen(choice) >= 0.5)).clamp(-LEVELS, LEVELS)
         nearest = ratio.round().clamp(-LEVELS, LEVELS)
-        tried = [(integers, _error(layer, scale * integers)) for integers in (nearest, learnt)]
+        tried = [(integers, _error(layer, scale * integers)) for integers in (nearest, learned)]
         integers, error = min(tried, key=lambda pair: float(pair[1].square().mean()))
     channels = 1 if layer.point.op in ("Conv", "ConvTranspose") else error.ndim - 1
     shift = error.double().mean([axis for axis in range(error.ndim) if axis != channels])

@@ -11,7 +11,7 @@ from typing import Any
 from calib.config import CalibrationConfig
 from calib.ptq import Calibrated
 from calib.sensitivity import Fallback
-from runtime.files import write_text
+from runtime.system.files import write_text
 
 __all__ = ["save_record"]
 
@@ -37,7 +37,7 @@ def save_record(path: Path, calibrated: Calibrated, config: CalibrationConfig, a
         "int8_share_of_macs": calibrated.int8_share,
         "agreement": agreement,
         "compared_images": images,
-        "equalised": calibrated.equalised,
+        "equalized": calibrated.equalized,
         "budget": _budget(calibrated.fallback) if calibrated.fallback else None,
         "nodes": _nodes(calibrated),
     }

@@ -21,15 +21,15 @@ import onnx
 from numpy.typing import NDArray
 
 from calib.placement import Point, int8_share
-from runtime.graphs import open_session
+from runtime.graph.model import open_session
 
 __all__ = ["Fallback", "Held", "Trial", "expected_loss", "keep_budget", "sensitivities"]
 
 log = logging.getLogger(__name__)
 
 Held: TypeAlias = Mapping[str, Callable[[], Iterator[NDArray[np.float32]]]]
-"""Kind of image → its held-out images, normalised, float32 (N, 3, H, W), a few at a time."""
-Quantise: TypeAlias = Callable[[Sequence[Point]], onnx.ModelProto]
+"""Kind of image → its held-out images, normalized, float32 (N, 3, H, W), a few at a time."""
+Quantize: TypeAlias = Callable[[Sequence[Point]], onnx.ModelProto]
 
 _FEW_BATCHES = 8
 """Batches of each kind that sensitivities are measured on."""
@@ -90,16 +90,16 @@ def expected_loss(reference_NK: NDArray[np.floating], logits_NK: NDArray[np.floa
 
 
 def sensitivities(
-    quantise: Quantise,
+    quantize: Quantize,
     points: Sequence[Point],
     batches: Sequence[NDArray[np.float32]],
     reference: Sequence[NDArray[np.float32]],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Measures each quantised layer alone.
+    """Measures each quantized layer alone.
 
     Args:
-        quantise: makes the INT8 graph of some points.
+        quantize: makes the INT8 graph of some points.
         points: those that are `int8` are measured.
         batches: images.
         reference: the float32 network's logits of each.
@@ -111,7 +111,7 @@ def sensitivities(
     found = {}
     for point in points:
         if point.int8:
-            logits = _logits(quantise([point]), batches)
+            logits = _logits(quantize([point]), batches)
             divergences = [_kl(*pair) for pair in zip(reference, logits, strict=True)]
             mean = float(np.mean(np.concatenate(divergences)))
             found[point.node] = mean if np.isfinite(mean) else float("inf")
@@ -122,7 +122,7 @@ def sensitivities(
 
 def keep_budget(
     model: onnx.ModelProto,
-    quantise: Quantise,
+    quantize: Quantize,
     points: Sequence[Point],
     budget: float,
     held: Held,
@@ -132,13 +132,13 @@ def keep_budget(
 
     Args:
         model: the float32 graph.
-        quantise: makes the INT8 graph of some points.
+        quantize: makes the INT8 graph of some points.
         points: all of them.
         budget: expected loss of top-1 accuracy that is allowed on each kind, 0 to 1.
         held: the held-out images.
         progress: called with a stage's name, `budget` or `sensitivity`, and one more image or layer done.
     """
-    search = _Search(model, quantise, points, held, progress)
+    search = _Search(model, quantize, points, held, progress)
     whole = search.tried(())
     order: list[str] = []
     sensitivity: dict[str, float] = {}
@@ -167,13 +167,13 @@ class _Search:
     def __init__(
         self,
         model: onnx.ModelProto,
-        quantise: Quantise,
+        quantize: Quantize,
         points: Sequence[Point],
         held: Held,
         progress: Callable[[str, int], None] | None,
     ) -> None:
         self.trials: list[Trial] = []
-        self._quantise, self._points, self._held = quantise, points, held
+        self._quantize, self._points, self._held = quantize, points, held
         self._progress = progress or (lambda stage, done: None)
         session = open_session(model)
         self._reference: dict[str, list[NDArray[np.float32]]] = {}
@@ -193,7 +193,7 @@ class _Search:
             if set(trial.floating) == set(floating):
                 return trial
         points = [dataclasses.replace(point, int8=point.int8 and point.node not in floating) for point in self._points]
-        session = open_session(self._quantise(points))
+        session = open_session(self._quantize(points))
         losses, same, count = {}, 0, 0
         for kind, batches in self._held.items():
             logits = []
@@ -211,7 +211,7 @@ class _Search:
 
     def sensitivities(self) -> dict[str, float]:
         return sensitivities(
-            self._quantise,
+            self._quantize,
             self._points,
             self._few,
             self._few_reference,

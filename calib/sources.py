@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
-from runtime.images import SUFFIXES
+from runtime.preprocessing import SUFFIXES
 
 __all__ = ["ArraySource", "FolderSource", "ImageSource", "TarSource", "open_source"]
 

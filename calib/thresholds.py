@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from calib.histograms import BINS, Histogram
 
-__all__ = ["LEVELS", "METHODS", "entropy", "minmax", "mse", "percentile", "quantisation_errors"]
+__all__ = ["LEVELS", "METHODS", "entropy", "minmax", "mse", "percentile", "quantization_errors"]
 
 LEVELS = 127
 """Steps on each side of zero."""
@@ -37,12 +37,12 @@ def percentile(histogram: Histogram, share: float = 99.99) -> float:
 
 
 def entropy(histogram: Histogram) -> float:
-    """The threshold whose quantised distribution is nearest to the clipped one, by KL divergence.
+    """The threshold whose quantized distribution is nearest to the clipped one, by KL divergence.
 
     As published (Migacz, "8-bit Inference with TensorRT", GTC 2017): for each number of bins from 128 up,
     P is the histogram cut off there with the rest added to its last bin, Q the same bins without the rest,
     merged into 128 levels and spread again over those that were not empty. Zeros, which any threshold keeps
-    exactly, count as little as their neighbours, as in NVIDIA's pytorch-quantization.
+    exactly, count as little as their neighbors, as in NVIDIA's pytorch-quantization.
     """
     counts = histogram.counts.astype(np.float64)
     counts[0] = counts[1]
@@ -75,18 +75,18 @@ def mse(histogram: Histogram) -> float:
     if not histogram.amax:
         return 0.0
     candidates = np.geomspace(histogram.amax / 100, histogram.amax, _CANDIDATES)
-    return float(candidates[quantisation_errors(histogram, candidates).argmin()])
+    return float(candidates[quantization_errors(histogram, candidates).argmin()])
 
 
-def quantisation_errors(histogram: Histogram, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the mean squared error of each threshold, (len(thresholds),), each value taken as its bin's centre."""
+def quantization_errors(histogram: Histogram, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the mean squared error of each threshold, (len(thresholds),), each value taken as its bin's center."""
     used = _used(histogram)
-    counts, x = histogram.counts[:used].astype(np.float64), histogram.centres[:used]
+    counts, x = histogram.counts[:used].astype(np.float64), histogram.centers[:used]
     filled = counts > 0
     counts, x = counts[filled], x[filled]
     step = thresholds[:, None] / LEVELS
-    quantised = np.minimum(np.round(x / step), LEVELS) * step
-    errors: NDArray[np.float64] = ((x - quantised) ** 2 @ counts) / counts.sum()
+    quantized = np.minimum(np.round(x / step), LEVELS) * step
+    errors: NDArray[np.float64] = ((x - quantized) ** 2 @ counts) / counts.sum()
     return errors
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.lazy import lazy_names
+from runtime.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from export.pipeline import ExportResult, export_checkpoint

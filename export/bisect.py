@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from calib.divergence import TensorError, relative_error, tensors_of
 from export.to_onnx import module_tensors
+from runtime.graph.compare import TensorError, relative_error, tensors_of
 from runtime.spec import ModelSpec
 
 __all__ = ["module_errors"]

@@ -14,17 +14,17 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from calib.divergence import TensorError, first_beyond, graph_errors
 from export.bisect import module_errors
 from export.io_forms import TOP
 from export.source import Source, resized
 from export.to_onnx import INPUT, OUTPUT
 from export.verify import TOLERANCE, compare, require
 from runtime.errors import VerificationError
-from runtime.graphs import open_session
-from runtime.images import network_input, normalise
+from runtime.graph.compare import TensorError, first_beyond, graph_errors
+from runtime.graph.model import open_session
+from runtime.graph.rounding import rounded_name
 from runtime.loading import load
-from runtime.rounding import rounded_name
+from runtime.preprocessing import network_input, normalize
 from runtime.session import softmax
 from runtime.spec import ModelSpec
 
@@ -45,9 +45,9 @@ _FEW = 2
 
 
 def batches(source: Source) -> Iterator[NDArray[np.float32]]:
-    """Normalised images, float32 (N, 3, H, W), a few at a time."""
+    """Normalized images, float32 (N, 3, H, W), a few at a time."""
     for start in range(0, len(source.images_NHWC), _BATCH):
-        yield normalise(source.images_NHWC[start : start + _BATCH], source.spec.preprocessing)
+        yield normalize(source.images_NHWC[start : start + _BATCH], source.spec.preprocessing)
 
 
 @torch.inference_mode()

@@ -9,9 +9,9 @@ import click
 from click.core import ParameterSource
 
 from calib.options import OPTION_NAMES, calibration_config, calibration_options
-from runtime.console import cli_errors, engine_bar, set_up_logging
-from runtime.options import ENGINE_OPTION_NAMES, build_arguments, engine_options, image_size_option
+from runtime.engine.command_line import ENGINE_OPTION_NAMES, build_arguments, engine_options, image_size_option
 from runtime.sizes import ImageSizes
+from runtime.system.console import cli_errors, engine_bar, set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +58,7 @@ _INPUT_FORMS = {"float32": "float32 NCHW", "uint8": "uint8 NCHW", "uint8-nhwc": 
     default="float32",
     show_default=True,
     type=click.Choice(["float32", "uint8", "uint8-nhwc"]),
-    help="Normalised floats, or pixels at the network's size that the file normalises itself.",
+    help="Normalized floats, or pixels at the network's size that the file normalizes itself.",
 )
 @click.option(
     "--output",
@@ -154,7 +154,7 @@ def main(
             engine=trt is not None,
             batch=engine["batch"],
             sm=engine["sm"],
-            flavour=engine["flavour"],
+            flavor=engine["flavor"],
             timing_cache=engine["timing_cache"],
             build_options=engine["options"],
             cache=engine["cache"],
@@ -216,7 +216,7 @@ def _show(console: Console, result: ExportResult) -> None:
     if result.engine_info:
         info = result.engine_info
         targets = ", ".join(info.compute_capabilities)
-        console.print(f"engine: {info.flavour} {info.version}, {info.precision}, for {targets}", highlight=False)
+        console.print(f"engine: {info.flavor} {info.version}, {info.precision}, for {targets}", highlight=False)
 
 
 def _bytes(path: Path) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calib.initializers import add_initializer
+from runtime.graph.edit import add_initializer
 
 __all__ = ["BatchNormToAffine", "FoldBatchNorm"]
 

@@ -1,4 +1,4 @@
-"""What goes in and out of the exported graph: pixels or FP16 instead of normalised float32,
+"""What goes in and out of the exported graph: pixels or FP16 instead of normalized float32,
 probabilities or the most probable classes instead of logits.
 
 Passes over a graph of float32 NCHW `input` and float32 `logits`; computed in float32
@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from calib.initializers import add_initializer
-from runtime.graphs import check
+from runtime.graph.edit import add_initializer
+from runtime.graph.model import check
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 __all__ = ["TOP", "HalfInput", "HalfOutput", "PixelInput", "ProbabilityOutput", "TopKOutput", "with_forms"]
@@ -59,7 +59,7 @@ def with_forms(model: onnx.ModelProto, spec: ModelSpec, *, half_output: bool = F
 
 
 class PixelInput(ir.passes.InPlacePass):
-    """Makes the graph take uint8 RGB pixels at the network's size and normalise them itself."""
+    """Makes the graph take uint8 RGB pixels at the network's size and normalize them itself."""
 
     def __init__(self, spec: Preprocessing, layout: str) -> None:
         """`layout`: NCHW or NHWC."""
@@ -80,15 +80,15 @@ class PixelInput(ir.passes.InPlacePass):
         value = _append(nodes, "Cast", [pixels], given, ir.DataType.FLOAT, {"to": int(ir.DataType.FLOAT)})
         if nhwc:
             value = _append(nodes, "Transpose", [value], wide, ir.DataType.FLOAT, {"perm": [0, 3, 1, 2]})
-        # The same three steps as runtime.images.normalise, so that the bits are the same.
+        # The same three steps as runtime.preprocessing.normalize, so that the bits are the same.
         steps = (("Div", [255.0]), ("Sub", list(self._spec.mean)), ("Div", list(self._spec.std)))
         for number, (op, numbers) in enumerate(steps):
             array = np.asarray(numbers, np.float32).reshape(1, -1, 1, 1)
-            constant = add_initializer(graph, f"{_PREFIX}normalise_{number}", array)
+            constant = add_initializer(graph, f"{_PREFIX}normalize_{number}", array)
             value = _append(nodes, op, [value, constant], wide, ir.DataType.FLOAT)
         for node, position in list(image.uses()):
             node.replace_input_with(position, value)
-        value.name = f"{_PREFIX}normalised"
+        value.name = f"{_PREFIX}normalized"
         graph.inputs[0] = pixels
         graph.insert_before(next(iter(graph)), nodes)
         return ir.passes.PassResult(model, modified=True)

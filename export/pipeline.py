@@ -10,7 +10,6 @@ from pathlib import Path
 
 import onnx
 
-from calib.collect import collect
 from calib.config import CalibrationConfig
 from calib.pipeline import CalibratedFile, calibrate_file
 from calib.precision import REDUCED, Decision, deciding_tensors
@@ -31,14 +30,15 @@ from export.source import load_source
 from export.to_onnx import to_onnx
 from export.verify import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
-from runtime.engine.flavours import check_targets, choose_flavour
+from runtime.engine.flavors import check_targets, choose_flavor
 from runtime.engine.options import BuildOptions, check_options
 from runtime.engine.sidecar import EngineInfo
 from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBuildError, ModelFileError
-from runtime.files import output_dir
-from runtime.graphs import save_onnx
-from runtime.rounding import with_roundings
+from runtime.graph.collect import collect
+from runtime.graph.model import save_onnx
+from runtime.graph.rounding import with_roundings
 from runtime.sizes import ImageSizes
+from runtime.system.files import output_dir
 from train.recipes import MAIN
 
 __all__ = ["ExportResult", "default_folder", "export_checkpoint"]
@@ -79,7 +79,7 @@ def export_checkpoint(
     engine: bool = False,
     batch: tuple[int, int, int] = (1, 8, 32),
     sm: Sequence[int] = (),
-    flavour: str = "auto",
+    flavor: str = "auto",
     timing_cache: Path | None = None,
     build_options: BuildOptions | None = None,
     cache: bool = False,
@@ -107,7 +107,7 @@ def export_checkpoint(
         engine: build an engine too.
         batch: smallest, most usual and largest batch size of the engine.
         sm: compute capabilities to build for; see `runtime.build`.
-        flavour: engine builder; see `runtime.build`.
+        flavor: engine builder; see `runtime.build`.
         timing_cache: see `runtime.build`.
         build_options: `options` of `runtime.build`.
         cache: see `runtime.build`.
@@ -137,7 +137,7 @@ def export_checkpoint(
     _check_forms(precision, input_form, output_form)
     progress = progress or log.debug
     if engine:
-        _check_wishes(flavour, tuple(sm), build_options or BuildOptions(), precision == "int8")
+        _check_wishes(flavor, tuple(sm), build_options or BuildOptions(), precision == "int8")
     progress("reading the checkpoint")
     source = load_source(
         checkpoint, arch, weights=weights, bn=bn, ema=ema, data=data, size=sizes.usual if sizes else None
@@ -218,7 +218,7 @@ def export_checkpoint(
                 batch=batch,
                 sizes=None if sizes is None or sizes.fixed else sizes,
                 sm=sm,
-                flavour=flavour,
+                flavor=flavor,
                 timing_cache=timing_cache,
                 options=build_options or BuildOptions(),
                 cache=cache,
@@ -266,12 +266,12 @@ def _check_forms(precision: str, input_form: str, output_form: str) -> None:
         raise ConfigError("INT8 files take float32 and give logits; leave --input and --output out")
 
 
-def _check_wishes(flavour: str, sm: tuple[int, ...], options: BuildOptions, quantised: bool) -> None:
+def _check_wishes(flavor: str, sm: tuple[int, ...], options: BuildOptions, quantized: bool) -> None:
     """Refuses impossible targets and options before the work; a missing builder is told after the ONNX files."""
     try:
-        chosen = choose_flavour(flavour, sm)
+        chosen = choose_flavor(flavor, sm)
         check_targets(chosen, sm)
-        check_options(chosen, options, quantised=quantised)
+        check_options(chosen, options, quantized=quantized)
     except BackendUnavailable:
         log.debug("no engine builder here")
 

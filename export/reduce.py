@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calib.collect import collect
-from calib.divergence import graph_errors
 from calib.precision import Decision, losses, overflows, to_reduced
 from export.verify import TOLERANCE, Parity, agrees, compare
-from runtime.rounding import rounded_name, with_roundings
+from runtime.graph.collect import collect
+from runtime.graph.compare import graph_errors
+from runtime.graph.rounding import rounded_name, with_roundings
 
 __all__ = ["Reduced", "reduce_precision"]
 

@@ -21,9 +21,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, DataError
-from runtime.files import sha256_file
-from runtime.images import SUFFIXES, decode, fit_to_input, spread
+from runtime.preprocessing import SUFFIXES, decode, fit_to_input, spread
 from runtime.spec import ModelSpec, Preprocessing
+from runtime.system.files import sha256_file
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
 from train.data import class_names, class_wnids
 from train.dual_bn import select_route

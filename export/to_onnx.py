@@ -1,4 +1,4 @@
-"""nn.Module → ONNX: traced with BatchNorms kept, folded by our passes, optimised, described."""
+"""nn.Module → ONNX: traced with BatchNorms kept, folded by our passes, optimized, described."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from export.fold import BatchNormToAffine, FoldBatchNorm
 from runtime.errors import ArchError
-from runtime.graphs import check
+from runtime.graph.model import check
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["INPUT", "OPSET", "OUTPUT", "module_tensors", "to_onnx"]
@@ -45,7 +45,7 @@ def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> on
         ArchError: torch.export cannot trace the architecture.
     """
     graph_model = _trace(model, spec, free_size)
-    # Without the limits that spare large tensors: standardised weights (NF-nets, BiT) are computed in the trace.
+    # Without the limits that spare large tensors: standardized weights (NF-nets, BiT) are computed in the trace.
     optimizer.fold_constants(graph_model, input_size_limit=_ALL, output_size_limit=_ALL)
     FoldBatchNorm()(graph_model)
     BatchNormToAffine()(graph_model)

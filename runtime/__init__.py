@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from runtime import errors
+from runtime.backends.engine_options import EngineOptions
 from runtime.backends.threads import Threads
-from runtime.batcher import Batching
+from runtime.batching.batcher import Batching
 from runtime.device.arrays import DeviceArray
-from runtime.execution.options import EngineOptions
-from runtime.lazy import lazy_names
 from runtime.loading import load
 from runtime.session import Prediction, Session, SessionStats
 from runtime.sizes import ImageSizes
 from runtime.spec import ModelSpec, Preprocessing
+from runtime.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from runtime.engine.build import build

@@ -160,6 +160,6 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Returns "did you mean …?" for a misspelt `name`, or "" where nothing is near."""
+    """Returns "did you mean …?" for a misspelled `name`, or "" where nothing is near."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"did you mean {' or '.join(matches)}?" if matches else ""

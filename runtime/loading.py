@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from runtime.backends.choose import open_backend, open_folder
-from runtime.backends.choose import warm_up as run_first
+from runtime.backends.engine_options import EngineOptions
+from runtime.backends.open import open_backend, open_folder
+from runtime.backends.open import warm_up as run_first
 from runtime.backends.threads import Threads
-from runtime.batcher import Batching
-from runtime.execution.options import EngineOptions
+from runtime.batching.batcher import Batching
 from runtime.session import Session
 
 __all__ = ["load"]

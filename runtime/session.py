@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend
-from runtime.batcher import Batcher, BatcherStats, Batching
-from runtime.decoder import Decoder
+from runtime.batching.batcher import Batcher, BatcherStats, Batching
+from runtime.batching.decoder import Decoder
 from runtime.device.arrays import DeviceArray
 from runtime.errors import ConfigError, InputError, SessionClosed, SpecError
-from runtime.gate import Gate, in_own_thread
-from runtime.images import ImageLike, fit_all, network_input
-from runtime.predictions import Prediction, predictions_of, softmax
+from runtime.prediction import Prediction, predictions_of, softmax
+from runtime.preprocessing import ImageLike, fit_all, network_input
 from runtime.spec import ModelSpec
+from runtime.system.calls import Gate, in_own_thread
 
 __all__ = ["Prediction", "Session", "SessionStats", "softmax"]
 
@@ -123,7 +123,7 @@ class Session:
         """Runs the network on a preprocessed batch.
 
         Args:
-            images_NCHW: normalised float32, (N, 3, H, W), or pixels; `spec.input_form` says which. Of a file whose
+            images_NCHW: normalized float32, (N, 3, H, W), or pixels; `spec.input_form` says which. Of a file whose
                 batch size is fixed, any N too: it is split and padded. A NumPy array, or one of torch, CuPy, pycuda or
                 another library that has `__dlpack__` or `__cuda_array_interface__`, read where it lies; one on the
                 GPU where the model runs there, and whose values are not looked at.
@@ -158,7 +158,7 @@ class Session:
         """Classifies images of any size; the model file says how to preprocess them.
 
         Args:
-            images: paths, encoded bytes, uint8 arrays (H, W, 3) in RGB or (H, W) in grey,
+            images: paths, encoded bytes, uint8 arrays (H, W, 3) in RGB or (H, W) in gray,
                 or PIL images; kinds may be mixed.
             batch_size: images the network sees at once.
 

@@ -51,7 +51,7 @@ class Preprocessing:
     interpolation: str
     """Resampling filter, one of INTERPOLATIONS."""
     crop_pct: float
-    """The image is resized to `size / crop_pct` before the centre is cut out."""
+    """The image is resized to `size / crop_pct` before the center is cut out."""
     crop_mode: str = "center"
     """timm's crop modes: `center` (resize the short side, crop), `squash` (resize both
     sides, then crop), `border` (resize the long side, pad with the mean)."""
@@ -87,8 +87,8 @@ class ModelSpec:
     route: str = "main"
     """BatchNorm route that the exported weights belong to."""
     input_form: str = "float32 NCHW"
-    """What the file takes, one of INPUT_FORMS: normalised floats, or uint8 RGB pixels at the
-    network's size, which it normalises itself."""
+    """What the file takes, one of INPUT_FORMS: normalized floats, or uint8 RGB pixels at the
+    network's size, which it normalizes itself."""
     output_form: str = "logits"
     """What it gives, one of OUTPUT_FORMS; `topk` is two outputs, `probs` and `classes`, the largest first."""
     checkpoint_sha256: str = ""

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import runtime
 from export.source import load_source
-from runtime.images import preprocess
+from runtime.preprocessing import preprocess
 from train.data import embedded_digits
 
 NO_ENGINE = 3

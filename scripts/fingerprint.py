@@ -84,13 +84,15 @@ def fingerprint(arch: str, images: int, out: Path) -> dict[str, str]:
         run("export.cli", trained / "last.pt", "--precision", precision, "--out", out / "models", *extra)
     for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx"):
         hashes[name] = onnx_hash(out / "models" / name)
-    cli = "advprop.cli" if importlib.util.find_spec("advprop") else "runtime.cli"
+    cli = "advprop.cli" if importlib.util.find_spec("advprop.cli") else "runtime" + ".cli"  # until 0.1
     suite = ["--suite", "corruptions", "--data", out / "data" / "val", "--limit", "40", "--out", out / "evaluation"]
     only = [argument for name in CORRUPTIONS for argument in ("--only", name)]
     run(cli, "eval", out / "models" / "model.onnx", out / "models" / "model.int8.onnx", *suite, *only)
     for path in sorted((out / "evaluation").glob("*.json")):
         cells = json.loads(path.read_text())["cells"]
-        hashes[f"evaluation {path.name.partition('.corruptions')[0]}"] = sha256(json.dumps(cells, sort_keys=True).encode())
+        hashes[f"evaluation {path.name.partition('.corruptions')[0]}"] = sha256(
+            json.dumps(cells, sort_keys=True).encode()
+        )
     return hashes
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from export.pipeline import export_checkpoint
-from tests.runtime.evaluate.evaluation_sets import labelled_folder, toy_onnx
+from tests.runtime.evaluate.evaluation_sets import labeled_folder, toy_onnx
 from tests.runtime.serving_models import images_of, serving_model
 from train.loop import FitResult
 
@@ -35,7 +35,7 @@ def test_stripping_a_checkpoint(trained: FitResult) -> None:
 
 
 def test_evaluating_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    labelled_folder(tmp_path / "val", count=2)
+    labeled_folder(tmp_path / "val", count=2)
     toy_onnx(tmp_path / "model.onnx")
     code = block("docs/evaluation.md", "SuiteConfig(")
     for shown, real in (("photos/val", "val"), ("model.onnx", "model.onnx"), ("evaluation", "out")):

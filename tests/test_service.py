@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 Start = Callable[..., int]
 
 
-def jpeg(colour: tuple[int, int, int]) -> bytes:
+def jpeg(color: tuple[int, int, int]) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(file, "JPEG", quality=100)
+    Image.new("RGB", (8, 8), color).save(file, "JPEG", quality=100)
     return file.getvalue()
 
 
@@ -72,7 +72,7 @@ async def until_ready(port: int) -> None:
 @pytest.mark.parametrize("example", ["service", "http_service"])
 def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path, example: str) -> None:
     random = np.random.default_rng(0)
-    images = [jpeg(tuple(colour)) for colour in random.integers(0, 256, (1000, 3)).tolist()]
+    images = [jpeg(tuple(color)) for color in random.integers(0, 256, (1000, 3)).tolist()]
     options = ["--max-queued", "1000", "--max-batch", "32"] if example == "http_service" else []
     port = start(serving_model(MEAN), *options, example=example)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.lazy import lazy_names
+from runtime.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from train.attack import LinfPGD

@@ -32,7 +32,7 @@ _PROGRESS = 0.75
 
 
 def cross_entropy(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Returns the loss that training minimises."""
+    """Returns the loss that training minimizes."""
     return F.cross_entropy(logits_NK, labels_N, reduction="none")
 
 
@@ -97,7 +97,7 @@ class LinfAPGD:
 
         Args:
             model: left as it was found.
-            images_NCHW: normalised float images.
+            images_NCHW: normalized float images.
             labels_N: int64 true classes.
             bn: route the gradient goes through.
 

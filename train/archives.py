@@ -22,7 +22,7 @@ from typing import NamedTuple, overload
 from timm.utils.misc import natural_key
 
 from runtime.errors import DataError
-from runtime.images import SUFFIXES
+from runtime.preprocessing import SUFFIXES
 from train.data import ImageData, ImageSet, by_class, class_names, median_short_side
 
 __all__ = ["find_archives", "image_archives"]

@@ -1,4 +1,4 @@
-"""L-inf PGD in the space of normalised images, with ε in units of a pixel.
+"""L-inf PGD in the space of normalized images, with ε in units of a pixel.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 
@@ -44,7 +44,7 @@ LOSS_SCALE = 1024.0
 
 
 class Ball(NamedTuple):
-    """Where the attack on a batch may go, in the normalised space."""
+    """Where the attack on a batch may go, in the normalized space."""
 
     clean: torch.Tensor
     """The images, (N, C, H, W), detached."""
@@ -69,7 +69,7 @@ class LinfPGD:
         """
         Args:
             config: strength and kind of the attack.
-            mean: per-channel mean the images were normalised with, of pixels in [0, 1].
+            mean: per-channel mean the images were normalized with, of pixels in [0, 1].
             std: per-channel standard deviation likewise.
             randomness: where starts and targets come from; default: torch's generator.
         """
@@ -83,7 +83,7 @@ class LinfPGD:
 
         Args:
             model: left as it was found: its mode, statistics, gradients and `requires_grad`.
-            images_NCHW: normalised float images.
+            images_NCHW: normalized float images.
             labels_N: int64 true classes.
             bn: route the gradient goes through.
 
@@ -108,7 +108,7 @@ class LinfPGD:
         return attacked
 
     def ball(self, images_NCHW: torch.Tensor) -> Ball:
-        """Returns how far each pixel of normalised images may be moved."""
+        """Returns how far each pixel of normalized images may be moved."""
         clean = images_NCHW.detach()
         if self._std_C11.device != clean.device:  # once, not at every step: a copy waits for the GPU
             self._mean_C11, self._std_C11 = self._mean_C11.to(clean.device), self._std_C11.to(clean.device)

@@ -1,4 +1,4 @@
-"""What a run is made of, built from its TrainConfig: data, model, task, optimiser."""
+"""What a run is made of, built from its TrainConfig: data, model, task, optimizer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.errors import ConfigError, DataError, first_line
-from runtime.images import decode, fit_to_input
+from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import Preprocessing
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import ImageData
-from train.distributed import synchronise_batch_norms, world_size
+from train.distributed import synchronize_batch_norms, world_size
 from train.models import create_model
 from train.recipes import Recipe
 from train.restore import load_weights, route_weights
@@ -30,7 +30,7 @@ from train.task import AdvPropTask
 __all__ = [
     "make_device",
     "make_model",
-    "make_optimisation",
+    "make_optimization",
     "make_sample",
     "make_task",
     "model_arguments",
@@ -101,7 +101,7 @@ def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
             if isinstance(layer, _BatchNorm):
                 layer.momentum = config.bn_momentum
     if config.sync_bn and world_size() > 1:
-        synchronise_batch_norms(model)
+        synchronize_batch_norms(model)
     return model
 
 
@@ -144,10 +144,10 @@ def make_task(
     return task
 
 
-def make_optimisation(
+def make_optimization(
     config: TrainConfig, model: nn.Module, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Makes timm's optimiser and schedule, the latter stepped at each update.
+    """Makes timm's optimizer and schedule, the latter stepped at each update.
 
     Raises:
         ConfigError: timm does not know one of them.
@@ -158,7 +158,7 @@ def make_optimisation(
             model, opt=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, **optim.options
         )
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"timm cannot make the optimiser {optim.optimizer!r}: {error}") from error
+        raise ConfigError(f"timm cannot make the optimizer {optim.optimizer!r}: {error}") from error
     epochs = config.resolved_epochs
     try:
         scheduler, _ = create_scheduler_v2(

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from runtime.errors import CheckpointError, OutputError
-from runtime.files import atomic_write
+from runtime.system.files import atomic_write
 
 __all__ = ["FORMAT", "load_checkpoint", "read_torch_file", "rng_kept", "rng_state", "save_checkpoint", "set_rng_state"]
 

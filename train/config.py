@@ -24,7 +24,7 @@ class AttackConfig:
     """L-inf PGD on the training images. The defaults are the paper's weakest attack."""
 
     epsilon: float = 1.0
-    """Largest change of a pixel, in 1/255, whatever the normalisation."""
+    """Largest change of a pixel, in 1/255, whatever the normalization."""
     steps: int | None = None
     """Gradient steps; None: ε + 1, but one at ε = 1, as published."""
     step_size: float = 1.0
@@ -85,7 +85,7 @@ class DataConfig:
     hflip: float | None = None
     """Probability of mirroring a training image; None: 0.5, but never for the digits."""
     color_jitter: float | None = None
-    """Strength of colour jitter; None: 0.4, but none for the digits and small images."""
+    """Strength of color jitter; None: 0.4, but none for the digits and small images."""
     workers: int | None = None
     """Loader processes; None: by cores and data."""
 
@@ -101,7 +101,7 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """Optimiser, schedule and losses, by timm's names."""
+    """Optimizer, schedule and losses, by timm's names."""
 
     optimizer: str = "adamw"
     """A name of `timm.optim`."""
@@ -122,7 +122,7 @@ class OptimConfig:
     accumulate: int = 1
     """Batches whose gradients are added up for one update."""
     options: dict[str, float] = field(default_factory=dict)
-    """Further arguments of the optimiser, e.g. `alpha`, `momentum`, `eps`."""
+    """Further arguments of the optimizer, e.g. `alpha`, `momentum`, `eps`."""
     decay_epochs: float = 2.4
     """Epochs between decays, for the `step` schedule."""
     decay_rate: float = 0.97
@@ -188,7 +188,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Images."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimisation."""
+    """Optimization."""
     eval_attack_images: int = 512
     """Validation images, spread evenly, on which accuracy under attack is measured."""
 

@@ -1,4 +1,4 @@
-"""What is trained on: labelled images with their class names, not decoded yet.
+"""What is trained on: labeled images with their class names, not decoded yet.
 
 embedded_digits   what comes with scikit-learn
 image_folder      train/CLASS/*, val/CLASS/*
@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
 from runtime.errors import ConfigError, DataError
-from runtime.images import SUFFIXES, ImageLike, image_size, spread
+from runtime.preprocessing import SUFFIXES, ImageLike, image_size, spread
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 
@@ -70,7 +70,7 @@ class NamedImages(Images, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Labelled images, not decoded yet."""
+    """Labeled images, not decoded yet."""
 
     images: Images
     """Paths, encoded bytes, uint8 arrays of shape (H, W) or (H, W, 3), or PIL images."""
@@ -96,7 +96,7 @@ class ImageSet:
 
 @dataclass(frozen=True, slots=True)
 class ImageStream:
-    """Labelled images that come one after the other, in an order of their own."""
+    """Labeled images that come one after the other, in an order of their own."""
 
     open: Callable[[bool, int, int], Any]
     """(training, batch size, seed) → timm's IterableImageDataset."""
@@ -167,7 +167,7 @@ def image_folder(root: Path) -> ImageData:
             there = sorted(entry.name for entry in root.iterdir())[:8] if root.is_dir() else None
             found = f"found {', '.join(there) or 'an empty folder'}" if there is not None else "no such folder"
             raise DataError(f"{root}: {found}; expected {part}/CLASS/IMAGE files below it ({root / part} is missing)")
-    parts = {part: _labelled_files(root / part) for part in ("train", "val")}
+    parts = {part: _labeled_files(root / part) for part in ("train", "val")}
     return by_class(root, parts["train"], parts["val"], list)
 
 
@@ -221,7 +221,7 @@ def by_class(
     )
 
 
-def _labelled_files(folder: Path) -> dict[str, list[str]]:
+def _labeled_files(folder: Path) -> dict[str, list[str]]:
     """Image files by the name of the class folder, whatever is below it; hidden folders are left out."""
     found: dict[str, list[str]] = {}
     for entry in folder.iterdir():

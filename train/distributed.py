@@ -23,8 +23,8 @@ __all__ = [
     "process_group",
     "rank",
     "shuffled_across_processes",
-    "synchronise_batch_norms",
-    "unsynchronised",
+    "synchronize_batch_norms",
+    "unsynchronized",
     "world_size",
     "world_sum",
 ]
@@ -110,37 +110,37 @@ def shuffled_across_processes(images: torch.Tensor, labels: torch.Tensor) -> tup
     return torch.cat(all_images)[mine], torch.cat(all_labels)[mine]
 
 
-def synchronise_batch_norms(model: nn.Module) -> nn.Module:
-    """Makes every BatchNorm of `model` normalise over the images of all processes, in place.
+def synchronize_batch_norms(model: nn.Module) -> nn.Module:
+    """Makes every BatchNorm of `model` normalize over the images of all processes, in place.
 
-    Call it before `add_auxiliary_bns`: each route then synchronises by itself. torch's
+    Call it before `add_auxiliary_bns`: each route then synchronizes by itself. torch's
     SyncBatchNorm knows no CPU, so this works on any backend of torch.distributed.
     """
     for layer in model.modules():
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, _Synchronised):
-            synchronised = cast(Any, layer)
-            synchronised.__class__ = type(f"Sync{type(layer).__name__}", (_Synchronised, type(layer)), {})
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, _Synchronized):
+            synchronized = cast(Any, layer)
+            synchronized.__class__ = type(f"Sync{type(layer).__name__}", (_Synchronized, type(layer)), {})
     return model
 
 
-def unsynchronised(kind: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class that `synchronise_batch_norms` made `kind` of, or `kind` itself."""
-    return kind.__bases__[1] if issubclass(kind, _Synchronised) else kind
+def unsynchronized(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class that `synchronize_batch_norms` made `kind` of, or `kind` itself."""
+    return kind.__bases__[1] if issubclass(kind, _Synchronized) else kind
 
 
-class _Synchronised:
+class _Synchronized:
     """Mixin: batch statistics over all processes, differentiable on each."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = cast(Any, self)
         if world_size() == 1 or not layer.training:
             return cast(torch.Tensor, super().forward(x))  # type: ignore[misc]
-        y = _normalise(layer, x)
-        # timm's BatchNormAct2d drops and activates after normalising.
+        y = _normalize(layer, x)
+        # timm's BatchNormAct2d drops and activates after normalizing.
         return cast(torch.Tensor, layer.act(layer.drop(y)) if hasattr(layer, "act") else y)
 
 
-def _normalise(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _normalize(layer: Any, x: torch.Tensor) -> torch.Tensor:
     dims = [dim for dim in range(x.ndim) if dim != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x.double() if x.device.type == "cpu" else x.float()
@@ -148,8 +148,8 @@ def _normalise(layer: Any, x: torch.Tensor) -> torch.Tensor:
     sums = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() / x.shape[1])])
     totals = cast(torch.Tensor, _AllReduceSum.apply(sums))
     mean, count = totals[:-1] / totals[-1], totals[-1]
-    centred = wide - mean.view(shape)
-    variance = cast(torch.Tensor, _AllReduceSum.apply(centred.square().sum(dims))) / count
+    centerd = wide - mean.view(shape)
+    variance = cast(torch.Tensor, _AllReduceSum.apply(centerd.square().sum(dims))) / count
     if layer.track_running_stats and layer.running_mean is not None:
         with torch.no_grad():
             layer.num_batches_tracked.add_(1)
@@ -157,7 +157,7 @@ def _normalise(layer: Any, x: torch.Tensor) -> torch.Tensor:
             unbiased = variance * count / (count - 1)
             layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
             layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), momentum)
-    y = centred * torch.rsqrt(variance + layer.eps).view(shape)
+    y = centerd * torch.rsqrt(variance + layer.eps).view(shape)
     if layer.affine:
         y = y * layer.weight.view(shape) + layer.bias.view(shape)
     return y.to(x.dtype)

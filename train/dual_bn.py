@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.errors import ArchError, ConfigError
-from train.distributed import unsynchronised
-from train.joint_norm import affine_map, applies, is_constant, is_plain, normalise_parts
+from train.distributed import unsynchronized
+from train.joint_norm import affine_map, applies, is_constant, is_plain, normalize_parts
 from train.recipes import MAIN
 
 __all__ = [
@@ -69,7 +69,7 @@ class RoutedBatchNorm:
     plain: bool
     """Whether the original class is a BatchNorm like torch's."""
     plain_in_eval: bool
-    """The same for evaluation, where nothing is synchronised."""
+    """The same for evaluation, where nothing is synchronized."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = self.router.plan
@@ -81,7 +81,7 @@ class RoutedBatchNorm:
         counts = [count * (x.shape[0] // total) for _, count in plan]
         layers = [self._layer(name) for name, _ in plan]
         if self.plain and applies(layers, counts, x):
-            return normalise_parts(layers, counts, x)
+            return normalize_parts(layers, counts, x)
         parts = torch.split(x, counts)
         return torch.cat([self._through(name, part) for (name, _), part in zip(plan, parts, strict=True)])
 
@@ -101,7 +101,7 @@ class RoutedBatchNorm:
 def _routed_class(original: type[nn.Module]) -> type[nn.Module]:
     kinds = {
         "plain": is_plain(original),
-        "plain_in_eval": is_plain(unsynchronised(original)),
+        "plain_in_eval": is_plain(unsynchronized(original)),
     }
     return type(f"Routed{original.__name__}", (RoutedBatchNorm, original), kinds)
 
@@ -144,7 +144,7 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
 def _no_batchnorm(model: nn.Module) -> str:
     kinds = (type(module).__name__ for module in model.modules() if not any(module.children()))
     norms = Counter(kind for kind in kinds if "Norm" in kind)
-    found = ", ".join(f"{count} {name}" for name, count in norms.most_common()) or "no normalisation layer"
+    found = ", ".join(f"{count} {name}" for name, count in norms.most_common()) or "no normalization layer"
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     return (
         f"{name} has no BatchNorm: it has {found}. AdvProp keeps adversarial statistics apart in a second "

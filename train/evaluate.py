@@ -33,7 +33,7 @@ def accuracy(
 
     Args:
         model: left in the mode it was in.
-        batches: normalised images (N, C, H, W) and int64 labels (N,), on the model's device;
+        batches: normalized images (N, C, H, W) and int64 labels (N,), on the model's device;
             images with the label BAD_LABEL do not count.
         attack: attack the images first, white-box through the same route.
         bn: the route. Without any image the result is 0.

@@ -1,7 +1,7 @@
 """BatchNorm without detours, for the two places where AdvProp spends time on it.
 
-`normalise_parts` gives consecutive parts of a batch their own statistics and writes them
-side by side: normalising slices and joining them with `torch.cat` copies every activation
+`normalize_parts` gives consecutive parts of a batch their own statistics and writes them
+side by side: normalizing slices and joining them with `torch.cat` copies every activation
 twice more. `affine_map` is BatchNorm on running statistics as an attack needs it.
 
 Both compute what the layers themselves do; `applies` and `is_constant` say where. Anywhere else
@@ -20,11 +20,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["affine_map", "applies", "is_constant", "is_plain", "normalise_parts"]
+__all__ = ["affine_map", "applies", "is_constant", "is_plain", "normalize_parts"]
 
 
 def is_plain(kind: type[nn.Module]) -> bool:
-    """Whether `kind` normalises as torch's BatchNorm, followed at most by timm's drop and act."""
+    """Whether `kind` normalizes as torch's BatchNorm, followed at most by timm's drop and act."""
     return any(kind.forward is known.forward for known in (_BatchNorm, BatchNormAct2d))
 
 
@@ -55,10 +55,10 @@ def affine_map(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def applies(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> bool:
-    """Whether `normalise_parts` can stand in for the layers.
+    """Whether `normalize_parts` can stand in for the layers.
 
     Only for dense inputs. If an input is, say, a slice of channels, `native_batch_norm.out` does not
-    write `save_mean`, normalises with whatever that memory held and reports no error (torch 2.14).
+    write `save_mean`, normalizes with whatever that memory held and reports no error (torch 2.14).
     Only on a CPU: it was never measured elsewhere. torch.compile joins the parts by itself.
     """
     return (
@@ -66,7 +66,7 @@ def applies(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> bo
         and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.float64)
         and _is_dense(x)
-        and min(counts) * math.prod(x.shape[2:]) > 1  # the layers refuse to normalise a single value
+        and min(counts) * math.prod(x.shape[2:]) > 1  # the layers refuse to normalize a single value
         and all(_can_be_joined(layer, x) for layer in layers)
     )
 
@@ -91,8 +91,8 @@ def _can_be_joined(layer: Any, x: torch.Tensor) -> bool:
     )
 
 
-def normalise_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -> torch.Tensor:
-    """Normalises the first `counts[0]` images by `layers[0]`, the next by `layers[1]`, and so on.
+def normalize_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -> torch.Tensor:
+    """Normalizes the first `counts[0]` images by `layers[0]`, the next by `layers[1]`, and so on.
 
     Running statistics move as in the layers' own forward; `drop` and `act` of the first layer
     follow (they are the same in all).
@@ -101,7 +101,7 @@ def normalise_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -
         if layer.track_running_stats and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
     parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-    return _activated(layers[0], cast(torch.Tensor, _NormalisedParts.apply(x, layers, counts, *parameters)))
+    return _activated(layers[0], cast(torch.Tensor, _NormalizedParts.apply(x, layers, counts, *parameters)))
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -113,7 +113,7 @@ def _activated(layer: Any, y: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, layer.act(layer.drop(y)) if isinstance(layer, BatchNormAct2d) else y)
 
 
-class _NormalisedParts(torch.autograd.Function):
+class _NormalizedParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layers: Sequence[Any], counts: list[int], *_: nn.Parameter) -> torch.Tensor:
         y = torch.empty_like(x)

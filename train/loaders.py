@@ -31,7 +31,7 @@ _SMALL = 128
 
 
 class Batches:
-    """Iterates over (normalised float32 NCHW images, int64 labels) on the device."""
+    """Iterates over (normalized float32 NCHW images, int64 labels) on the device."""
 
     def __init__(self, loader: DataLoader[Any], spec: Preprocessing, device: torch.device, channels_last: bool) -> None:
         self._loader = loader

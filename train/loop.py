@@ -24,13 +24,13 @@ from timm.utils.model import unwrap_model
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
-from runtime.files import output_dir, write_text
 from runtime.spec import ModelSpec, Preprocessing
+from runtime.system.files import output_dir, write_text
 from train.attack import evaluation_attack
 from train.build import (
     make_device,
     make_model,
-    make_optimisation,
+    make_optimization,
     make_sample,
     make_task,
     model_arguments,
@@ -123,7 +123,7 @@ class _Run:
         self.model: nn.Module = unwrap_model(self.task.trainable_module)
         self._open_loaders(spec, recipe.views)
         updates = -(-len(self.batches) // config.optim.accumulate)
-        self.optimizer, self.scheduler = make_optimisation(config, self.model, updates)
+        self.optimizer, self.scheduler = make_optimization(config, self.model, updates)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.attack = evaluation_attack(config.resolved_attack(recipe).epsilon, spec.mean, spec.std)
         self.sample = make_sample(self.data, spec)
@@ -410,7 +410,7 @@ _MAY_CHANGE = {
     *("out", "resume", "overwrite", "device", "compile", "save_every", "log_every", "tensorboard", "wandb"),
     *("data.root", "data.workers", "data.download"),
 }
-"""Settings that a resumed run may have otherwise: they do not change what is learnt."""
+"""Settings that a resumed run may have otherwise: they do not change what is learned."""
 
 
 def _check_same_run(path: Path, checkpoint: dict[str, Any], config: TrainConfig, spec: ModelSpec) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.files import atomic_write
+from runtime.system.files import atomic_write
 from train.reporting import EpochMetrics
 
 __all__ = ["plot_curves"]

@@ -43,7 +43,7 @@ class Branch:
     bn: str
     """BatchNorm route: `main`, or the name of an auxiliary one."""
     weight: float = 1.0
-    """Factor of this branch's mean loss in the sum that is minimised."""
+    """Factor of this branch's mean loss in the sum that is minimized."""
     start: float = 0.0
     """Where this branch's part of the batch begins, as a share of the batch."""
     end: float = 1.0
@@ -56,7 +56,7 @@ class Recipe:
 
     branches: tuple[Branch, ...]
     """Data distributions; their losses are added up."""
-    synchronise: bool = False
+    synchronize: bool = False
     """Scale the gradients of each route's BatchNorms by the inverse of the route's total
     weight, so that they learn as fast as the shared weights ("synchronizing parameter
     updating speed" of Fast AdvProp)."""
@@ -105,7 +105,7 @@ RECIPES: dict[str, Recipe] = {
             Branch(name="clean", source="clean", bn=MAIN, weight=0.8, end=0.8),
             Branch(name="adv", source="reused-gradient", bn="adv", weight=0.1, start=0.8),
         ),
-        synchronise=True,
+        synchronize=True,
         shuffle=True,
         attack={"epsilon": 1.0, "steps": 1, "targeted": False, "clean_start_share": 0.0},
     ),

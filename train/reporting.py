@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runtime.files import write_text
+from runtime.system.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from runtime.console import cli_errors, set_up_logging
+from runtime.system.console import cli_errors, set_up_logging
 
 EXAMPLES = """\b
 Examples:

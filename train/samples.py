@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from runtime.errors import DataError
-from runtime.images import decode
+from runtime.preprocessing import decode
 from train.data import ImageSet
 
 __all__ = ["BAD_LABEL", "EpochBatches", "SeededSamples", "StreamedSamples", "Transform", "seeded"]

@@ -55,7 +55,7 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
                 recipe needs are added, unless it has them.
             recipe: one of `train.recipes.RECIPES`, or branches of your own.
             attack: the training attack.
-            mean: per-channel mean the images are normalised with, of pixels in [0, 1].
+            mean: per-channel mean the images are normalized with, of pixels in [0, 1].
             std: per-channel standard deviation likewise.
             criterion: loss of (logits, labels); default: timm's cross entropy.
             criterion_kwargs: arguments of timm's cross entropy, e.g. {"smoothing": 0.1}.
@@ -86,18 +86,18 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
         self.mixup = mixup
         self.amp_dtype = amp_dtype
         self.soft_criterion = SoftTargetCrossEntropy()
-        self._speed = _synchronise(model, recipe) if recipe.synchronise else {}
+        self._speed = _synchronize(model, recipe) if recipe.synchronize else {}
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Computes the loss of one step.
 
         Args:
-            input: normalised images, (N, C, H, W); (N, V, C, H, W) for a recipe with an
+            input: normalized images, (N, C, H, W); (N, V, C, H, W) for a recipe with an
                 AutoAugment branch, whose images are view 1.
             target: int64 labels, (N,).
 
         Returns:
-            `loss`: what to minimise; `output`: logits of the first branch, (N, K);
+            `loss`: what to minimize; `output`: logits of the first branch, (N, K);
             `loss/NAME`: mean loss of each branch, detached.
 
         Raises:
@@ -146,7 +146,7 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
             images = images[:, 0]
         if branch.source == "clean":
             return self.mixup(images.clone(), labels) if self.mixup is not None else (images, labels)
-        # The bare model: the attack needs no gradient synchronisation.
+        # The bare model: the attack needs no gradient synchronization.
         return self.attack(self._bare(), images, labels, branch.bn), labels
 
     def _noise_pass(
@@ -204,7 +204,7 @@ class _KnownGradient(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _synchronise(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, float]:
+def _synchronize(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, float]:
     """Scales the gradients of each route's BatchNorms to the speed of the shared weights."""
     total = sum(recipe.route_weight(bn) for bn in (MAIN, *recipe.auxiliary_routes))
     speeds: dict[nn.Parameter, float] = {}
@@ -222,7 +222,7 @@ def _synchronise(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, float]:
 
 
 def _merged(recipe: Recipe, counts: Sequence[int]) -> list[tuple[str, int]]:
-    """Neighbouring branches on one route share its batch statistics."""
+    """Neighboring branches on one route share its batch statistics."""
     plan: list[tuple[str, int]] = []
     for branch, count in zip(recipe.branches, counts, strict=True):
         if plan and plan[-1][0] == branch.bn:

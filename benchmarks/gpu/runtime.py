@@ -38,11 +38,11 @@ sys.path.pop(0)  # this folder, where this file would pass for our package
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import runtime
-from runtime.cuda import find_gpu
 from runtime.errors import AdvPropError
+from runtime.system.gpu import find_gpu
 
 PARTS = ("numerics", "latency", "graphs", "zero-copy", "threads")
-FLAVOURS = ("tensorrt", "tensorrt_rtx")
+FLAVORS = ("tensorrt", "tensorrt_rtx")
 THREADS = 8
 
 
@@ -93,12 +93,12 @@ def files_of(arch: str, folder: Path) -> dict[str, Path]:
 def engines_of(files: dict[str, Path], most: int, rows: Rows) -> dict[str, Path]:
     """Builds every engine that can be built, and says which of them run on this GPU."""
     engines = {}
-    for flavour in FLAVOURS:
+    for flavor in FLAVORS:
         for precision, file in files.items():
-            name, path = f"{flavour} {precision}", file.with_name(f"{flavour}.{precision}.engine")
+            name, path = f"{flavor} {precision}", file.with_name(f"{flavor}.{precision}.engine")
             try:
                 began = time.perf_counter()
-                runtime.build(file, path, batch=(1, most // 2 or 1, most), flavour=flavour)
+                runtime.build(file, path, batch=(1, most // 2 or 1, most), flavor=flavor)
                 built_s = time.perf_counter() - began
                 began = time.perf_counter()
                 runtime.load(path).close()

@@ -1,1 +1,1 @@
-"""The parts of `runtime.batcher`: whose turn it is, what was counted, and the threads that run batches."""
+"""The parts of `runtime.batching.batcher`: whose turn it is, what was counted, and the threads that run batches."""

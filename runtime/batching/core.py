@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from runtime.backends.base import Backend
 from runtime.batching.queue import Answers, FairQueue, Part, Request
 from runtime.batching.staging import Staging
-from runtime.batching.stats import BatcherStats, Counts
+from runtime.batching.statistics import BatcherStats, Counts
 from runtime.errors import AdvPropError, DeadlineExceeded, InputError, QueueFull, RunFailed, SessionClosed, first_line
-from runtime.gate import check_process, in_own_thread, mark_own_thread
+from runtime.system.calls import check_process, in_own_thread, mark_own_thread
 
 __all__ = ["Core"]
 

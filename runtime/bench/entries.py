@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.choose import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
-from runtime.backends.onnxruntime import OnnxRuntimeBackend
+from runtime.backends.engine_options import EngineOptions
+from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from runtime.backends.open import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from runtime.backends.threads import Threads
-from runtime.bench.contestants import Contestant, of_session
 from runtime.bench.names import names_of, slug, unused
 from runtime.bench.peers import bare_onnxruntime, onnx_beside, torch_peers
-from runtime.engine.graph import summarise
+from runtime.bench.targets import Contestant, of_session
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import ConfigError, InputError, ModelFileError
-from runtime.execution.options import EngineOptions
+from runtime.graph.summary import summarize
 from runtime.loading import load
 from runtime.session import Session
 from runtime.spec import ModelSpec
@@ -168,7 +168,7 @@ def _open(path: Path, options: LoadOptions, most_callers: int) -> tuple[Session,
             "sha256": info.plan_sha256,
             "onnx_sha256": info.onnx_sha256,
             "precision": info.precision,
-            "flavour": info.flavour,
+            "flavor": info.flavor,
             "version": info.version,
             "cuda_graphs": engine.cuda_graphs,
             "contexts": engine.contexts,
@@ -182,7 +182,7 @@ def _open(path: Path, options: LoadOptions, most_callers: int) -> tuple[Session,
 
 
 def _onnx_facts(path: Path) -> dict[str, Any]:
-    summary = summarise(path)
+    summary = summarize(path)
     return {
         "kind": "onnx",
         "sha256": summary.sha256,

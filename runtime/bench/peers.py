@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.onnxruntime import OnnxRuntimeBackend
+from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.backends.threads import Threads
-from runtime.bench.contestants import HOST, Contestant, Work, backend_input, of_torch
 from runtime.bench.rounds import timed
-from runtime.engine.graph import sha256_onnx
+from runtime.bench.targets import HOST, Contestant, Work, backend_input, of_torch
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import ModelFileError
-from runtime.images import normalise
-from runtime.lazy import elsewhere
+from runtime.graph.summary import sha256_onnx
+from runtime.preprocessing import normalize
 from runtime.spec import ModelSpec
+from runtime.system.lazy import elsewhere
 
 __all__ = ["TORCH_OPENER", "bare_onnxruntime", "onnx_beside", "torch_peers"]
 
-TORCH_OPENER = "train.eager:open_eager"
+TORCH_OPENER = "advprop.checkpoints.torch_peer:open_eager"
 """What makes PyTorch peers: imported when there is one, since the runtime depends on nothing else of ours."""
 
 
@@ -116,6 +116,6 @@ def torch_peers(
     )
     preprocessing = spec.preprocessing
     return [
-        of_torch(name + suffix, peer, lambda pixels_NHWC: normalise(pixels_NHWC, preprocessing))
+        of_torch(name + suffix, peer, lambda pixels_NHWC: normalize(pixels_NHWC, preprocessing))
         for suffix, peer in peers
     ]

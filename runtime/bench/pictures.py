@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
-from runtime.images import SUFFIXES, image_size
+from runtime.preprocessing import SUFFIXES, image_size
 
 __all__ = ["SYNTHETIC", "encoded_images", "pixels"]
 

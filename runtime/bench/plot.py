@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.evaluate.report.colours import LIGHT
+from runtime.system.colors import LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ __all__ = ["place_labels", "plot_run", "unbeaten"]
 
 _MARKERS = "os^Dv*"
 _LINES = ("-", "--", ":")
-_COLOURS = 6
+_COLORS = 6
 _FONT = 8  # points
 _AROUND = ((0, 9), (0, -9), (1, 0), (-1, 0), (1, 9), (-1, 9), (1, -9), (-1, -9), (0, 18), (0, -18), (0, 27), (0, -27))
 """Where a label may stand: sides (in its own width) and points up from its marker, the best first."""
@@ -58,7 +58,7 @@ def plot_run(path: Path, result: Mapping[str, Any]) -> None:
             ha="center",
             va="center",
             fontsize=_FONT,
-            color=LIGHT[f"s{place % _COLOURS}"],
+            color=LIGHT[f"s{place % _COLORS}"],
         )
     # Without the time of writing.
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
@@ -104,12 +104,12 @@ def _line(axes: Axes, place: int, name: str, points: Sequence[tuple[float, float
     if not points:
         return
     style: dict[str, Any] = {
-        "color": LIGHT[f"s{place % _COLOURS}"],
+        "color": LIGHT[f"s{place % _COLORS}"],
         "marker": _MARKERS[place % len(_MARKERS)],
         "markersize": 6,
     }
     joined = unbeaten(points) if several else list(points)
-    dashes = _LINES[place // _COLOURS % len(_LINES)]
+    dashes = _LINES[place // _COLORS % len(_LINES)]
     axes.plot(*zip(*joined, strict=True), **style, linestyle=dashes, linewidth=1.4, label=name)
     rest = [point for point in points if point not in joined]
     if rest:

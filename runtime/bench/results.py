@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.cautions import warnings_of
 from runtime.bench.cpu import cpu_name, cpu_state, others_share, usable_cores, usage
 from runtime.bench.quantities import QUANTITIES
 from runtime.bench.run import Bench
-from runtime.cuda import find_gpu
+from runtime.bench.warnings import warnings_of
+from runtime.system.gpu import find_gpu
 
 __all__ = ["BENCH_FORMAT", "RUN_FORMAT", "for_report", "result_of"]
 
@@ -97,7 +97,7 @@ def _device(model: dict[str, Any], machine: dict[str, Any]) -> str:
 
 def _backend(model: dict[str, Any], versions: dict[str, str]) -> str:
     if model["kind"] == "engine":
-        return f"{model['flavour']} {model['version']}"
+        return f"{model['flavor']} {model['version']}"
     if model["backend"] == "onnxruntime":
         return f"onnxruntime {versions.get('onnxruntime-gpu') or versions.get('onnxruntime', '')}".rstrip()
     return str(model["backend"])

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bench.config import BenchConfig
-from runtime.bench.contestants import HOST, Contestant, Work
 from runtime.bench.cpu import cpu_state, usage
 from runtime.bench.gpu import gpu_state
 from runtime.bench.pictures import encoded_images, pixels
 from runtime.bench.rounds import crowd, order, turn
 from runtime.bench.sizes import choose_sizes
-from runtime.bench.statistic import ratio, summary
+from runtime.bench.statistics import ratio, summary
+from runtime.bench.targets import HOST, Contestant, Work
 
 __all__ = ["Bench", "Point"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.bench.contestants import Contestant
+from runtime.bench.targets import Contestant
 from runtime.errors import ConfigError
 
 __all__ = ["choose_sizes"]

@@ -9,7 +9,7 @@ from typing import Any
 from runtime.bench.plot import plot_run
 from runtime.bench.results import for_report
 from runtime.bench.table import csv_of, markdown_of
-from runtime.files import atomic_folder
+from runtime.system.files import atomic_folder
 
 __all__ = ["write_run"]
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailable, InputError, RunFailed, first_line
-from runtime.gate import check_process
+from runtime.system.calls import check_process
 
 __all__ = ["LEGACY_STREAM", "Cuda", "DeviceMemory", "PinnedMemory", "load_bindings"]
 

@@ -17,11 +17,8 @@ from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 
-from runtime.cuda import find_gpu
 from runtime.engine.cache import EngineCache, engine_key
-from runtime.engine.flavours import Flavour, check_targets, choose_flavour, native_logger
-from runtime.engine.graph import OnnxSummary, read_onnx, sha256_onnx, summarise
-from runtime.engine.guard import check_volumes
+from runtime.engine.flavors import Flavor, check_targets, choose_flavor, native_logger
 from runtime.engine.int8 import LayerReport, int8_layers, warn_of_floats, warn_of_padding, warn_of_size
 from runtime.engine.layers import inspected_layers, layers_of_log
 from runtime.engine.options import BuildOptions, check_options, flag_names
@@ -29,8 +26,11 @@ from runtime.engine.plan import PlanRequest, make_plan
 from runtime.engine.progress import BuildProgress, ProgressCallback, run_interruptibly
 from runtime.engine.sidecar import EngineInfo, put_engine
 from runtime.errors import ConfigError, ModelFileError
-from runtime.files import output_dir, write_bytes
+from runtime.graph.guard import check_volumes
+from runtime.graph.summary import OnnxSummary, read_onnx, sha256_onnx, summarize
 from runtime.sizes import ImageSizes
+from runtime.system.files import output_dir, write_bytes
+from runtime.system.gpu import find_gpu
 
 __all__ = ["build"]
 
@@ -53,7 +53,7 @@ def build(
     batch: tuple[int, int, int] = (1, 8, 32),
     sizes: ImageSizes | None = None,
     sm: Sequence[int] = (),
-    flavour: str = "auto",
+    flavor: str = "auto",
     timing_cache: Path | None = None,
     options: BuildOptions = _DEFAULTS,
     cache: bool = False,
@@ -73,7 +73,7 @@ def build(
         sizes: image sizes of the engine, where the ONNX file leaves them open.
         sm: compute capabilities to build for, e.g. (86, 89). TensorRT-RTX takes several;
             full TensorRT builds for the GPU at hand only.
-        flavour: `tensorrt`, `tensorrt_rtx`, or `auto`: full TensorRT where it and a GPU
+        flavor: `tensorrt`, `tensorrt_rtx`, or `auto`: full TensorRT where it and a GPU
             are there, else TensorRT-RTX.
         timing_cache: full TensorRT's kernel timings, used where the file is there and written
             after the build; TensorRT-RTX has none.
@@ -99,14 +99,14 @@ def build(
     target = Path(engine) if engine is not None else source.with_suffix(".engine")
     if target.is_dir() or target.resolve() == source.resolve() or target.suffix not in (".engine", ".plan"):
         raise ConfigError(f"the engine is a file of its own, NAME.engine or NAME.plan; found {target}")
-    summary = summarise(source)
+    summary = summarize(source)
     _check_precision(source, summary, precision)
     profile = _profile(summary, batch, sizes)
     if math.prod(profile["max"]) > _MOST_ELEMENTS:
         raise ConfigError(f"the largest input, {profile['max']}, has more than {_MOST_ELEMENTS:,} elements")
-    chosen = choose_flavour(flavour, tuple(sm))
+    chosen = choose_flavor(flavor, tuple(sm))
     check_targets(chosen, tuple(sm))
-    check_options(chosen, options, quantised=_is_quantised(summary))
+    check_options(chosen, options, quantized=_is_quantized(summary))
     output_dir(target.parent)
     if timing_cache is not None:
         output_dir(timing_cache.parent)
@@ -118,7 +118,7 @@ def build(
     wanted = EngineInfo(
         plan_sha256="",
         onnx_sha256=summary.sha256,
-        flavour=chosen.name,
+        flavor=chosen.name,
         version=chosen.version,
         compute_capabilities=_capabilities(chosen, tuple(sm)),
         gpu=_gpu_name(chosen),
@@ -130,7 +130,7 @@ def build(
         spec=summary.spec,
     )
     request = PlanRequest(
-        flavour=chosen,
+        flavor=chosen,
         source=source,
         input_name=summary.input_name,
         profile=profile,
@@ -175,13 +175,13 @@ def _obtain(
         return info
 
 
-def _warn_where_it_will_not_run(flavour: Flavour, sms: tuple[int, ...]) -> None:
+def _warn_where_it_will_not_run(flavor: Flavor, sms: tuple[int, ...]) -> None:
     """TensorRT-RTX leaves out some GPUs; say so when the one at hand is among them."""
     gpu = find_gpu()
-    if gpu is None or flavour.name != "tensorrt_rtx" or sms:
+    if gpu is None or flavor.name != "tensorrt_rtx" or sms:
         return
     here = gpu.sm
-    if f"SM{here}" not in flavour.module.ComputeCapability.__members__:
+    if f"SM{here}" not in flavor.module.ComputeCapability.__members__:
         log.warning(
             "this engine will not run on the GPU here, %s (SM %d): TensorRT-RTX has no kernels for it; "
             "install full TensorRT: pip install 'advprop[tensorrt]'",
@@ -244,33 +244,33 @@ def _profile(summary: OnnxSummary, batch: tuple[int, int, int], sizes: ImageSize
     }
 
 
-def _is_quantised(summary: OnnxSummary) -> bool:
+def _is_quantized(summary: OnnxSummary) -> bool:
     return "DequantizeLinear" in summary.ops
 
 
 def _report(request: PlanRequest, summary: OnnxSummary, plan: memoryview) -> tuple[LayerReport, ...]:
-    """What became of the quantised layers."""
-    if not _is_quantised(summary):
+    """What became of the quantized layers."""
+    if not _is_quantized(summary):
         return ()
-    flavour = request.flavour
-    logger = native_logger(flavour)
-    if flavour.name == "tensorrt_rtx":
+    flavor = request.flavor
+    logger = native_logger(flavor)
+    if flavor.name == "tensorrt_rtx":
         found = layers_of_log(logger.listing)
     else:
-        found = inspected_layers(flavour.module, logger, plan, host_code=request.options.version_compatible)
+        found = inspected_layers(flavor.module, logger, plan, host_code=request.options.version_compatible)
     if not found:
-        log.info("%s %s does not tell what it made of the quantised layers", flavour.name, flavour.version)
+        log.info("%s %s does not tell what it made of the quantized layers", flavor.name, flavor.version)
         return ()
-    return int8_layers(request.source, found, flavour=flavour.name, sms=request.sms)
+    return int8_layers(request.source, found, flavor=flavor.name, sms=request.sms)
 
 
-def _capabilities(flavour: Flavour, sms: tuple[int, ...]) -> tuple[str, ...]:
+def _capabilities(flavor: Flavor, sms: tuple[int, ...]) -> tuple[str, ...]:
     gpu = find_gpu()
-    if flavour.name == "tensorrt" and gpu:
+    if flavor.name == "tensorrt" and gpu:
         return (f"sm_{gpu.sm}",)
     return tuple(f"sm_{sm}" for sm in sms) or ("default",)
 
 
-def _gpu_name(flavour: Flavour) -> str:
+def _gpu_name(flavor: Flavor) -> str:
     gpu = find_gpu()
-    return gpu.name if flavour.name == "tensorrt" and gpu else ""
+    return gpu.name if flavor.name == "tensorrt" and gpu else ""

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.cachedir import entries, limit_bytes, prune, remove_leftovers
 from runtime.engine.sidecar import EngineInfo, put_engine, read_sidecar, sidecar_path
 from runtime.errors import ModelFileError, SpecError
-from runtime.files import cache_folder, link_or_copy
-from runtime.locks import file_lock
+from runtime.system.cache import entries, limit_bytes, prune, remove_leftovers
+from runtime.system.files import cache_folder, link_or_copy
+from runtime.system.locks import file_lock
 
 __all__ = ["EngineCache", "engine_key"]
 
@@ -35,7 +35,7 @@ _KEYED = (
     "precision",
     "calibration_sha256",
     "profiles",
-    "flavour",
+    "flavor",
     "version",
     "compute_capabilities",
     "gpu",

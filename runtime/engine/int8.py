@@ -1,6 +1,6 @@
-"""What became of each quantised layer: whether its multiplications are in INT8 in the engine, and why not.
+"""What became of each quantized layer: whether its multiplications are in INT8 in the engine, and why not.
 
-A graph with Q/DQ nodes is a wish. A builder may as well dequantise and multiply in floating point, and then still keep
+A graph with Q/DQ nodes is a wish. A builder may as well dequantize and multiply in floating point, and then still keep
 the weights as int8 in the plan: neither the plan's size nor its bytes tell. The types that a kernel reads do.
 
 What TensorRT-RTX 1.7.1 does was found with engines of single layers and of whole networks: docs/results/int8_plans.md.
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.engine.graph import WEIGHTED_OPS, node_macs, read_onnx
 from runtime.engine.layers import EngineLayer
+from runtime.graph.summary import WEIGHTED_OPS, node_macs, read_onnx
 
 __all__ = ["LayerReport", "int8_layers", "summary_of", "warn_of_floats", "warn_of_padding", "warn_of_size"]
 
@@ -29,7 +29,7 @@ _NO_WORK = ("kgen", "signal", "wait", "shape_call")
 _BESIDES = 500_000
 """What an FP16 plan of TensorRT-RTX has beside its weights, in bytes: from half a megabyte (ResNet-18) to four."""
 _WORTH_IT = 0.5
-"""Share of the quantised work that should be in INT8."""
+"""Share of the quantized work that should be in INT8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +42,12 @@ class LayerReport:
     """Its operator."""
     macs: int
     """Multiply-accumulates for one image; 0 where shapes are unknown."""
-    quantised: bool
+    quantized: bool
     """Whether both its inputs come through DequantizeLinear."""
     computes: str
     """`int8`, `fp16`, `bf16`, `fp32`, or `unknown`."""
     why: str
-    """The reason, where it is quantised and not in INT8; else what INT8 costs there, if anything."""
+    """The reason, where it is quantized and not in INT8; else what INT8 costs there, if anything."""
 
     @property
     def int8(self) -> bool:
@@ -56,14 +56,14 @@ class LayerReport:
 
 
 def int8_layers(
-    onnx: Path, layers: Sequence[EngineLayer], *, flavour: str = "tensorrt_rtx", sms: Collection[int] = ()
+    onnx: Path, layers: Sequence[EngineLayer], *, flavor: str = "tensorrt_rtx", sms: Collection[int] = ()
 ) -> tuple[LayerReport, ...]:
     """Finds each convolution and matrix product of `onnx` among the layers of its engine.
 
     Args:
         onnx: the file the engine was built from.
         layers: from `runtime.engine.layers`.
-        flavour: the library that built it: what it cannot do explains what it did not do.
+        flavor: the library that built it: what it cannot do explains what it did not do.
         sms: compute capabilities it was built for; empty for the default.
 
     Raises:
@@ -77,17 +77,17 @@ def int8_layers(
         if node.op_type not in WEIGHTED_OPS:
             continue
         layer = _layer_of(node, layers)
-        quantised = all(graph.dequantised(name) for name in node.input[:2])
+        quantized = all(graph.dequantized(name) for name in node.input[:2])
         computes = _computes(layer)
         why = ""
-        if quantised:
-            why = _cost(graph, node, layer) if computes == INT8 else _reason(graph, node, layer, flavour, sms)
+        if quantized:
+            why = _cost(graph, node, layer) if computes == INT8 else _reason(graph, node, layer, flavor, sms)
         reports.append(
             LayerReport(
                 node=node.name or node.output[0],
                 op=node.op_type,
                 macs=macs.get(node.name or f"{node.op_type}_{number}", 0),
-                quantised=quantised,
+                quantized=quantized,
                 computes=computes,
                 why=why,
             )
@@ -104,19 +104,19 @@ def summary_of(reports: Sequence[LayerReport]) -> str:
 
 
 def warn_of_floats(reports: Sequence[LayerReport]) -> None:
-    """Warns of quantised layers that the engine computes in floating point."""
-    quantised = [report for report in reports if report.quantised]
-    floats = [report for report in quantised if not report.int8 and report.computes != UNKNOWN]
+    """Warns of quantized layers that the engine computes in floating point."""
+    quantized = [report for report in reports if report.quantized]
+    floats = [report for report in quantized if not report.int8 and report.computes != UNKNOWN]
     if not floats:
         return
     reasons = "; ".join(dict.fromkeys(report.why for report in floats))
-    whole = sum(report.macs for report in quantised)
-    share = sum(report.macs for report in quantised if report.int8) / whole if whole else 0.0
+    whole = sum(report.macs for report in quantized)
+    share = sum(report.macs for report in quantized if report.int8) / whole if whole else 0.0
     advice = "" if share >= _WORTH_IT else "; this engine gains nothing from INT8, build FP16 (--trt fp16)"
     log.warning(
-        "%d of %d quantised layers are computed in floating point, from %s on (%s)%s",
+        "%d of %d quantized layers are computed in floating point, from %s on (%s)%s",
         len(floats),
-        len(quantised),
+        len(quantized),
         floats[0].node,
         reasons,
         advice,
@@ -162,7 +162,7 @@ def _layer_of(node: Any, layers: Sequence[EngineLayer]) -> EngineLayer | None:
 def _computes(layer: EngineLayer | None) -> str:
     """The type of both factors; where they differ, the floating one.
 
-    The activation comes first. The weights are a constant, or an input where another kernel dequantises them; a
+    The activation comes first. The weights are a constant, or an input where another kernel dequantizes them; a
     residual that the kernel adds is an input too.
     """
     if layer is None or not layer.inputs:
@@ -174,10 +174,10 @@ def _computes(layer: EngineLayer | None) -> str:
     return first
 
 
-def _reason(graph: _Graph, node: Any, layer: EngineLayer | None, flavour: str, sms: Collection[int]) -> str:
+def _reason(graph: _Graph, node: Any, layer: EngineLayer | None, flavor: str, sms: Collection[int]) -> str:
     if layer is None:
         return "it was not found among the engine's layers"
-    if flavour != "tensorrt_rtx":
+    if flavor != "tensorrt_rtx":
         return "the builder chose so"
     if node.op_type == "ConvTranspose":
         return "TensorRT-RTX has no INT8 ConvTranspose"
@@ -210,7 +210,7 @@ class _Graph:
         self._producers = {output: node for node in graph.node for output in node.output}
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
 
-    def dequantised(self, name: str) -> bool:
+    def dequantized(self, name: str) -> bool:
         """Whether DequantizeLinear gives `name`."""
         return name in self._producers and self._producers[name].op_type == "DequantizeLinear"
 
@@ -221,6 +221,6 @@ class _Graph:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes of the weights behind `name`; () where they are not constant."""
-        if self.dequantised(name):
+        if self.dequantized(name):
             name = self._producers[name].input[0]
         return tuple(self._tensors[name].dims) if name in self._tensors else ()

@@ -95,7 +95,7 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
 
 
 def inspected_layers(trt: Any, logger: Any, plan: memoryview, *, host_code: bool = False) -> list[EngineLayer]:
-    """Asks the engine inspector; nothing where the plan cannot be deserialised here.
+    """Asks the engine inspector; nothing where the plan cannot be deserialized here.
 
     Args:
         trt: the TensorRT that built it.

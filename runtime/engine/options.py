@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runtime.cuda import find_gpu
-from runtime.engine.flavours import Flavour
+from runtime.engine.flavors import Flavor
 from runtime.errors import ConfigError
+from runtime.system.gpu import find_gpu
 
 if TYPE_CHECKING:
     import tensorrt
@@ -49,30 +49,30 @@ class BuildOptions:
             )
 
 
-def check_options(flavour: Flavour, options: BuildOptions, *, quantised: bool) -> None:
-    """Refuses what `flavour` cannot do, and what does not go together.
+def check_options(flavor: Flavor, options: BuildOptions, *, quantized: bool) -> None:
+    """Refuses what `flavor` cannot do, and what does not go together.
 
     Args:
-        flavour: the library that builds.
+        flavor: the library that builds.
         options: what was asked for.
-        quantised: whether the graph has Q/DQ nodes.
+        quantized: whether the graph has Q/DQ nodes.
 
     Raises:
         ConfigError: the message says what to do instead.
     """
     refittable = options.refit or options.strip_weights
-    if refittable and quantised:
+    if refittable and quantized:
         raise ConfigError(
             "an INT8 engine cannot be refitted: its scales were measured with the weights it has. Leave --refit and "
             "--strip-weights out, or build FP16"
         )
-    if flavour.name == "tensorrt_rtx":
-        _check_rtx(flavour, options, refittable)
+    if flavor.name == "tensorrt_rtx":
+        _check_rtx(flavor, options, refittable)
     elif options.hardware_compatible:
-        known = flavour.module.HardwareCompatibilityLevel.__members__
+        known = flavor.module.HardwareCompatibilityLevel.__members__
         if options.hardware_compatible.upper() not in known:
             raise ConfigError(
-                f"TensorRT {flavour.version} has no {options.hardware_compatible}; it has "
+                f"TensorRT {flavor.version} has no {options.hardware_compatible}; it has "
                 f"{', '.join(name.lower() for name in known if name != 'NONE')}"
             )
     if options.version_compatible:
@@ -82,8 +82,8 @@ def check_options(flavour: Flavour, options: BuildOptions, *, quantised: bool) -
         )
 
 
-def _check_rtx(flavour: Flavour, options: BuildOptions, refittable: bool) -> None:
-    name = f"TensorRT-RTX {flavour.version}"
+def _check_rtx(flavor: Flavor, options: BuildOptions, refittable: bool) -> None:
+    name = f"TensorRT-RTX {flavor.version}"
     if options.version_compatible:
         raise ConfigError(
             f"{name} has no version-compatible engines: each release needs its own. Leave --version-compatible out, "

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.engine.flavours import Flavour, native_logger
+from runtime.engine.flavors import Flavor, native_logger
 from runtime.engine.options import BuildOptions, apply_options
 from runtime.engine.progress import BuildProgress, native_monitor
 from runtime.errors import EngineBuildError
-from runtime.files import write_bytes
+from runtime.system.files import write_bytes
 
 if TYPE_CHECKING:
     import tensorrt
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _MOST_REASONS = 5
 _HINTS = (
-    ("Plugin not found", "{flavour} has no such operator"),
+    ("Plugin not found", "{flavor} has no such operator"),
     ("Node input was not registered", "one of its inputs is given by no node, input or weight"),
 )
 """What the parser's most usual messages mean."""
@@ -34,7 +34,7 @@ _HINTS = (
 class PlanRequest:
     """Everything that the native builder is told."""
 
-    flavour: Flavour
+    flavor: Flavor
     """The library."""
     source: Path
     """The ONNX file."""
@@ -52,7 +52,7 @@ class PlanRequest:
     @property
     def builder(self) -> str:
         """The library's name and version, for messages."""
-        return f"{self.flavour.name} {self.flavour.version}"
+        return f"{self.flavor.name} {self.flavor.version}"
 
 
 def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
@@ -62,8 +62,8 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
         EngineBuildError: the parser or the builder refused; the message has their reasons.
         OutputError: the timing cache cannot be written.
     """
-    trt = request.flavour.module
-    logger = native_logger(request.flavour)
+    trt = request.flavor.module
+    logger = native_logger(request.flavor)
     logger.reset()
     builder: tensorrt.Builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
@@ -77,7 +77,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     shapes = builder.create_optimization_profile()
     shapes.set_shape(request.input_name, *(trt.Dims(request.profile[name]) for name in ("min", "opt", "max")))
     config.add_optimization_profile(shapes)
-    if request.sms and request.flavour.name == "tensorrt_rtx":
+    if request.sms and request.flavor.name == "tensorrt_rtx":
         _set_targets(trt, config, request.sms)
     # These two must live until it is built.
     timings = _timings(config, request.timing_cache) if request.timing_cache is not None else None
@@ -125,7 +125,7 @@ def _parser_error(request: PlanRequest, error: tensorrt.ParserError) -> str:
     reason = " ".join(str(error.desc()).split())
     for text, meaning in _HINTS:
         if text in reason:
-            reason = f"{meaning.format(flavour=request.flavour.name)} ({reason})"
+            reason = f"{meaning.format(flavor=request.flavor.name)} ({reason})"
     if not hasattr(error, "node_operator"):  # the first releases of TensorRT 10
         return f"node {error.node()}: {reason}"
     name, operator = error.node_name(), error.node_operator()

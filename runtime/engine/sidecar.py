@@ -1,7 +1,7 @@
 """The sidecar `NAME.engine.json`: what an engine is, and the check that it still is.
 
 An engine is a raw plan, loadable by any TensorRT tool. It holds native code for one
-TensorRT version and certain GPUs, so it is never deserialised before its bytes have been
+TensorRT version and certain GPUs, so it is never deserialized before its bytes have been
 compared with the sidecar's SHA-256.
 """
 
@@ -17,12 +17,14 @@ from typing import Any
 from runtime.engine.int8 import LayerReport
 from runtime.engine.options import HOST_CODE_FLAG
 from runtime.errors import ModelFileError, SpecError
-from runtime.files import sha256_file, write_text
 from runtime.spec import ModelSpec
+from runtime.system.files import sha256_file, write_text
 
 __all__ = ["EngineInfo", "put_engine", "read_sidecar", "sidecar_path", "write_sidecar"]
 
 FORMAT = "advprop.engine/1"
+_FORMER_NAMES = {"flavour": "flavor", "quantised": "quantized"}
+"""Fields of sidecars that version 0.1 wrote."""
 _MOST_BYTES = 2**26
 """Of a sidecar; the largest have a thousand classes and a hundred layers, half a megabyte."""
 
@@ -35,7 +37,7 @@ class EngineInfo:
     """SHA-256 of the plan's bytes."""
     onnx_sha256: str
     """SHA-256 of the ONNX file it was built from."""
-    flavour: str
+    flavor: str
     """`tensorrt` or `tensorrt_rtx`."""
     version: str
     """Full version of the library that built it; the one that runs it must be the same."""
@@ -45,7 +47,7 @@ class EngineInfo:
     gpu: str
     """Name of the GPU it was built on; empty when it was built without one."""
     profiles: tuple[dict[str, dict[str, list[int]]], ...]
-    """Optimisation profiles: input name → {`min`, `opt`, `max`} → shape."""
+    """Optimization profiles: input name → {`min`, `opt`, `max`} → shape."""
     flags: tuple[str, ...]
     """Builder and network flags."""
     precision: str
@@ -57,7 +59,7 @@ class EngineInfo:
     spec: ModelSpec | None
     """The model's description; None for an ONNX file that advprop did not write."""
     layers: tuple[LayerReport, ...] = ()
-    """Of a quantised graph: what became of each layer; empty where the builder does not tell."""
+    """Of a quantized graph: what became of each layer; empty where the builder does not tell."""
 
     @property
     def has_host_code(self) -> bool:
@@ -125,11 +127,15 @@ def _read(engine: Path) -> EngineInfo:
         if found != FORMAT:
             raise ModelFileError(f"{path} has format {found!r}, expected {FORMAT!r}; {rebuild}")
         fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+            _FORMER_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
         }
         spec = fields.pop("spec")
         described = ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None
-        layers = tuple(LayerReport(**layer) for layer in fields.pop("layers", ()))
+        layers = tuple(
+            LayerReport(**{_FORMER_NAMES.get(name, name): value for name, value in layer.items()})
+            for layer in fields.pop("layers", ())
+        )
         info = EngineInfo(spec=described, layers=layers, **fields)
         _check_types(info)
     except SpecError:
@@ -143,13 +149,13 @@ def _read(engine: Path) -> EngineInfo:
 
 def _check_types(info: EngineInfo) -> None:
     """Raises TypeError where a field is not what it is declared to be."""
-    texts = (info.plan_sha256, info.onnx_sha256, info.flavour, info.version, info.gpu, info.precision)
+    texts = (info.plan_sha256, info.onnx_sha256, info.flavor, info.version, info.gpu, info.precision)
     if not all(
         isinstance(text, str) for text in (*texts, info.calibration_sha256, *info.compute_capabilities, *info.flags)
     ):
         raise TypeError("a text field is not text")
-    if info.flavour not in ("tensorrt", "tensorrt_rtx"):
-        raise TypeError(f"flavour is {info.flavour!r}")
+    if info.flavor not in ("tensorrt", "tensorrt_rtx"):
+        raise TypeError(f"flavor is {info.flavor!r}")
     if not all(isinstance(share, int | float) for share in info.precision_shares.values()):
         raise TypeError("precision_shares are not numbers")
     for profile in info.profiles:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtime.errors import ConfigError, nearest
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, TABLES
-from runtime.evaluate.images import LabelledImages, class_folders, image_files
+from runtime.evaluate.images import LabeledImages, class_folders, image_files
 from runtime.evaluate.labels import by_folder
 from runtime.spec import ModelSpec
 
@@ -69,7 +69,7 @@ class Cell:
 
     id: str
     """`images`, `clean`, or `CORRUPTION/SEVERITY`."""
-    images: LabelledImages
+    images: LabeledImages
     """The images, before any corruption that is made here."""
     resize: str
     """`fit` or `none`."""
@@ -88,18 +88,18 @@ class Opening:
     classes: tuple[int, ...] | None = None
     """The only classes that are asked about; None: all."""
 
-    def folder(self, root: Path, find: Callable[[list[str]], Mapping[str, int]]) -> LabelledImages:
+    def folder(self, root: Path, find: Callable[[list[str]], Mapping[str, int]]) -> LabeledImages:
         """The images of the class folders that `find` finds classes for."""
         names = class_folders(root)
         labels = find(names)
         self.skipped |= set(names) - set(labels)
         return self.limited(image_files(root, labels))
 
-    def by_class(self, root: Path) -> LabelledImages:
+    def by_class(self, root: Path) -> LabeledImages:
         """The images of folders called by WordNet ids or class names."""
         return self.folder(root, lambda names: by_folder(names, self.spec, str(root)))
 
-    def limited(self, images: LabelledImages) -> LabelledImages:
+    def limited(self, images: LabeledImages) -> LabeledImages:
         """As many of them as are asked for."""
         limit = self.config.limit
         return images if limit is None else images.limited(limit, self.config.seed)

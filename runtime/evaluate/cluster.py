@@ -22,9 +22,9 @@ from typing import Any, Self
 
 from runtime.errors import AdvPropError, BackendUnavailable, ConfigError, DataError
 from runtime.evaluate.cluster_worker import ClusterWorker, Elsewhere, Failure
-from runtime.evaluate.journal import Unit
 from runtime.evaluate.measure import Counted, Measurement
 from runtime.evaluate.models import Model, ModelSource
+from runtime.evaluate.progress_log import Unit
 from runtime.evaluate.provenance import difference
 
 __all__ = ["Cluster", "ClusterConfig"]

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import AdvPropError, DataError
-from runtime.evaluate.blocks import Workers, one_core
-from runtime.evaluate.journal import Unit
+from runtime.evaluate.image_workers import Workers, one_core
 from runtime.evaluate.measure import Counted, Measurement
 from runtime.evaluate.models import Model, ModelSource
-from runtime.images import decode
+from runtime.evaluate.progress_log import Unit
+from runtime.preprocessing import decode
 
 __all__ = ["ClusterWorker", "Elsewhere", "Failure"]
 

@@ -152,7 +152,7 @@ def answers_of(logits_NK: NDArray[Any], labels_N: NDArray[np.int64], classes: Se
         logits_NK: of all the model's classes.
         labels_N: the right classes, as positions among all classes.
         classes: the only classes that are asked about, as ImageNet-A and -R ask about 200: the others' logits are
-            left out before anything is ranked or normalised. Default: all.
+            left out before anything is ranked or normalized. Default: all.
 
     Returns:
         Classes as positions among all classes.

@@ -1,4 +1,4 @@
-"""Labelled images that a suite is made of, read when asked for, in whatever process asks."""
+"""Labeled images that a suite is made of, read when asked for, in whatever process asks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
-from runtime.images import SUFFIXES, ImageLike
+from runtime.preprocessing import SUFFIXES, ImageLike
 
-__all__ = ["ArrayFile", "Folder", "LabelledImages", "Source", "class_folders", "image_files", "open_array"]
+__all__ = ["ArrayFile", "Folder", "LabeledImages", "Source", "class_folders", "image_files", "open_array"]
 
 
 class Source(Protocol):
@@ -60,7 +60,7 @@ def open_array(path: Path) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledImages:
+class LabeledImages:
     """Images with their classes, in an order that is the same everywhere."""
 
     source: Source
@@ -82,7 +82,7 @@ class LabelledImages:
         lines = "".join(f"{name}\t{label}\n" for name, label in zip(self.names, self.labels, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def limited(self, limit: int, seed: int) -> LabelledImages:
+    def limited(self, limit: int, seed: int) -> LabeledImages:
         """Returns at most `limit` of the images, drawn by `seed`, of every class in proportion.
 
         Which images are drawn follows from their names, classes and the seed alone; a smaller limit draws a part of
@@ -100,7 +100,7 @@ class LabelledImages:
             ranked += [((rank + 0.5) / len(names), _draw(seed, f"{label}"), name) for rank, name in enumerate(names)]
         chosen = {name for *_, name in sorted(ranked)[:limit]}
         pairs = [pair for pair in zip(self.names, self.labels, strict=True) if pair[0] in chosen]
-        return LabelledImages(self.source, tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
+        return LabeledImages(self.source, tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
 
 
 def _draw(seed: int, name: str) -> bytes:
@@ -119,7 +119,7 @@ def class_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def image_files(root: Path, labels: Mapping[str, int]) -> LabelledImages:
+def image_files(root: Path, labels: Mapping[str, int]) -> LabeledImages:
     """Lists the images of class folders, whatever is below them.
 
     Args:
@@ -132,7 +132,7 @@ def image_files(root: Path, labels: Mapping[str, int]) -> LabelledImages:
     pairs = sorted((name, label) for folder, label in labels.items() for name in _files(root, folder))
     if not pairs:
         raise DataError(f"{root}: expected image files ({', '.join(SUFFIXES)}) in its class folders; found none")
-    return LabelledImages(Folder(root), tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
+    return LabeledImages(Folder(root), tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
 
 
 def _files(root: Path, folder: str) -> Iterator[str]:

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError, SpecError
-from runtime.evaluate.blocks import Corruption, Workers, corrupt_block, in_order, load_block
 from runtime.evaluate.cells import Cell, SuiteConfig
 from runtime.evaluate.counts import Answers, Counts, answers_of, count
-from runtime.evaluate.journal import Unit
+from runtime.evaluate.image_workers import Corruption, Workers, corrupt_block, in_order, load_block
 from runtime.evaluate.models import Model
+from runtime.evaluate.progress_log import Unit
 from runtime.evaluate.provenance import describe
 from runtime.evaluate.suites import Suite
 

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.choose import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
+from runtime.backends.open import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from runtime.errors import ConfigError, SpecError
-from runtime.files import sha256_file
-from runtime.images import network_input, normalise
-from runtime.lazy import elsewhere
 from runtime.loading import load
+from runtime.preprocessing import network_input, normalize
 from runtime.session import Session
 from runtime.spec import ModelSpec
+from runtime.system.files import sha256_file
+from runtime.system.lazy import elsewhere
 
 __all__ = ["CHECKPOINT_LOADER", "Model", "ModelSource", "load_model", "load_models", "model_of"]
 
-CHECKPOINT_LOADER = "train.predictor:load_predictor"
+CHECKPOINT_LOADER = "advprop.checkpoints.predictor:load_predictor"
 """What loads checkpoints: imported when there is one, since the runtime depends on nothing else of ours."""
 
 _SMALLEST = np.finfo(np.float32).tiny
@@ -56,10 +56,10 @@ def model_of(
     *,
     size_open: bool = False,
 ) -> Model:
-    """Makes a model of a function from normalised float32 images, (N, 3, H, W), to logits, (N, K)."""
+    """Makes a model of a function from normalized float32 images, (N, 3, H, W), to logits, (N, K)."""
 
     def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
-        return predict(normalise(images_NHWC, spec.preprocessing))
+        return predict(normalize(images_NHWC, spec.preprocessing))
 
     return Model(name=name, spec=spec, logits=logits, facts=facts or {}, size_open=size_open)
 
@@ -142,11 +142,11 @@ def load_models(
 
 
 def _onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
-    from runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
     from runtime.backends.threads import Threads
-    from runtime.engine.graph import summarise
+    from runtime.graph.summary import summarize
 
-    summary = summarise(path)
+    summary = summarize(path)
     session = Session(OnnxRuntimeBackend(path, device, Threads(intra=threads), exact=exact), path)
     facts = {
         "kind": "onnx",

@@ -25,7 +25,7 @@ def alike(one: ModelSpec, other: ModelSpec) -> bool:
 
 def _geometry(spec: ModelSpec) -> dict[str, Any]:
     fields = dataclasses.asdict(spec.preprocessing)
-    # Normalisation is each model's own; but padding is with the mean.
+    # Normalization is each model's own; but padding is with the mean.
     return {
         key: fields[key]
         for key in fields

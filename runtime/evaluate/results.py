@@ -15,8 +15,8 @@ from typing import Any
 from runtime.errors import DataError
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 from runtime.evaluate.counts import Counts
-from runtime.evaluate.summary import summarise
-from runtime.files import write_text
+from runtime.evaluate.summary import summarize
+from runtime.system.files import write_text
 
 __all__ = ["FORMAT", "finished", "is_whole", "merge", "name_for", "read_result", "write_result"]
 
@@ -41,7 +41,7 @@ def finished(result: Result) -> Result:
     cells = {name: result["cells"][name] for name in sorted(result["cells"], key=place)}
     whole = all(tuple(cell["parts"]) == WHOLE for cell in cells.values())
     counts = {name: Counts.from_dict(cell["counts"]) for name, cell in cells.items()}
-    metrics = summarise(counts, why_no_mce=_why_no_mce(result)) if whole else None
+    metrics = summarize(counts, why_no_mce=_why_no_mce(result)) if whole else None
     return {
         **{key: result[key] for key in result if key not in ("cells", "metrics")},
         "cells": cells,

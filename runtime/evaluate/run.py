@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import ConfigError, Interrupted
-from runtime.evaluate.blocks import Workers
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.counts import Counts
-from runtime.evaluate.images import LabelledImages
-from runtime.evaluate.journal import Journal, Unit
+from runtime.evaluate.image_workers import Workers
+from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.measure import Counted, Measurement
 from runtime.evaluate.models import Model
+from runtime.evaluate.progress_log import Journal, Unit
 from runtime.evaluate.provenance import alike
 from runtime.evaluate.results import Result, finished
 from runtime.evaluate.suites import open_suite
@@ -60,7 +60,7 @@ class RunConfig:
         if not 1 <= self.shard <= self.shards:
             raise ConfigError(f"a shard is i/n with 1 ≤ i ≤ n; found {self.shard}/{self.shards}")
 
-    def blocks(self, images: LabelledImages) -> range:
+    def blocks(self, images: LabeledImages) -> range:
         """The numbers of this shard's blocks."""
         return range(self.shard - 1, -(-len(images) // self.batch_size), self.shards)
 

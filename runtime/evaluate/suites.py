@@ -1,4 +1,4 @@
-"""The test sets of robustness by name, each as cells of labelled images.
+"""The test sets of robustness by name, each as cells of labeled images.
 
 A cell is what one number is measured on: a set of images, or ImageNet-C's `fog/3`.
 """
@@ -15,8 +15,8 @@ from runtime.errors import ConfigError, nearest
 from runtime.evaluate.cells import CLEAN, Cell, Opening, SuiteConfig
 from runtime.evaluate.class_lists import IMAGENET_A, IMAGENET_R
 from runtime.evaluate.corruptions import corrupt, table_for
-from runtime.evaluate.families import (
-    labelled_folders,
+from runtime.evaluate.dataset_layouts import (
+    labeled_folders,
     made_here,
     numbered_folders,
     released_arrays,
@@ -30,14 +30,14 @@ __all__ = ["SUITES", "Suite", "open_suite"]
 log = logging.getLogger(__name__)
 
 SUITES: dict[str, Callable[[Opening], list[Cell]]] = {
-    "imagenet": labelled_folders("fit"),
+    "imagenet": labeled_folders("fit"),
     "imagenet-c": released_folders,
     "imagenet-a": two_hundred(IMAGENET_A),
     "imagenet-r": two_hundred(IMAGENET_R),
     "imagenet-v2": numbered_folders,
-    "sketch": labelled_folders("fit"),
-    "stylized": labelled_folders("none"),
-    "cifar10": labelled_folders("fit"),
+    "sketch": labeled_folders("fit"),
+    "stylized": labeled_folders("none"),
+    "cifar10": labeled_folders("fit"),
     "cifar10-c": released_arrays,
     "corruptions": made_here,
 }

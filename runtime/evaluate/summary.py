@@ -19,7 +19,7 @@ from runtime.evaluate.metrics import (
     rms_calibration_error,
 )
 
-__all__ = ["difference_interval_of", "interval_of", "reference_of", "summarise"]
+__all__ = ["difference_interval_of", "interval_of", "reference_of", "summarize"]
 
 Cells = Mapping[str, Counts]
 Statistic = Callable[[Cells, Sequence[int] | None], float]
@@ -33,7 +33,7 @@ RELATIVE_UNIT = "percent of what corruption adds to AlexNet's error, mean over t
 MEAN_UNIT = "share of images, plain mean over corruptions and severities; not to be compared with mce_alexnet"
 
 
-def summarise(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> dict[str, Any]:
+def summarize(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> dict[str, Any]:
     """Returns what a result's `metrics` holds.
 
     Args:

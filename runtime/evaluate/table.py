@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.evaluate.cells import CLEAN, IMAGES
-from runtime.evaluate.families import SEVERITIES
+from runtime.evaluate.dataset_layouts import SEVERITIES
 from runtime.evaluate.results import Result, is_whole
 
 if TYPE_CHECKING:

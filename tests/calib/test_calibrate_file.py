@@ -8,16 +8,16 @@ from click.testing import CliRunner
 from PIL import Image
 
 import runtime
+from advprop.cli import main
 from calib.config import CalibrationConfig
 from calib.images import calibration_set
 from calib.pipeline import calibrate_file
 from calib.precision import to_reduced
 from calib.ptq import calibrate
 from export.pipeline import export_checkpoint
-from runtime.cli import main
 from runtime.errors import ConfigError, DataError, ModelFileError
-from runtime.graphs import open_session
-from runtime.rounding import with_roundings
+from runtime.graph.model import open_session
+from runtime.graph.rounding import with_roundings
 from tests.networks import classifier, graph
 from train.data import embedded_digits
 from train.loop import FitResult
@@ -50,8 +50,8 @@ def test_from_the_command_line_to_an_engine(exported: Path, digits: Path, tmp_pa
     assert info.precision_shares == {"int8": 1.0}
     assert info.calibration_sha256 == calibration_set(digits).sha256
     paths = sorted(digits.iterdir())
-    with runtime.load(exported) as plain, runtime.load(target) as quantised:
-        pairs = zip(plain.predict(paths), quantised.predict(paths), strict=True)
+    with runtime.load(exported) as plain, runtime.load(target) as quantized:
+        pairs = zip(plain.predict(paths), quantized.predict(paths), strict=True)
         assert np.mean([one.index == other.index for one, other in pairs]) >= 0.95
 
 
@@ -125,7 +125,7 @@ def test_few_images_and_dead_ones_are_told(caplog: pytest.LogCaptureFixture) -> 
         CalibrationConfig(method="best")
     with pytest.raises(ConfigError, match=r"no convolution or matrix product is called 'Conv_1'; did you mean Conv_0"):
         calibrate(classifier(), batches(images), CalibrationConfig(keep=("Conv_1",)))
-    with pytest.raises(ModelFileError, match="nothing to quantise"):
+    with pytest.raises(ModelFileError, match="nothing to quantize"):
         calibrate(classifier(), batches(images), CalibrationConfig(keep=("Conv_0",)))
     images[0, 0, 0, 0] = np.nan
     with pytest.raises(DataError, match="the tensor input has values that are not finite"):
@@ -158,7 +158,7 @@ def test_a_tensor_of_zeros_stays_in_floating_point() -> None:
     assert "zero on every calibration image" in points[1].reason
 
 
-def test_matrix_products_are_quantised_by_their_last_axis_and_keep_no_bias() -> None:
+def test_matrix_products_are_quantized_by_their_last_axis_and_keep_no_bias() -> None:
     body = """f = Flatten(input) m = MatMul(f, w1) r = Relu(m) logits = Gemm(r, w2, b)"""
     random = np.random.default_rng(0)
     w1 = random.normal(size=(192, 6)) * np.geomspace(1, 100, 6)

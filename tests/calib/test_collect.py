@@ -5,8 +5,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from calib.collect import collect, collect_amax
 from runtime.errors import DataError
+from runtime.graph.collect import collect, collect_amax
 from tests.networks import classifier
 
 

@@ -2,9 +2,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from calib.divergence import first_beyond, graph_errors
 from calib.precision import to_reduced
-from runtime.rounding import rounded_name, with_roundings
+from runtime.graph.compare import first_beyond, graph_errors
+from runtime.graph.rounding import rounded_name, with_roundings
 from tests.networks import graph, scale_weight
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)

@@ -5,7 +5,7 @@ import pytest
 from calib.layers import layer_errors
 from calib.placement import points_of
 from calib.quantize import quantize
-from runtime.graphs import open_session
+from runtime.graph.model import open_session
 from tests.networks import classifier
 
 IMAGES = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)

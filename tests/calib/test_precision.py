@@ -10,9 +10,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import TopologicalSortPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from calib.collect import collect_amax
 from calib.precision import LIMIT, Decision, deciding_tensors, overflows, to_reduced
-from runtime.rounding import with_roundings
+from runtime.graph.collect import collect_amax
+from runtime.graph.rounding import with_roundings
 from tests.networks import graph
 
 

@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import runtime
+from advprop.cli import main
 from calib.prepare import prepared
-from runtime.cli import main
 from runtime.errors import ModelFileError
 from runtime.spec import Preprocessing
 from tests.networks import graph
@@ -63,8 +63,8 @@ def test_another_tools_file_from_the_command_line(tmp_path: Path) -> None:
     import onnxruntime as ort
 
     plain = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
-    normalised = ((photos / 255 - SPEC.mean) / SPEC.std).astype(np.float32).transpose(0, 3, 1, 2)
-    expected = [plain.run(None, {"image": image[None]})[0].argmax() for image in normalised]
+    normalized = ((photos / 255 - SPEC.mean) / SPEC.std).astype(np.float32).transpose(0, 3, 1, 2)
+    expected = [plain.run(None, {"image": image[None]})[0].argmax() for image in normalized]
     assert np.mean(np.asarray(found) == expected) >= 0.9
 
 

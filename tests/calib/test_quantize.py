@@ -11,10 +11,10 @@ import runtime
 from calib.config import KINDS_LEFT, CalibrationConfig
 from calib.placement import points_of, residual_inputs
 from calib.ptq import calibrate
-from calib.quantize import quantise_weight, quantize, scale_of
+from calib.quantize import quantize, quantize_weight, scale_of
 from calib.thresholds import LEVELS
 from runtime.errors import ConfigError, ModelFileError
-from runtime.graphs import open_session
+from runtime.graph.model import open_session
 from tests.networks import graph
 
 
@@ -53,7 +53,7 @@ def simulated(layers: list[dict[str, object]], model: onnx.ModelProto, steps: di
     x = images.astype(np.float32)
     for layer in layers:
         number = layer["number"]
-        integers, scales = quantise_weight(weights[f"w{number}"], 0)
+        integers, scales = quantize_weight(weights[f"w{number}"], 0)
         weight = integers.astype(np.float32) * scales.reshape(-1, 1, 1, 1)
         x = fake(x, np.float32(steps[tensors[f"c{number}"]]))
         x = F.conv2d(
@@ -65,7 +65,7 @@ def simulated(layers: list[dict[str, object]], model: onnx.ModelProto, steps: di
             groups=layer["groups"],
         ).numpy()
         x = np.maximum(x, 0) if layer["relu"] else x
-    integers, scales = quantise_weight(weights["wf"], 0)
+    integers, scales = quantize_weight(weights["wf"], 0)
     return fake(x.mean((2, 3)), np.float32(steps["f"])) @ (integers.astype(np.float32) * scales[:, None]).T
 
 
@@ -75,10 +75,10 @@ def test_random_networks_are_what_numpy_makes_of_the_same_scales(seed: int) -> N
     points = points_of(model)
     random = np.random.default_rng(100 + seed)
     thresholds = {point.tensor: float(random.uniform(0.5, 8)) for point in points}
-    quantised = quantize(model, points, thresholds)
+    quantized = quantize(model, points, thresholds)
     images = random.normal(size=(3, 3, 12, 12)).astype(np.float32)
     steps = {name: float(scale_of(value)) for name, value in thresholds.items()}
-    found = open_session(quantised).run(None, {"input": images})[0]
+    found = open_session(quantized).run(None, {"input": images})[0]
     expected = simulated(layers, model, steps, images)
     # A float rounding may carry one value over the border between two steps: one step of one tensor, times its weights.
     close = np.isclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -112,13 +112,13 @@ def test_the_graph_keeps_tensorrts_rules() -> None:
     ]
     assert residual_inputs(model, points) == [("Add_3", "r")]
     for residuals in ([], residual_inputs(model, points)):
-        quantised = quantize(model, points, {"input": 3.0, "r": 5.0}, residuals=residuals)
-        ops = [node.op_type for node in quantised.graph.node]
+        quantized = quantize(model, points, {"input": 3.0, "r": 5.0}, residuals=residuals)
+        ops = [node.op_type for node in quantized.graph.node]
         assert (ops.count("QuantizeLinear"), ops.count("DequantizeLinear")) == (2, 4)  # `r` once for both its readers
-        add = next(node for node in quantised.graph.node if node.op_type == "Add")
+        add = next(node for node in quantized.graph.node if node.op_type == "Add")
         assert ("r_dequantized" in add.input) == bool(residuals)
-        constants = {tensor.name: tensor for tensor in quantised.graph.initializer}
-        for node in quantised.graph.node:
+        constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
+        for node in quantized.graph.node:
             if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 zero = constants[node.input[2]]
                 assert zero.data_type == TensorProto.INT8
@@ -127,8 +127,8 @@ def test_the_graph_keeps_tensorrts_rules() -> None:
 
 
 def test_an_engine_can_be_built_of_it(tmp_path) -> None:
-    quantised = quantize(residual(), points_of(residual()), {"input": 3.0, "r": 5.0})
-    onnx.save(quantised, tmp_path / "m.onnx")
+    quantized = quantize(residual(), points_of(residual()), {"input": 3.0, "r": 5.0})
+    onnx.save(quantized, tmp_path / "m.onnx")
     info = runtime.build(tmp_path / "m.onnx", precision="int8", sm=(89,))
     assert (info.precision, info.precision_shares) == ("int8", {"int8": 1.0})
 
@@ -141,11 +141,11 @@ def test_a_node_can_be_kept() -> None:
     assert (ops.count("QuantizeLinear"), ops.count("DequantizeLinear")) == (1, 2)
 
 
-def test_what_cannot_be_quantised_is_told() -> None:
-    quantised = quantize(residual(), points_of(residual()), {"input": 3.0, "r": 5.0})
-    with pytest.raises(ModelFileError, match="quantised already: it has DequantizeLinear, QuantizeLinear"):
-        points_of(quantised)
-    with pytest.raises(ModelFileError, match="nothing to quantise"):
+def test_what_cannot_be_quantized_is_told() -> None:
+    quantized = quantize(residual(), points_of(residual()), {"input": 3.0, "r": 5.0})
+    with pytest.raises(ModelFileError, match="quantized already: it has DequantizeLinear, QuantizeLinear"):
+        points_of(quantized)
+    with pytest.raises(ModelFileError, match="nothing to quantize"):
         points_of(graph("p = GlobalAveragePool(input) logits = Flatten(p)"))
 
 
@@ -175,7 +175,7 @@ def test_kinds_of_layers_can_be_left() -> None:
         CalibrationConfig(leave=("middle",))
 
 
-def test_what_a_residual_add_reads_is_quantised_too() -> None:
+def test_what_a_residual_add_reads_is_quantized_too() -> None:
     model = inverted_residual()
     assert residual_inputs(model, points_of(model)) == [("Add_9", "x")]  # not p, which nobody else reads
     assert residual_inputs(model, points_of(model, keep=["Conv_8"])) == []

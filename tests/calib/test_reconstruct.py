@@ -2,9 +2,9 @@ import numpy as np
 import onnx
 
 from calib.placement import points_of
-from calib.quantize import along, quantise_weight, quantize
+from calib.quantize import along, quantize, quantize_weight
 from calib.reconstruct import reconstruct
-from runtime.graphs import open_session
+from runtime.graph.model import open_session
 from tests.networks import graph
 
 
@@ -26,10 +26,10 @@ def network() -> onnx.ModelProto:
 
 
 def flat_images(seed: int) -> np.ndarray:
-    """Of nearly one colour each, so that the rounding errors of a filter can cancel out; whole numbers."""
+    """Of nearly one color each, so that the rounding errors of a filter can cancel out; whole numbers."""
     random = np.random.default_rng(seed)
-    colours = random.uniform(-100, 100, size=(32, 3, 1, 1))
-    return np.round(colours + random.normal(size=(32, 3, 8, 8))).astype(np.float32)
+    colors = random.uniform(-100, 100, size=(32, 3, 1, 1))
+    return np.round(colors + random.normal(size=(32, 3, 8, 8))).astype(np.float32)
 
 
 def test_errors_cancel_where_inputs_are_alike() -> None:
@@ -38,11 +38,11 @@ def test_errors_cancel_where_inputs_are_alike() -> None:
     points = points_of(model)
     weights, biases = reconstruct(model, points, {"input": 127.0}, [flat_images(1)], steps=150)
     errors = {}
-    for name, rounded in (("nearest", {}), ("learnt", weights)):
-        quantised = quantize(model, points, {"input": 127.0}, weights=rounded)
-        pair = [open_session(graph_).run(None, {"input": flat_images(2)})[0] for graph_ in (model, quantised)]
+    for name, rounded in (("nearest", {}), ("learned", weights)):
+        quantized = quantize(model, points, {"input": 127.0}, weights=rounded)
+        pair = [open_session(graph_).run(None, {"input": flat_images(2)})[0] for graph_ in (model, quantized)]
         errors[name] = np.square(pair[0] - pair[1]).mean()
-    assert errors["learnt"] < 0.2 * errors["nearest"]
+    assert errors["learned"] < 0.2 * errors["nearest"]
     assert np.abs(biases["Conv_0"]).max() < 1
     assert list(weights) == ["Conv_0"]
 
@@ -58,13 +58,13 @@ def test_every_kind_of_layer_is_rounded_up_or_down_the_same_every_time() -> None
     assert len(weights) == sum(done) == 4
     for point in points:
         weight = next(onnx.numpy_helper.to_array(item) for item in model.graph.initializer if item.name == point.weight)
-        _, scales = quantise_weight(weight, point.axis)
+        _, scales = quantize_weight(weight, point.axis)
         ratio = weight / along(scales, point.axis, weight.ndim)
         assert (np.abs(weights[point.node] - ratio) < 1 + 1e-4).all()
         np.testing.assert_array_equal(weights[point.node], again[point.node])
 
 
-def test_what_is_not_quantised_or_shared_is_left_alone() -> None:
+def test_what_is_not_quantized_or_shared_is_left_alone() -> None:
     body = """a = Conv <pads = [1, 1, 1, 1]> (input, w1) b = Conv <pads = [1, 1, 1, 1]> (a, w1) c = Conv(b, w2)
         p = GlobalAveragePool(c) logits = Flatten(p)"""
     random = np.random.default_rng(0)

@@ -56,8 +56,8 @@ def test_the_layer_that_loses_goes_back_and_the_others_stay() -> None:
     assert [point.int8 for point in kept.points] == [True, False, True]
     assert "given back for the budget: alone in INT8 it changes the output by" in kept.points[1].reason
     assert 0.5 < kept.int8_share < 1.0
-    quantised = [node for node in kept.model.graph.node if node.op_type == "QuantizeLinear"]
-    assert len(quantised) == 2
+    quantized = [node for node in kept.model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantized) == 2
 
 
 def test_a_budget_that_cannot_be_met_gives_the_best_and_says_so() -> None:

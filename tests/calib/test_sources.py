@@ -129,11 +129,11 @@ def test_images_that_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     np.save(tmp_path / "same.npy", np.repeat(pixels(1), 5, axis=0))
     with pytest.raises(DataError, match="all 5 images are copies of one"):
         calibration_set(tmp_path / "same.npy", spec=SPEC)
-    grey = pixels()
-    grey[3] = 128
-    np.save(tmp_path / "grey.npy", grey)
-    assert len(calibration_set(tmp_path / "grey.npy", spec=SPEC).images) == 11
-    assert "skipped 3: it is of one colour" in caplog.text
+    gray = pixels()
+    gray[3] = 128
+    np.save(tmp_path / "gray.npy", gray)
+    assert len(calibration_set(tmp_path / "gray.npy", spec=SPEC).images) == 11
+    assert "skipped 3: it is of one color" in caplog.text
     np.save(tmp_path / "small.npy", pixels()[:, :7, :7])
     calibration_set(tmp_path / "small.npy", spec=SPEC)
     assert "12 of 12 images are less than half as large as the network's input (16 x 16)" in caplog.text

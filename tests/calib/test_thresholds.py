@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from calib.histograms import Histogram
-from calib.thresholds import LEVELS, METHODS, entropy, minmax, mse, percentile, quantisation_errors
+from calib.thresholds import LEVELS, METHODS, entropy, minmax, mse, percentile, quantization_errors
 
 NORMAL = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
 LAPLACE = np.random.default_rng(1).laplace(size=100_000).astype(np.float32)
@@ -37,7 +37,7 @@ def test_mse_is_the_least_over_all_thresholds_tried_value_by_value(values: np.nd
     tried = np.geomspace(np.abs(values).max() / 100, np.abs(values).max(), 400)
     best = min(error(values, threshold) for threshold in tried)
     assert error(values, mse(histogram(values))) <= 1.01 * best
-    assert quantisation_errors(histogram(values), tried) == pytest.approx(
+    assert quantization_errors(histogram(values), tried) == pytest.approx(
         [error(values, threshold) for threshold in tried], rel=0.05, abs=1e-6
     )
 

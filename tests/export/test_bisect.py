@@ -3,9 +3,9 @@ import pytest
 import timm
 import torch
 
-from calib.divergence import first_beyond
 from export.bisect import module_errors
 from export.to_onnx import to_onnx
+from runtime.graph.compare import first_beyond
 from runtime.spec import ModelSpec, Preprocessing
 from tests.networks import scale_weight
 

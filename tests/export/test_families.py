@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import runtime
-from calib.collect import collect
 from calib.precision import overflows, to_reduced
 from export.to_onnx import to_onnx
 from export.verify import TOLERANCE, compare
-from runtime.graphs import save_onnx
-from runtime.rounding import with_roundings
+from runtime.graph.collect import collect
+from runtime.graph.model import save_onnx
+from runtime.graph.rounding import with_roundings
 from runtime.spec import ModelSpec, Preprocessing
 
 FAMILIES = {
@@ -29,7 +29,7 @@ FAMILIES = {
     "mobilenetv3_small_050": 64,
     "densenet121": 64,  # BatchNorm before the convolution
     "inception_v3": 96,
-    "nf_regnet_b0": 64,  # no BatchNorm: weights are standardised
+    "nf_regnet_b0": 64,  # no BatchNorm: weights are standardized
     "convnext_atto": 64,  # no BatchNorm
 }
 

@@ -11,7 +11,7 @@ import runtime
 from calib.precision import to_reduced
 from export.cli import main
 from export.io_forms import with_forms
-from runtime.images import network_input, normalise
+from runtime.preprocessing import network_input, normalize
 from runtime.session import softmax
 from runtime.spec import INPUT_FORMS, OUTPUT_FORMS, ModelSpec, Preprocessing
 from tests.networks import classifier
@@ -50,7 +50,7 @@ def as_given(logits: np.ndarray, output: str) -> np.ndarray:
 @pytest.mark.parametrize("form", INPUT_FORMS)
 @pytest.mark.parametrize("output", OUTPUT_FORMS)
 def test_every_form_gives_the_same_answers(network: onnx.ModelProto, form: str, output: str) -> None:
-    (logits,) = run(network, normalise(pixels(), PREPROCESSING))
+    (logits,) = run(network, normalize(pixels(), PREPROCESSING))
     changed = with_forms(network, spec(input_form=form, output_form=output))
     answers, *classes = run(changed, network_input(pixels(), PREPROCESSING, form))
     tolerance = 2e-3 if form == "float16 NCHW" else 1e-6
@@ -71,7 +71,7 @@ def test_fp16_in_and_out_leave_no_cast_at_the_ends(network: onnx.ModelProto, out
     assert kinds == [onnx.TensorProto.FLOAT16] * 2
     casts = [node.op_type for node in changed.graph.node].count("Cast")
     assert casts == (0 if output == "logits" else 2)  # probabilities are taken in float32
-    (logits,) = run(network, normalise(pixels(), PREPROCESSING))
+    (logits,) = run(network, normalize(pixels(), PREPROCESSING))
     answers = run(changed, network_input(pixels(), PREPROCESSING, "float16 NCHW"))[0]
     np.testing.assert_allclose(answers.astype(np.float32), as_given(logits, output), rtol=1e-2, atol=1e-2)
 
@@ -81,15 +81,15 @@ def test_fp16_input_of_a_network_that_reads_float32(network: onnx.ModelProto) ->
     assert [node.op_type for node in changed.graph.node][::5] == ["Cast", "Cast"]
 
 
-def test_pixels_are_normalised_to_the_very_bits(network: onnx.ModelProto) -> None:
+def test_pixels_are_normalized_to_the_very_bits(network: onnx.ModelProto) -> None:
     changed = with_forms(network, spec(input_form="uint8 NHWC"))
-    inside = onnx.helper.make_tensor_value_info("advprop/normalised", onnx.TensorProto.FLOAT, None)
+    inside = onnx.helper.make_tensor_value_info("advprop/normalized", onnx.TensorProto.FLOAT, None)
     changed.graph.output.append(inside)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(changed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (normalised,) = session.run(["advprop/normalised"], {"input": pixels()})
-    assert np.array_equal(normalised, normalise(pixels(), PREPROCESSING))
+    (normalized,) = session.run(["advprop/normalized"], {"input": pixels()})
+    assert np.array_equal(normalized, normalize(pixels(), PREPROCESSING))
 
 
 @pytest.mark.slow

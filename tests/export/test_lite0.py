@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lite0_export import measure
-from real_weights import labelled_images
+from real_weights import labeled_images
 
 from export.verify import TOLERANCE, compare
 
@@ -19,7 +19,7 @@ def test_every_stage_answers_like_the_checkpoint(shared_data: Callable[[str], Pa
     for folder in sorted((shared_data("imagenet_dev.tar") / "imagenet_dev").iterdir())[:24]:
         shutil.copytree(folder, data / folder.name)
     stages = measure(data, tmp_path, images=24)
-    labels = np.asarray(labelled_images(data)[1])
+    labels = np.asarray(labeled_images(data)[1])
     assert (stages["torch"].argmax(1) == labels).mean() > 0.8
     for name, tolerance in (("ONNX FP32", "fp32"), ("ONNX FP16", "fp16"), ("ONNX FP32, uint8 in", "fp32")):
         parity = compare(stages["torch"], stages[name])

@@ -11,13 +11,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import runtime
+from advprop.commands.inspect import main as inspect
 from export.cli import main
 from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
-from runtime.commands.inspect import main as inspect
-from runtime.cuda import find_gpu
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import CheckpointError, ConfigError, DataError, ModelFileError
+from runtime.system.gpu import find_gpu
 from train.data import embedded_digits
 from train.dual_bn import strip_auxiliary
 from train.loop import FitResult
@@ -51,12 +51,12 @@ def test_sidecar_says_what_the_engine_is(exported: ExportResult, trained: FitRes
     assert content["format"] == "advprop.engine/1"
     info = read_sidecar(exported.engine)
     assert info == exported.engine_info
-    assert (info.precision, info.flavour, info.compute_capabilities) == ("fp16", "tensorrt_rtx", ("sm_86", "sm_89"))
+    assert (info.precision, info.flavor, info.compute_capabilities) == ("fp16", "tensorrt_rtx", ("sm_86", "sm_89"))
     assert info.precision_shares["fp16"] == 1.0
     assert info.profiles[0]["input"]["max"] == [32, 3, 32, 32]
-    assert info.onnx_sha256 == runtime.files.sha256_file(exported.reduced_onnx)
+    assert info.onnx_sha256 == runtime.system.files.sha256_file(exported.reduced_onnx)
     assert info.spec.classes == tuple("0123456789")
-    assert info.spec.checkpoint_sha256 == runtime.files.sha256_file(trained.last)
+    assert info.spec.checkpoint_sha256 == runtime.system.files.sha256_file(trained.last)
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_predictions_from_files_are_those_of_the_checkpoint(
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(pixels).save(paths[-1])
     source = load_source(trained.last)
-    from runtime.images import preprocess
+    from runtime.preprocessing import preprocess
 
     with torch.no_grad():
         expected = source.model(torch.from_numpy(preprocess(paths, source.spec.preprocessing))).argmax(1).tolist()

@@ -4,11 +4,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from calib.collect import collect
 from calib.precision import deciding_tensors
 from export.reduce import Reduced, reduce_precision
 from export.verify import TOLERANCE, agrees, compare
-from runtime.rounding import with_roundings
+from runtime.graph.collect import collect
+from runtime.graph.rounding import with_roundings
 from tests.networks import classifier, graph
 
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from advprop.cli import main
+from advprop.measure_checkpoint import MeasureConfig, measure_checkpoint
+from advprop.split import split
 from calib.images import CalibrationImage
-from export.measure import MeasureConfig, measure_checkpoint
-from export.split import split
-from runtime.cli import main
 from runtime.errors import BackendUnavailable, ConfigError
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.corruptions.frost import _texture
 from runtime.evaluate.suites import open_suite
-from runtime.files import sha256_file
+from runtime.system.files import sha256_file
 from tests.checkpoints import save_resnet10t
-from tests.runtime.evaluate.evaluation_sets import COLOURS, labelled_folder, picture, spec_of
+from tests.runtime.evaluate.evaluation_sets import COLORS, labeled_folder, picture, spec_of
 from train.models import create_model
 
 
@@ -30,13 +30,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a network that was not trained; its answers are anything, but they are the same everywhere."""
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=3)
-    images = np.stack([picture(colour, 100 + number) for number in range(4) for colour in COLOURS])
+    images = np.stack([picture(color, 100 + number) for number in range(4) for color in COLORS])
     return save_resnet10t(tmp_path_factory.mktemp("checkpoint") / "best.pt", model, images)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_folder(tmp_path_factory.mktemp("data"), count=24)
+    return labeled_folder(tmp_path_factory.mktemp("data"), count=24)
 
 
 def report(checkpoint: Path, *arguments: object) -> Result:
@@ -62,7 +62,7 @@ def test_from_a_checkpoint_to_the_page(checkpoint: Path, data: Path, tmp_path: P
     calibrated = json.loads((work / "int8" / "calib.json").read_text())
     assert len(calibrated["images"]) == 18
     by_class = [name.split("/")[0] for name, _ in calibrated["images"]]
-    assert [by_class.count(colour) for colour in COLOURS] == [6, 6, 6]
+    assert [by_class.count(color) for color in COLORS] == [6, 6, 6]
     times = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     again = report(checkpoint, *command)
     assert again.exit_code == 0, again.output

@@ -11,7 +11,7 @@ from export.cli import main
 from export.pipeline import export_checkpoint
 from export.source import load_source
 from runtime.errors import CheckpointError, ConfigError
-from runtime.images import preprocess
+from runtime.preprocessing import preprocess
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.dual_bn import add_auxiliary_bns, route
 from train.loop import FitResult

@@ -10,7 +10,7 @@ from torch import nn
 
 from export.to_onnx import to_onnx
 from runtime.errors import OutputError
-from runtime.graphs import save_onnx
+from runtime.graph.model import save_onnx
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 from train.dual_bn import add_auxiliary_bns, strip_auxiliary
 

@@ -1,6 +1,6 @@
 """Small real models for tests of serving: what they do, and for how long, is in their images.
 
-An image is float32, (3, 4, 4), and the logits of each model are the means of its colours.
+An image is float32, (3, 4, 4), and the logits of each model are the means of its colors.
 """
 
 from __future__ import annotations

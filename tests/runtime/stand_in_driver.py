@@ -1,7 +1,7 @@
 """A STAND-IN for the GPU, for tests of what our code does with one: no CUDA is in it.
 
 `StandInDriver` has the functions of `cuda.bindings.driver` that `runtime.device.driver` calls, on the CPU's memory.
-What is enqueued is done at the synchronisation and not before, so that memory which is changed, freed or read too early
+What is enqueued is done at the synchronization and not before, so that memory which is changed, freed or read too early
 gives wrong answers or an error. It says nothing about how the real one behaves.
 """
 
@@ -147,7 +147,7 @@ class StandInDriver:
         return (OK,)
 
     def cuStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
-        assert stream not in self.recording, "synchronised during a capture"
+        assert stream not in self.recording, "synchronized during a capture"
         self.drain(stream)
         return (OK,)
 

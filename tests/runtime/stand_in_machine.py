@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.tensorrt import TensorRTBackend
-from runtime.cuda import Gpu
+from runtime.backends.engine_options import EngineOptions
+from runtime.backends.tensorrt.backend import TensorRTBackend
+from runtime.backends.tensorrt.validation import Admitted
 from runtime.device.driver import Cuda
 from runtime.device.views import DeviceView
-from runtime.engine.flavours import Flavour
+from runtime.engine.flavors import Flavor
 from runtime.engine.sidecar import EngineInfo
-from runtime.execution.admission import Admitted
-from runtime.execution.options import EngineOptions
+from runtime.system.gpu import Gpu
 from tests.runtime.serving_models import SPEC
 from tests.runtime.stand_in_driver import StandInDriver
 from tests.runtime.stand_in_tensorrt import StandInTensorRT
@@ -30,7 +30,7 @@ class Machine:
         self,
         profiles: list[tuple[tuple[int, ...], ...]] = ONE,
         *,
-        flavour: str = "tensorrt",
+        flavor: str = "tensorrt",
         plan: bytes = b"plan",
         total: int = 1 << 30,
         changes: dict[str, Any] | None = None,
@@ -42,7 +42,7 @@ class Machine:
         info = EngineInfo(
             plan_sha256=hashlib.sha256(plan).hexdigest(),
             onnx_sha256="",
-            flavour=flavour,
+            flavor=flavor,
             version=self.trt.__version__,
             compute_capabilities=("sm_89",),
             gpu="",
@@ -53,7 +53,7 @@ class Machine:
             calibration_sha256="",
             spec=SPEC,
         )
-        admitted = Admitted(plan, info, Flavour(flavour, self.trt), Gpu("stand-in", (8, 9)))
+        admitted = Admitted(plan, info, Flavor(flavor, self.trt), Gpu("stand-in", (8, 9)))
         self.cuda = Cuda(self.driver)
         self.backend = TensorRTBackend(admitted, Path("m.engine"), self.cuda, EngineOptions(**options))
         self.driver.counts.clear()

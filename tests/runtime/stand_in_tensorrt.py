@@ -1,7 +1,7 @@
 """A STAND-IN for TensorRT, for tests of what our code does with one: no TensorRT is in it.
 
-`StandInTensorRT` has the part of the module `tensorrt` that `runtime.execution` calls, on a `StandInDriver`. Its engine
-gives the mean of each colour. It says nothing about how the real one behaves.
+`StandInTensorRT` has the part of the module `tensorrt` that `runtime.backends.tensorrt` calls, on a `StandInDriver`.
+Its engine returns the mean of each color. It says nothing about how the real one behaves.
 """
 
 # ruff: noqa: N802  # TensorRT's names
@@ -19,7 +19,7 @@ from tests.runtime.stand_in_driver import StandInDriver
 
 
 class StandInTensorRT:
-    """The module `tensorrt`, with an engine whose logits are the mean of each colour."""
+    """The module `tensorrt`, with an engine whose logits are the mean of each color."""
 
     __version__ = "10.13.0.35"
 

@@ -15,7 +15,7 @@ from runtime.errors import DataError, DeadlineExceeded, InputError, QueueFull, S
 from tests.runtime.serving_models import MEAN, SLOW, images_of, serving_model
 
 LONG = 400_000.0
-COLOURS = {"red": (200, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 90)}
+COLORS = {"red": (200, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 90)}
 
 
 def open_session(folder: Path, body: str = MEAN, **batching: int) -> runtime.Session:
@@ -25,7 +25,7 @@ def open_session(folder: Path, body: str = MEAN, **batching: int) -> runtime.Ses
 
 def png(name: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (9, 5), COLOURS[name]).save(file, "PNG")
+    Image.new("RGB", (9, 5), COLORS[name]).save(file, "PNG")
     return file.getvalue()
 
 
@@ -46,7 +46,7 @@ def test_many_tasks_and_no_thread_each(tmp_path: Path) -> None:
 
 def test_predictions(tmp_path: Path) -> None:
     async def main() -> None:
-        names = list(COLOURS) * 50
+        names = list(COLORS) * 50
         answers = await asyncio.gather(*(session.apredict([png(name), png("red")]) for name in names))
         assert [[answer.label for answer in pair] for pair in answers] == [[name, "red"] for name in names]
         (expected,), ((found, _), *_) = session.predict([png("red")]), answers

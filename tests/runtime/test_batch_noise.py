@@ -9,7 +9,7 @@ import torch
 
 import runtime
 from export.to_onnx import to_onnx
-from runtime.graphs import save_onnx
+from runtime.graph.model import save_onnx
 from runtime.spec import ModelSpec, Preprocessing
 
 BOUND = 1e-5

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from runtime.batching.queue import FairQueue, Request
-from runtime.batching.stats import Counts
+from runtime.batching.statistics import Counts
 
 
 def put(queue: FairQueue, count: int, size: int = 4) -> Request:

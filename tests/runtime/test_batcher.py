@@ -13,8 +13,8 @@ import onnx
 import pytest
 
 import runtime
-from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.batcher import Batcher, BatcherStats, Batching
+from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from runtime.batching.batcher import Batcher, BatcherStats, Batching
 from runtime.errors import ConfigError, DeadlineExceeded, InputError, QueueFull, RunFailed, SessionClosed
 from tests.runtime.serving_models import FRAGILE, MEAN, SLOW, images_of, serving_model
 

@@ -14,13 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 import runtime
-from runtime.cli import main
-from runtime.cuda import find_gpu
-from runtime.engine.flavours import choose_flavour
+from advprop.cli import main
+from runtime.engine.flavors import choose_flavor
 from runtime.engine.options import BuildOptions, apply_options, check_options, flag_names
 from runtime.engine.progress import BuildProgress, run_interruptibly
 from runtime.engine.sidecar import read_sidecar, sidecar_path
 from runtime.errors import ConfigError, EngineBuildError
+from runtime.system.gpu import find_gpu
 from tests.networks import classifier, graph
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
@@ -118,7 +118,7 @@ def test_work_that_fails_and_work_that_is_interrupted_twice() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_on_the_command_line(deep: Path, tmp_path: Path) -> None:
     engine = tmp_path / "a.engine"
-    command = [sys.executable, "-m", "runtime.cli", "build", str(deep), "--out", str(engine), "-v"]
+    command = [sys.executable, "-m", "advprop.cli", "build", str(deep), "--out", str(engine), "-v"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         seen = next(line for line in process.stdout if "tensorrt_rtx: " in line)  # the builder speaks
@@ -134,12 +134,12 @@ def test_node_operator_and_reason(tmp_path: Path) -> None:
     g (float[n, 3, 8, 8] input) => (float[n, 3] logits) { a = Relu(input) logits = my.domain.Magic(a) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
     with pytest.raises(EngineBuildError, match=r"node 1 \(Magic\): tensorrt_rtx has no such operator \(creator.*\)$"):
-        runtime.build(tmp_path / "a.onnx", sm=(89,), flavour="tensorrt_rtx")
+        runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx")
     named = onnx.parser.parse_model(text.replace("my.domain.Magic(a)", "Conv(a, nothing)"))
     named.graph.node[1].name = "head"
     onnx.save(named, tmp_path / "a.onnx")
     with pytest.raises(EngineBuildError, match=r"node 'head' \(Conv\): one of its inputs is given by no node"):
-        runtime.build(tmp_path / "a.onnx", sm=(89,), flavour="tensorrt_rtx")
+        runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx")
 
 
 def test_a_workspace_that_is_too_small(tmp_path: Path) -> None:
@@ -185,14 +185,14 @@ def test_impossible_options() -> None:
 
 @pytest.mark.parametrize("option", ["refit", "strip_weights"])
 def test_refitting_is_not_for_int8(option: str) -> None:
-    flavour = choose_flavour("tensorrt_rtx", (89,))
+    flavor = choose_flavor("tensorrt_rtx", (89,))
     with pytest.raises(ConfigError, match="an INT8 engine cannot be refitted"):
-        check_options(flavour, BuildOptions(**{option: True}), quantised=True)
+        check_options(flavor, BuildOptions(**{option: True}), quantized=True)
 
 
 def test_flags_reach_the_builder() -> None:
     """The bindings of TensorRT-RTX hold the flags that only full TensorRT and a GPU can build with."""
-    trt = choose_flavour("tensorrt_rtx", (89,)).module
+    trt = choose_flavor("tensorrt_rtx", (89,)).module
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     config = builder.create_builder_config()
     options = BuildOptions(workspace_mib=64, version_compatible=True, refit=True, strip_weights=True)

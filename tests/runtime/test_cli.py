@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from advprop.cli import COMMANDS, main
 from export.pipeline import export_checkpoint
-from runtime.cli import COMMANDS, main
 from train.data import embedded_digits
 from train.loop import FitResult
 
@@ -31,7 +31,7 @@ def test_every_command_has_help_with_examples(command: str) -> None:
     assert "Examples:" in result.output
 
 
-def test_a_misspelt_command_names_the_nearest() -> None:
+def test_a_misspelled_command_names_the_nearest() -> None:
     result = CliRunner().invoke(main, ["predikt"])
     assert result.exit_code == 2
     assert "no command 'predikt'. did you mean predict?" in result.stderr

@@ -8,12 +8,12 @@ import runtime
 from calib.placement import points_of
 from calib.precision import to_reduced
 from calib.quantize import quantize
-from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.cpu import has_exact_int8, tells_exact_int8
-from runtime.engine.graph import CALIBRATION_KEY
+from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.errors import ModelFileError
-from runtime.graphs import open_session
-from runtime.rounding import rounded_file, with_roundings
+from runtime.graph.model import open_session
+from runtime.graph.rounding import rounded_file, with_roundings
+from runtime.graph.summary import CALIBRATION_KEY
+from runtime.system.cpu import has_exact_int8, tells_exact_int8
 from tests.networks import classifier
 
 

@@ -29,7 +29,7 @@ def test_graphs_stop_at_their_number_and_tensorrt_rtx_has_its_own() -> None:
     assert (machine.count("cuGraphInstantiate"), machine.trt.contexts) == (2, 5)
     machine.backend.close()
     for graphs in (True, False):
-        machine = Machine(flavour="tensorrt_rtx", cuda_graphs=graphs, contexts=1)
+        machine = Machine(flavor="tensorrt_rtx", cuda_graphs=graphs, contexts=1)
         config = machine.backend._engine._config
         assert config.cuda_graph_strategy.name == ("WHOLE_GRAPH_CAPTURE" if graphs else "DISABLED")
         for _ in range(3):

@@ -15,7 +15,7 @@ import torch
 
 import runtime
 from runtime.backends.base import TensorInfo
-from runtime.backends.ort_binding import run_bound
+from runtime.backends.onnxruntime.binding import run_bound
 from runtime.device.arrays import CUDA
 from runtime.device.dlpack import Tensor, make_capsule, read_capsule
 from runtime.device.views import DeviceView, array_or_view, stream_handle, view_of_interface

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from runtime.cli import main
-from runtime.cuda import find_gpu
-from runtime.doctor import examine
+from advprop.cli import main
+from advprop.doctor import examine
+from runtime.system.gpu import find_gpu
 
 
 def test_every_part_is_told_with_what_mends_it() -> None:

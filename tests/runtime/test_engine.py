@@ -8,14 +8,14 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import runtime
+from advprop.cli import main
 from calib.precision import to_reduced
-from runtime.cli import main
-from runtime.cuda import find_gpu
-from runtime.engine.flavours import choose_flavour, parse_sm
-from runtime.engine.graph import summarise
+from runtime.engine.flavors import choose_flavor, parse_sm
 from runtime.engine.sidecar import read_sidecar, sidecar_path
 from runtime.errors import BackendUnavailable, ConfigError, EngineBuildError, ModelFileError
-from runtime.graphs import save_onnx
+from runtime.graph.model import save_onnx
+from runtime.graph.summary import summarize
+from runtime.system.gpu import find_gpu
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 
@@ -74,7 +74,7 @@ def test_several_targets_and_batch_sizes(files: dict[str, Path], tmp_path: Path)
     [
         ({"sm": (90,)}, ConfigError, "does not build for SM 90; it has SM75.*full TensorRT"),
         ({"batch": (4, 2, 8)}, ConfigError, "1 ≤ min ≤ opt ≤ max"),
-        ({"flavour": "trt"}, ConfigError, "flavour must be auto"),
+        ({"flavor": "trt"}, ConfigError, "flavor must be auto"),
         ({"engine": "a.onnx"}, ConfigError, r"NAME\.engine or NAME\.plan; found a\.onnx"),
     ],
 )
@@ -82,7 +82,7 @@ def test_impossible_wishes(
     files: dict[str, Path], tmp_path: Path, changes: dict[str, object], error: type[Exception], expected: str
 ) -> None:
     if "sm" in changes:
-        changes = {**changes, "flavour": "tensorrt_rtx"}
+        changes = {**changes, "flavor": "tensorrt_rtx"}
     with pytest.raises(error, match=expected):
         runtime.build(files["fp16"], **{"engine": tmp_path / "a.engine", **changes})
     assert list(tmp_path.iterdir()) == []
@@ -93,16 +93,16 @@ def test_what_the_parser_says_is_passed_on(tmp_path: Path) -> None:
     g (float[n, 3, 8, 8] input) => (float[n, 3] logits) { logits = my.domain.Magic(input) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "magic.onnx")
     with pytest.raises(EngineBuildError, match=r"cannot read .*magic\.onnx: .*Magic"):
-        runtime.build(tmp_path / "magic.onnx", flavour="tensorrt_rtx")
+        runtime.build(tmp_path / "magic.onnx", flavor="tensorrt_rtx")
     assert not (tmp_path / "magic.engine").exists()
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="with a GPU, full TensorRT may be there")
 def test_without_a_gpu_full_tensorrt_is_not_an_option() -> None:
     with pytest.raises(BackendUnavailable, match="no NVIDIA GPU was found") as error:
-        choose_flavour("tensorrt", ())
+        choose_flavor("tensorrt", ())
     assert "pip install tensorrt-rtx" in str(error.value)
-    assert choose_flavour("auto", ()).name == "tensorrt_rtx"
+    assert choose_flavor("auto", ()).name == "tensorrt_rtx"
 
 
 @pytest.mark.parametrize("text", ["89", "8.9", "sm89", "sm_89", "SM_89"])
@@ -146,22 +146,22 @@ def test_build_and_inspect_on_the_command_line(files: dict[str, Path], tmp_path:
 
 
 def test_summary_of_an_onnx_file(files: dict[str, Path], tmp_path: Path) -> None:
-    summary = summarise(files["fp32"])
+    summary = summarize(files["fp32"])
     assert (summary.input_name, summary.input_shape, summary.outputs) == ("input", (-1, 3, 32, 32), ("logits",))
     assert summary.weights == {"fp32": 256 * 27 + 896 * 256 * 9 + 5 * 896}
-    assert summarise(files["fp16"]).share("fp16") == 1.0
+    assert summarize(files["fp16"]).share("fp16") == 1.0
     with pytest.raises(ModelFileError, match="no such ONNX file"):
-        summarise(tmp_path / "none.onnx")
+        summarize(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_bytes(b"hello hello")
     with pytest.raises(ModelFileError, match="is not an ONNX file, or is truncated"):
-        summarise(tmp_path / "text.onnx")
+        summarize(tmp_path / "text.onnx")
 
 
 def test_a_timing_cache_is_of_no_use_to_tensorrt_rtx(
     files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime.build(
-        files["fp16"], tmp_path / "a.engine", sm=(89,), flavour="tensorrt_rtx", timing_cache=tmp_path / "timings"
+        files["fp16"], tmp_path / "a.engine", sm=(89,), flavor="tensorrt_rtx", timing_cache=tmp_path / "timings"
     )
     assert "--timing-cache has no effect" in caplog.text
     assert not (tmp_path / "timings").exists()
@@ -180,15 +180,15 @@ def test_weights_beside_the_file_are_used_hashed_and_kept_inside_the_folder(
     with runtime.load(whole) as first, runtime.load(split) as second:
         assert np.array_equal(first.run(images), second.run(images))
     info = runtime.build(split, sm=(89,))
-    assert info.onnx_sha256 == summarise(split).sha256 != runtime.files.sha256_file(split)
+    assert info.onnx_sha256 == summarize(split).sha256 != runtime.system.files.sha256_file(split)
     assert (tmp_path / "split.engine").stat().st_size == pytest.approx(
         (tmp_path / "whole.engine").stat().st_size if runtime.build(whole, sm=(89,)) else 0, rel=0.01
     )
-    first_hash = summarise(split).sha256
+    first_hash = summarize(split).sha256
     content = bytearray((tmp_path / "split.onnx.data").read_bytes())
     content[100] ^= 1
     (tmp_path / "split.onnx.data").write_bytes(content)
-    assert summarise(split).sha256 != first_hash
+    assert summarize(split).sha256 != first_hash
     save_onnx(model, split)
     assert not (tmp_path / "split.onnx.data").exists()
 

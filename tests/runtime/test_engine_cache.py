@@ -19,8 +19,8 @@ import pytest
 from click.testing import CliRunner
 
 import runtime
+from advprop.cli import main
 from runtime import cachedir
-from runtime.cli import main
 from runtime.engine.cache import EngineCache, engine_key
 from runtime.engine.options import BuildOptions
 from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
@@ -138,7 +138,7 @@ def test_what_makes_another_engine(model: Path, folder: Path, tmp_path: Path, ca
     ("field", "value"),
     [
         ("onnx_sha256", "0"), ("precision", "int8"), ("calibration_sha256", "1"), ("profiles", ()), ("version", "2"),
-        ("flavour", "tensorrt"), ("compute_capabilities", ("sm_90",)), ("gpu", "H100"), ("flags", ("REFIT",)),
+        ("flavor", "tensorrt"), ("compute_capabilities", ("sm_90",)), ("gpu", "H100"), ("flags", ("REFIT",)),
     ],
 )  # fmt: skip
 def test_the_key_is_all_that_decides(model: Path, tmp_path: Path, field: str, value: object) -> None:

@@ -12,13 +12,13 @@ import onnx
 import pytest
 
 import runtime
-from runtime.cuda import Gpu, find_gpu
+from runtime.backends.tensorrt.engine import Engine
+from runtime.backends.tensorrt.validation import admit, check_gpu, check_plan, check_version
 from runtime.device.driver import Cuda, load_bindings
-from runtime.engine.flavours import Flavour
+from runtime.engine.flavors import Flavor
 from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
 from runtime.errors import BackendUnavailable, ConfigError, ModelFileError
-from runtime.execution.admission import admit, check_gpu, check_plan, check_version
-from runtime.execution.engine import Engine
+from runtime.system.gpu import Gpu, find_gpu
 from tests.runtime.serving_models import serving_model
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
@@ -31,7 +31,7 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9))
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
     onnx.save(serving_model(size="32, 32"), folder / "m.onnx")
-    runtime.build(folder / "m.onnx", batch=(1, 2, 4), sm=(86, 89), flavour="tensorrt_rtx")
+    runtime.build(folder / "m.onnx", batch=(1, 2, 4), sm=(86, 89), flavor="tensorrt_rtx")
     return folder / "m.engine"
 
 
@@ -57,7 +57,7 @@ def test_without_a_gpu_an_engine_says_that_one_is_missing(engine: Path, backend:
 
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
 def test_everything_that_is_missing_is_named(engine: Path) -> None:
-    change(engine, flavour="tensorrt", version="10.13.0.35")
+    change(engine, flavor="tensorrt", version="10.13.0.35")
     with pytest.raises(BackendUnavailable) as error:
         runtime.load(engine)
     assert "TensorRT cannot be imported" in str(error.value)
@@ -113,14 +113,14 @@ def test_the_rebuild_command_is_one(engine: Path) -> None:
     words = str(error.value).split("Build it again: ")[1].split(";")[0].split()
     words[words.index("MODEL.onnx")] = str(engine.with_suffix(".onnx"))
     onnx.save(serving_model(size="32, 32"), engine.with_suffix(".onnx"))
-    command = [sys.executable, "-m", "runtime.cli", *words[1:]]
+    command = [sys.executable, "-m", "advprop.cli", *words[1:]]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
     assert read_sidecar(engine).version == tensorrt_rtx.__version__
 
 
 def test_a_version_compatible_engine_runs_in_later_releases_once_its_code_is_allowed(engine: Path) -> None:
-    info = change(engine, flavour="tensorrt", version="10.13.0.35", flags=("STRONGLY_TYPED", "VERSION_COMPATIBLE"))
+    info = change(engine, flavor="tensorrt", version="10.13.0.35", flags=("STRONGLY_TYPED", "VERSION_COMPATIBLE"))
     with pytest.raises(ModelFileError, match=r"holds code that would run on the CPU.*allow_host_code=True"):
         runtime.load(engine)
     check_plan(engine, engine.read_bytes(), info, allow_host_code=True)
@@ -146,7 +146,7 @@ def test_a_plan_that_changes_between_hash_and_reading_is_refused(engine: Path) -
 
 
 @pytest.mark.parametrize(
-    ("targets", "flags", "flavour", "gpu", "expected"),
+    ("targets", "flags", "flavor", "gpu", "expected"),
     [
         (("sm_86",), (), "tensorrt_rtx", ADA, r"found NVIDIA GeForce RTX 4090 \(SM 89\), expected sm_86; .*--sm 89$"),
         (
@@ -171,9 +171,9 @@ def test_a_plan_that_changes_between_hash_and_reading_is_refused(engine: Path) -
     ],
 )
 def test_engines_for_other_gpus(
-    engine: Path, targets: tuple[str, ...], flags: tuple[str, ...], flavour: str, gpu: Gpu, expected: str | None
+    engine: Path, targets: tuple[str, ...], flags: tuple[str, ...], flavor: str, gpu: Gpu, expected: str | None
 ) -> None:
-    info = change(engine, compute_capabilities=targets, flags=flags, flavour=flavour)
+    info = change(engine, compute_capabilities=targets, flags=flags, flavor=flavor)
     if expected is None:
         check_gpu(engine, info, gpu)
     else:
@@ -182,7 +182,7 @@ def test_engines_for_other_gpus(
 
 
 def test_a_sibling_of_the_gpu_is_warned_of(engine: Path, caplog: pytest.LogCaptureFixture) -> None:
-    info = change(engine, flavour="tensorrt", gpu="NVIDIA L4")
+    info = change(engine, flavor="tensorrt", gpu="NVIDIA L4")
     check_gpu(engine, info, ADA)
     assert "was tuned on NVIDIA L4; on NVIDIA GeForce RTX 4090 it runs" in caplog.text
 
@@ -216,9 +216,9 @@ def test_wishes_that_an_onnx_file_cannot_meet(tmp_path: Path, caplog: pytest.Log
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
 def test_what_tensorrt_itself_says_is_passed_on(engine: Path) -> None:
     """Behind the checks: the real library and the real plan, without a driver."""
-    flavour = Flavour("tensorrt_rtx", tensorrt_rtx)
+    flavor = Flavor("tensorrt_rtx", tensorrt_rtx)
     with pytest.raises(ModelFileError, match=r"tensorrt_rtx .* cannot load .*m\.engine: .*; build it again") as error:
-        Engine(flavour, engine.read_bytes(), engine, outputs=1, cuda_graphs=True, allow_host_code=False)
+        Engine(flavor, engine.read_bytes(), engine, outputs=1, cuda_graphs=True, allow_host_code=False)
     assert "it gave no reason" not in str(error.value)
     with pytest.raises(BackendUnavailable, match=r"CUDA cannot be used: .*driver"):
         Cuda(load_bindings())

@@ -16,10 +16,10 @@ from fuzz import KINDS, MODEL, fuzz
 from onnx import TensorProto, helper, numpy_helper
 
 import runtime
-from runtime.cli import main
-from runtime.engine.graph import read_onnx, summarise
-from runtime.engine.guard import check_volumes
+from advprop.cli import main
 from runtime.errors import ConfigError, ModelFileError
+from runtime.graph.guard import check_volumes
+from runtime.graph.summary import read_onnx, summarize
 from tests.networks import classifier, graph
 
 CASES = int(os.environ.get("ADVPROP_FUZZ", "0"))
@@ -63,7 +63,7 @@ def test_a_file_of_ten_gigabytes_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "a.onnx").open("wb") as file:
         file.truncate(10**10)  # takes no space on the disk
     with pytest.raises(ModelFileError, match=r"has 10\.0 GB"):
-        summarise(tmp_path / "a.onnx")
+        summarize(tmp_path / "a.onnx")
 
 
 def test_a_small_file_of_many_nodes_is_refused_without_reading_it(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_small_file_of_many_nodes_is_refused_without_reading_it(tmp_path: Path
     (tmp_path / "a.onnx").write_bytes(b"\x08\x09\x3a" + varint + body)
     began = time.process_time()
     with pytest.raises(ModelFileError, match="more than 100,000 nodes"):
-        summarise(tmp_path / "a.onnx")
+        summarize(tmp_path / "a.onnx")
     assert time.process_time() - began < 2
 
 
@@ -118,7 +118,7 @@ def test_every_way_to_write_a_tensor_is_known(tmp_path: Path) -> None:
         model.graph.initializer.append(helper.make_tensor(f"typed_{name}", value, [5], np.zeros(5)))
     model.graph.initializer.append(helper.make_tensor("texts", TensorProto.STRING, [2], [b"a", b"b"]))
     model.graph.initializer.append(helper.make_tensor("none", TensorProto.FLOAT, [0, 3], []))
-    assert summarise(save(model, tmp_path / "a.onnx")).weights == {"fp32": 108}
+    assert summarize(save(model, tmp_path / "a.onnx")).weights == {"fp32": 108}
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,9 @@ def test_inputs_that_are_no_images(tmp_path: Path) -> None:
 
 def test_nodes_without_inputs_and_rings(tmp_path: Path) -> None:
     model = graph("a = Cast<to: int = 1>(b) b = Cast<to: int = 1>(a) logits = Conv(input, a)")
-    assert summarise(save(model, tmp_path / "a.onnx")).weights == {}
+    assert summarize(save(model, tmp_path / "a.onnx")).weights == {}
     del model.graph.node[2].input[:]
     with pytest.raises(
         ModelFileError, match=r"'Conv_2' \(Conv\) has 0 inputs and 1 outputs, expected at least 2 and 1"
     ):
-        summarise(save(model, tmp_path / "a.onnx"))
+        summarize(save(model, tmp_path / "a.onnx"))

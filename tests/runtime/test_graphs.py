@@ -2,7 +2,7 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime.graphs import check, infer_shapes, is_large, open_session
+from runtime.graph.model import check, infer_shapes, is_large, open_session
 from tests.networks import graph
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from runtime.errors import DataError
-from runtime.images import decode, fit_to_input, preprocess
+from runtime.preprocessing import decode, fit_to_input, preprocess
 from runtime.spec import INTERPOLATIONS, Preprocessing
 
 SPEC = Preprocessing(
@@ -81,9 +81,9 @@ def test_all_kinds_of_image_give_the_same_pixels(tmp_path: Path) -> None:
     assert all(np.array_equal(batch[0], other) for other in batch[1:])
 
 
-def test_grey_palette_alpha_and_16_bit_images_become_rgb(tmp_path: Path) -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
-    assert np.array_equal(np.asarray(decode(grey))[..., 2], grey)
+def test_gray_palette_alpha_and_16_bit_images_become_rgb(tmp_path: Path) -> None:
+    gray = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
+    assert np.array_equal(np.asarray(decode(gray))[..., 2], gray)
     for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
         image = Image.new(mode, (9, 7))
         assert decode(image).mode == "RGB"

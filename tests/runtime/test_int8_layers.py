@@ -1,4 +1,4 @@
-"""What became of quantised layers, in engines that TensorRT-RTX really builds."""
+"""What became of quantized layers, in engines that TensorRT-RTX really builds."""
 
 import dataclasses
 import json
@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 import runtime
+from advprop.cli import main
 from calib.placement import points_of
 from calib.precision import to_reduced
 from calib.quantize import quantize
-from runtime.cli import main
 from runtime.engine.int8 import LayerReport, summary_of, warn_of_floats
 from runtime.engine.layers import layers_of_json, layers_of_log
 from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
@@ -27,7 +27,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this p
 CONVOLUTIONS = ["Conv_0", "Conv_2", "Conv_4"]
 
 
-def quantised(path: Path, keep: tuple[str, ...] = (), half: bool = True, flat: bool = True) -> Path:
+def quantized(path: Path, keep: tuple[str, ...] = (), half: bool = True, flat: bool = True) -> Path:
     """A dense, a depthwise and a pointwise convolution and a Gemm, with Q/DQ nodes."""
     random = np.random.default_rng(0)
     model = graph(
@@ -68,7 +68,7 @@ def types_in_plan(plan: bytes) -> dict[str, tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
-    runtime.build(quantised(folder / "a.onnx"), sm=(89,), flavour="tensorrt_rtx")
+    runtime.build(quantized(folder / "a.onnx"), sm=(89,), flavor="tensorrt_rtx")
     return folder / "a.engine"
 
 
@@ -80,7 +80,7 @@ def test_every_layer_is_in_int8_and_the_plan_agrees(engine: Path) -> None:
         "Conv_4": ("Conv", 64 * 32 * 16),
         "Gemm_7": ("Gemm", 4 * 32),
     }
-    assert all(layer.quantised and layer.int8 for layer in layers.values())
+    assert all(layer.quantized and layer.int8 for layer in layers.values())
     assert layers["Conv_2"].why == "its 16 channels are padded to 64, writes fp32"
     assert types_in_plan(engine.read_bytes()) == dict.fromkeys(CONVOLUTIONS, ("float", "int8", "int8"))
 
@@ -92,16 +92,16 @@ def test_every_layer_is_in_int8_and_the_plan_agrees(engine: Path) -> None:
         (89, False, "the scale of its input is a list of one number"),
     ],
 )
-def test_convolutions_that_the_builder_dequantises(
+def test_convolutions_that_the_builder_dequantizes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, sm: int, flat: bool, reason: str
 ) -> None:
-    source = quantised(tmp_path / "a.onnx", flat=flat)
-    layers = by_node(runtime.build(source, sm=(sm, 120), flavour="tensorrt_rtx"))
+    source = quantized(tmp_path / "a.onnx", flat=flat)
+    layers = by_node(runtime.build(source, sm=(sm, 120), flavor="tensorrt_rtx"))
     for name in CONVOLUTIONS:
         assert layers[name].computes == "fp16"
         assert reason in layers[name].why
     assert layers["Gemm_7"].int8
-    assert "3 of 4 quantised layers are computed in floating point, from Conv_0 on" in caplog.text
+    assert "3 of 4 quantized layers are computed in floating point, from Conv_0 on" in caplog.text
     assert "build FP16 (--trt fp16)" in caplog.text
     plan = (tmp_path / "a.engine").read_bytes()
     assert types_in_plan(plan) == dict.fromkeys(CONVOLUTIONS, ("half", "half", "half"))
@@ -109,18 +109,18 @@ def test_convolutions_that_the_builder_dequantises(
     assert numpy_helper.to_array(weight).tobytes() in plan  # stored as int8 all the same: bytes do not tell
 
 
-def test_layers_that_are_not_quantised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    info = runtime.build(quantised(tmp_path / "a.onnx", keep=("Conv_2",)), sm=(89,), flavour="tensorrt_rtx")
+def test_layers_that_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    info = runtime.build(quantized(tmp_path / "a.onnx", keep=("Conv_2",)), sm=(89,), flavor="tensorrt_rtx")
     layers = by_node(info)
     kept = layers["Conv_2"]
-    assert (kept.quantised, kept.int8, kept.computes, kept.why) == (False, False, "fp16", "")
+    assert (kept.quantized, kept.int8, kept.computes, kept.why) == (False, False, "fp16", "")
     assert layers["Conv_0"].int8
     assert "floating point, from" not in caplog.text
     assert summary_of(info.layers) == "3 of 4 layers, 86.8% of the MACs"
 
 
 def test_the_rest_in_fp32(tmp_path: Path) -> None:
-    info = runtime.build(quantised(tmp_path / "a.onnx", keep=("Conv_4",), half=False), sm=(86,), flavour="tensorrt_rtx")
+    info = runtime.build(quantized(tmp_path / "a.onnx", keep=("Conv_4",), half=False), sm=(86,), flavor="tensorrt_rtx")
     assert [layer.computes for layer in info.layers] == ["int8", "int8", "fp32", "int8"]
 
 
@@ -130,7 +130,7 @@ def test_a_transposed_convolution_has_no_int8_kernel(tmp_path: Path) -> None:
     model = graph(body, w=random.normal(size=(3, 4, 2, 2)))
     points = points_of(model)
     onnx.save(quantize(model, points, {"input": 4.0}), tmp_path / "a.onnx")
-    (layer,) = runtime.build(tmp_path / "a.onnx", sm=(89,), flavour="tensorrt_rtx").layers
+    (layer,) = runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx").layers
     assert (layer.computes, layer.why) == ("fp32", "TensorRT-RTX has no INT8 ConvTranspose")
 
 
@@ -149,7 +149,7 @@ def test_a_residual_that_the_convolution_adds(tmp_path: Path) -> None:
                 tensors[name].CopyFrom(numpy_helper.from_array(np.asarray(first), name))
             del node.attribute[:]
     onnx.save(model, tmp_path / "a.onnx")
-    layers = by_node(runtime.build(tmp_path / "a.onnx", sm=(89,), flavour="tensorrt_rtx"))
+    layers = by_node(runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx"))
     assert {name: (layer.computes, layer.why) for name, layer in layers.items()} == dict.fromkeys(
         ["Conv_0", "Conv_1"], ("int8", "")
     )
@@ -161,7 +161,7 @@ def test_a_residual_that_the_convolution_adds(tmp_path: Path) -> None:
 def test_an_int8_plan_that_saves_nothing_is_told(
     engine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime.build(engine.with_suffix(".onnx"), tmp_path / "a.engine", sm=(89,), flavour="tensorrt_rtx")
+    runtime.build(engine.with_suffix(".onnx"), tmp_path / "a.engine", sm=(89,), flavor="tensorrt_rtx")
     assert "no space is saved" in caplog.text
     assert "1 grouped convolutions, from Conv_2 on" in caplog.text
 
@@ -175,7 +175,7 @@ def test_build_and_inspect_say_it(engine: Path, tmp_path: Path) -> None:
     assert re.search(r"Conv_2 +│ Conv +│ 0\.01 M +│ yes +│ int8", shown)
 
 
-def test_sidecars_of_engines_that_are_not_quantised_or_older(engine: Path, tmp_path: Path) -> None:
+def test_sidecars_of_engines_that_are_not_quantized_or_older(engine: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a.engine"
     copy.write_bytes(engine.read_bytes())
     content = json.loads(sidecar_path(engine).read_text())
@@ -211,10 +211,10 @@ def test_what_an_engine_inspector_says() -> None:
 
 def test_few_layers_in_int8_and_many(caplog: pytest.LogCaptureFixture) -> None:
     def layer(name: str, macs: int, computes: str) -> LayerReport:
-        return LayerReport(node=name, op="Conv", macs=macs, quantised=True, computes=computes, why="")
+        return LayerReport(node=name, op="Conv", macs=macs, quantized=True, computes=computes, why="")
 
     warn_of_floats([layer("a", 90, "int8"), layer("b", 10, "fp16")])
-    assert "1 of 2 quantised layers" in caplog.text
+    assert "1 of 2 quantized layers" in caplog.text
     assert "--trt fp16" not in caplog.text
     warn_of_floats([layer("a", 10, "int8"), layer("b", 90, "fp16")])
     assert "--trt fp16" in caplog.text

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.cli import COMMANDS
+from advprop.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -59,7 +59,7 @@ def test_help_works_with_click_and_numpy_only(bare: Path, arguments: list[str]) 
     program = (
         "import sys; from importlib.util import find_spec\n"
         "assert find_spec('torch') is None and find_spec('rich') is None and find_spec('onnxruntime') is None\n"
-        f"from runtime.cli import main; main({arguments!r}, prog_name='advprop')"
+        f"from advprop.cli import main; main({arguments!r}, prog_name='advprop')"
     )
     run = python("-S", "-c", program, PYTHONPATH=f"{bare}{os.pathsep}{ROOT}")
     assert "Usage: advprop" in run.stdout

@@ -8,9 +8,9 @@ import onnx
 import pytest
 
 import runtime
-from runtime.cuda import find_gpu
 from runtime.engine.sidecar import sidecar_path
 from runtime.errors import ConfigError, ModelFileError
+from runtime.system.gpu import find_gpu
 from tests.runtime.serving_models import serving_model
 
 IMAGES = np.zeros((1, 3, 32, 32), np.float32)
@@ -48,7 +48,7 @@ def test_an_engine_comes_first_and_is_passed_over_where_it_cannot_run(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     for precision in ("fp16", "int8"):
-        runtime.build(folder / f"model.{precision}.onnx", sm=(89,), flavour="tensorrt_rtx", batch=(1, 1, 2))
+        runtime.build(folder / f"model.{precision}.onnx", sm=(89,), flavor="tensorrt_rtx", batch=(1, 1, 2))
     with runtime.load(folder) as session:
         first, *others = session.explain().splitlines()
         assert first.endswith(f": {folder / 'model.onnx'}")

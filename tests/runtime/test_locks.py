@@ -2,7 +2,7 @@ import threading
 import time
 from pathlib import Path
 
-from runtime.locks import file_lock
+from runtime.system.locks import file_lock
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 import runtime
 from runtime.backends import providers
-from runtime.backends.providers import choose_providers
-from runtime.cuda import Gpu, find_gpu
+from runtime.backends.onnxruntime.providers import choose_providers
 from runtime.errors import BackendUnavailable, ConfigError
+from runtime.system.gpu import Gpu, find_gpu
 from tests.runtime.serving_models import serving_model
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9))

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 import runtime
-from runtime.cuda import find_gpu
 from runtime.errors import BackendUnavailable, ConfigError, DataError, InputError, ModelFileError, SpecError
 from runtime.session import softmax
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
+from runtime.system.gpu import find_gpu
 
 SPEC = ModelSpec(
     arch="toy",
@@ -21,7 +21,7 @@ SPEC = ModelSpec(
 
 
 def write(path: Path, body: str = "p = GlobalAveragePool(input) logits = Flatten(p)", **kinds: str) -> Path:
-    """A model whose logits are the mean of each colour."""
+    """A model whose logits are the mean of each color."""
     kind, channels = kinds.get("input", "float"), kinds.get("outputs", "float[n, 3] logits")
     text = f"""<ir_version: 9, opset_import: ["" : 20]> g ({kind}[n, 3, 4, 4] input) => ({channels}) {{ {body} }}"""
     model = onnx.parser.parse_model(text)
@@ -36,12 +36,12 @@ def model(tmp_path: Path) -> Path:
     return write(tmp_path / "toy.onnx")
 
 
-def colour(red: int, green: int, blue: int) -> np.ndarray:
+def color(red: int, green: int, blue: int) -> np.ndarray:
     return np.full((5, 7, 3), (red, green, blue), np.uint8)
 
 
 def test_predict_returns_labels_and_probabilities_in_order(model: Path) -> None:
-    images = [colour(200, 0, 0), colour(0, 0, 250), colour(0, 90, 0), colour(0, 0, 9)]
+    images = [color(200, 0, 0), color(0, 0, 250), color(0, 90, 0), color(0, 0, 9)]
     with runtime.load(model) as session:
         answers = session.predict(images, batch_size=3)
         assert session.predict([]) == []
@@ -76,11 +76,11 @@ def test_run_refuses_what_the_model_does_not_take(model: Path, batch: object) ->
 
 def test_predict_refuses_what_is_not_a_list(model: Path) -> None:
     with runtime.load(model) as session:
-        for single in ("a.jpg", Path("a.jpg"), colour(0, 0, 0), b"bytes", Image.new("RGB", (4, 4)), None):
+        for single in ("a.jpg", Path("a.jpg"), color(0, 0, 0), b"bytes", Image.new("RGB", (4, 4)), None):
             with pytest.raises(InputError, match=r"put the one image in \[ \]"):
                 session.predict(single)
         with pytest.raises(ConfigError, match="batch_size must be at least 1"):
-            session.predict([colour(0, 0, 0)], batch_size=0)
+            session.predict([color(0, 0, 0)], batch_size=0)
         with pytest.raises(DataError, match=r"no such image file: a\.jpg"):
             session.predict(["a.jpg"])
 
@@ -92,14 +92,14 @@ def test_a_closed_session_says_so(model: Path) -> None:
     session.close()
     assert "closed" in repr(session)
     with pytest.raises(InputError, match="is closed; load it again"):
-        session.predict([colour(0, 0, 0)])
+        session.predict([color(0, 0, 0)])
 
 
 def test_a_model_without_spec_runs_but_does_not_predict(tmp_path: Path) -> None:
     with runtime.load(write(tmp_path / "plain.onnx", spec="")) as session:
         assert session.run(np.zeros((1, 3, 4, 4), np.float32)).shape == (1, 3)
         with pytest.raises(SpecError, match=r"plain\.onnx carries no advprop\.spec"):
-            session.predict([colour(0, 0, 0)])
+            session.predict([color(0, 0, 0)])
 
 
 def test_classes_that_do_not_match_the_outputs(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_classes_that_do_not_match_the_outputs(tmp_path: Path) -> None:
         runtime.load(write(tmp_path / "two.onnx", spec=spec)) as session,
         pytest.raises(SpecError, match="3 outputs but its spec names 2 classes"),
     ):
-        session.predict([colour(0, 0, 0)])
+        session.predict([color(0, 0, 0)])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_softmax_of_large_logits() -> None:
 def test_fp16_inputs_are_converted(tmp_path: Path) -> None:
     path = write(tmp_path / "half.onnx", input="float16", outputs="float16[n, 3] logits")
     with runtime.load(path) as session:
-        assert session.predict([colour(0, 200, 0)])[0].label == "green"
+        assert session.predict([color(0, 200, 0)])[0].label == "green"
 
 
 def test_the_spec_comes_from_the_file(model: Path) -> None:

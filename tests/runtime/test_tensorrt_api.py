@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.engine.flavours import Flavour
+from runtime.engine.flavors import Flavor
 from runtime.engine.options import HARDWARE_LEVELS, BuildOptions, check_options, flag_names
 from runtime.errors import ConfigError
 
@@ -23,7 +23,7 @@ RELEASES = {
     for version, names in json.loads(Path(__file__).with_name("tensorrt_names.json").read_text()).items()
 }
 MODULES = ("trt", "module")
-"""What our code calls the library: `trt.Builder`, `flavour.module.Builder`."""
+"""What our code calls the library: `trt.Builder`, `flavor.module.Builder`."""
 OBJECTS = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -40,7 +40,7 @@ OBJECTS = {
 NATIVE = ("engine/plan.py", "engine/options.py", "engine/layers.py")
 
 RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
-"""Used where `flavour.name` is `tensorrt_rtx`."""
+"""Used where `flavor.name` is `tensorrt_rtx`."""
 
 
 def chains() -> set[tuple[str, ...]]:
@@ -121,9 +121,9 @@ def test_a_level_that_this_tensorrt_lacks() -> None:
     old = SimpleNamespace(__version__="10.0.1", HardwareCompatibilityLevel=level)
     options = BuildOptions(hardware_compatible="same_compute_capability")
     with pytest.raises(ConfigError, match=r"TensorRT 10\.0\.1 has no same_compute_capability; it has ampere_plus"):
-        check_options(Flavour("tensorrt", old), options, quantised=False)
+        check_options(Flavor("tensorrt", old), options, quantized=False)
 
 
 def test_engines_with_host_code_are_announced(caplog: pytest.LogCaptureFixture) -> None:
-    check_options(Flavour("tensorrt", trt), BuildOptions(version_compatible=True), quantised=False)
+    check_options(Flavor("tensorrt", trt), BuildOptions(version_compatible=True), quantized=False)
     assert "loads only where that is allowed (engine_host_code_allowed)" in caplog.text

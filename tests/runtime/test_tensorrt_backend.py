@@ -21,9 +21,9 @@ from tests.runtime.test_device_arrays import Exporter, Interface
 
 
 @pytest.mark.parametrize("options", [{}, {"cuda_graphs": False}, {"most_graphs": 1}])
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
-def test_every_batch_gets_its_own_answers(flavour: str, options: dict[str, Any]) -> None:
-    machine = Machine(flavour=flavour, **options)
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt_rtx"])
+def test_every_batch_gets_its_own_answers(flavor: str, options: dict[str, Any]) -> None:
+    machine = Machine(flavor=flavor, **options)
     for number in range(4):
         for count in (1, 3, 8, 9, 20):
             batch = images(count, seed=number)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from advprop.checkpoints.attacker import crafter
 from runtime.errors import ConfigError
 from runtime.evaluate.attacks.transfer import Craft
 from runtime.evaluate.models import Model, load_model
 from tests.runtime.attacks.attack_sets import held_digits, torch_digit_net
 from tests.runtime.evaluate.report_sets import digit_net
 from train.apgd import checkpoints, dlr
-from train.transfer import crafter
 
 RADIUS = 3
 
@@ -96,9 +96,9 @@ def test_as_strong_as_arts_pgd_and_apgd(network: nn.Module, model: Model) -> Non
     images, labels = held_digits(model, 100)
     pixels = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
     size, spec = RADIUS / 255, model.spec.preprocessing
-    normalisation = tuple(np.asarray(part, np.float32).reshape(3, 1, 1) for part in (spec.mean, spec.std))
+    normalization = tuple(np.asarray(part, np.float32).reshape(3, 1, 1) for part in (spec.mean, spec.std))
     classifier = PyTorchClassifier(
-        network, nn.CrossEntropyLoss(), pixels.shape[1:], 10, clip_values=(0.0, 1.0), preprocessing=normalisation,
+        network, nn.CrossEntropyLoss(), pixels.shape[1:], 10, clip_values=(0.0, 1.0), preprocessing=normalization,
         device_type="cpu",
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ def model() -> nn.Module:
     return add_auxiliary_bns(timm.create_model("resnet10t", num_classes=5), ["adv"]).train()
 
 
-def normalised(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+def normalized(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 
@@ -38,7 +38,7 @@ def test_attacked_images_stay_within_epsilon_and_the_pixel_range(
     pixels[:, :, :4] = 0.0
     pixels[:, :, -4:] = 1.0
     attack = LinfPGD(AttackConfig(epsilon=epsilon, targeted=targeted), mean, std)
-    attacked = attack(model, normalised(pixels, mean, std), torch.randint(0, 5, (8,)), "adv")
+    attacked = attack(model, normalized(pixels, mean, std), torch.randint(0, 5, (8,)), "adv")
     found = as_pixels(attacked, mean, std)
     change = (found - pixels).abs()
     assert change.max() <= epsilon / 255 + 1e-6

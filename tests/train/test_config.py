@@ -119,7 +119,7 @@ def test_every_preset_builds_converts_and_steps(arch: str) -> None:
     loss.backward()
     optimizer.step()
     assert torch.isfinite(loss)
-    # All have a gradient; zero ones are left where they were (zero-initialised residual branches).
+    # All have a gradient; zero ones are left where they were (zero-initialized residual branches).
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert moved[0]

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from train.checkpoint import load_checkpoint
-from train.distributed import shuffled_across_processes, synchronise_batch_norms, world_size
+from train.distributed import shuffled_across_processes, synchronize_batch_norms, world_size
 from train.dual_bn import add_auxiliary_bns
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,13 +44,13 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path, recip
     assert one[-1] != one[0]
 
 
-def test_synchronised_batch_norm_is_the_ordinary_one_in_a_single_process() -> None:
+def test_synchronized_batch_norm_is_the_ordinary_one_in_a_single_process() -> None:
     torch.manual_seed(0)
     plain = timm.create_model("efficientnet_b0", num_classes=3).train()
-    synchronised = synchronise_batch_norms(timm.create_model("efficientnet_b0", num_classes=3)).train()
-    synchronised.load_state_dict(plain.state_dict())
+    synchronized = synchronize_batch_norms(timm.create_model("efficientnet_b0", num_classes=3)).train()
+    synchronized.load_state_dict(plain.state_dict())
     images = torch.randn(4, 3, 32, 32)
-    assert torch.equal(plain.eval()(images), add_auxiliary_bns(synchronised, ["adv"]).eval()(images))
+    assert torch.equal(plain.eval()(images), add_auxiliary_bns(synchronized, ["adv"]).eval()(images))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from train.dual_bn import add_auxiliary_bns, route
-from train.joint_norm import affine_map, applies, is_constant, is_plain, normalise_parts
+from train.joint_norm import affine_map, applies, is_constant, is_plain, normalize_parts
 
 
 def layer(kind: str, **changes: object) -> nn.Module:
@@ -25,13 +25,13 @@ def images(memory_format: torch.memory_format = torch.channels_last) -> torch.Te
 
 @pytest.mark.parametrize("kind", ["torch", "timm"])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_parts_are_normalised_as_the_layers_do_it(kind: str, memory_format: torch.memory_format) -> None:
+def test_parts_are_normalized_as_the_layers_do_it(kind: str, memory_format: torch.memory_format) -> None:
     layers = [layer(kind), layer(kind)]
     nn.init.normal_(layers[1].weight)
     others = copy.deepcopy(layers)
     x = images(memory_format)
     assert applies(layers, [7, 3], x)
-    y = normalise_parts(layers, [7, 3], x)
+    y = normalize_parts(layers, [7, 3], x)
     direction = torch.randn_like(y)
     gradients = torch.autograd.grad(y, [x, layers[0].weight, layers[1].weight, layers[1].bias], direction)
     z = torch.cat([others[0](x[:7]), others[1](x[7:])])
@@ -101,7 +101,7 @@ def test_a_part_of_one_value_is_refused_as_by_the_layer() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     x = images()
-    y = normalise_parts([layer("torch"), layer("torch")], [7, 3], x)
+    y = normalize_parts([layer("torch"), layer("torch")], [7, 3], x)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()

@@ -1,4 +1,4 @@
-"""The L-inf ball around uint8 images, in whole grey levels.
+"""The L-inf ball around uint8 images, in whole gray levels.
 
 Shape suffixes: N images, H height, W width, C channels.
 """
@@ -19,7 +19,7 @@ _SLACK = 1e-6
 
 
 def radius_of(epsilon: float) -> int:
-    """Returns how many grey levels an attack may change a pixel by: images are uint8, so ε counts rounded down.
+    """Returns how many gray levels an attack may change a pixel by: images are uint8, so ε counts rounded down.
 
     Args:
         epsilon: in 1/255.
@@ -48,7 +48,7 @@ def rounded(pixels_NHWC: NDArray[np.floating], clean_NHWC: NDArray[np.uint8], ra
     Args:
         pixels_NHWC: what an attack made, 0 to 255, not rounded.
         clean_NHWC: the images that it was made of.
-        radius: in grey levels.
+        radius: in gray levels.
     """
     lowest_NHWC, highest_NHWC = bounds(clean_NHWC, radius)
     nearest_NHWC: NDArray[np.uint8] = np.clip(np.rint(pixels_NHWC), lowest_NHWC, highest_NHWC).astype(np.uint8)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from runtime.evaluate.attacks.ball import bounds
-from runtime.evaluate.attacks.victim import Victim
+from runtime.evaluate.attacks.target import Victim
 
 __all__ = ["noise"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.evaluate.journal import Lines
+from runtime.evaluate.progress_log import Lines
 
 __all__ = ["CLEAN", "Key", "OutcomeJournal", "Outcomes"]
 

@@ -13,7 +13,7 @@ from runtime.evaluate.attacks.ball import radius_of
 from runtime.evaluate.attacks.config import NOISE, SQUARE, AttackConfig
 from runtime.evaluate.attacks.outcomes import CLEAN, Key, Outcomes
 from runtime.evaluate.attacks.transfer import Attacker
-from runtime.evaluate.images import LabelledImages
+from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.models import Model
 from runtime.evaluate.provenance import described, versions_of
 from runtime.evaluate.report.measured import ATTACK_FORMAT
@@ -27,7 +27,7 @@ AttackResult = dict[str, Any]
 
 
 def skeleton(
-    model: Model, attacker: Attacker | None, images: LabelledImages, config: AttackConfig, data: Mapping[str, Any]
+    model: Model, attacker: Attacker | None, images: LabeledImages, config: AttackConfig, data: Mapping[str, Any]
 ) -> AttackResult:
     """Returns a result without curves: all that they follow from, as plain values."""
     return {

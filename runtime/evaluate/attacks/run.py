@@ -20,10 +20,10 @@ from runtime.evaluate.attacks.noise import noise
 from runtime.evaluate.attacks.outcomes import CLEAN, Key, OutcomeJournal, Outcomes
 from runtime.evaluate.attacks.results import AttackResult, result_of, skeleton
 from runtime.evaluate.attacks.square import square
+from runtime.evaluate.attacks.target import Victim, judge
 from runtime.evaluate.attacks.transfer import Attacker, transfer
-from runtime.evaluate.attacks.victim import Victim, judge
-from runtime.evaluate.blocks import load_block
 from runtime.evaluate.cells import SuiteConfig
+from runtime.evaluate.image_workers import load_block
 from runtime.evaluate.models import Model
 from runtime.evaluate.provenance import alike
 from runtime.evaluate.suites import open_suite

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.evaluate.attacks.ball import bounds
-from runtime.evaluate.attacks.victim import Victim
+from runtime.evaluate.attacks.target import Victim
 
 __all__ = ["INITIAL_SHARE", "share_at", "square"]
 
 INITIAL_SHARE = 0.8
 """Share of the pixels in the first squares: AutoAttack's. The paper has 0.05 for ImageNet's ordinary networks, 0.3 for
-some defences and 0.8 for adversarially trained ones."""
+some defenses and 0.8 for adversarially trained ones."""
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After these of 10,000 queries the squares' share of the pixels is halved."""
@@ -104,7 +104,7 @@ def _place_square(
     before, low, high = image_HWC[window].copy(), lowest_HWC[window], highest_HWC[window]
     while True:
         # As the authors' code does: a square that changes nothing is not worth a query. There is always one that does,
-        # since ε is at least one grey level.
+        # since ε is at least one gray level.
         image_HWC[window] = np.where(draw.integers(0, 2, channels).astype(bool), high, low)
         if not np.array_equal(image_HWC[window], before):
             return

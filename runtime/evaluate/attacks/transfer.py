@@ -13,15 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.choose import ENGINE_SUFFIXES
+from runtime.backends.open import ENGINE_SUFFIXES
 from runtime.errors import CheckpointError
-from runtime.evaluate.attacks.victim import Victim
-from runtime.lazy import elsewhere
+from runtime.evaluate.attacks.target import Victim
 from runtime.spec import ModelSpec
+from runtime.system.lazy import elsewhere
 
 __all__ = ["ATTACKER_LOADER", "Attacker", "Craft", "load_attacker", "transfer"]
 
-ATTACKER_LOADER = "train.transfer:load_attacker"
+ATTACKER_LOADER = "advprop.checkpoints.attacker:load_attacker"
 """What attacks checkpoints: imported when there is one, since the runtime depends on nothing else of ours."""
 
 
@@ -39,7 +39,7 @@ class Craft(Protocol):
         steps: int,
         restarts: int,
     ) -> NDArray[np.uint8]:
-        """Returns attacked copies, (A, N, H, W, C), uint8, rounded, within `radius` grey levels.
+        """Returns attacked copies, (A, N, H, W, C), uint8, rounded, within `radius` gray levels.
 
         `seeds` has one for each image: what is drawn for it follows from its own alone.
         """

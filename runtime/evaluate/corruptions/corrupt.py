@@ -31,9 +31,9 @@ _HOMES = {
     "frost": "frost",
     "fog": "fog",
     "spatter": "spatter",
-    "brightness": "colour",
-    "contrast": "colour",
-    "saturate": "colour",
+    "brightness": "color",
+    "contrast": "color",
+    "saturate": "color",
     "elastic_transform": "elastic",
     "pixelate": "digital",
     "jpeg_compression": "digital",
@@ -129,7 +129,7 @@ def _check_image(image: object) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise DataError(
             f"an image to corrupt must be uint8 of shape (height, width, 3), RGB; found {image.dtype} of shape "
-            f"{image.shape}. Corruptions come before normalisation: give the pixels that the network's input is made of"
+            f"{image.shape}. Corruptions come before normalization: give the pixels that the network's input is made of"
         )
 
 

@@ -23,7 +23,7 @@ def pixelate(image_HWC: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
 
 
 def _has_ties(small: int, large: int) -> bool:
-    """Whether any of `large` pixels' centres lies on a border between two of `small` pixels.
+    """Whether any of `large` pixels' centers lies on a border between two of `small` pixels.
 
     Elsewhere a box enlarges as taking the nearest pixel does, which is quicker. A tie is a solution of
     (2i + 1) · small = 2k · large, so `small` must have more factors of two than `large`.

@@ -48,7 +48,7 @@ def elastic_transform(
 
 
 def _affine(height: int, width: int, shift: float, random: np.random.Generator) -> NDArray[np.float64]:
-    """The map that moves three corners of a square around the centre by up to `shift` along each axis."""
+    """The map that moves three corners of a square around the center by up to `shift` along each axis."""
     x, y, half = width // 2, height // 2, min(height, width) // 3
     corners = np.array([[x + half, y + half], [x + half, y - half], [x - half, y - half]], np.float32)
     moved = corners + random.uniform(-shift, shift, size=(3, 2)).astype(np.float32)

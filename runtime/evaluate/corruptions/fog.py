@@ -53,12 +53,12 @@ def _refined(grid: NDArray[np.float32], amplitude: float, random: np.random.Gene
     noise = random.random((3, side, side), dtype=np.float32)
     noise *= np.float32(2 * amplitude)
     noise -= np.float32(amplitude)
-    centre, right, below = noise
+    center, right, below = noise
     down = grid + np.roll(grid, -1, axis=0)
     across = grid + np.roll(grid, -1, axis=1)
-    centre += (down + np.roll(down, -1, axis=1)) / 4
-    right += (across + centre + np.roll(centre, 1, axis=0)) / 4
-    below += (down + centre + np.roll(centre, 1, axis=1)) / 4
+    center += (down + np.roll(down, -1, axis=1)) / 4
+    right += (across + center + np.roll(center, 1, axis=0)) / 4
+    below += (down + center + np.roll(center, 1, axis=1)) / 4
     finer = np.empty((2 * side, 2 * side), np.float32)
-    finer[::2, ::2], finer[1::2, 1::2], finer[::2, 1::2], finer[1::2, ::2] = grid, centre, right, below
+    finer[::2, ::2], finer[1::2, 1::2], finer[::2, 1::2], finer[1::2, ::2] = grid, center, right, below
     return finer

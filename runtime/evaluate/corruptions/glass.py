@@ -1,4 +1,4 @@
-"""Glass blur: pixels are taken from their neighbourhood, between two Gaussian blurs.
+"""Glass blur: pixels are taken from their neighborhood, between two Gaussian blurs.
 
 The original walks over the image from its lower right to its upper left corner, and means to exchange each pixel
 with one that it draws near it. Its exchange reads the pixel that it has just written, so it copies:

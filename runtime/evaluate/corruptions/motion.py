@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 __all__ = ["motion_blur", "smear"]
 
 _SLACK = 1 / 1024
-"""Grey levels, so that rounding in float32 does not turn an even 200 into 199."""
+"""Gray levels, so that rounding in float32 does not turn an even 200 into 199."""
 
 
 def motion_blur(

@@ -1,4 +1,4 @@
-"""From grey levels in floating point back to uint8."""
+"""From gray levels in floating point back to uint8."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ __all__ = ["truncate"]
 
 
 def truncate(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Clips grey levels to [0, 255], in place, and cuts their fractions off as the original does."""
+    """Clips gray levels to [0, 255], in place, and cuts their fractions off as the original does."""
     np.clip(values, 0, 255, out=values)
     return values.astype(np.uint8)

@@ -36,7 +36,7 @@ def spatter(
         spread: its standard deviation.
         sigma: of the Gaussian that smooths it, in pixels.
         least: smoothed noise below this is no drop.
-        strength: how much colour water adds; for mud, the Gaussian that softens its edge, in pixels.
+        strength: how much color water adds; for mud, the Gaussian that softens its edge, in pixels.
         mud: 1 for mud, 0 for water.
         random: draws the drops.
     """

@@ -1,7 +1,7 @@
-"""Zoom blur: the mean of the image and of ever larger views of its centre.
+"""Zoom blur: the mean of the image and of ever larger views of its center.
 
 A view is what `scipy.ndimage.zoom` of order 1 makes of the central part: its first and last pixel become the first
-and last of the larger image, of which the centre is kept. Linear interpolation is separable, so the rows are done
+and last of the larger image, of which the center is kept. Linear interpolation is separable, so the rows are done
 first and then the columns.
 """
 
@@ -31,7 +31,7 @@ def zoom_blur(image_HWC: NDArray[np.uint8], last: float, step: float) -> NDArray
 
 
 def enlarge(image: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
-    """Returns the centre of an image, `factor` times as large, at the size of the whole.
+    """Returns the center of an image, `factor` times as large, at the size of the whole.
 
     Args:
         image: float32, HW or HWC.

@@ -23,7 +23,7 @@ class Line:
     label: str
     points: tuple[tuple[float, float], ...]
     control: bool = False
-    """Dashed and grey: what the others are held against."""
+    """Dashed and gray: what the others are held against."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

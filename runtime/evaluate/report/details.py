@@ -98,7 +98,7 @@ def attacks(report: Report) -> Markup | None:
         return None
     text = (
         "Top-1 of images changed by at most ε. The dashed line is the control: random noise of the same size. An "
-        "attack that does no more than the noise has found nothing; transfer alone flatters a quantised model."
+        "attack that does no more than the noise has found nothing; transfer alone flatters a quantized model."
     )
     heads = [tag("th", name, scope="col") for name in ("model", "attack", "ε", "right", "top-1", "queries")]
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 
 from runtime.evaluate.report.details import attacks, calibration, gaps, provenance, trade_offs
+from runtime.evaluate.report.formatting import difference_of, ends, findings, number, subject
 from runtime.evaluate.report.markup import Markup, join, tag
 from runtime.evaluate.report.numbers import Column, Value, columns_of
 from runtime.evaluate.report.raw import to_csv
 from runtime.evaluate.report.robustness import corruptions
 from runtime.evaluate.report.rows import Entry, Report
 from runtime.evaluate.report.style import style_sheet
-from runtime.evaluate.report.words import difference_of, ends, findings, number, subject
 
 __all__ = ["to_html"]
 
@@ -45,7 +45,7 @@ def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
             tag("h2", heading, id=f"{anchor}-heading"),
             content,
             id=anchor,
-            aria_labelledby=f"{anchor}-heading",
+            aria_labeledby=f"{anchor}-heading",
         )
         for anchor, heading, content in there
     ]
@@ -85,7 +85,7 @@ def _class(word: str) -> str:
 def _table(report: Report, columns: list[Column]) -> Markup:
     caption = (
         "In brackets: 95 % intervals. Δ: difference from the reference on the same images, of shares in percentage "
-        "points; coloured where its interval excludes 0. mCE counts errors in percent of AlexNet's; mean error is "
+        "points; colored where its interval excludes 0. mCE counts errors in percent of AlexNet's; mean error is "
         "the plain share of wrong answers: two different numbers."
     )
     apart = any(value.why and value.value is not None for column in columns for value in column.values)

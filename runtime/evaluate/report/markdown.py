@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from runtime.evaluate.report.formatting import difference_of, ends, findings, number, points, subject
 from runtime.evaluate.report.markup import clean
 from runtime.evaluate.report.numbers import Value, columns_of, corruption_errors_of
 from runtime.evaluate.report.rows import CORRUPTED, Group, Report
-from runtime.evaluate.report.words import difference_of, ends, findings, number, points, subject
 
 __all__ = ["to_markdown"]
 

@@ -1,4 +1,4 @@
-"""The parts of a picture: axes, ticks, markers, lines. Colours are classes, which the page's style fills in."""
+"""The parts of a picture: axes, ticks, markers, lines. Colors are classes, which the page's style fills in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.evaluate.report.markup import Markup, join, tag
 __all__ = ["STYLES", "Frame", "marker", "percent", "picture", "series", "swatch", "ticks"]
 
 STYLES = 6
-"""Colours and markers; a seventh model has the first's, with a dashed line."""
+"""Colors and markers; a seventh model has the first's, with a dashed line."""
 
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
@@ -85,7 +85,7 @@ def picture(frame: Frame, title: str, description: str, *content: Markup) -> Mar
 
 
 def series(frame: Frame, points: Sequence[tuple[float, float]], place: int, control: bool = False) -> Markup:
-    """A line through points with a marker at each; `control`: dashed and grey."""
+    """A line through points with a marker at each; `control`: dashed and gray."""
     path = "M" + "L".join(f"{frame.px(x):.1f} {frame.py(y):.1f}" for x, y in points)
     marks = (marker(place, frame.px(x), frame.py(y), control=control) for x, y in points)
     return join(_line(path, place, control), *marks)
@@ -101,7 +101,7 @@ def _style(place: int, control: bool) -> str:
 
 
 def marker(place: int, x: float, y: float, size: float = 3.6, control: bool = False) -> Markup:
-    """A model's mark: another form for each colour, so that no one needs to see the colour."""
+    """A model's mark: another form for each color, so that no one needs to see the color."""
     style = f"mark {_style(place, control)}"
     form = place % STYLES
     if form == 0:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from runtime.evaluate.report.charts import Bar, Line, bars, lines
-from runtime.evaluate.report.colours import level_of
+from runtime.evaluate.report.formatting import ends, points
 from runtime.evaluate.report.markup import Markup, join, tag
 from runtime.evaluate.report.numbers import CorruptionError, corruption_errors_of, severity_errors, verdict
 from runtime.evaluate.report.plot import swatch
 from runtime.evaluate.report.rows import CORRUPTED, Entry, Group, Report
-from runtime.evaluate.report.words import ends, points
+from runtime.system.colors import level_of
 
 __all__ = ["FAMILIES", "corruptions", "legend"]
 
@@ -95,7 +95,7 @@ def _changes(found: list[tuple[Entry, list[CorruptionError]]]) -> Markup:
         for name in names
     ]
     caption = (
-        "Error in % with its interval; Δ: points more or fewer than the reference on the same images, coloured where "
+        "Error in % with its interval; Δ: points more or fewer than the reference on the same images, colored where "
         "the interval excludes 0. Of fifteen such intervals one excludes 0 by chance now and then."
     )
     table = tag("table", tag("caption", caption), tag("thead", tag("tr", tag("th", "corruption", scope="col"), *heads)),

@@ -28,7 +28,7 @@ class Entry:
     """A model."""
 
     place: int
-    """Its number in the report, from 0: its colour and marker."""
+    """Its number in the report, from 0: its color and marker."""
     label: str
     """Its name, with what tells it from another of the same name."""
     facts: Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.evaluate.report.colours import DARK, LEVELS, LIGHT, heat
+from runtime.system.colors import DARK, LEVELS, LIGHT, heat
 
 __all__ = ["style_sheet"]
 
@@ -114,5 +114,5 @@ def style_sheet() -> str:
 
 
 def _variables(palette: dict[str, str]) -> str:
-    colours = palette | {f"h{level}": heat(palette, level) for level in range(LEVELS)}
-    return ":root{" + "".join(f"--{name}:{colour};" for name, colour in colours.items()) + "}"
+    colors = palette | {f"h{level}": heat(palette, level) for level in range(LEVELS)}
+    return ":root{" + "".join(f"--{name}:{color};" for name, color in colors.items()) + "}"

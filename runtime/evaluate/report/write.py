@@ -11,7 +11,7 @@ from runtime.evaluate.report.inputs import read_inputs
 from runtime.evaluate.report.markdown import to_markdown
 from runtime.evaluate.report.raw import to_csv
 from runtime.evaluate.report.rows import Report, report_of
-from runtime.files import output_dir, write_text
+from runtime.system.files import output_dir, write_text
 
 __all__ = ["check_outputs", "write_report"]
 

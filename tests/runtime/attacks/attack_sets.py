@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
+from advprop.checkpoints.attacker import crafter
 from runtime.evaluate.attacks.draws import generator, seed_of
+from runtime.evaluate.attacks.target import Victim, judge
 from runtime.evaluate.attacks.transfer import Attacker
-from runtime.evaluate.attacks.victim import Victim, judge
 from runtime.evaluate.models import Model
 from tests.runtime.evaluate.report_sets import digit_images
-from train.transfer import crafter
 
 
 def held_digits(model: Model, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

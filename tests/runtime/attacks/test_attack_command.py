@@ -16,10 +16,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from advprop.cli import main
 from export.pipeline import export_checkpoint
-from runtime.cli import main
 from runtime.spec import METADATA_KEY
-from tests.runtime.evaluate.evaluation_sets import labelled_folder, spec_of, toy_onnx
+from tests.runtime.evaluate.evaluation_sets import labeled_folder, spec_of, toy_onnx
 from train.checkpoint import save_checkpoint
 from train.models import create_model
 
@@ -50,7 +50,7 @@ def checkpoint_of(path: Path, classes: tuple[str, ...] = ("red", "green", "blue"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_folder(tmp_path_factory.mktemp("data") / "set", count=6)
+    return labeled_folder(tmp_path_factory.mktemp("data") / "set", count=6)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_transfer_from_another_checkpoint_is_told(tmp_path: Path, data: Path, ch
 
 def test_wrong_input_is_told(tmp_path: Path, data: Path, checkpoint: Path, file: Path) -> None:
     (tmp_path / "empty" / "red").mkdir(parents=True)
-    labelled_folder(tmp_path / "strange", {"purple": "red"}, count=1)
+    labeled_folder(tmp_path / "strange", {"purple": "red"}, count=1)
     (tmp_path / "taken").write_text("a file")
     other = checkpoint_of(tmp_path / "other.pt", ("a", "b"))
     model, out = toy_onnx(tmp_path / "toy.onnx"), ("--out", tmp_path)
@@ -160,7 +160,7 @@ def test_wrong_input_is_told(tmp_path: Path, data: Path, checkpoint: Path, file:
 
 def test_control_c_stops_with_a_word_and_the_same_command_goes_on(tmp_path: Path, data: Path) -> None:
     model = toy_onnx(tmp_path / "toy.onnx")
-    command = [sys.executable, "-m", "runtime.cli", "attack", str(model), "--data", str(data), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "advprop.cli", "attack", str(model), "--data", str(data), "--out", str(tmp_path)]
     # Blocks of one image; fast ones first, so that some are done while there is much left.
     command += ["--queries", "2000", "--batch-size", "1", "--eps", "1", "--device", "cpu", "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)

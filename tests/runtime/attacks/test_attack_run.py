@@ -20,8 +20,8 @@ from runtime.evaluate.models import Model, load_model
 from runtime.evaluate.report.measured import attack_of
 from tests.runtime.attacks.attack_sets import digit_attacker, with_logits
 from tests.runtime.evaluate.evaluation_sets import config as suite_config
-from tests.runtime.evaluate.evaluation_sets import labelled_folder, spec_of, toy
-from tests.runtime.evaluate.report_sets import digit_folder, digit_net, quantised
+from tests.runtime.evaluate.evaluation_sets import labeled_folder, spec_of, toy
+from tests.runtime.evaluate.report_sets import digit_folder, digit_net, quantized
 
 STRONG = AttackConfig(attacks=ATTACKS, epsilons=(4, 20), queries=40, draws=5, steps=5)
 
@@ -38,7 +38,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     """A network in FP32 and INT8, the checkpoint of both, and 40 digits it was not fitted to."""
     folder = tmp_path_factory.mktemp("digits")
     file = digit_net(folder / "net.onnx")
-    int8 = quantised(file, digit_folder(folder / "calibration", range(48)), folder / "net.int8.onnx")
+    int8 = quantized(file, digit_folder(folder / "calibration", range(48)), folder / "net.int8.onnx")
     models = (load_model(file, device="cpu", threads=1), load_model(int8, device="cpu", threads=1))
     return Digits(models, digit_attacker(file, models[0]), digit_folder(folder / "set", range(1500, 1540)))
 
@@ -177,7 +177,7 @@ def test_what_does_not_go_together_is_refused(digits: Digits, tmp_path: Path) ->
         attack([one], data, STRONG, out=tmp_path)
     with pytest.raises(ConfigError, match="batch_size"):
         attack([one], data, STRONG, out=tmp_path, attacker=attacker, batch_size=0)
-    labelled_folder(tmp_path / "set", count=1)
+    labeled_folder(tmp_path / "set", count=1)
     bad = with_logits(toy(), lambda images: np.zeros((len(images), 4), np.float32))
     square = AttackConfig(attacks=("square",), epsilons=(4,))
     with pytest.raises(SpecError, match=r"shape \(3, 4\) for 3 images; expected a logit for each of its 3 classes"):

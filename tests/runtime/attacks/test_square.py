@@ -11,11 +11,11 @@ from runtime.errors import ConfigError, VerificationError
 from runtime.evaluate.attacks.ball import bounds, check_within, radius_of, rounded
 from runtime.evaluate.attacks.noise import noise
 from runtime.evaluate.attacks.square import share_at, square
-from runtime.evaluate.attacks.victim import Victim
+from runtime.evaluate.attacks.target import Victim
 from runtime.evaluate.models import Model, load_model
 from tests.runtime.attacks.attack_sets import draws_of, held_digits, recording, victim_of, with_logits
 from tests.runtime.evaluate.evaluation_sets import spec_of, toy
-from tests.runtime.evaluate.report_sets import digit_folder, digit_net, quantised
+from tests.runtime.evaluate.report_sets import digit_folder, digit_net, quantized
 
 
 def no_tick(share: float) -> None:
@@ -27,7 +27,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     """A network in FP32, and in INT8 as our calibration makes it."""
     folder = tmp_path_factory.mktemp("digits")
     plain = digit_net(folder / "net.onnx")
-    int8 = quantised(plain, digit_folder(folder / "calibration", range(48)), folder / "net.int8.onnx")
+    int8 = quantized(plain, digit_folder(folder / "calibration", range(48)), folder / "net.int8.onnx")
     return load_model(plain, device="cpu", threads=1), load_model(int8, device="cpu", threads=1)
 
 
@@ -89,7 +89,7 @@ def test_rounding_stays_in_the_ball_of_a_fractional_epsilon(seed: int, epsilon: 
     assert np.all((lowest <= clean) & (clean <= highest))
 
 
-def test_epsilon_is_in_grey_levels() -> None:
+def test_epsilon_is_in_gray_levels() -> None:
     assert [radius_of(epsilon) for epsilon in (1, 1.9, 2.5, 255 * (8 / 255), 255)] == [1, 1, 2, 8, 255]
     for epsilon in (0, -1, 256, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="from 1 to 255"):
@@ -185,7 +185,7 @@ def test_within_three_points_of_arts_square_on_the_same_file(digits: tuple[Model
     radius, queries = 16, 100
 
     def predict(pixels: np.ndarray) -> np.ndarray:
-        # What ART tries is of whole grey levels: the images and ε are.
+        # What ART tries is of whole gray levels: the images and ε are.
         return model.logits(np.rint(pixels * 255).astype(np.uint8))
 
     classifier = BlackBoxClassifierNeuralNetwork(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.contestants import Contestant, Work
+from runtime.bench.targets import Contestant, Work
 
 
 def toy_contestant(

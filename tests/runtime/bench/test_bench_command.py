@@ -13,15 +13,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from advprop.cli import main
 from runtime.bench.entries import LoadOptions, open_contestants
 from runtime.bench.peers import onnx_beside
-from runtime.cli import main
 from runtime.engine.sidecar import EngineInfo, write_sidecar
 from runtime.errors import ArchError, ConfigError, ModelFileError
 from runtime.evaluate.report.measured import latency_of
-from runtime.files import sha256_file
+from runtime.system.files import sha256_file
 from tests.checkpoints import save_resnet10t
-from tests.runtime.evaluate.evaluation_sets import labelled_folder, spec_of, toy_onnx
+from tests.runtime.evaluate.evaluation_sets import labeled_folder, spec_of, toy_onnx
 from tests.runtime.serving_models import serving_model
 from train.models import create_model
 
@@ -76,7 +76,7 @@ def test_files_and_peers_side_by_side(real_spec: Path, tmp_path: Path) -> None:
 
 def test_the_report_takes_it(real_spec: Path, tmp_path: Path) -> None:
     int8 = toy_onnx(tmp_path / "quick.onnx", scale=4.0)
-    data, out = labelled_folder(tmp_path / "set", count=4), tmp_path / "out"
+    data, out = labeled_folder(tmp_path / "set", count=4), tmp_path / "out"
     assert bench(real_spec, int8, "--batch", "1,2", "--out", out).exit_code == 0
     evaluated = ["eval", str(real_spec), str(int8), "--suite", "imagenet", "--data", str(data), "--workers", "0"]
     assert CliRunner().invoke(main, [*evaluated, "--device", "cpu", "--out", str(tmp_path / "e")]).exit_code == 0
@@ -97,7 +97,7 @@ def test_a_checkpoint_and_images_of_ones_own(real_spec: Path, tmp_path: Path) ->
     model = create_model("resnet10t", num_classes=3)
     save_resnet10t(tmp_path / "best.pt", model, np.zeros((1, 32, 32, 3), np.uint8))
     threads = torch.get_num_threads()
-    folder = labelled_folder(tmp_path / "set", count=1)
+    folder = labeled_folder(tmp_path / "set", count=1)
     run = bench(real_spec, tmp_path / "best.pt", "--batch", "5", "--images", folder, "--out", tmp_path / "out")
     torch.set_num_threads(threads)
     assert run.exit_code == 0, run.output
@@ -156,7 +156,7 @@ def sidecar(engine: Path, onnx_sha256: str) -> None:
     fields = {
         "plan_sha256": sha256_file(engine),
         "onnx_sha256": onnx_sha256,
-        "flavour": "tensorrt_rtx",
+        "flavor": "tensorrt_rtx",
         "version": "0",
         "compute_capabilities": ("sm_89",),
         "gpu": "",

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from runtime.bench.config import BenchConfig
-from runtime.bench.contestants import EVENTS, of_session, on_gpu
 from runtime.bench.run import Bench
+from runtime.bench.targets import EVENTS, of_session, on_gpu
 from runtime.session import Session
 from tests.runtime.stand_in_machine import Machine, images, means
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
-def test_times_by_events(flavour: str, graphs: bool) -> None:
-    machine = Machine(flavour=flavour, cuda_graphs=graphs)
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt_rtx"])
+def test_times_by_events(flavor: str, graphs: bool) -> None:
+    machine = Machine(flavor=flavor, cuda_graphs=graphs)
     for count in (1, 3, 8, 8, 8):
         batch = images(count)
         times = machine.backend.device_times(batch)

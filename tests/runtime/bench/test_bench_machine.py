@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from runtime.bench.cautions import warnings_of
 from runtime.bench.cpu import Usage, cpu_name, cpu_state, others_share, usage
 from runtime.bench.gpu import gpu_state, reasons_of
+from runtime.bench.warnings import warnings_of
 
 NOTHING = {
     "frequency_mhz": None,

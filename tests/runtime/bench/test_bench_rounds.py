@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from advprop.commands.bench import _measure
 from runtime.bench.config import BenchConfig
-from runtime.bench.contestants import Contestant
 from runtime.bench.results import for_report, result_of
 from runtime.bench.rounds import crowd, order, turn
 from runtime.bench.run import Bench
 from runtime.bench.sizes import choose_sizes
-from runtime.commands.bench import _measure
-from runtime.console import set_up_logging
+from runtime.bench.targets import Contestant
 from runtime.errors import ConfigError, Interrupted, RunFailed
+from runtime.system.console import set_up_logging
 from tests.runtime.bench.bench_toys import toy_contestant
 
 QUICK = BenchConfig(batch_sizes=(1, 2), warm_up_ms=0, duration_s=0, iterations=6, rounds=3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.bench.config import BenchConfig
-from runtime.bench.statistic import drift, percentile, ratio, summary
+from runtime.bench.statistics import drift, percentile, ratio, summary
 from runtime.errors import ConfigError
 
 

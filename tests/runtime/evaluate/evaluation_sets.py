@@ -15,38 +15,38 @@ from runtime.evaluate.models import Model, model_of
 from runtime.evaluate.run import RunConfig
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 WNIDS = ("n00000001", "n00000002", "n00000003")
 
 
-def spec_of(classes: tuple[str, ...] = tuple(COLOURS), wnids: tuple[str, ...] = WNIDS, size: int = 32) -> ModelSpec:
+def spec_of(classes: tuple[str, ...] = tuple(COLORS), wnids: tuple[str, ...] = WNIDS, size: int = 32) -> ModelSpec:
     preprocessing = Preprocessing(
         height=size, width=size, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0
     )
     return ModelSpec(arch="toy", classes=classes, wnids=wnids, preprocessing=preprocessing)
 
 
-def picture(colour: str, number: int, size: int = 32) -> NDArray[np.uint8]:
-    """Mostly of one colour, and noisy enough that noise and blur move some over the edge."""
-    random = np.random.default_rng([number, *COLOURS[colour]])
-    base = np.asarray(COLOURS[colour]) * 0.3 + 90
+def picture(color: str, number: int, size: int = 32) -> NDArray[np.uint8]:
+    """Mostly of one color, and noisy enough that noise and blur move some over the edge."""
+    random = np.random.default_rng([number, *COLORS[color]])
+    base = np.asarray(COLORS[color]) * 0.3 + 90
     return np.clip(base + random.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
 
 
-def save(folder: Path, colour: str, number: int, size: int = 32) -> None:
+def save(folder: Path, color: str, number: int, size: int = 32) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(colour, number, size)).save(folder / f"{number}.png")
+    Image.fromarray(picture(color, number, size)).save(folder / f"{number}.png")
 
 
-def labelled_folder(root: Path, names: Mapping[str, str] | None = None, count: int = 8, size: int = 32) -> Path:
-    """`root/NAME/*.png`; `names`: folder → colour. Default: by class name."""
-    for name, colour in (names or {colour: colour for colour in COLOURS}).items():
+def labeled_folder(root: Path, names: Mapping[str, str] | None = None, count: int = 8, size: int = 32) -> Path:
+    """`root/NAME/*.png`; `names`: folder → color. Default: by class name."""
+    for name, color in (names or {color: color for color in COLORS}).items():
         for number in range(count):
-            save(root / name, colour, number, size)
+            save(root / name, color, number, size)
     return root
 
 
-def mean_colour(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+def mean_color(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
     """Logits: the mean of each channel."""
     return images_NCHW.mean((2, 3)) * np.float32(8)
 
@@ -54,7 +54,7 @@ def mean_colour(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
 def toy(
     name: str = "toy",
     spec: ModelSpec | None = None,
-    predict: Callable[[NDArray[np.float32]], NDArray[np.float32]] = mean_colour,
+    predict: Callable[[NDArray[np.float32]], NDArray[np.float32]] = mean_color,
     size_open: bool = False,
 ) -> Model:
     return model_of(name, spec or spec_of(), predict, {"sha256": name}, size_open=size_open)

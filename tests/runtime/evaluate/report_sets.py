@@ -82,7 +82,7 @@ def _graph(weights: dict[str, NDArray[np.float32]], output: str) -> onnx.ModelPr
     return onnx.shape_inference.infer_shapes(model)
 
 
-def quantised(source: Path, data: Path, target: Path) -> Path:
+def quantized(source: Path, data: Path, target: Path) -> Path:
     """The same network in INT8, by our own calibration."""
     calibrate_file(source, data, target, CalibrationConfig(images=48), cache=False)
     return target

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from runtime.cli import main
+from advprop.cli import main
 from runtime.errors import BackendUnavailable, ConfigError, DataError, InputError, Interrupted
 from runtime.evaluate.cluster import Cluster, ClusterConfig
 from runtime.evaluate.models import load_model
 from runtime.evaluate.provenance import difference
 from runtime.evaluate.run import evaluate
-from tests.runtime.evaluate.evaluation_sets import config, labelled_folder, run_config, toy, toy_onnx
+from tests.runtime.evaluate.evaluation_sets import config, labeled_folder, run_config, toy, toy_onnx
 from tests.runtime.evaluate.test_evaluation_run import wait_for_lines, written
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'advprop[ray]'")
@@ -43,7 +43,7 @@ def two_cpus() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_folder(tmp_path_factory.mktemp("set"), count=10)
+    return labeled_folder(tmp_path_factory.mktemp("set"), count=10)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_no_cluster_at_the_address_is_told_soon(data: Path, models: list[Path], 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "runtime.cli", "eval", str(models[0]), "--suite", "imagenet", "--data", str(data)]
+    command = [sys.executable, "-m", "advprop.cli", "eval", str(models[0]), "--suite", "imagenet", "--data", str(data)]
     run = subprocess.run([*command, "--ray", address], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 3
     assert f"no Ray cluster at '{address}' ([Errno 111] Connection refused)" in run.stderr
@@ -181,7 +181,7 @@ def test_ctrl_c_stops_and_a_run_without_ray_goes_on(data: Path, models: list[Pat
     out = tmp_path / "out"
     only = [part for cell in SOME for part in ("--only", cell)]
     options = ["--suite", "corruptions", "--data", str(data), "--out", str(out), "--batch-size", "1", *only]
-    command = [sys.executable, "-m", "runtime.cli", "eval", str(models[0]), *options, "--device", "cpu"]
+    command = [sys.executable, "-m", "advprop.cli", "eval", str(models[0]), *options, "--device", "cpu"]
     over = ["--ray", "local", "--ray-workers", "2"]
     with subprocess.Popen(
         [*command, *over], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

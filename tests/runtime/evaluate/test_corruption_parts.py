@@ -8,7 +8,7 @@ import scipy.ndimage
 from PIL import Image
 
 from runtime.evaluate.corruptions.blur import _disk, gaussian
-from runtime.evaluate.corruptions.colour import brightness, contrast, saturate
+from runtime.evaluate.corruptions.color import brightness, contrast, saturate
 from runtime.evaluate.corruptions.digital import pixelate
 from runtime.evaluate.corruptions.elastic import elastic_transform, smooth
 from runtime.evaluate.corruptions.fog import plasma
@@ -40,7 +40,7 @@ def test_chains_of_copies_end_where_a_walk_takes_them(reach: int, shape: tuple[i
 
 @pytest.mark.parametrize("factor", [1.0, 1.01, 1.06, 1.3, 2.25, 4.5])
 @pytest.mark.parametrize("shape", [(37, 52), (32, 32), (5, 9)])
-def test_enlarging_is_the_centre_of_scipys_zoom(factor: float, shape: tuple[int, int]) -> None:
+def test_enlarging_is_the_center_of_scipys_zoom(factor: float, shape: tuple[int, int]) -> None:
     image = generator().random(shape).astype(np.float32)
     parts = [int(np.ceil(side / factor)) for side in shape]
     first = [(side - part) // 2 for side, part in zip(shape, parts, strict=True)]
@@ -115,16 +115,16 @@ def test_pixels_are_those_of_two_box_filters(scale: float, shape: tuple[int, int
 
 
 def test_noise_has_the_spread_that_was_asked_for() -> None:
-    grey = np.full((200, 200, 3), 128, np.uint8)
+    gray = np.full((200, 200, 3), 128, np.uint8)
     white = 128 / 255
     for noisy, spread in [
-        (gaussian_noise(grey, 0.1, random=generator()), 0.1),
-        (speckle_noise(grey, 0.2, random=generator()), 0.2 * white),
-        (shot_noise(grey, 60, random=generator()), np.sqrt(white / 60)),
+        (gaussian_noise(gray, 0.1, random=generator()), 0.1),
+        (speckle_noise(gray, 0.2, random=generator()), 0.2 * white),
+        (shot_noise(gray, 60, random=generator()), np.sqrt(white / 60)),
     ]:
         assert (noisy / 255).std() == pytest.approx(spread, rel=0.02)
         assert noisy.mean() == pytest.approx(128, abs=1)
-    impulses = impulse_noise(grey, 0.2, random=generator())
+    impulses = impulse_noise(gray, 0.2, random=generator())
     assert [(impulses == level).mean() for level in (0, 255, 128)] == pytest.approx([0.1, 0.1, 0.8], abs=0.005)
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from advprop.cli import main
 from export.pipeline import export_checkpoint
-from runtime.cli import main
 from runtime.errors import CheckpointError, SpecError
 from runtime.evaluate.models import load_model
 from runtime.evaluate.results import name_for
 from runtime.spec import METADATA_KEY
 from tests.checkpoints import save_resnet10t
-from tests.runtime.evaluate.evaluation_sets import labelled_folder, spec_of, toy_onnx
+from tests.runtime.evaluate.evaluation_sets import labeled_folder, spec_of, toy_onnx
 from train.checkpoint import load_checkpoint
 from train.dual_bn import add_auxiliary_bns, route
 from train.models import create_model
@@ -35,7 +35,7 @@ def content(path: Path) -> dict:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return labelled_folder(tmp_path / "set", count=10)
+    return labeled_folder(tmp_path / "set", count=10)
 
 
 def test_a_table_and_a_result(tmp_path: Path, data: Path) -> None:
@@ -150,13 +150,13 @@ def test_a_checkpoint_through_either_route_beside_its_onnx_file(tmp_path: Path, 
 
 def test_a_route_of_a_checkpoint_is_that_of_the_routed_network(checkpoint: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    normalised = torch.from_numpy((images.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.25).float()
+    normalized = torch.from_numpy((images.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.25).float()
     network = restore_model(load_checkpoint(checkpoint), checkpoint, routes=True).eval()
     answers = {}
     for name in ("main", "adv"):
         answers[name] = load_model(checkpoint, route=name, device="cpu").logits(images)
         with torch.inference_mode(), route(network, name):
-            np.testing.assert_allclose(answers[name], network(normalised).numpy(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(answers[name], network(normalized).numpy(), rtol=1e-4, atol=1e-5)
     assert np.abs(answers["main"] - answers["adv"]).max() > 1e-3
 
 

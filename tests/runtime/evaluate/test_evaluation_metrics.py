@@ -21,7 +21,7 @@ from runtime.evaluate.metrics import (
     relative_mce_alexnet,
     rms_calibration_error,
 )
-from runtime.evaluate.summary import difference_interval_of, summarise
+from runtime.evaluate.summary import difference_interval_of, summarize
 
 LEVELS = range(1, 6)
 
@@ -99,7 +99,7 @@ def test_jackknife_covers_the_mean_error_where_images_repeat() -> None:
             wrong = random.random(400) < np.where(hard, 0.9, 0.1)
             logits = np.stack([np.where(wrong, 0.0, 1.0), np.where(wrong, 1.0, 0.0)], 1)
             cells[f"fog/{severity}"] = count(answers_of(logits, np.zeros(400, int)), np.arange(400))
-        lower, upper = summarise(cells)["mean_error"]["interval"]
+        lower, upper = summarize(cells)["mean_error"]["interval"]
         covered += lower <= 0.3 * 0.9 + 0.7 * 0.1 <= upper
     assert 0.9 <= covered / 100 <= 0.99
 
@@ -111,7 +111,7 @@ def test_images_that_are_all_alike_have_an_interval_with_a_width() -> None:
         f"{name}/{level}": paired(np.ones(100, bool), np.ones(100, bool)) for name in CORRUPTIONS for level in LEVELS
     }
     cells["clean"] = paired(np.ones(100, bool), np.ones(100, bool))
-    metrics = summarise(cells)
+    metrics = summarize(cells)
     assert metrics["mean_error"]["interval"] == pytest.approx((0.0, 0.0370), abs=5e-5)
     assert metrics["mean_error"]["difference_interval"] == pytest.approx((-0.0370, 0.0370), abs=5e-5)
     most = mce_alexnet(dict.fromkeys(CORRUPTIONS, [1.0] * 5))
@@ -124,7 +124,7 @@ def test_groups_that_are_alike_by_chance_have_no_interval() -> None:
     """One of the five images of each group is wrong, in turn: no variance to see, and yet no certainty."""
     right = np.arange(100) // 20 != 2
     cells = {f"fog/{level}": paired(right, np.ones(100, bool)) for level in LEVELS}
-    mean = summarise(cells)["mean_error"]
+    mean = summarize(cells)["mean_error"]
     assert mean["value"] == pytest.approx(0.2)
     assert mean["interval"] is None
     assert mean["difference_interval"] is None
@@ -225,18 +225,18 @@ def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
 
 def test_a_summary_says_why_there_is_no_mce() -> None:
     grid = {f"{name}/{severity}": counts_of(30, 40) for name in CORRUPTIONS for severity in range(1, 6)}
-    metrics = summarise(grid)
+    metrics = summarize(grid)
     assert metrics["mean_error"]["value"] == 0.25
     assert metrics["mce_alexnet"]["value"] == pytest.approx(100 * np.mean([0.25 / error for error in ALEXNET.values()]))
     assert "AlexNet is 100" in metrics["mce_alexnet"]["unit"]
     assert "not to be compared with mce_alexnet" in metrics["mean_error"]["unit"]
     assert "--clean" in metrics["relative_mce_alexnet"]["why_not"]
-    assert summarise(grid, why_no_mce="CIFAR")["mce_alexnet"] == {"value": None, "why_not": "CIFAR"}
-    some = summarise({f"fog/{severity}": counts_of(30, 40) for severity in range(1, 6)})
+    assert summarize(grid, why_no_mce="CIFAR")["mce_alexnet"] == {"value": None, "why_not": "CIFAR"}
+    some = summarize({f"fog/{severity}": counts_of(30, 40) for severity in range(1, 6)})
     assert some["mean_error"]["corruptions"] == ["fog"]
     assert some["mce_alexnet"]["why_not"].startswith("1 of the fifteen")
-    assert summarise({"fog/1": counts_of(1, 4)})["mean_error"]["value"] is None
+    assert summarize({"fog/1": counts_of(1, 4)})["mean_error"]["value"] is None
     assert corruption_errors(grid | {"spatter/1": counts_of(1, 4)}).keys() == set(CORRUPTIONS)
-    with_clean = summarise(grid | {"clean": counts_of(36, 40)})
+    with_clean = summarize(grid | {"clean": counts_of(36, 40)})
     expected = [(0.25 - 0.1) / (error - 0.435) for error in ALEXNET.values()]
     assert with_clean["relative_mce_alexnet"]["value"] == pytest.approx(100 * np.mean(expected))

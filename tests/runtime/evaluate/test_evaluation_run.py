@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from runtime.errors import BackendUnavailable, ConfigError, DataError, Interrupted, OutputError, SpecError
-from runtime.evaluate.blocks import Corruption, Workers, corrupt_block, in_order
 from runtime.evaluate.counts import Counts
-from runtime.evaluate.journal import Journal
+from runtime.evaluate.image_workers import Corruption, Workers, corrupt_block, in_order
 from runtime.evaluate.models import load_model
+from runtime.evaluate.progress_log import Journal
 from runtime.evaluate.results import Result, merge, read_result, write_result
 from runtime.evaluate.run import RunConfig, evaluate
 from tests.runtime.evaluate.evaluation_sets import (
     config,
-    labelled_folder,
-    mean_colour,
+    labeled_folder,
+    mean_color,
     run_config,
     spec_of,
     toy,
@@ -35,7 +35,7 @@ SOME = ("clean", "gaussian_noise", "fog", "pixelate")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_folder(tmp_path_factory.mktemp("set"), count=10)
+    return labeled_folder(tmp_path_factory.mktemp("set"), count=10)
 
 
 def one_pixel(images: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ def test_killed_and_resumed_is_the_bytes_of_one_run(data: Path, tmp_path: Path) 
     model, out = toy_onnx(tmp_path / "toy.onnx"), tmp_path / "out"
     only = [part for cell in SOME for part in ("--only", cell)]
     options = ["--suite", "corruptions", "--data", str(data), "--out", str(out), "--batch-size", "2", "--workers", "1"]
-    command = [sys.executable, "-m", "runtime.cli", "eval", str(model), "--device", "cpu", *options, *only]
+    command = [sys.executable, "-m", "advprop.cli", "eval", str(model), "--device", "cpu", *options, *only]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         journal = wait_for_lines(out, 5, process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -176,10 +176,10 @@ def test_models_share_images_and_the_reference_is_counted_beside_them(data: Path
 
     def watch(images: np.ndarray) -> np.ndarray:
         looked.append(len(images))
-        return mean_colour(images)
+        return mean_color(images)
 
     def turned(images: np.ndarray) -> np.ndarray:
-        return mean_colour(images)[:, [0, 2, 1]]
+        return mean_color(images)[:, [0, 2, 1]]
 
     reference, other = toy("reference", predict=watch), toy("turned", predict=turned)
     results = evaluate([reference, other], config("imagenet", data), run_config(tmp_path), reference=reference)
@@ -201,7 +201,7 @@ def test_models_of_other_sizes_see_images_of_their_own(data: Path, tmp_path: Pat
 
     def watch(images: np.ndarray) -> np.ndarray:
         sizes.append(images.shape[2])
-        return mean_colour(images)
+        return mean_color(images)
 
     models = [toy("b", spec_of(size=48), watch), toy("a", predict=watch), toy("c", spec_of(size=48), watch)]
     results = evaluate(models, config("imagenet", data), run_config(tmp_path))
@@ -238,7 +238,7 @@ def test_impossible_runs_are_refused(data: Path, tmp_path: Path) -> None:
 
 def test_logits_that_are_not_finite_are_wrong_and_told(data: Path, tmp_path: Path) -> None:
     def overflows(images: np.ndarray) -> np.ndarray:
-        logits = mean_colour(images)
+        logits = mean_color(images)
         logits[0] = np.inf
         return logits
 
@@ -271,7 +271,7 @@ def test_stopped_by_hand_it_says_how_far_it_is_and_goes_on(data: Path, tmp_path:
         batches.append(images)
         if len(batches) == 4:
             raise KeyboardInterrupt
-        return mean_colour(images)
+        return mean_color(images)
 
     suite, model = config("imagenet", data), toy(predict=stops)
     with pytest.raises(Interrupted, match="stopped: 3 of 8 blocks are done; the same command goes on"):

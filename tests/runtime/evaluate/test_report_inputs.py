@@ -15,7 +15,7 @@ from runtime.evaluate.report.rows import report_of
 from runtime.evaluate.report.write import write_report
 from runtime.evaluate.results import write_result
 from runtime.evaluate.run import evaluate
-from tests.runtime.evaluate.evaluation_sets import config, labelled_folder, run_config, toy
+from tests.runtime.evaluate.evaluation_sets import config, labeled_folder, run_config, toy
 from tests.runtime.evaluate.report_sets import attack_file, bench_file, changed, results_of
 from tests.runtime.evaluate.test_evaluation_run import one_pixel
 
@@ -26,7 +26,7 @@ ONLY = ("clean", "fog", "contrast/3")
 def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Results of three models on thirty images."""
     folder = tmp_path_factory.mktemp("made")
-    data = labelled_folder(folder / "set", count=10)
+    data = labeled_folder(folder / "set", count=10)
     models = [toy("a"), toy("b", predict=one_pixel), toy("c", predict=lambda images: -images[:, :, 9, 9])]
     return results_of(models, data, folder, only=ONLY)
 

@@ -14,18 +14,18 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from runtime.cli import main
+from advprop.cli import main
 from runtime.evaluate.models import load_model
-from runtime.evaluate.report.colours import DARK, LEVELS, LIGHT, contrast, heat
 from runtime.evaluate.report.markup import Markup, tag
 from runtime.evaluate.report.write import write_report
-from tests.runtime.evaluate.evaluation_sets import labelled_folder, toy
+from runtime.system.colors import DARK, LEVELS, LIGHT, contrast, heat
+from tests.runtime.evaluate.evaluation_sets import labeled_folder, toy
 from tests.runtime.evaluate.report_sets import (
     attack_file,
     bench_file,
     digit_folder,
     digit_net,
-    quantised,
+    quantized,
     results_of,
     with_fault,
 )
@@ -69,7 +69,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of a real network in FP32, in INT8, and in INT8 with one layer's scale ×0.1."""
     folder = tmp_path_factory.mktemp("faulty")
     net = digit_net(folder / "net.onnx")
-    int8 = quantised(net, digit_folder(folder / "calib", range(0, 480, 10)), folder / "net.int8.onnx")
+    int8 = quantized(net, digit_folder(folder / "calib", range(0, 480, 10)), folder / "net.int8.onnx")
     paths = [net, int8, with_fault(int8, folder / "net.fault.onnx")]
     models = [load_model(path, device="cpu", threads=1) for path in paths]
     data = digit_folder(folder / "val", range(1500, 1660))
@@ -153,7 +153,7 @@ def test_the_cells_are_in_the_page_and_beside_it(faulty: Path) -> None:
 
 def test_names_cannot_change_the_page(tmp_path: Path) -> None:
     models = [toy(EVIL), toy("b|c", predict=one_pixel)]
-    data = labelled_folder(tmp_path / "set", count=4)
+    data = labeled_folder(tmp_path / "set", count=4)
     results = results_of(models, data, tmp_path, only=("clean", "fog"))
     extra = [bench_file(tmp_path / "b.json", "b|c", 1.0, device=EVIL), attack_file(tmp_path / "a.json", EVIL, EVIL)]
     outputs = [tmp_path / f"r.{ending}" for ending in ("html", "md", "csv")]
@@ -174,7 +174,7 @@ def test_names_cannot_change_the_page(tmp_path: Path) -> None:
 
 
 def test_equal_results_make_equal_bytes(tmp_path: Path) -> None:
-    results = results_of([toy("a")], labelled_folder(tmp_path / "set", count=2), tmp_path, "imagenet", compared=False)
+    results = results_of([toy("a")], labeled_folder(tmp_path / "set", count=2), tmp_path, "imagenet", compared=False)
     for name in ("one", "two"):
         write_report(results, [tmp_path / f"{name}.html"])
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
@@ -186,7 +186,7 @@ def test_markup_escapes_what_is_no_markup() -> None:
     assert tag("rect", x=1.50001, y=2) == '<rect x="1.5" y="2"></rect>'
 
 
-def test_colours_have_contrast() -> None:
+def test_colors_have_contrast() -> None:
     for palette in (LIGHT, DARK):
         for ground in ("page", "card"):
             for text in ("ink", "quiet", "link", "good", "bad"):

@@ -11,16 +11,16 @@ from PIL import Image
 from runtime.errors import BackendUnavailable, ConfigError, DataError, SpecError
 from runtime.evaluate.class_lists import CIFAR10, IMAGENET_A, IMAGENET_R
 from runtime.evaluate.corruptions.frost import _texture
-from runtime.evaluate.images import Folder, LabelledImages
+from runtime.evaluate.images import Folder, LabeledImages
 from runtime.evaluate.results import Result
 from runtime.evaluate.run import evaluate
 from runtime.evaluate.suites import SUITES, open_suite
 from runtime.spec import ModelSpec
 from tests.runtime.evaluate.evaluation_sets import (
-    COLOURS,
+    COLORS,
     WNIDS,
     config,
-    labelled_folder,
+    labeled_folder,
     picture,
     run_config,
     save,
@@ -48,15 +48,15 @@ def cells(result: Result) -> dict[str, int]:
 @pytest.mark.parametrize("suite", ["imagenet", "sketch", "stylized", "cifar10"])
 @pytest.mark.parametrize("by", ["wnid", "class name"])
 def test_class_folders_by_wnid_or_name(tmp_path: Path, suite: str, by: str) -> None:
-    names = dict(zip(WNIDS if by == "wnid" else COLOURS, COLOURS, strict=True))
-    result = measure(suite, labelled_folder(tmp_path / "set", names), tmp_path)
+    names = dict(zip(WNIDS if by == "wnid" else COLORS, COLORS, strict=True))
+    result = measure(suite, labeled_folder(tmp_path / "set", names), tmp_path)
     assert cells(result) == {"images": 24}
     assert result["metrics"]["cells"]["images"]["top1"] == 1.0
     assert result["cells"]["images"]["resize"] == ("none" if suite == "stylized" else "fit")
 
 
 def test_a_set_of_some_classes_and_strange_folders_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = labelled_folder(tmp_path / "set", {"red": "red", "violet": "blue"})
+    data = labeled_folder(tmp_path / "set", {"red": "red", "violet": "blue"})
     with caplog.at_level(logging.WARNING, "runtime"):
         result = measure("imagenet", data, tmp_path)
     assert cells(result) == {"images": 8}
@@ -69,7 +69,7 @@ def test_imagenet_c_is_not_resized(tmp_path: Path) -> None:
     root = tmp_path / "c"
     for corruption, home in (("fog", root), ("snow", root / "weather"), ("spatter", root / "extra")):
         for severity in (1, 2, 3, 4, 5):
-            labelled_folder(home / corruption / str(severity), dict(zip(WNIDS, COLOURS, strict=True)), 2, 48)
+            labeled_folder(home / corruption / str(severity), dict(zip(WNIDS, COLORS, strict=True)), 2, 48)
     seen: list[tuple[int, ...]] = []
 
     def predict(images: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_imagenet_c_is_not_resized(tmp_path: Path) -> None:
 
 
 def test_images_that_are_not_resized_must_be_of_one_size(tmp_path: Path) -> None:
-    data = labelled_folder(tmp_path / "set", count=1)
+    data = labeled_folder(tmp_path / "set", count=1)
     save(data / "red", "red", 7, size=40)
     with pytest.raises(DataError, match=r"found 32×32 .* and 40×40 \(red/7.png\)"):
         measure("stylized", data, tmp_path)
@@ -110,8 +110,8 @@ def test_the_two_hundred_classes(tmp_path: Path, suite: str, chosen: dict[str, i
         logits[:, chosen[first]] = 1
         return logits
 
-    data = labelled_folder(tmp_path / "set", {first: "red", second: "blue"}, 3)
-    clean = labelled_folder(tmp_path / "clean", {first: "red", spec.wnids[outside]: "green"}, 5)
+    data = labeled_folder(tmp_path / "set", {first: "red", second: "blue"}, 3)
+    clean = labeled_folder(tmp_path / "clean", {first: "red", spec.wnids[outside]: "green"}, 5)
     model = toy(spec=spec, predict=predict)
     (result,) = evaluate([model], config(suite, data, clean=clean), run_config(tmp_path))
     assert cells(result) == {"clean": 5, "images": 6}  # of the clean images those of the 200 classes
@@ -123,7 +123,7 @@ def test_the_two_hundred_classes(tmp_path: Path, suite: str, chosen: dict[str, i
     with pytest.raises(SpecError, match="lacks 200 of them"):
         measure(suite, data, tmp_path)
     with pytest.raises(DataError, match="expected folders called by the WordNet ids of the 200"):
-        measure(suite, labelled_folder(tmp_path / "other"), tmp_path, spec)
+        measure(suite, labeled_folder(tmp_path / "other"), tmp_path, spec)
 
 
 def test_the_lists_are_timms() -> None:
@@ -143,7 +143,7 @@ def test_imagenet_v2_folders_are_numbers(tmp_path: Path) -> None:
     def predict(images: np.ndarray) -> np.ndarray:
         return np.eye(1000, dtype=np.float32)[[10] * len(images)]
 
-    data = labelled_folder(tmp_path / "set", {"2": "red", "10": "blue"}, 2)
+    data = labeled_folder(tmp_path / "set", {"2": "red", "10": "blue"}, 2)
     model = toy(spec=imagenet_spec(), predict=predict)
     (result,) = evaluate([model], config("imagenet-v2", data), run_config(tmp_path))
     assert result["cells"]["images"]["counts"]["top1"] == 2
@@ -157,7 +157,7 @@ def test_imagenet_v2_folders_are_numbers(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="1,000 classes in the order of their WordNet ids; found 3"):
         measure("imagenet-v2", data, tmp_path)
     with pytest.raises(DataError, match="found red"):
-        measure("imagenet-v2", labelled_folder(tmp_path / "w", {"red": "red"}), tmp_path, imagenet_spec())
+        measure("imagenet-v2", labeled_folder(tmp_path / "w", {"red": "red"}), tmp_path, imagenet_spec())
 
 
 def cifar_spec(classes: tuple[str, ...] = CIFAR10) -> ModelSpec:
@@ -165,7 +165,7 @@ def cifar_spec(classes: tuple[str, ...] = CIFAR10) -> ModelSpec:
 
 
 def cifar_c(root: Path, rows: int = 6) -> Path:
-    """Severity s is of grey level 40 s; the label of row r is r % 3."""
+    """Severity s is of gray level 40 s; the label of row r is r % 3."""
     root.mkdir()
     levels = np.repeat(np.arange(1, 6) * 40, rows).astype(np.uint8)
     for name in ("fog", "snow"):
@@ -183,7 +183,7 @@ def cifar_c(root: Path, rows: int = 6) -> Path:
     ],
 )
 def test_cifar10_c_rows_are_severities(tmp_path: Path, classes: tuple[str, ...], order: range) -> None:
-    """The model calls an image bird (2) above a grey level of 100, at severities 3, 4 and 5; below it airplane (0)."""
+    """The model calls an image bird (2) above a gray level of 100, at severities 3, 4 and 5; below it airplane (0)."""
 
     def predict(images: np.ndarray) -> np.ndarray:
         level = (images * 0.25 + 0.5).mean((1, 2, 3)) * 255
@@ -232,18 +232,18 @@ def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path, suite: str) -> N
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    data = labelled_folder(tmp_path / "set" / "val").parent
+    data = labeled_folder(tmp_path / "set" / "val").parent
     (data / "train").mkdir()
     spec = spec_of()
     with pytest.raises(DataError, match=r"Give .*set/val"):
         open_suite(config("imagenet", data), spec)
     with pytest.raises(DataError, match=r"WordNet ids .* which the model does not know"):
-        open_suite(config("imagenet", labelled_folder(tmp_path / "w", {"n00000009": "red"})), spec_of(wnids=()))
+        open_suite(config("imagenet", labeled_folder(tmp_path / "w", {"n00000009": "red"})), spec_of(wnids=()))
     with pytest.raises(DataError, match="did you mean red"):
-        open_suite(config("imagenet", labelled_folder(tmp_path / "r", {"redd": "red"})), spec)
+        open_suite(config("imagenet", labeled_folder(tmp_path / "r", {"redd": "red"})), spec)
     with pytest.raises(DataError, match="several classes called 'crane'"):
         open_suite(
-            config("imagenet", labelled_folder(tmp_path / "d", {"crane": "red"})), spec_of(("crane", "crane"), ())
+            config("imagenet", labeled_folder(tmp_path / "d", {"crane": "red"})), spec_of(("crane", "crane"), ())
         )
     (tmp_path / "hollow" / "red").mkdir(parents=True)
     with pytest.raises(DataError, match="expected image files"):
@@ -263,7 +263,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, workers: int) -> None:
-    data = labelled_folder(tmp_path / "set")
+    data = labeled_folder(tmp_path / "set")
     (data / "green" / "3.png").write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match=r"cannot decode .*green/3.png"):
         evaluate([toy()], config("imagenet", data), run_config(tmp_path, workers=workers))
@@ -271,14 +271,14 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, workers: int) 
 
 @pytest.mark.parametrize(("size", "table"), [(32, "cifar"), (64, "tiny"), (224, "imagenet")])
 def test_the_table_goes_by_the_networks_input_not_by_the_files(tmp_path: Path, size: int, table: str) -> None:
-    data = labelled_folder(tmp_path / "set", count=1, size=48)
+    data = labeled_folder(tmp_path / "set", count=1, size=48)
     assert open_suite(config("corruptions", data), spec_of(size=size)).table == table
     assert open_suite(config("corruptions", data, table="tiny"), spec_of(size=size)).table == "tiny"
 
 
 def test_a_limit_is_stratified_seeded_and_nested() -> None:
     names = tuple(f"{label}/{number}" for label in range(4) for number in range((1, 10, 30, 60)[label]))
-    images = LabelledImages(Folder(Path()), names, tuple(int(name[0]) for name in names))
+    images = LabeledImages(Folder(Path()), names, tuple(int(name[0]) for name in names))
     ten = images.limited(10, 0)
     assert np.bincount(ten.labels, minlength=4).tolist() == [0, 1, 3, 6]
     assert ten.names == tuple(name for name in names if name in set(ten.names))
@@ -291,16 +291,16 @@ def test_a_limit_is_stratified_seeded_and_nested() -> None:
     assert ten.sha256 != images.sha256
 
 
-def test_greys_and_other_files_are_read_as_colour(tmp_path: Path) -> None:
+def test_grays_and_other_files_are_read_as_color(tmp_path: Path) -> None:
     folder = tmp_path / "set" / "red" / "deeper"
     folder.mkdir(parents=True)
-    Image.fromarray(picture("red", 0)[..., 0]).save(folder / "grey.JPEG")
+    Image.fromarray(picture("red", 0)[..., 0]).save(folder / "gray.JPEG")
     (folder / "notes.txt").write_text("no image")
     assert cells(measure("imagenet", tmp_path / "set", tmp_path)) == {"images": 1}
 
 
 def test_only_the_corruptions_that_are_asked_for_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, spec = labelled_folder(tmp_path, count=2), spec_of()
+    data, spec = labeled_folder(tmp_path, count=2), spec_of()
     suite = open_suite(config("corruptions", data), spec)
 
     def nothing(name: str) -> importlib.metadata.Distribution:

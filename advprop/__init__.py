@@ -1,0 +1,1 @@
+"""From a folder of images to a robust image classifier in a TensorRT engine."""

@@ -1,0 +1,1 @@
+"""A training checkpoint as something to evaluate, attack with, time or describe."""

@@ -1,0 +1,85 @@
+"""`advprop predict`: classify image files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from runtime.engine.command_line import device_option
+from runtime.errors import DataError
+from runtime.loading import load
+from runtime.preprocessing import SUFFIXES
+from runtime.session import Prediction, Session
+from runtime.system.console import cli_errors, set_up_logging
+
+EXAMPLES = """\b
+Examples:
+  advprop predict model.fp16.onnx a.jpg b.png
+  advprop predict model.onnx photos/ --top 5
+  advprop predict model.onnx photos/ --json > answers.jsonl
+"""
+
+
+@click.command("predict", epilog=EXAMPLES)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", default=1, show_default=True, type=click.IntRange(min=1), help="Classes to list an image.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images at once.")
+@device_option("Where it runs.")
+@cli_errors
+def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_size: int, device: str) -> None:
+    """Classify IMAGES (files, or folders of them) with the exported MODEL."""
+    set_up_logging()
+    paths = _files(images)
+    failed = 0
+    with load(model, device=device) as session:
+        for path, answer in _answers(session, paths, batch_size):
+            if isinstance(answer, DataError):
+                failed += 1
+                click.echo(f"skipped: {answer}", err=True)
+                continue
+            ranked = [(session.spec.classes[index], probability) for index, probability in answer.top(top)]
+            if as_json:
+                classes = [{"label": label, "probability": probability} for label, probability in ranked]
+                click.echo(json.dumps({"file": str(path), "classes": classes}, ensure_ascii=False))
+            else:
+                click.echo(f"{path}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in ranked))
+    if failed:
+        click.echo(f"error: {failed} of {len(paths)} images could not be decoded", err=True)
+        sys.exit(DataError.exit_code)
+
+
+def _files(given: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if not found:
+                raise DataError(f"{path} holds no image files ({', '.join(SUFFIXES)})")
+            files += found
+        else:
+            files.append(path)
+    return files
+
+
+def _answers(session: Session, paths: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, Prediction | DataError]]:
+    """Predicts batch by batch; a batch with a bad image is done one by one."""
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        try:
+            yield from zip(batch, session.predict(batch, batch_size=batch_size), strict=True)
+        except DataError:
+            for path in batch:
+                try:
+                    yield path, session.predict([path])[0]
+                except DataError as error:
+                    yield path, error
+
+
+if __name__ == "__main__":
+    main()

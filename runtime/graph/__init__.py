@@ -1,0 +1,1 @@
+"""ONNX graphs: read, check, summarize, edit, run and compare them."""

@@ -1,0 +1,241 @@
+"""Decode, resize, crop and normalize, bit-equal to timm's evaluation transform.
+
+Shape suffixes: N images, C channels, H height, W width.
+
+timm builds its transform from torchvision's Resize and CenterCrop on PIL images. The
+same PIL calls are made here with the same rounding, without importing either.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import DataError
+from runtime.spec import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "SUFFIXES",
+    "ImageLike",
+    "decode",
+    "fit_all",
+    "fit_to_input",
+    "image_size",
+    "network_input",
+    "normalize",
+    "preprocess",
+    "spread",
+]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What image files are called, in lower case."""
+
+_MOST_PIXELS = 100_000_000
+"""Bound on an intermediate image: a strip of one pixel's width would fill the memory."""
+
+_Item = TypeVar("_Item")
+
+ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
+"""A path, an encoded file's bytes, a uint8 HWC-RGB or HW-gray array, or a PIL image."""
+
+
+def decode(image: ImageLike) -> Image:
+    """Returns `image` as an RGB PIL image.
+
+    Raises:
+        DataError: no such file, not an image, truncated, or an array of another dtype
+            or shape.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if not isinstance(image, str | PathLike | bytes):
+        raise DataError(f"an image is a path, bytes, a uint8 array or a PIL image; found {type(image).__name__}")
+    with _opened(image) as opened:
+        return opened.convert("RGB")
+
+
+def image_size(image: ImageLike) -> tuple[int, int]:
+    """Returns (width, height) in pixels, without decoding a file.
+
+    Raises:
+        DataError: as `decode`.
+    """
+    if isinstance(image, str | PathLike | bytes):
+        with _opened(image) as opened:
+            return opened.size
+    return decode(image).size
+
+
+@contextmanager
+def _opened(image: str | PathLike[str] | bytes) -> Iterator[Image]:
+    """Opens an encoded image. What goes wrong then or while it is read is a DataError."""
+    from PIL import Image, UnidentifiedImageError
+
+    name = "the image bytes" if isinstance(image, bytes) else str(Path(image))
+    try:
+        source: Any = io.BytesIO(image) if isinstance(image, bytes) else name
+        with Image.open(source) as opened:
+            yield opened
+    except FileNotFoundError as error:
+        raise DataError(f"no such image file: {name}") from error
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"cannot decode {name} as an image: {reason}") from error
+
+
+def _from_array(array: NDArray[Any]) -> Image:
+    from PIL import Image
+
+    gray = array.ndim == 2
+    color = array.ndim == 3 and array.shape[2] == 3
+    if array.dtype != np.uint8 or not (gray or color) or array.size == 0:
+        raise DataError(
+            f"an image array must be uint8 of shape (height, width, 3), RGB, or (height, width); "
+            f"found {array.dtype} of shape {array.shape}. Tensors that are already preprocessed "
+            "go to Session.run"
+        )
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def fit_to_input(image: Image, spec: Preprocessing) -> NDArray[np.uint8]:
+    """Resizes and crops an RGB image to the network's input size.
+
+    Returns:
+        uint8, HWC, RGB, of shape (spec.height, spec.width, 3).
+    """
+    from PIL import Image
+
+    resample = Image.Resampling[spec.interpolation.upper()]
+    # timm floors size / crop_pct (create_transform), then torchvision takes int() of the
+    # scaled long side (functional._compute_resized_output_size).
+    scaled_h = math.floor(spec.height / spec.crop_pct)
+    scaled_w = math.floor(spec.width / spec.crop_pct)
+    if spec.crop_mode == "squash":
+        image = image.resize((scaled_w, scaled_h), resample)
+    elif spec.crop_mode == "center" and scaled_h == scaled_w:
+        image = _resize_short_side(image, scaled_h, resample)
+    else:
+        image = _resize_keep_ratio(image, scaled_h, scaled_w, spec.crop_mode, resample)
+    fill = [round(255 * value) for value in spec.mean] if spec.crop_mode == "border" else [0, 0, 0]
+    return _crop_or_pad(np.asarray(image), spec.height, spec.width, fill)
+
+
+def _resize_short_side(image: Image, size: int, resample: Any) -> Image:
+    width, height = image.size
+    if min(width, height) == size:
+        return image
+    short, long = min(width, height), max(width, height)
+    new_long = int(size * long / short)
+    if size * new_long > _MOST_PIXELS:
+        raise DataError(
+            f"an image of {width}×{height} pixels would be resized to {size}×{new_long} before its center is cut "
+            f"out, more than {_MOST_PIXELS / 1e6:.0f} megapixels; it is too long and narrow to classify"
+        )
+    return image.resize((size, new_long) if width <= height else (new_long, size), resample)
+
+
+def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, resample: Any) -> Image:
+    """timm's ResizeKeepRatio: cover the target for `center`, fit into it for `border`."""
+    image_w, image_h = image.size
+    ratio_h, ratio_w = image_h / height, image_w / width
+    ratio = max(ratio_h, ratio_w) if crop_mode == "border" else min(ratio_h, ratio_w)
+    size = (max(1, round(image_w / ratio)), max(1, round(image_h / ratio)))
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise DataError(f"an image of {image_w}×{image_h} pixels is too long and narrow to classify")
+    return image if size == image.size else image.resize(size, resample)
+
+
+def _crop_or_pad(image_HWC: NDArray[np.uint8], height: int, width: int, fill: Sequence[int]) -> NDArray[np.uint8]:
+    """torchvision's CenterCrop, timm's CenterCropOrPad: pads with `fill` where too small."""
+    image_h, image_w = image_HWC.shape[:2]
+    if image_h < height or image_w < width:
+        top, left = max(height - image_h, 0) // 2, max(width - image_w, 0) // 2
+        canvas_HWC = np.empty((max(height, image_h), max(width, image_w), 3), np.uint8)
+        canvas_HWC[:] = np.asarray(fill, np.uint8)
+        canvas_HWC[top : top + image_h, left : left + image_w] = image_HWC
+        image_HWC = canvas_HWC
+        image_h, image_w = image_HWC.shape[:2]
+    top = int(round((image_h - height) / 2.0))
+    left = int(round((image_w - width) / 2.0))
+    return np.ascontiguousarray(image_HWC[top : top + height, left : left + width])
+
+
+def normalize(images_NHWC: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np.float32]:
+    """Scales pixels to [0, 1] and normalizes each channel.
+
+    Args:
+        images_NHWC: uint8 RGB, (N, H, W, 3).
+
+    Returns:
+        float32, (N, 3, H, W), contiguous.
+    """
+    images_NCHW = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)).astype(np.float32)
+    mean = np.asarray(spec.mean, np.float32).reshape(1, 3, 1, 1)
+    std = np.asarray(spec.std, np.float32).reshape(1, 3, 1, 1)
+    images_NCHW /= np.float32(255)
+    images_NCHW -= mean
+    images_NCHW /= std
+    return images_NCHW
+
+
+def fit_all(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.uint8]:
+    """Decodes, resizes and crops images of any kind and size.
+
+    Returns:
+        uint8 RGB, (len(images), spec.height, spec.width, 3).
+
+    Raises:
+        DataError: an image cannot be decoded; the message names it.
+    """
+    fitted = [fit_to_input(decode(image), spec) for image in images]
+    return np.stack(fitted) if fitted else np.empty((0, spec.height, spec.width, 3), np.uint8)
+
+
+def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.float32]:
+    """Turns images of any kind and size into one network input.
+
+    Returns:
+        float32, (len(images), 3, spec.height, spec.width).
+
+    Raises:
+        DataError: an image cannot be decoded; the message names it.
+    """
+    return normalize(fit_all(images, spec), spec)
+
+
+def network_input(images_NHWC: NDArray[np.uint8], spec: Preprocessing, form: str) -> NDArray[Any]:
+    """Makes what a model file of the given input form takes of fitted images.
+
+    Args:
+        images_NHWC: uint8 RGB at the network's size.
+        spec: mean and standard deviation.
+        form: one of `runtime.spec.INPUT_FORMS`.
+    """
+    if form == "uint8 NHWC":
+        return images_NHWC
+    if form == "uint8 NCHW":
+        return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
+    images_NCHW = normalize(images_NHWC, spec)
+    return images_NCHW.astype(np.float16) if form == "float16 NCHW" else images_NCHW
+
+
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """Returns `count` of the items (all, where there are fewer), spread evenly from first to last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(position)] for position in np.linspace(0, len(items) - 1, count)]
