@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from real_weights import ARCH, SOURCE, save_lite0
 
 from advprop.cli import main as advprop
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -46,6 +45,7 @@ from runtime.evaluate.models import Model, load_model
 from runtime.evaluate.suites import open_suite
 from runtime.preprocessing import fit_all, spread
 from runtime.session import Session
+from tests.support.real_weights import ARCH, SOURCE, save_lite0
 
 BATCH = 16
 Float = Callable[[NDArray[np.float32]], NDArray[Any]]

@@ -20,7 +20,6 @@ from pathlib import Path
 import onnx
 import timm
 import torch
-from real_weights import ARCH, save_lite0
 from torch import nn
 
 from export import checks
@@ -28,6 +27,7 @@ from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
 from export.verify import Parity, compare
 from runtime.graph.rounding import with_roundings
+from tests.support.real_weights import ARCH, save_lite0
 
 NETS = (
     "efficientnet_b0",

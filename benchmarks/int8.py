@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from real_weights import SOURCE, labeled_images, save_lite0
 
 from calib.config import CalibrationConfig
 from calib.images import Adversary, CalibrationImage, CalibrationSet
@@ -39,6 +38,7 @@ from runtime.graph.summary import node_macs, summarize
 from runtime.preprocessing import SUFFIXES, fit_all, normalize, spread
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
+from tests.support.real_weights import SOURCE, labeled_images, save_lite0
 
 BATCH = 4
 OURS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,6 @@ import onnx
 import timm
 import torch
 from onnx import helper, numpy_helper
-from real_weights import ARCH, SOURCE, save_lite0
 
 import runtime
 from calib import collect_amax
@@ -38,6 +37,7 @@ from export.to_onnx import to_onnx
 from runtime.engine.flavors import choose_flavor, native_logger
 from runtime.engine.int8 import int8_layers
 from runtime.engine.layers import layers_of_log
+from tests.support.real_weights import ARCH, SOURCE, save_lite0
 
 IMAGES = 32
 NETS = ("resnet18", "efficientnet_b0", ARCH)

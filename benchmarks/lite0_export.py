@@ -20,13 +20,13 @@ import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from real_weights import ARCH, SOURCE, labeled_images, save_lite0
 from timm.data import create_transform, resolve_model_data_config
 
 import runtime
 from export.pipeline import export_checkpoint
 from runtime.graph.rounding import with_roundings
 from runtime.preprocessing import fit_all, network_input, normalize
+from tests.support.real_weights import ARCH, SOURCE, labeled_images, save_lite0
 
 BATCH = 8
 

@@ -2,10 +2,10 @@
 
     python scripts/tensorrt_names.py            downloads two wheels of bindings (1.3 MB each) and installs nothing
 
-The bindings cannot be imported where TensorRT's libraries are not, and those are not on PyPI. Their compiled module
-holds every name as text, some as the end of a longer one. `tests/runtime/test_tensorrt_api.py` compares what our code
-uses with `tests/runtime/tensorrt_names.json`, which holds the names of the installed TensorRT-RTX, and of our code,
-that each release has.
+The bindings cannot be imported without TensorRT's libraries, and those are not on PyPI. Their compiled module holds
+every name as text, some as the end of a longer one. `tests/runtime/backends/tensorrt/test_api.py` compares what our
+code uses with the file that this script writes, `tensorrt_names.json` next to that test: for each release, the names
+that it shares with the installed TensorRT-RTX and with our code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import tensorrt_rtx
 
 ROOT = Path(__file__).parent.parent
-TARGET = ROOT / "tests" / "runtime" / "tensorrt_names.json"
+TARGET = ROOT / "tests" / "runtime" / "backends" / "tensorrt" / "tensorrt_names.json"
 WHEELS = {"10.16.1.11": "tensorrt-cu13-bindings", "11.4.0.106": "tensorrt-cu13-bindings"}
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support import SHARED_DATA
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.loop import FitResult, fit
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared with other workers; the commands they start read this
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,7 +32,7 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     """Unpacks an archive of the data folder beside the checkout, or skips where there is none."""
 
     def unpack(name: str) -> Path:
-        archive = REPOSITORY.parent / "shared" / "data" / name
+        archive = SHARED_DATA / name
         if not archive.is_file():
             pytest.skip(f"needs {name} of the data folder beside the checkout, which is not here")
         folder = tmp_path_factory.mktemp("data")

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from export.pipeline import export_checkpoint
-from tests.runtime.evaluate.evaluation_sets import labeled_folder, toy_onnx
-from tests.runtime.serving_models import images_of, serving_model
+from tests.support import ROOT
+from tests.support.evaluation_sets import labeled_folder, toy_onnx
+from tests.support.serving_models import images_of, serving_model
 from train.loop import FitResult
-
-ROOT = Path(__file__).parent.parent
 
 
 def block(file: str, containing: str) -> str:

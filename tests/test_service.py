@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import runtime
-from tests.runtime.serving_models import MEAN, SLOW, serving_model
+from tests.support import ROOT
+from tests.support.serving_models import MEAN, SLOW, serving_model
 
-ROOT = Path(__file__).parent.parent
 Start = Callable[..., int]
 
 

@@ -73,16 +73,16 @@ def ls() -> None:
 @cli_errors
 def prune(max_gb: float | None, everything: bool) -> None:
     """Remove what was used longest ago, and what killed processes left behind."""
-    from runtime import cachedir
+    from runtime.system import cache
     from runtime.system.files import cache_folder
 
     if everything and max_gb is not None:
         raise click.UsageError("--all leaves nothing; leave --max-gb out")
-    limit = 0 if everything else cachedir.limit_bytes() if max_gb is None else int(max_gb * 1e9)
+    limit = 0 if everything else cache.limit_bytes() if max_gb is None else int(max_gb * 1e9)
     try:
-        for kind in cachedir.kinds():
-            cachedir.remove_leftovers(cache_folder(kind))
-        removed = cachedir.prune(_entries(), limit)
+        for kind in cache.kinds():
+            cache.remove_leftovers(cache_folder(kind))
+        removed = cache.prune(_entries(), limit)
     except OSError as error:
         raise OutputError(f"cannot remove {error.filename}: {error.strerror}") from error
     left = _entries()
@@ -93,10 +93,10 @@ def prune(max_gb: float | None, everything: bool) -> None:
 
 
 def _entries() -> list[CacheEntry]:
-    from runtime import cachedir
+    from runtime.system import cache
     from runtime.system.files import cache_folder
 
-    found = [entry for kind in cachedir.kinds() for entry in cachedir.entries(cache_folder(kind))]
+    found = [entry for kind in cache.kinds() for entry in cache.entries(cache_folder(kind))]
     return sorted(found, key=lambda entry: -entry.used_s)
 
 

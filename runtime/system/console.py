@@ -21,7 +21,7 @@ __all__ = ["cli_errors", "counting_bars", "engine_bar", "set_up_logging"]
 
 _Parameters = ParamSpec("_Parameters")
 _BAR = 30  # characters
-_OURS = ("train", "export", "calib", "runtime")
+_OURS = ("advprop", "train", "export", "calib", "runtime")
 
 
 def set_up_logging(verbose: bool = False) -> Console:

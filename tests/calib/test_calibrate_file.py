@@ -18,7 +18,7 @@ from export.pipeline import export_checkpoint
 from runtime.errors import ConfigError, DataError, ModelFileError
 from runtime.graph.model import open_session
 from runtime.graph.rounding import with_roundings
-from tests.networks import classifier, graph
+from tests.support.networks import classifier, graph
 from train.data import embedded_digits
 from train.loop import FitResult
 

@@ -6,7 +6,7 @@ from calib.equalize import equalizable, equalized
 from calib.placement import points_of
 from runtime.graph.collect import collect_channel_amax
 from runtime.graph.model import open_session
-from tests.networks import graph
+from tests.support.networks import graph
 
 RANDOM = np.random.default_rng(0)
 SPREAD = np.geomspace(0.01, 10, 6)[:, None, None, None]

@@ -10,7 +10,7 @@ from calib.cache import cache_file, load_histograms, save_histograms
 from calib.counting import collect_histograms
 from calib.histograms import BINS, Histogram
 from runtime.errors import DataError
-from tests.networks import classifier
+from tests.support.networks import classifier
 
 
 def values() -> np.ndarray:

@@ -6,7 +6,7 @@ from calib.layers import layer_errors
 from calib.placement import points_of
 from calib.quantize import quantize
 from runtime.graph.model import open_session
-from tests.networks import classifier
+from tests.support.networks import classifier
 
 IMAGES = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
 

@@ -13,7 +13,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from calib.precision import LIMIT, Decision, deciding_tensors, overflows, to_reduced
 from runtime.graph.collect import collect_amax
 from runtime.graph.rounding import with_roundings
-from tests.networks import graph
+from tests.support.networks import graph
 
 
 def network(gain: float) -> onnx.ModelProto:

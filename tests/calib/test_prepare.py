@@ -11,7 +11,7 @@ from advprop.cli import main
 from calib.prepare import prepared
 from runtime.errors import ModelFileError
 from runtime.spec import Preprocessing
-from tests.networks import graph
+from tests.support.networks import graph
 
 SPEC = Preprocessing(
     height=8, width=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), interpolation="bilinear", crop_pct=1.0

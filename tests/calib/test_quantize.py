@@ -15,7 +15,7 @@ from calib.quantize import quantize, quantize_weight, scale_of
 from calib.thresholds import LEVELS
 from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.model import open_session
-from tests.networks import graph
+from tests.support.networks import graph
 
 
 def random_network(seed: int) -> tuple[onnx.ModelProto, list[dict[str, object]]]:

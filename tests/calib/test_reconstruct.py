@@ -5,7 +5,7 @@ from calib.placement import points_of
 from calib.quantize import along, quantize, quantize_weight
 from calib.reconstruct import reconstruct
 from runtime.graph.model import open_session
-from tests.networks import graph
+from tests.support.networks import graph
 
 
 def network() -> onnx.ModelProto:

@@ -5,7 +5,7 @@ import pytest
 from calib.config import CalibrationConfig
 from calib.ptq import Calibrated, calibrate
 from calib.sensitivity import expected_loss
-from tests.networks import graph
+from tests.support.networks import graph
 
 
 def images(count: int = 40) -> np.ndarray:

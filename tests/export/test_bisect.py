@@ -7,7 +7,7 @@ from export.bisect import module_errors
 from export.to_onnx import to_onnx
 from runtime.graph.compare import first_beyond
 from runtime.spec import ModelSpec, Preprocessing
-from tests.networks import scale_weight
+from tests.support.networks import scale_weight
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
 

@@ -14,7 +14,7 @@ from export.io_forms import with_forms
 from runtime.preprocessing import network_input, normalize
 from runtime.session import softmax
 from runtime.spec import INPUT_FORMS, OUTPUT_FORMS, ModelSpec, Preprocessing
-from tests.networks import classifier
+from tests.support.networks import classifier
 from train.loop import FitResult
 
 PREPROCESSING = Preprocessing(

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lite0_export import measure
-from real_weights import labeled_images
 
 from export.verify import TOLERANCE, compare
+from tests.support.real_weights import labeled_images
 
 
 @pytest.mark.slow

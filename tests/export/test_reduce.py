@@ -9,7 +9,7 @@ from export.reduce import Reduced, reduce_precision
 from export.verify import TOLERANCE, agrees, compare
 from runtime.graph.collect import collect
 from runtime.graph.rounding import with_roundings
-from tests.networks import classifier, graph
+from tests.support.networks import classifier, graph
 
 
 def batches() -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ from advprop.cli import main
 from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.guard import check_volumes
 from runtime.graph.summary import read_onnx, summarize
-from tests.networks import classifier, graph
+from tests.support.networks import classifier, graph
 
 CASES = int(os.environ.get("ADVPROP_FUZZ", "0"))
 

@@ -11,7 +11,7 @@ import runtime
 from runtime.engine.sidecar import sidecar_path
 from runtime.errors import ConfigError, ModelFileError
 from runtime.system.gpu import find_gpu
-from tests.runtime.serving_models import serving_model
+from tests.support.serving_models import serving_model
 
 IMAGES = np.zeros((1, 3, 32, 32), np.float32)
 

@@ -11,9 +11,9 @@ import pytest
 
 import runtime
 from runtime.errors import SessionClosed
-from tests.runtime.serving_models import SLOW, images_of, serving_model
+from tests.support import ROOT
+from tests.support.serving_models import SLOW, images_of, serving_model
 
-ROOT = Path(__file__).parent.parent.parent
 START = """
 import os, sys
 import numpy as np

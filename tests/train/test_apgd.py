@@ -14,8 +14,8 @@ from advprop.checkpoints.attacker import crafter
 from runtime.errors import ConfigError
 from runtime.evaluate.attacks.transfer import Craft
 from runtime.evaluate.models import Model, load_model
-from tests.runtime.attacks.attack_sets import held_digits, torch_digit_net
-from tests.runtime.evaluate.report_sets import digit_net
+from tests.support.attack_sets import held_digits, torch_digit_net
+from tests.support.report_sets import digit_net
 from train.apgd import checkpoints, dlr
 
 RADIUS = 3

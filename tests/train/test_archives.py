@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from archive_files import files_of, pack
 from PIL import Image
 
 from runtime.errors import DataError
 from runtime.spec import Preprocessing
+from tests.support.archive_files import files_of, pack
 from train.archives import image_archives
 from train.config import DataConfig
 from train.data import image_folder as read_folder

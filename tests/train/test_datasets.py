@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archive_files import files_of, pack
 from PIL import Image
 
 from runtime.errors import ConfigError, DataError
 from runtime.spec import Preprocessing
+from tests.support.archive_files import files_of, pack
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.data import ImageStream, embedded_digits
 from train.datasets import open_data

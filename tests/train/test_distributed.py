@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 
+from tests.support import ROOT
 from train.checkpoint import load_checkpoint
 from train.distributed import shuffled_across_processes, synchronize_batch_norms, world_size
 from train.dual_bn import add_auxiliary_bns
 
-ROOT = Path(__file__).parent.parent.parent
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 
 
 def work(out: Path, what: str, processes: int) -> None:

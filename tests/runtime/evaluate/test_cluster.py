@@ -20,12 +20,12 @@ from runtime.evaluate.cluster import Cluster, ClusterConfig
 from runtime.evaluate.models import load_model
 from runtime.evaluate.provenance import difference
 from runtime.evaluate.run import evaluate
-from tests.runtime.evaluate.evaluation_sets import config, labeled_folder, run_config, toy, toy_onnx
-from tests.runtime.evaluate.test_evaluation_run import wait_for_lines, written
+from tests.runtime.evaluate.test_run import wait_for_lines, written
+from tests.support import ROOT
+from tests.support.evaluation_sets import config, labeled_folder, run_config, toy, toy_onnx
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'advprop[ray]'")
 
-ROOT = Path(__file__).parents[3]
 SOME = ("clean", "gaussian_noise", "fog", "pixelate")
 TWO = ClusterConfig(address="auto", workers=2)
 NODE = f"on node {os.uname().nodename}"

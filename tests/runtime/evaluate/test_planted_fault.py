@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from real_weights import SOURCE, save_lite0
 
 from advprop.cli import main
 from calib.config import CalibrationConfig
 from calib.pipeline import calibrate_file
 from export.pipeline import export_checkpoint
-from tests.runtime.evaluate.report_sets import with_fault
+from tests.support.real_weights import SOURCE, save_lite0
+from tests.support.report_sets import with_fault
 
 CALIBRATION, MEASURED = 32, 64
 """Class folders."""

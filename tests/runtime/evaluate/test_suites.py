@@ -16,7 +16,7 @@ from runtime.evaluate.results import Result
 from runtime.evaluate.run import evaluate
 from runtime.evaluate.suites import SUITES, open_suite
 from runtime.spec import ModelSpec
-from tests.runtime.evaluate.evaluation_sets import (
+from tests.support.evaluation_sets import (
     COLORS,
     WNIDS,
     config,

@@ -1,0 +1,233 @@
+"""Which engines are refused, before anything native sees them, and what is said; on engines that were really built."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+import runtime
+from runtime.backends.tensorrt.engine import Engine
+from runtime.backends.tensorrt.validation import admit, check_gpu, check_plan, check_version
+from runtime.device.driver import Cuda, load_bindings
+from runtime.engine.flavors import Flavor
+from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
+from runtime.errors import BackendUnavailable, ConfigError, ModelFileError
+from runtime.system.gpu import Gpu, find_gpu
+from tests.support import ROOT
+from tests.support.serving_models import serving_model
+
+tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    onnx.save(serving_model(size="32, 32"), folder / "m.onnx")
+    runtime.build(folder / "m.onnx", batch=(1, 2, 4), sm=(86, 89), flavor="tensorrt_rtx")
+    return folder / "m.engine"
+
+
+@pytest.fixture
+def engine(built: Path, tmp_path: Path) -> Path:
+    for file in (built, sidecar_path(built)):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path / built.name
+
+
+def change(engine: Path, **fields: object) -> EngineInfo:
+    info = dataclasses.replace(read_sidecar(engine), **fields)
+    write_sidecar(engine, info)
+    return info
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
+@pytest.mark.parametrize("backend", ["auto", "tensorrt"])
+def test_without_a_gpu_an_engine_says_that_one_is_missing(engine: Path, backend: str) -> None:
+    with pytest.raises(BackendUnavailable, match=r"m\.engine cannot run here: no NVIDIA GPU or driver was found: load"):
+        runtime.load(engine, backend=backend)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
+def test_everything_that_is_missing_is_named(engine: Path) -> None:
+    change(engine, flavor="tensorrt", version="10.13.0.35")
+    with pytest.raises(BackendUnavailable) as error:
+        runtime.load(engine)
+    assert "TensorRT cannot be imported" in str(error.value)
+    assert "pip install 'advprop[tensorrt]'; no NVIDIA GPU or driver was found" in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "more"])
+def test_a_changed_plan_is_refused_before_a_library_is_loaded(engine: Path, damage: str) -> None:
+    plan = engine.read_bytes()
+    middle = len(plan) // 2
+    changed = {
+        "flip": plan[:middle] + bytes([plan[middle] ^ 1]) + plan[middle + 1 :],
+        "cut": plan[:-1],
+        "empty": b"",
+        "more": plan + b"\0",
+    }
+    engine.write_bytes(changed[damage])
+    with pytest.raises(ModelFileError, match=r"found sha256 .*expected .*build it again: advprop build"):
+        runtime.load(engine)
+
+
+def test_nothing_native_is_loaded_for_a_changed_plan(engine: Path) -> None:
+    engine.write_bytes(engine.read_bytes()[:-1])
+    program = (
+        f"import sys, runtime\ntry: runtime.load({str(engine)!r})\n"
+        "except runtime.errors.ModelFileError: print([name for name in sys.modules if 'tensorrt_rtx' in name])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (run.stdout, run.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("missing", ["sidecar", "plan", "both"])
+def test_a_missing_half_is_told(engine: Path, missing: str) -> None:
+    for file in {"sidecar": [sidecar_path(engine)], "plan": [engine], "both": [engine, sidecar_path(engine)]}[missing]:
+        file.unlink()
+    with pytest.raises(ModelFileError, match=r"no such file: .*; build it again: advprop build MODEL.onnx --out"):
+        runtime.load(engine)
+
+
+def test_an_engine_of_another_release_is_told_how_to_be_rebuilt(engine: Path) -> None:
+    change(engine, version="1.6.0.53")
+    with pytest.raises(ModelFileError) as error:
+        runtime.load(engine)
+    assert f"found TensorRT-RTX {tensorrt_rtx.__version__} here, expected 1.6.0.53" in str(error.value)
+    command = f"advprop build MODEL.onnx --out {engine} --builder tensorrt_rtx --batch 1:2:4"
+    assert command in str(error.value)
+
+
+def test_the_rebuild_command_is_one(engine: Path) -> None:
+    change(engine, version="1.6.0.53")
+    with pytest.raises(ModelFileError) as error:
+        runtime.load(engine)
+    words = str(error.value).split("Build it again: ")[1].split(";")[0].split()
+    words[words.index("MODEL.onnx")] = str(engine.with_suffix(".onnx"))
+    onnx.save(serving_model(size="32, 32"), engine.with_suffix(".onnx"))
+    command = [sys.executable, "-m", "advprop.cli", *words[1:]]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert run.returncode == 0, run.stderr
+    assert read_sidecar(engine).version == tensorrt_rtx.__version__
+
+
+def test_a_version_compatible_engine_runs_in_later_releases_once_its_code_is_allowed(engine: Path) -> None:
+    info = change(engine, flavor="tensorrt", version="10.13.0.35", flags=("STRONGLY_TYPED", "VERSION_COMPATIBLE"))
+    with pytest.raises(ModelFileError, match=r"holds code that would run on the CPU.*allow_host_code=True"):
+        runtime.load(engine)
+    check_plan(engine, engine.read_bytes(), info, allow_host_code=True)
+    for later in ("10.13.0.35", "10.16.1.11", "11.4.0.106"):
+        check_version(engine, info, later)
+    with pytest.raises(ModelFileError, match=r"found TensorRT 10\.9\.0\.34 here, expected 10\.13"):
+        check_version(engine, info, "10.9.0.34")
+    with pytest.raises(ModelFileError, match=r"found TensorRT 10\.16\.1\.11"):
+        check_version(engine, dataclasses.replace(info, flags=()), "10.16.1.11")
+
+
+def test_an_engine_without_weights_is_refused(engine: Path) -> None:
+    change(engine, flags=("STRIP_PLAN",))
+    with pytest.raises(ModelFileError, match="was built without its weights"):
+        runtime.load(engine)
+
+
+def test_a_plan_that_changes_between_hash_and_reading_is_refused(engine: Path) -> None:
+    info = read_sidecar(engine)
+    with pytest.raises(ModelFileError, match=r"changed while it was read: found sha256 .*expected"):
+        check_plan(engine, b"other", info, allow_host_code=False)
+    assert info.plan_sha256 == hashlib.sha256(engine.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("targets", "flags", "flavor", "gpu", "expected"),
+    [
+        (("sm_86",), (), "tensorrt_rtx", ADA, r"found NVIDIA GeForce RTX 4090 \(SM 89\), expected sm_86; .*--sm 89$"),
+        (
+            ("default",),
+            (),
+            "tensorrt_rtx",
+            Gpu("T4", (7, 5)),
+            r"expected SM 80, SM 86.*_rtx .*--sm 75",
+        ),
+        (
+            ("default",),
+            (),
+            "tensorrt_rtx",
+            Gpu("H100", (9, 0)),
+            r"has no kernels for it.*--builder tensorrt ",
+        ),
+        (("sm_90",), (), "tensorrt", ADA, r"is for another GPU: found .*expected sm_90; build it again"),
+        (("sm_90",), ("AMPERE_PLUS",), "tensorrt", Gpu("T4", (7, 5)), "is for another GPU"),
+        (("default",), (), "tensorrt_rtx", ADA, None),
+        (("sm_86", "sm_89"), (), "tensorrt_rtx", ADA, None),
+        (("sm_90",), ("AMPERE_PLUS",), "tensorrt", ADA, None),
+    ],
+)
+def test_engines_for_other_gpus(
+    engine: Path, targets: tuple[str, ...], flags: tuple[str, ...], flavor: str, gpu: Gpu, expected: str | None
+) -> None:
+    info = change(engine, compute_capabilities=targets, flags=flags, flavor=flavor)
+    if expected is None:
+        check_gpu(engine, info, gpu)
+    else:
+        with pytest.raises(ModelFileError, match=expected):
+            check_gpu(engine, info, gpu)
+
+
+def test_a_sibling_of_the_gpu_is_warned_of(engine: Path, caplog: pytest.LogCaptureFixture) -> None:
+    info = change(engine, flavor="tensorrt", gpu="NVIDIA L4")
+    check_gpu(engine, info, ADA)
+    assert "was tuned on NVIDIA L4; on NVIDIA GeForce RTX 4090 it runs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"backend": "onnxruntime"}, "ONNX Runtime runs the ONNX file that it was built from"),
+        ({"device": "cpu"}, "runs on a GPU only"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda"),
+        ({"backend": "trt"}, "backend must be auto, onnxruntime, onnxruntime-tensorrt or tensorrt"),
+    ],
+)
+def test_wishes_that_an_engine_cannot_meet(engine: Path, options: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        runtime.load(engine, **options)
+
+
+def test_wishes_that_an_onnx_file_cannot_meet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    onnx.save(serving_model(), tmp_path / "m.onnx")
+    with pytest.raises(ConfigError, match=r"make one of .*m\.onnx first: advprop build .*m\.onnx"):
+        runtime.load(tmp_path / "m.onnx", backend="tensorrt")
+    with caplog.at_level(logging.WARNING):
+        runtime.load(tmp_path / "m.onnx", threads=1, engine=runtime.EngineOptions(contexts=4)).close()
+    assert "EngineOptions have no effect on" in caplog.text
+    for wrong in ({"contexts": 0}, {"most_graphs": 0}):
+        with pytest.raises(ConfigError, match="must be at least 1; found 0"):
+            runtime.EngineOptions(**wrong)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
+def test_what_tensorrt_itself_says_is_passed_on(engine: Path) -> None:
+    """Behind the checks: the real library and the real plan, without a driver."""
+    flavor = Flavor("tensorrt_rtx", tensorrt_rtx)
+    with pytest.raises(ModelFileError, match=r"tensorrt_rtx .* cannot load .*m\.engine: .*; build it again") as error:
+        Engine(flavor, engine.read_bytes(), engine, outputs=1, cuda_graphs=True, allow_host_code=False)
+    assert "it gave no reason" not in str(error.value)
+    with pytest.raises(BackendUnavailable, match=r"CUDA cannot be used: .*driver"):
+        Cuda(load_bindings())
+
+
+def test_admission_gives_the_bytes_that_were_hashed(engine: Path) -> None:
+    try:
+        admitted = admit(engine, allow_host_code=False)
+    except BackendUnavailable:
+        assert find_gpu() is None
+    else:
+        assert hashlib.sha256(admitted.plan).hexdigest() == admitted.info.plan_sha256

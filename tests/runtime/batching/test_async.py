@@ -1,0 +1,160 @@
+"""Sessions under asyncio."""
+
+import asyncio
+import io
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import runtime
+from runtime.errors import DataError, DeadlineExceeded, InputError, QueueFull, SessionClosed, SpecError
+from tests.support.serving_models import MEAN, SLOW, images_of, serving_model
+
+LONG = 400_000.0
+COLORS = {"red": (200, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 90)}
+
+
+def open_session(folder: Path, body: str = MEAN, **batching: int) -> runtime.Session:
+    onnx.save(serving_model(body), folder / "m.onnx")
+    return runtime.load(folder / "m.onnx", threads=1, warm_up=(1,), batching=runtime.Batching(**batching))
+
+
+def png(name: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 5), COLORS[name]).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_many_tasks_and_no_thread_each(tmp_path: Path) -> None:
+    async def main() -> None:
+        before = threading.active_count()
+        waiting = [asyncio.create_task(session.arun(images_of(*range(number % 5 + 1)))) for number in range(1000)]
+        await asyncio.sleep(0)
+        assert threading.active_count() <= before + 2
+        for number, answer in enumerate(await asyncio.gather(*waiting)):
+            assert answer[:, 0].tolist() == list(range(number % 5 + 1))
+
+    with open_session(tmp_path, max_queued_images=3000) as session:
+        asyncio.run(main())
+        assert session.stats.batcher.answered == 1000
+        assert session.stats.batcher.mean_batch > 2
+
+
+def test_predictions(tmp_path: Path) -> None:
+    async def main() -> None:
+        names = list(COLORS) * 50
+        answers = await asyncio.gather(*(session.apredict([png(name), png("red")]) for name in names))
+        assert [[answer.label for answer in pair] for pair in answers] == [[name, "red"] for name in names]
+        (expected,), ((found, _), *_) = session.predict([png("red")]), answers
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+    with open_session(tmp_path, max_queued_images=300) as session:
+        asyncio.run(main())
+
+
+def test_an_image_that_cannot_be_decoded_is_its_own_error(tmp_path: Path) -> None:
+    async def main() -> None:
+        requests = ([png("red")], [png("green"), b"no image"], [png("blue")], [tmp_path / "none.png"])
+        answers = await asyncio.gather(*map(session.apredict, requests), return_exceptions=True)
+        assert [answers[0][0].label, answers[2][0].label] == ["red", "blue"]
+        assert isinstance(answers[1], DataError)
+        assert "cannot decode the image bytes" in str(answers[1])
+        assert isinstance(answers[3], DataError)
+
+    with open_session(tmp_path) as session:
+        asyncio.run(main())
+        assert (session.stats.batcher.answered, session.stats.batcher.failed) == (2, 2)
+
+
+def test_what_cannot_be_predicted_is_refused_at_once(tmp_path: Path) -> None:
+    with open_session(tmp_path) as session:
+        with pytest.raises(InputError, match=r"put the one image in \[ \]"):
+            session.submit_predict(b"bytes")
+        with pytest.raises(InputError, match="no images; expected at least one"):
+            session.submit_predict([])
+    with pytest.raises(SessionClosed, match="load it again"):
+        session.submit_predict([png("red")])
+    plain = serving_model()
+    del plain.metadata_props[:]
+    onnx.save(plain, tmp_path / "plain.onnx")
+    with runtime.load(tmp_path / "plain.onnx") as session, pytest.raises(SpecError, match=r"carries no advprop\.spec"):
+        session.submit_predict([png("red")])
+
+
+def test_cancelling_a_task_cancels_its_request(tmp_path: Path) -> None:
+    async def main() -> None:
+        long = asyncio.create_task(session.arun(images_of(LONG)))
+        tasks = [asyncio.create_task(session.arun(images_of(1))) for _ in range(20)]
+        tasks += [asyncio.create_task(session.apredict([png("red")])) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        for task in tasks[::2]:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(answer, asyncio.CancelledError) for answer in ended] == [True, False] * 20
+        await long
+
+    with open_session(tmp_path, SLOW, max_batch=1) as session:
+        asyncio.run(main())
+        stats = session.stats.batcher
+        assert (stats.answered, stats.cancelled, stats.pending) == (21, 20, 0)
+        assert stats.batch_sizes == {1: 21}, "what was cancelled did not run"
+
+
+def test_time_limits(tmp_path: Path) -> None:
+    async def main() -> None:
+        long = asyncio.create_task(session.arun(images_of(LONG)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(DeadlineExceeded):
+            await session.arun(images_of(1), timeout_s=0.01)
+        with pytest.raises(DeadlineExceeded):
+            await session.apredict([png("red")], timeout_s=0.01)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(session.arun(images_of(1)), 0.01)  # asyncio's own: it cancels
+        assert not long.done()
+        await long
+
+    with open_session(tmp_path, SLOW, max_batch=1) as session:
+        asyncio.run(main())
+        stats = session.stats.batcher
+        assert (stats.answered, stats.cancelled, stats.late) == (1, 1, 2)
+
+
+def test_room_is_taken_before_images_are_decoded(tmp_path: Path) -> None:
+    async def main() -> None:
+        answers = await asyncio.gather(*(session.apredict([png("green")]) for _ in range(50)), return_exceptions=True)
+        refused = sum(isinstance(answer, QueueFull) for answer in answers)
+        assert refused == 46
+        assert sum(not isinstance(answer, Exception) for answer in answers) == 4
+
+    with open_session(tmp_path, max_queued_images=4, max_batch=8, max_delay_us=300_000) as session:
+        asyncio.run(main())
+
+
+def test_closing_with_predictions_under_way(tmp_path: Path) -> None:
+    session = open_session(tmp_path, SLOW, max_batch=1)
+    futures = [session.submit(images_of(LONG)), *(session.submit_predict([png("blue")]) for _ in range(30))]
+    session.close()
+    assert [future.result(0)[0].label for future in futures[1:]] == ["blue"] * 30
+
+    session = open_session(tmp_path, SLOW, max_batch=1)
+    futures = [session.submit_predict([png("blue")] * 8) for _ in range(30)]
+    session.close(drain=False)
+    assert all(future.done() for future in futures)
+    stats = session.stats.batcher
+    assert stats.answered + stats.failed == 30
+
+
+def test_closing_when_an_image_fails(tmp_path: Path) -> None:
+    """The callback runs in a decoding thread, which cannot wait for itself."""
+    session = open_session(tmp_path, decode_threads=1, max_delay_us=10_000_000)
+    waits = session.submit_predict([png("red")])
+    bad = session.submit_predict([b"no image"] * 3)
+    bad.add_done_callback(lambda done: session.close())
+    assert isinstance(bad.exception(5), DataError)
+    assert waits.result(5)[0].label == "red"
+    with pytest.raises(SessionClosed):
+        session.submit_predict([png("red")])

@@ -1,0 +1,232 @@
+"""Progress, Ctrl-C, options and reasons of builds that TensorRT-RTX really makes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+import runtime
+from advprop.cli import main
+from runtime.engine.flavors import choose_flavor
+from runtime.engine.options import BuildOptions, apply_options, check_options, flag_names
+from runtime.engine.progress import BuildProgress, run_interruptibly
+from runtime.engine.sidecar import read_sidecar, sidecar_path
+from runtime.errors import ConfigError, EngineBuildError
+from runtime.system.gpu import find_gpu
+from tests.support.networks import classifier, graph
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("options") / "a.onnx"
+    onnx.save(classifier(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 convolutions of distinct shapes: a second or more for the builder."""
+    random = np.random.default_rng(0)
+    lines, weights, channels, name = [], {}, 3, "input"
+    for number in range(150):
+        out = 8 + number % 23
+        weights[f"w{number}"] = random.normal(size=(out, channels, 3, 3)) / 10
+        lines.append(f"a{number} = Conv<pads=[1, 1, 1, 1]>({name}, w{number}) r{number} = Sigmoid(a{number})")
+        name, channels = f"r{number}", out
+    weights["last"] = random.normal(size=(4, channels, 1, 1))
+    lines.append(f"z = Conv({name}, last) p = GlobalAveragePool(z) logits = Flatten(p)")
+    path = tmp_path_factory.mktemp("deep") / "deep.onnx"
+    onnx.save(graph(" ".join(lines), **weights), path)
+    return path
+
+
+def test_progress_never_goes_back_and_ends_near_one(model: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    runtime.build(model, tmp_path / "a.engine", sm=(89,), progress=lambda phase, share: told.append((phase, share)))
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < 0.2
+    assert 0.8 < shares[-1] <= 1
+    assert "Building engine" in {phase for phase, _ in told}
+
+
+def test_phases_within_phases() -> None:
+    told: list[float] = []
+    progress = BuildProgress(lambda phase, share: told.append(share))
+    progress.phase_start("all", None, 2)
+    progress.phase_start("part", "all", 4)
+    assert progress.step_complete("part", 1)
+    assert told[-1] == 0.25
+    progress.phase_finish("part")
+    progress.phase_start("ring", "ring", 2)  # nobody's word is trusted
+    progress.step_complete("all", 0)
+    assert told[-1] == 0.5
+    progress.stop()
+    assert not progress.step_complete("all", 1)
+
+
+def test_what_the_callback_raises_stops_the_build(model: Path, tmp_path: Path) -> None:
+    def refuse(phase: str, share: float) -> None:
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        runtime.build(model, tmp_path / "a.engine", sm=(89,), progress=refuse)
+    assert list(tmp_path.iterdir()) == []
+    runtime.build(model, tmp_path / "a.engine", sm=(89,))  # the next one is right
+
+
+def test_a_signal_stops_the_build_in_the_middle(model: Path, tmp_path: Path) -> None:
+    """An old engine stays as it was."""
+    engine = tmp_path / "a.engine"
+    before = runtime.build(model, engine, sm=(89,))
+
+    def interrupt(phase: str, share: float) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+
+    with pytest.raises(KeyboardInterrupt):
+        runtime.build(model, engine, sm=(86,), progress=interrupt)
+    assert read_sidecar(engine) == before
+
+
+def test_work_that_fails_and_work_that_is_interrupted_twice() -> None:
+    progress = BuildProgress()
+    with pytest.raises(ZeroDivisionError):
+        run_interruptibly(lambda: 1 // 0, progress)
+
+    def work() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        assert progress.stopped
+
+    with pytest.raises(KeyboardInterrupt):
+        run_interruptibly(work, progress)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_on_the_command_line(deep: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "a.engine"
+    command = [sys.executable, "-m", "advprop.cli", "build", str(deep), "--out", str(engine), "-v"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        seen = next(line for line in process.stdout if "tensorrt_rtx: " in line)  # the builder speaks
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, seen + rest
+    assert "stopped: nothing half-written was left" in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_node_operator_and_reason(tmp_path: Path) -> None:
+    text = """<ir_version: 9, opset_import: ["" : 20, "my.domain" : 1]>
+    g (float[n, 3, 8, 8] input) => (float[n, 3] logits) { a = Relu(input) logits = my.domain.Magic(a) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    with pytest.raises(EngineBuildError, match=r"node 1 \(Magic\): tensorrt_rtx has no such operator \(creator.*\)$"):
+        runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx")
+    named = onnx.parser.parse_model(text.replace("my.domain.Magic(a)", "Conv(a, nothing)"))
+    named.graph.node[1].name = "head"
+    onnx.save(named, tmp_path / "a.onnx")
+    with pytest.raises(EngineBuildError, match=r"node 'head' \(Conv\): one of its inputs is given by no node"):
+        runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx")
+
+
+def test_a_workspace_that_is_too_small(tmp_path: Path) -> None:
+    body = "a = Conv(input, w) p = GlobalAveragePool(a) f = Flatten(p) logits = Gemm<transB=1>(f, v)"
+    random = np.random.default_rng(0)
+    model = graph(body, 32, 32, w=random.normal(size=(2000, 3, 20, 20)), v=random.normal(size=(4, 2000)))
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(EngineBuildError, match=r"workspace of 1 MiB is too small: try --workspace-mib \d+ or more"):
+        runtime.build(tmp_path / "a.onnx", sm=(89,), options=BuildOptions(workspace_mib=1))
+    info = runtime.build(tmp_path / "a.onnx", sm=(89,), options=BuildOptions(workspace_mib=512))
+    assert info.flags == ("STRONGLY_TYPED", "WORKSPACE_512_MIB")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"version_compatible": True}, "has no version-compatible engines: each release needs its own"),
+        ({"hardware_compatible": "ampere_plus"}, "no hardware compatibility levels: name the GPU generations"),
+        pytest.param(
+            {"refit": True},
+            "needs a GPU and its driver",
+            marks=pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU"),
+        ),
+        pytest.param(
+            {"strip_weights": True},
+            "needs a GPU and its driver",
+            marks=pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_tensorrt_rtx_lacks(model: Path, tmp_path: Path, options: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        runtime.build(model, tmp_path / "a.engine", sm=(89,), options=BuildOptions(**options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_options() -> None:
+    with pytest.raises(ConfigError, match="a number of MiB"):
+        BuildOptions(workspace_mib=-1)
+    with pytest.raises(ConfigError, match="one of ampere_plus, same_compute_capability"):
+        BuildOptions(hardware_compatible="all")
+
+
+@pytest.mark.parametrize("option", ["refit", "strip_weights"])
+def test_refitting_is_not_for_int8(option: str) -> None:
+    flavor = choose_flavor("tensorrt_rtx", (89,))
+    with pytest.raises(ConfigError, match="an INT8 engine cannot be refitted"):
+        check_options(flavor, BuildOptions(**{option: True}), quantized=True)
+
+
+def test_flags_reach_the_builder() -> None:
+    """The bindings of TensorRT-RTX hold the flags that only full TensorRT and a GPU can build with."""
+    trt = choose_flavor("tensorrt_rtx", (89,)).module
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    config = builder.create_builder_config()
+    options = BuildOptions(workspace_mib=64, version_compatible=True, refit=True, strip_weights=True)
+    apply_options(trt, config, options)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
+    for flag in (trt.BuilderFlag.VERSION_COMPATIBLE, trt.BuilderFlag.REFIT, trt.BuilderFlag.STRIP_PLAN):
+        assert config.get_flag(flag)
+    assert flag_names(trt, options) == (
+        "STRONGLY_TYPED",
+        "VERSION_COMPATIBLE",
+        "REFIT",
+        "STRIP_PLAN",
+        "WORKSPACE_64_MIB",
+    )
+
+
+def test_host_code_is_told(model: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "a.engine"
+    runtime.build(model, engine, sm=(89,))
+    assert not read_sidecar(engine).has_host_code
+    text = sidecar_path(engine).read_text()
+    sidecar_path(engine).write_text(text.replace('"STRONGLY_TYPED"', '"STRONGLY_TYPED", "VERSION_COMPATIBLE"'))
+    assert read_sidecar(engine).has_host_code
+    assert "engine_host_code_allowed" in CliRunner().invoke(main, ["inspect", str(engine)]).output
+
+
+def test_options_on_the_command_line(model: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "a.engine"
+    common = ["build", str(model), "--out", str(engine), "--sm", "89", "--builder", "tensorrt_rtx"]
+    result = CliRunner().invoke(main, [*common, "--workspace-mib", "256"])
+    assert result.exit_code == 0, result.output
+    assert read_sidecar(engine).flags == ("STRONGLY_TYPED", "WORKSPACE_256_MIB")
+    refused = CliRunner().invoke(main, [*common, "--hardware-compatible", "same-compute-capability"])
+    assert refused.exit_code == 2
+    assert "name the GPU generations instead" in refused.stderr
+    exported = CliRunner().invoke(main, ["export", "none.pt", "--refit"])
+    assert "--refit says how an engine is built; give --trt fp16 too" in exported.stderr

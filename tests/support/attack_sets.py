@@ -1,0 +1,71 @@
+"""Digits, a network that reads them as an ONNX file and in torch, and models that count what they are asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import nn
+
+from advprop.checkpoints.attacker import crafter
+from runtime.evaluate.attacks.draws import generator, seed_of
+from runtime.evaluate.attacks.target import Victim, judge
+from runtime.evaluate.attacks.transfer import Attacker
+from runtime.evaluate.models import Model
+from tests.support.report_sets import digit_images
+
+
+def held_digits(model: Model, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Digits that the network was not fitted to, and gets right."""
+    images, labels = (array[1500:] for array in digit_images())
+    right = judge(model, images, labels.astype(np.int64))[0]
+    return images[right][:count], labels[right][:count].astype(np.int64)
+
+
+def torch_digit_net(file: Path) -> nn.Module:
+    """The network of `report_sets.digit_net` in torch, with the very weights of the ONNX file."""
+    weights = {
+        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        for tensor in onnx.load(file).graph.initializer
+    }
+    first = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+    second = nn.Conv2d(16, 24, 3, padding=1, bias=False)
+    last = nn.Linear(weights["head"].shape[0], 10, bias=False)
+    for layer, weight in ((first, weights["w0"]), (second, weights["w1"]), (last, weights["head"].T)):
+        layer.weight = nn.Parameter(weight.contiguous())
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), last).eval()
+
+
+def digit_attacker(file: Path, model: Model, name: str = "net.main") -> Attacker:
+    """That network as a checkpoint that attacks."""
+    craft = crafter(torch_digit_net(file), model.spec, torch.device("cpu"))
+    return Attacker(name=name, spec=model.spec, craft=craft, facts={"sha256": "of the checkpoint"})
+
+
+def victim_of(model: Model, images: NDArray[np.uint8], labels: NDArray[np.int64], radius: int) -> Victim:
+    """All images stand."""
+    return Victim(model, images, labels, np.ones(len(labels), bool), radius, "an attack")
+
+
+def draws_of(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [generator(seed_of(seed, str(place), "an attack", 4.0)) for place in range(count)]
+
+
+def recording(model: Model, seen: list[NDArray[np.uint8]]) -> Model:
+    """The same model, noting every batch it is asked about."""
+
+    def logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        seen.append(images.copy())
+        return model.logits(images)
+
+    return dataclasses.replace(model, logits=logits)
+
+
+def with_logits(model: Model, logits: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> Model:
+    return dataclasses.replace(model, logits=logits)
