@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from advprop.checkpoints import load_predictor
 from advprop.split import Split, split
 from calib.precision import REDUCED
 from export.pipeline import export_checkpoint
@@ -14,8 +15,7 @@ from runtime.engine.record import read_record
 from runtime.errors import ConfigError, DataError, nearest
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.models import Model, load_model
-from runtime.evaluate.provenance import describe
-from runtime.evaluate.results import Result, is_whole, read_result, write_result
+from runtime.evaluate.results import Result, describe, is_whole, read_result, write_result
 from runtime.evaluate.run import RunConfig, evaluate
 from runtime.evaluate.suites import open_suite
 from runtime.graph.summary import summarize
@@ -77,7 +77,7 @@ def measure_checkpoint(
     progress = progress or log.debug
     output_dir(config.folder)
     progress("reading the checkpoint")
-    reference = load_model(checkpoint, device=config.device)
+    reference = load_model(checkpoint, device=config.device, checkpoint_loader=load_predictor)
     if config.suite.name == "corruptions":
         opened = open_suite(config.suite, reference.spec)
         opened.probe({cell.id for cell in opened.cells}, reference.spec.preprocessing)  # not after the exports

@@ -30,14 +30,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from runtime.evaluate.attacks.ball import rounded
+from runtime.evaluate.attacks.draws import generator, seed_of
+from runtime.evaluate.attacks.square import INITIAL_SHARE, square
 
 from advprop.cli import main as advprop
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.backends.threads import Threads
-from runtime.evaluate.attacks.ball import rounded
 from runtime.evaluate.attacks.config import SQUARE
-from runtime.evaluate.attacks.draws import generator, seed_of
-from runtime.evaluate.attacks.square import INITIAL_SHARE, square
 from runtime.evaluate.attacks.target import Victim, judge
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.intervals import wilson

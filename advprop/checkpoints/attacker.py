@@ -18,8 +18,8 @@ from torch import nn
 
 from advprop.checkpoints.predictor import restore_for_evaluation
 from runtime.errors import ConfigError
-from runtime.evaluate.attacks.ball import rounded
-from runtime.evaluate.attacks.transfer import Craft
+from runtime.evaluate.attacks.methods import Craft
+from runtime.evaluate.attacks.target import rounded
 from runtime.preprocessing import normalize
 from runtime.spec import ModelSpec
 from train.apgd import LOSSES, LinfAPGD
@@ -30,7 +30,7 @@ __all__ = ["SeededNoise", "crafter", "load_attacker"]
 
 
 def load_attacker(path: Path, *, route: str = MAIN, device: str = "auto") -> tuple[ModelSpec, Craft, dict[str, Any]]:
-    """Loads a checkpoint to attack with; see `runtime.evaluate.attacks.transfer`.
+    """Loads a checkpoint to attack with; see `runtime.evaluate.attacks.methods`.
 
     Args:
         path: one of our checkpoints.

@@ -17,11 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from runtime.evaluate.attacks.config import AttackConfig
+    from runtime.evaluate import AttackConfig, AttackedModel, Attacker, SuiteConfig
     from runtime.evaluate.attacks.results import AttackResult
-    from runtime.evaluate.attacks.run import Target
-    from runtime.evaluate.attacks.transfer import Attacker
-    from runtime.evaluate.cells import SuiteConfig
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +102,9 @@ def main(
     Prints a table, and writes OUT/MODEL.attack.json, which advprop report draws as accuracy against ε.
     """
     console = set_up_logging()
-    from runtime.evaluate.attacks.config import AttackConfig, default_attacks, default_epsilon
-    from runtime.evaluate.attacks.run import Target
-    from runtime.evaluate.attacks.transfer import load_attacker
-    from runtime.evaluate.cells import SuiteConfig
-    from runtime.evaluate.models import load_model, load_models
+    from advprop import checkpoints
+    from runtime.evaluate import AttackConfig, AttackedModel, SuiteConfig, load_attacker, load_model, load_models
+    from runtime.evaluate.attacks.config import default_attacks, default_epsilon
     from runtime.system.files import output_dir
 
     def config(width: float) -> AttackConfig:
@@ -129,17 +124,23 @@ def main(
     output_dir(out)
     attacker = None
     if checkpoint is not None and asked.gradient:
-        attacker = load_attacker(checkpoint, device=device)
+        attacker = load_attacker(checkpoint, checkpoint_loader=checkpoints.load_attacker, device=device)
     elif checkpoint is not None:
         log.warning("--checkpoint has no effect: neither pgd nor apgd is asked for")
-    load = partial(load_model, device=device, threads=threads, exact=not cpu_kernels)
+    load = partial(
+        load_model,
+        device=device,
+        threads=threads,
+        exact=not cpu_kernels,
+        checkpoint_loader=checkpoints.load_predictor,
+    )
     loaded, white_box = load_models(load, models, checkpoint if attacker else None)
     asked = config(default_epsilon(loaded[0].spec))
-    targets = [Target(model=model, attacks=asked.attacks) for model in loaded]
+    targets = [AttackedModel(model=model, attacks=asked.attacks) for model in loaded]
     if white_box is not None and all(white_box is not model for model in loaded):
         # Square attack costs most, and is on the files' logits: those of the checkpoint too where it is a MODEL.
         cheap = tuple(name for name in asked.attacks if name != "square")
-        targets.append(Target(model=white_box, attacks=cheap))
+        targets.append(AttackedModel(model=white_box, attacks=cheap))
     results = _attack(
         console,
         targets,
@@ -154,14 +155,14 @@ def main(
 
 def _attack(
     console: Console,
-    targets: Sequence[Target],
+    targets: Sequence[AttackedModel],
     data: SuiteConfig,
     config: AttackConfig,
     out: Path,
     attacker: Attacker | None,
     batch_size: int,
 ) -> list[AttackResult]:
-    from runtime.evaluate.attacks.run import attack
+    from runtime.evaluate import attack
 
     with counting_bars(console, counts=False) as bars:
         task = bars.add_task(", ".join(config.attacks), total=None)
@@ -175,17 +176,16 @@ def _attack(
 def _write(console: Console, results: list[AttackResult], out: Path) -> None:
     import json
 
-    from runtime.evaluate.attacks.table import notes, table_of
-    from runtime.evaluate.results import name_for
+    from runtime.evaluate import attack_notes, attack_table, result_path
     from runtime.system.files import write_text
 
     written = []
     for result in results:
-        path = name_for(result["model"], out, "attack.json")
+        path = result_path(result["model"], out, "attack.json")
         write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         written.append(str(path))
-    console.print(table_of(results))
-    for line in (*notes(results), f"wrote {', '.join(written)}"):
+    console.print(attack_table(results))
+    for line in (*attack_notes(results), f"wrote {', '.join(written)}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

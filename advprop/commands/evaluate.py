@@ -17,11 +17,8 @@ from runtime.system.console import cli_errors, counting_bars, set_up_logging
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from runtime.evaluate.cells import SuiteConfig
-    from runtime.evaluate.cluster import Cluster
-    from runtime.evaluate.models import Model
+    from runtime.evaluate import Cluster, Model, RunConfig, SuiteConfig
     from runtime.evaluate.results import Result
-    from runtime.evaluate.run import RunConfig
 
 EXAMPLES = """\b
 Examples:
@@ -133,9 +130,8 @@ def main(
     Prints a table, and writes OUT/MODEL.SUITE.json with counts, intervals and how it was measured.
     """
     console = set_up_logging()
-    from runtime.evaluate.cells import SuiteConfig
-    from runtime.evaluate.models import load_model, load_models
-    from runtime.evaluate.run import RunConfig
+    from advprop.checkpoints import load_predictor
+    from runtime.evaluate import RunConfig, SuiteConfig, load_model, load_models
 
     config = SuiteConfig(
         name=suite, data=data, clean=clean, only=only, limit=limit, seed=seed, table=table, resize=resize
@@ -155,7 +151,7 @@ def main(
         raise ConfigError("--workers is of runs on this machine; over Ray, --ray-workers decode and corrupt themselves")
     with _cluster(address, ray_workers, ray_cpus, ray_gpus) as cluster:
         loader = load_model if cluster is None else cluster.load_model
-        load = partial(loader, device=device, threads=threads, exact=not cpu_kernels)
+        load = partial(loader, device=device, threads=threads, exact=not cpu_kernels, checkpoint_loader=load_predictor)
         loaded, compared = load_models(load, models, reference, routes or ("main",))
         results = _evaluate(console, loaded, compared, config, run, cluster)
     _write(console, results, config, run)
@@ -166,7 +162,7 @@ def _cluster(address: str | None, workers: int | None, cpus: float, gpus: float 
     if address is None:
         yield None
         return
-    from runtime.evaluate.cluster import Cluster, ClusterConfig
+    from runtime.evaluate import Cluster, ClusterConfig
 
     with Cluster(ClusterConfig(address=address, workers=workers, cpus=cpus, gpus=gpus)) as cluster:
         yield cluster
@@ -180,7 +176,7 @@ def _evaluate(
     run: RunConfig,
     cluster: Cluster | None,
 ) -> list[Result]:
-    from runtime.evaluate.run import evaluate
+    from runtime.evaluate import evaluate
 
     with counting_bars(console) as bars:
         task = bars.add_task(f"{config.name}, blocks of {run.batch_size}", total=None)
@@ -192,18 +188,17 @@ def _evaluate(
 
 
 def _write(console: Console, results: list[Result], config: SuiteConfig, run: RunConfig) -> None:
-    from runtime.evaluate.results import name_for, write_result
-    from runtime.evaluate.table import notes, table_of
+    from runtime.evaluate import result_notes, result_path, result_table, write_result
 
     only = ["+".join(config.only).replace("/", "-")] if config.only else []
     part = [f"{run.shard}of{run.shards}"] if run.shards > 1 else []
     written = []
     for result in results:
-        path = name_for(result["model"], run.out, ".".join([config.name, *only, *part, "json"]))
+        path = result_path(result["model"], run.out, ".".join([config.name, *only, *part, "json"]))
         write_result(path, result)
         written.append(str(path))
-    console.print(table_of(results))
-    for line in (*notes(results), f"wrote {', '.join(written)}"):
+    console.print(result_table(results))
+    for line in (*result_notes(results), f"wrote {', '.join(written)}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -24,13 +24,12 @@ def main(results: tuple[Path, ...], out: Path) -> None:
     The whole has the very bytes that one run would have written.
     """
     console = set_up_logging()
-    from runtime.evaluate.results import merge, read_result, write_result
-    from runtime.evaluate.table import notes, table_of
+    from runtime.evaluate import merge, read_result, result_notes, result_table, write_result
 
     whole = merge([read_result(path) for path in results])
     write_result(out, whole)
-    console.print(table_of([whole]))
-    for line in (*notes([whole]), f"wrote {out}"):
+    console.print(result_table([whole]))
+    for line in (*result_notes([whole]), f"wrote {out}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -89,7 +89,7 @@ def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path 
     if checkpoint is not None and options["data"] is None:
         raise click.UsageError("--from needs --data DIR: labeled images, CLASS/IMAGE")
     console = set_up_logging()
-    from runtime.evaluate.report.write import check_outputs, write_report
+    from runtime.evaluate import check_outputs, write_report
 
     check_outputs(outputs)
     made = [] if checkpoint is None else _make(console, checkpoint, outputs[0].with_suffix(""), options)
@@ -99,7 +99,7 @@ def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path 
 
 
 def _make(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:
-    from runtime.evaluate.cells import SuiteConfig
+    from runtime.evaluate import SuiteConfig
 
     suite = SuiteConfig(name=options["suite"], data=options["data"], limit=options["limit"], seed=options["seed"])
     with console.status("importing torch") as status:

@@ -1,4 +1,4 @@
-"""What a suite consists of, and what is asked of it."""
+"""`SuiteConfig` selects the images of a test set; a `Cell` is a set of images with one result."""
 
 from __future__ import annotations
 
@@ -12,100 +12,104 @@ from runtime.evaluate.images import LabeledImages, class_folders, image_files
 from runtime.evaluate.labels import by_folder
 from runtime.spec import ModelSpec
 
-__all__ = ["CLEAN", "IMAGES", "RESIZE", "Cell", "Opening", "SuiteConfig"]
+__all__ = ["CLEAN", "IMAGES", "RESIZE", "SEVERITIES", "Cell", "Opening", "SuiteConfig"]
 
 CLEAN = "clean"
-"""Id of the cell of undisturbed images that others are compared with."""
+"""Id of the cell of clean images, which other cells are compared with."""
 
 IMAGES = "images"
-"""Id of the one cell of a set that has no corruptions."""
+"""Id of the only cell of a set without corruptions."""
 
 RESIZE = ("auto", "fit", "none")
-"""`fit`: as the model file says it wants images; `none`: the pixels as they are, at the network's size."""
+"""`fit`: preprocess images as the model file specifies; `none`: use pixels as they are; `auto`: what the
+set requires."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+"""Severities of every corruption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteConfig:
-    """Which images of which set."""
+    """Which test set and which of its images are evaluated."""
 
     name: str
     """One of `runtime.evaluate.suites.SUITES`."""
     data: Path
-    """The set's folder."""
+    """Folder of the set."""
     clean: Path | None = None
-    """Undisturbed images, CLASS/IMAGE, to be measured beside the set; `corruptions` has them anyway."""
+    """Folder of clean images, CLASS/IMAGE, to evaluate as well. `corruptions` has a clean cell anyway."""
     only: tuple[str, ...] = ()
-    """Cells, such as `fog/3`, or corruptions, such as `fog`. Default: all but the four extra corruptions."""
+    """Cells, such as `fog/3`, or corruptions, such as `fog`. Default: all except the four extra corruptions."""
     limit: int | None = None
-    """The most images in a cell, drawn from every class in proportion."""
+    """Maximum number of images per cell, drawn from every class in proportion."""
     seed: int = 0
-    """What is drawn: the images of a limit, and the corruptions."""
+    """Seed of the images drawn for the limit, and of the corruptions."""
     table: str = "auto"
-    """Table of severities of `corruptions`; `auto`: the one for the network's input size."""
+    """Table of severities for `corruptions`; `auto` chooses by the network's input size."""
     resize: str = "auto"
-    """One of RESIZE; `auto`: what is right for the set."""
+    """One of RESIZE."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"the limit must be at least one image; found {self.limit}")
         if self.table not in ("auto", *TABLES):
-            raise ConfigError(f"no table {self.table!r} of severities; expected auto, {', '.join(TABLES)}")
+            raise ConfigError(f"unknown table of severities {self.table!r}; expected auto, {', '.join(TABLES)}")
         if self.resize not in RESIZE:
             raise ConfigError(f"resize must be one of {', '.join(RESIZE)}; found {self.resize!r}")
         known = (*CORRUPTIONS, *EXTRAS, CLEAN, IMAGES)
         for name in self.only:
             if name.split("/")[0] not in known:
-                raise ConfigError(f"no cell {name!r}; {nearest(name, known) or 'cells are called such as fog/3'}")
+                raise ConfigError(f"unknown cell {name!r}; {nearest(name, known) or 'expected a name such as fog/3'}")
 
-    def wants(self, cell: str) -> bool:
-        """Whether a cell is to be evaluated."""
+    def selects(self, cell: str) -> bool:
+        """Return whether a cell is to be evaluated."""
         corruption = cell.split("/")[0]
         return cell in self.only or corruption in self.only if self.only else corruption not in EXTRAS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """What one number is measured on."""
+    """A set of images that gets one result, such as ImageNet-C's `fog/3`."""
 
     id: str
     """`images`, `clean`, or `CORRUPTION/SEVERITY`."""
     images: LabeledImages
-    """The images, before any corruption that is made here."""
+    """The images before any corruption that is computed here."""
     resize: str
     """`fit` or `none`."""
     corruption: tuple[str, int] | None = None
-    """Made while it is evaluated: name and severity."""
+    """Name and severity of the corruption to compute during the evaluation."""
 
 
 @dataclass(slots=True)
 class Opening:
-    """What is found out while a set is opened."""
+    """State of opening a set: the settings, and what is found on the way."""
 
     config: SuiteConfig
     spec: ModelSpec
     skipped: set[str] = field(default_factory=set)
-    """Folders that the model has no class for."""
+    """Folders that match no class of the model."""
     classes: tuple[int, ...] | None = None
-    """The only classes that are asked about; None: all."""
+    """The classes to choose from; None: all."""
 
     def folder(self, root: Path, find: Callable[[list[str]], Mapping[str, int]]) -> LabeledImages:
-        """The images of the class folders that `find` finds classes for."""
+        """Return the images in the class folders for which `find` returns a class."""
         names = class_folders(root)
         labels = find(names)
         self.skipped |= set(names) - set(labels)
         return self.limited(image_files(root, labels))
 
     def by_class(self, root: Path) -> LabeledImages:
-        """The images of folders called by WordNet ids or class names."""
+        """Return the images in folders named by WordNet ids or class names."""
         return self.folder(root, lambda names: by_folder(names, self.spec, str(root)))
 
     def limited(self, images: LabeledImages) -> LabeledImages:
-        """As many of them as are asked for."""
+        """Return the images that the limit selects."""
         limit = self.config.limit
         return images if limit is None else images.limited(limit, self.config.seed)
 
     def clean(self) -> list[Cell]:
-        """The cell of undisturbed images, where a folder of them was given."""
-        if self.config.clean is None or not self.config.wants(CLEAN):
+        """Return the cell of clean images, if a folder of them is given."""
+        if self.config.clean is None or not self.config.selects(CLEAN):
             return []
         return [Cell(id=CLEAN, images=self.by_class(self.config.clean), resize="fit")]

@@ -1,8 +1,9 @@
-"""`Cluster`: an evaluation's units counted by the processes of a Ray cluster.
+"""`Cluster`: distribute an evaluation over the processes of a Ray cluster.
 
-Ray starts the processes where there is room and says when one is lost; which units are where, and the journal, stay
-here. A lost worker's units go to another, and a new worker is started in its place. It gets no unit before it has
-shown that it sees the same files, on the same kind of device, through the same library versions.
+Ray starts the processes and reports lost ones. This module assigns the units and keeps the progress
+log. The units of a lost worker go to other workers, and a new worker is started in its place. A
+worker gets units only after it has shown that it sees the same files, on the same kind of device, and
+with the same library versions as the others.
 """
 
 from __future__ import annotations
@@ -21,91 +22,103 @@ from pathlib import Path
 from typing import Any, Self
 
 from runtime.errors import AdvPropError, BackendUnavailable, ConfigError, DataError
-from runtime.evaluate.cluster_worker import ClusterWorker, Elsewhere, Failure
-from runtime.evaluate.measure import Counted, Measurement
-from runtime.evaluate.models import Model, ModelSource
-from runtime.evaluate.progress_log import Unit
-from runtime.evaluate.provenance import difference
+from runtime.evaluate.cluster_worker import ClusterWorker, Failure, RemoteLogits
+from runtime.evaluate.measure import Counted, Measurement, Unit
+from runtime.evaluate.models import CheckpointLoader, Model, ModelSource
+from runtime.evaluate.results import difference
 
 __all__ = ["Cluster", "ClusterConfig"]
 
 log = logging.getLogger(__name__)
 
-_CELLS = 8
-"""The most units of one block that a worker is sent at once: they share decoded images, and are lost together."""
+_MAX_UNITS = 8
+"""Maximum number of units sent to a worker at once. They share decoded images, and are lost together."""
 
-_LOSSES = 3
-"""Workers lost in a row, for each that there should be, before it is given up."""
+_MAX_LOSSES = 3
+"""The run fails after this many workers per started worker are lost in a row."""
 
-_PATIENCE_S = 15.0
-"""How long a cluster may take to answer, and after how long a wait for the first worker is told."""
+_TIMEOUT_S = 15.0
+"""Time for a cluster to accept a connection, and delay before a warning that no worker has started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """Which cluster, and how much of it."""
+    """Which cluster is used, and how much of it."""
 
     address: str
-    """`HOST:PORT` of a cluster; `auto`: the one that this machine is part of; `local`: one on this machine, which is
-    started and ended with the run. Not looked at where the program has called `ray.init` itself."""
+    """`HOST:PORT` of a cluster; `auto`: the cluster that this machine belongs to; `local`: a cluster
+    on this machine that exists during the run. It is ignored if the program has called `ray.init`."""
     workers: int | None = None
-    """Processes that evaluate; None: as many as the cluster has room for."""
+    """Number of worker processes; None: as many as fit into the cluster."""
     cpus: float = 1.0
-    """CPUs of each, and threads that its models run on unless they are loaded for another number."""
+    """CPUs per worker, and default number of threads of its models."""
     gpus: float | None = None
-    """GPUs of each, such as 0.25; None: one where the cluster has any."""
+    """GPUs per worker, such as 0.25; None: one if the cluster has any."""
 
     def __post_init__(self) -> None:
         if (self.workers is not None and self.workers < 1) or self.cpus <= 0 or (self.gpus or 0) < 0:
-            raise ConfigError(f"at least one worker, more than 0 CPUs, and no fewer than 0 GPUs each; found {self}")
+            raise ConfigError(
+                f"expected at least one worker, more than 0 CPUs and at least 0 GPUs per worker; found {self}"
+            )
 
 
 class Cluster:
-    """Workers on a Ray cluster. A cluster that was there before is left as it was."""
+    """Workers on a Ray cluster. A cluster that this class did not start keeps running."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        """Connects, and starts the workers.
+        """Connect to the cluster and start the workers.
 
         Raises:
-            BackendUnavailable: Ray is not installed, there is no cluster at the address, or it has no room at all.
+            BackendUnavailable: Ray is not installed, there is no cluster at the address, or not even
+                one worker fits into it.
         """
         self._config = config
         self._ray, self._ours = _connect(config)
-        there = self._ray.cluster_resources()
-        gpus = (1.0 if there.get("GPU") else 0.0) if config.gpus is None else config.gpus
-        self._gone = (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError)
-        # A worker that is lost is replaced by us: a new one is checked before it gets work, a restarted one would not.
-        self._make = self._ray.remote(ClusterWorker).options(num_cpus=config.cpus, num_gpus=gpus, max_restarts=0).remote
-        room = min([there.get("CPU", 0) / config.cpus, *([there.get("GPU", 0) / gpus] if gpus else [])])
-        if room < 1 and config.workers is None:
+        resources = self._ray.cluster_resources()
+        gpus = (1.0 if resources.get("GPU") else 0.0) if config.gpus is None else config.gpus
+        # Ray must not restart workers by itself: a new worker is checked before it gets units.
+        self._start = (
+            self._ray.remote(ClusterWorker).options(num_cpus=config.cpus, num_gpus=gpus, max_restarts=0).remote
+        )
+        fitting = min([resources.get("CPU", 0) / config.cpus, *([resources.get("GPU", 0) / gpus] if gpus else [])])
+        if fitting < 1 and config.workers is None:
             self.close()
             raise BackendUnavailable(
-                f"the cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; a worker takes "
-                f"{config.cpus:g} and {gpus:g}. --ray-cpus and --ray-gpus say how many; with --ray-workers they are "
-                "waited for"
+                f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; a worker "
+                f"needs {config.cpus:g} and {gpus:g}. Change --ray-cpus and --ray-gpus, or wait for free resources "
+                "with --ray-workers N"
             )
-        self._workers = [self._make() for _ in range(config.workers or math.floor(room))]
+        self._workers = [self._start() for _ in range(config.workers or math.floor(fitting))]
 
     @property
     def size(self) -> int:
-        """How many workers there are."""
+        """Number of workers."""
         return len(self._workers)
 
     def load_model(
-        self, path: Path, *, device: str = "auto", threads: int = 0, route: str = "main", exact: bool = True
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        threads: int = 0,
+        route: str = "main",
+        exact: bool = True,
+        checkpoint_loader: CheckpointLoader | None = None,
     ) -> Model:
-        """Has a worker load a model, and returns what it says of it; `logits` is for the workers only.
+        """Load a model in a worker and return its description. Only workers can compute its logits.
 
         Args:
-            path: as every worker sees it.
+            path: path of the file on every worker.
             device: `auto`, `cpu` or `cuda`.
-            threads: CPU threads inside one run; 0: the CPUs of a worker.
+            threads: CPU threads per run; 0: the CPUs of a worker.
             route: BatchNorm route of a checkpoint.
             exact: see `runtime.evaluate.models.load_model`.
+            checkpoint_loader: loads checkpoints; a function at the top level of a module that is
+                installed on every node.
 
         Raises:
-            InputError: no such file on the worker's node, or not a model.
-            BackendUnavailable: what runs it is missing there, or workers cannot start.
+            InputError: the file does not exist on the worker's node, or is not a model.
+            BackendUnavailable: a library is missing there, or workers cannot start.
         """
         source = ModelSource(
             path=path.absolute(),
@@ -113,79 +126,91 @@ class Cluster:
             threads=threads or max(1, math.floor(self._config.cpus)),
             route=route,
             exact=exact,
+            checkpoint_loader=checkpoint_loader,
         )
         answers = [worker.describe.remote(source) for worker in self._workers]
-        ready, _ = self._ray.wait(answers, num_returns=1, timeout=_PATIENCE_S)
+        ready, _ = self._ray.wait(answers, num_returns=1, timeout=_TIMEOUT_S)
         if not ready:
-            log.warning("waiting for the cluster to have room for a worker; available: %s", self._free())
+            free = self._ray.available_resources()
+            log.warning(
+                "waiting until a worker fits into the cluster; free: %g CPUs, %g GPUs",
+                free.get("CPU", 0),
+                free.get("GPU", 0),
+            )
             ready, _ = self._ray.wait(answers, num_returns=1)
         try:
             answer = self._ray.get(ready[0])
-        except self._gone as error:
-            raise _given_up(error) from error
+        except self._lost_errors as error:
+            raise _workers_lost(error) from error
         if isinstance(answer, Failure):
-            answer.throw()
+            answer.reraise()
         assert isinstance(answer, Model)
         return answer
 
     def counts(self, measurement: Measurement, units: set[Unit]) -> Generator[Counted, None, None]:
-        """Counts every unit, in no order.
+        """Yield the counts of every unit, in any order.
 
         Args:
-            measurement: of models that `load_model` gave.
-            units: of its suite.
+            measurement: a measurement of models that `load_model` returned.
+            units: units of its suite.
 
         Raises:
-            InputError: a worker does not see the very models, images or library versions that the others do.
-            BackendUnavailable: workers cannot start, or are lost again and again.
+            InputError: a worker does not see the same models, images or library versions.
+            BackendUnavailable: workers cannot start, or are lost repeatedly.
         """
         models = (*measurement.models, measurement.reference)
-        if not all(isinstance(model.logits, Elsewhere) for model in models if model):
-            raise ConfigError("models that a cluster evaluates are loaded by Cluster.load_model")
-        todo = deque(_parts(measurement, units))
-        sent = self._ray.put(measurement) if todo else None
-        cells, expected = {cell for cell, _ in units}, measurement.describe("1/1")
-        # What the workers are at, by what they will answer: their place, and the units; none while they get ready.
-        at: dict[Any, tuple[int, list[Unit]]] = {}
-        idle: list[int] = []
-        left, losses = len(units), 0
-        if left:
-            at = {worker.begin.remote(sent, cells): (place, []) for place, worker in enumerate(self._workers)}
-        while left:
-            (answered,), _ = self._ray.wait(list(at), num_returns=1)
-            place, part = at.pop(answered)
+        if not all(isinstance(model.logits, RemoteLogits) for model in models if model):
+            raise ConfigError("load models with Cluster.load_model to evaluate them on a cluster")
+        if not units:
+            return
+        dispatch = _Dispatch(todo=deque(_batches(measurement, units)), left=len(units), running={}, idle=[])
+        sent, cells, expected = self._ray.put(measurement), {cell for cell, _ in units}, measurement.describe("1/1")
+        for place in range(self.size):
+            self._begin(place, sent, cells, dispatch)
+        while dispatch.left:
+            (answered,), _ = self._ray.wait(list(dispatch.running), num_returns=1)
+            place, batch = dispatch.running.pop(answered)
             try:
                 answer = self._ray.get(answered)
-            except self._gone as error:
-                losses += 1
-                if losses >= _LOSSES * self.size:
-                    raise _given_up(error) from error
-                log.warning("a worker was lost (%s); its blocks go to others, and a new one is started", _last(error))
-                todo.extendleft([part] if part else [])
-                self._ray.kill(self._workers[place])  # it may be out of reach only
-                self._workers[place] = self._make()
-                at[self._workers[place].begin.remote(sent, cells)] = (place, [])
-                answer = []
+            except self._lost_errors as error:
+                self._replace(place, batch, error, dispatch)
+                self._begin(place, sent, cells, dispatch)
+                counted: list[Counted] = []
             else:
-                idle.append(place)
                 if isinstance(answer, Failure):
-                    answer.throw()
-                if part:
-                    losses, left = 0, left - len(part)
+                    answer.reraise()
+                dispatch.idle.append(place)
+                if batch:
+                    counted, dispatch.losses, dispatch.left = answer, 0, dispatch.left - len(batch)
                 else:
                     _check_same(answer, expected)
-                    answer = []
-            while todo and idle:
-                worker, following = idle.pop(), todo.popleft()
-                at[self._workers[worker].count.remote(following)] = (worker, following)
-            yield from answer
+                    counted = []
+            while dispatch.todo and dispatch.idle:
+                place, batch = dispatch.idle.pop(), dispatch.todo.popleft()
+                dispatch.running[self._workers[place].count.remote(batch)] = (place, batch)
+            yield from counted
 
-    def _free(self) -> str:
-        free = self._ray.available_resources()
-        return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+    @property
+    def _lost_errors(self) -> tuple[type[BaseException], ...]:
+        """What Ray raises if a worker is lost."""
+        return (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError)
+
+    def _begin(self, place: int, measurement: Any, cells: set[str], dispatch: _Dispatch) -> None:
+        """Let a worker prepare for a measurement."""
+        dispatch.running[self._workers[place].begin.remote(measurement, cells)] = (place, [])
+
+    def _replace(self, place: int, batch: list[Unit], error: BaseException, dispatch: _Dispatch) -> None:
+        """Start a new worker instead of a lost one, and return its units to the queue."""
+        dispatch.losses += 1
+        if dispatch.losses >= _MAX_LOSSES * self.size:
+            raise _workers_lost(error) from error
+        log.warning("a worker was lost (%s); starting a new one and reassigning its blocks", _last_line(error))
+        dispatch.todo.extendleft([batch] if batch else [])
+        self._ray.kill(self._workers[place])  # it may still run, out of reach
+        self._workers[place] = self._start()
 
     def close(self) -> None:
-        """Ends the workers, and the cluster if it was started for them."""
+        """Stop the workers, and the cluster if this class started it."""
         for worker in getattr(self, "_workers", ()):
             self._ray.kill(worker)
         if self._ours:
@@ -198,11 +223,27 @@ class Cluster:
         self.close()
 
 
+@dataclass(slots=True, kw_only=True)
+class _Dispatch:
+    """State of distributing units over workers."""
+
+    todo: deque[list[Unit]]
+    """Batches of units that no worker has."""
+    left: int
+    """Number of units that are not counted yet."""
+    running: dict[Any, tuple[int, list[Unit]]]
+    """Ray's pending result → place of its worker, and its units; no units while the worker prepares."""
+    idle: list[int]
+    """Places of workers without units."""
+    losses: int = 0
+    """Workers lost since units were last counted."""
+
+
 def _connect(config: ClusterConfig) -> tuple[Any, bool]:
-    """Returns the module `ray`, connected, and whether that is ours to end."""
+    """Connect to the cluster. Returns the module `ray`, and whether to shut it down at the end."""
     if config.address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray listens on all interfaces, and the token keeps others out. It reads the mode when it is imported.
+        # Ray listens on all interfaces; the token keeps others out. Ray reads the mode when it is imported.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         if "ray" not in sys.modules:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -217,50 +258,50 @@ def _connect(config: ClusterConfig) -> tuple[Any, bool]:
         options |= {"include_dashboard": False}
         options |= {"num_cpus": math.ceil(config.workers * config.cpus)} if config.workers else {}
     try:
-        _knock(config.address)
+        _check_reachable(config.address)
         ray.init(**options)
     except (OSError, ValueError, RuntimeError) as error:
         raise BackendUnavailable(
-            f"no Ray cluster at {config.address!r} ({_last(error)}). Start one with `ray start --head`, and join it on "
-            "other machines with `ray start --address HOST:PORT`; --ray local needs none"
+            f"no Ray cluster at {config.address!r} ({_last_line(error)}). Start one with `ray start --head` and add "
+            "machines with `ray start --address HOST:PORT`, or use --ray local"
         ) from error
     return ray, True
 
 
-def _knock(address: str) -> None:
-    """Raises OSError where nobody listens at HOST:PORT: Ray itself tries for many minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT. Ray itself would retry for many minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT_S).close()
 
 
-def _parts(measurement: Measurement, units: set[Unit]) -> Iterator[list[Unit]]:
-    """Deals units into portions of one block of images each."""
+def _batches(measurement: Measurement, units: set[Unit]) -> Iterator[list[Unit]]:
+    """Yield units in batches that share one block of images."""
     for base in measurement.bases(units):
         waiting = iter(base.units)
-        while part := list(itertools.islice(waiting, _CELLS)):
-            yield part
+        while batch := list(itertools.islice(waiting, _MAX_UNITS)):
+            yield batch
 
 
 def _check_same(answer: tuple[str, list[dict[str, Any]]], expected: list[dict[str, Any]]) -> None:
-    """Raises DataError where counts made on a node would be of something else."""
+    """Raise DataError if the counts of a worker would depend on anything else than expected."""
     node, found = answer
     differs = next(filter(None, map(difference, found, expected)), "")
     if differs:
         raise DataError(
-            f"on node {node}: {differs} on the first worker or here. Give every node the same files and library "
-            "versions; name the --device if they differ in it"
+            f"on node {node}: {differs}, unlike on the first worker or this machine. Give every node the same files "
+            "and library versions; if only the device differs, set --device"
         )
 
 
-def _given_up(error: BaseException) -> AdvPropError:
+def _workers_lost(error: BaseException) -> AdvPropError:
     return BackendUnavailable(
-        f"Ray's workers are lost again and again ({_last(error)}), most often for want of memory, or because advprop "
-        "is not installed on every node. The same command goes on from here"
+        f"Ray's workers are lost repeatedly ({_last_line(error)}), probably because memory runs out or advprop is not "
+        "installed on every node. The same command resumes"
     )
 
 
-def _last(error: BaseException) -> str:
-    """The beginning of the last line of what Ray says, which is what happened."""
+def _last_line(error: BaseException) -> str:
+    """Return the start of the last line of Ray's message, which describes the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].split(". ")[0][:200] if lines else type(error).__name__

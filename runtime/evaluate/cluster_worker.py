@@ -1,7 +1,7 @@
-"""What runs in each process of a Ray cluster: it loads models once, and counts the units that it is sent.
+"""`ClusterWorker`: the process that loads models and counts units on a Ray cluster.
 
-Errors of ours travel back as values, with the node that they happened on: what Ray makes of an exception hides its
-kind.
+Ray wraps exceptions in its own type. Workers therefore return advprop's errors as values, together
+with the node that they happened on.
 """
 
 from __future__ import annotations
@@ -17,41 +17,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import AdvPropError, DataError
-from runtime.evaluate.image_workers import Workers, one_core
-from runtime.evaluate.measure import Counted, Measurement
+from runtime.evaluate.image_workers import Workers, use_one_core
+from runtime.evaluate.measure import Counted, Measurement, Unit
 from runtime.evaluate.models import Model, ModelSource
-from runtime.evaluate.progress_log import Unit
 from runtime.preprocessing import decode
 
-__all__ = ["ClusterWorker", "Elsewhere", "Failure"]
+__all__ = ["ClusterWorker", "Failure", "RemoteLogits"]
 
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error of ours, on some node."""
+    """An error of advprop on a node."""
 
     error: AdvPropError
     node: str
 
-    def throw(self) -> NoReturn:
-        """Raises the error here, with the node in its message."""
+    def reraise(self) -> NoReturn:
+        """Raise the error in this process, with the node in its message."""
         raise type(self.error)(f"on node {self.node}: {self.error}") from self.error
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """Stands for the logits of a model that is loaded in the workers only."""
+class RemoteLogits:
+    """Placeholder for the logits of a model that only workers have loaded."""
 
     source: ModelSource
 
     def __call__(self, images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
-        raise AssertionError(f"{self.source.path} was not loaded in this process")
+        raise AssertionError(f"{self.source.path} is not loaded in this process")
 
 
-def _told(method: Callable[..., _Value]) -> Callable[..., _Value | Failure]:
-    """Makes a worker's method return our errors."""
+def _return_errors(method: Callable[..., _Value]) -> Callable[..., _Value | Failure]:
+    """Make a worker's method return advprop's errors instead of raising them."""
 
     @functools.wraps(method)
     def wrapped(self: ClusterWorker, *arguments: Any) -> _Value | Failure:
@@ -64,29 +63,29 @@ def _told(method: Callable[..., _Value]) -> Callable[..., _Value | Failure]:
 
 
 class ClusterWorker:
-    """A Ray actor. It keeps models, and what it was last told to measure."""
+    """A Ray actor that holds loaded models and one measurement."""
 
     def __init__(self) -> None:
         self.node = platform.node()
         self._loaded: dict[ModelSource, Model] = {}
         self._measurement: Measurement | None = None
-        one_core()
+        use_one_core()
 
-    @_told
+    @_return_errors
     def describe(self, source: ModelSource) -> Model:
-        """Loads a model. Returns all of it but the model itself. Raises as `load_model` does."""
-        return dataclasses.replace(self._load(source), logits=Elsewhere(source))
+        """Load a model and return it without its logits. Raises the same errors as `load_model`."""
+        return dataclasses.replace(self._load(source), logits=RemoteLogits(source))
 
-    @_told
+    @_return_errors
     def begin(self, measurement: Measurement, cells: Container[str]) -> tuple[str, list[dict[str, Any]]]:
-        """Gets ready to count blocks of `cells`: loads the models and looks for the images.
+        """Prepare for counting units of `cells`: load the models and check that the images are readable.
 
         Returns:
-            This node's name, and everything that counts made here follow from.
+            Name of this node, and everything that the counts of this worker depend on.
 
         Raises:
-            InputError: a model or an image file is not here, or cannot be read.
-            BackendUnavailable: what runs a model or makes a corruption is missing here.
+            InputError: a model or an image file does not exist here or cannot be read.
+            BackendUnavailable: a library that a model or corruption needs is missing here.
         """
         own = {id(model): self._own(model) for model in (*measurement.models, measurement.reference) if model}
         reference = measurement.reference
@@ -97,19 +96,19 @@ class ClusterWorker:
         )
         for cell in measurement.suite.cells:
             if cell.id in cells:
-                self._look_for(cell.images.source.read(cell.images.names[0]))
+                self._check_readable(cell.images.source.read(cell.images.names[0]))
         self._measurement.probe(cells)
         return self.node, self._measurement.describe("1/1")
 
-    @_told
+    @_return_errors
     def count(self, units: Sequence[Unit]) -> list[Counted]:
-        """Counts units of what `begin` was told. Raises as `Measurement.counts` does."""
+        """Count units of the measurement passed to `begin`. Raises the same errors as `Measurement.counts`."""
         assert self._measurement is not None
         with Workers(0) as workers:
             return list(self._measurement.counts(units, workers))
 
     def _own(self, model: Model) -> Model:
-        assert isinstance(model.logits, Elsewhere)
+        assert isinstance(model.logits, RemoteLogits)
         return dataclasses.replace(self._load(model.logits.source), name=model.name)
 
     def _load(self, source: ModelSource) -> Model:
@@ -117,7 +116,7 @@ class ClusterWorker:
             self._loaded[source] = source.load()
         return self._loaded[source]
 
-    def _look_for(self, image: Any) -> None:
+    def _check_readable(self, image: Any) -> None:
         try:
             decode(image)
         except DataError as error:

@@ -1,9 +1,10 @@
-"""What is kept of an evaluation: whole numbers only, so that shards add up to the very bytes of one run.
+"""`Counts`: what a model answered on some images, as integers only.
+
+Integers make the sum of shards equal to a single run byte for byte, because sums of floating-point
+numbers depend on their order. Confidences are rounded to billionths before they are added; all
+other values are counts.
 
 Shape suffixes: N images, K classes.
-
-Sums of floating-point numbers depend on their order. Confidences are therefore rounded to whole billionths before they
-are added, and everything else is a count.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ from runtime.errors import InputError
 __all__ = ["BINS", "GROUPS", "NANO", "Answers", "Counts", "Pairs", "answers_of", "count"]
 
 BINS = 15
-"""Bins of equal width that confidences are sorted into, as in Guo et al., "On Calibration of Modern Neural Networks"
-(ICML 2017)."""
+"""Number of confidence bins of equal width, as in Guo et al., "On Calibration of Modern Neural
+Networks" (ICML 2017)."""
 
 GROUPS = 20
-"""Groups that images are dealt into in turn, for the intervals of `runtime.evaluate.intervals`."""
+"""Number of groups that images are assigned to in turn, for the intervals of `runtime.evaluate.intervals`."""
 
 NANO = 1_000_000_000
-"""Confidences are kept in billionths."""
+"""Confidences are stored in billionths."""
 
 Row = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """One model beside the reference model, on the same images."""
+    """Comparison of a model with the reference model on the same images."""
 
     agree: int
-    """Images that both put into the same class, right or wrong."""
+    """Images for which both predict the same class, right or wrong."""
     both: int
-    """Images that both get right."""
+    """Images that both classify correctly."""
     only_model: int
-    """Images that the model gets right and the reference wrong."""
+    """Images that only the model classifies correctly."""
     only_reference: int
-    """Images that the reference gets right and the model wrong."""
+    """Images that only the reference classifies correctly."""
     reference_group_right: Row
-    """Images that the reference gets right, by group."""
+    """Images that the reference classifies correctly, by group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,34 +55,34 @@ class Counts:
     """What a model answered on some images."""
 
     images: int
-    """How many there were."""
+    """Number of images."""
     top1: int
-    """Those whose class came out first."""
+    """Images whose class has the highest logit."""
     top5: int
-    """Those whose class came out among the first five."""
+    """Images whose class is among the five highest logits."""
     not_finite: int
-    """Those with an infinite logit or a nan. They count as wrong, with confidence 0."""
+    """Images with an infinite logit or a nan. They count as wrong, with confidence 0."""
     bin_images: Row
-    """By bin of the confidence, from low to high: images,"""
+    """Images by confidence bin, from low to high."""
     bin_right: Row
-    """those that are right,"""
+    """Correctly classified images by confidence bin."""
     bin_confidence_nano: Row
-    """and the sum of their confidences, in billionths."""
+    """Sum of the confidences by confidence bin, in billionths."""
     group_images: Row
-    """By group of images: how many,"""
+    """Images by group."""
     group_right: Row
-    """and those that are right."""
+    """Correctly classified images by group."""
     pairs: Pairs | None = None
-    """Beside the reference model, where there is one."""
+    """Comparison with the reference model; None without a reference."""
 
     def __add__(self, other: Counts) -> Counts:
         if (self.pairs is None) != (other.pairs is None):
-            raise InputError("counts with a reference model cannot be added to counts without one")
+            raise InputError("cannot add counts with a reference model to counts without one")
         return Counts(**_sum(self, other))
 
     @classmethod
     def none(cls, reference: bool = False) -> Counts:
-        """Counts of no images; `reference`: with those beside a reference model."""
+        """Return the counts of no images, with a comparison if `reference` is true."""
         bins, groups = (0,) * BINS, (0,) * GROUPS
         pairs = Pairs(agree=0, both=0, only_model=0, only_reference=0, reference_group_right=groups)
         return cls(
@@ -98,18 +99,18 @@ class Counts:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Reads `to_dict`'s values, or what JSON made of them. Raises InputError where they are something else."""
+        """Read the values of `to_dict`, also after a round trip through JSON. Raises InputError."""
         try:
             fields = _rows(content)
             pairs = fields.pop("pairs")
             return cls(**fields, pairs=None if pairs is None else Pairs(**_rows(pairs)))
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"these are not counts of an evaluation: {error}") from error
+            raise InputError(f"expected counts of an evaluation: {error}") from error
 
 
 def _rows(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,31 +132,28 @@ def _sum(left: Any, right: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a model says about a batch."""
+    """The predictions of a model for a batch."""
 
     classes_N: NDArray[np.int64]
-    """The class that comes first, among those that are asked about; −1 where the logits are not finite."""
+    """Predicted class, as a position among all classes; −1 if the logits are not finite."""
     right_N: NDArray[np.bool_]
-    """Whether that is the right one."""
+    """Whether the predicted class is the true one."""
     top5_N: NDArray[np.bool_]
-    """Whether the right one is among the first five."""
+    """Whether the true class is among the five highest logits."""
     confidence_nano_N: NDArray[np.int64]
-    """The probability of the first one, in billionths."""
+    """Probability of the predicted class, in billionths."""
 
 
 def answers_of(logits_NK: NDArray[Any], labels_N: NDArray[np.int64], classes: Sequence[int] | None = None) -> Answers:
-    """Reads a batch of logits.
+    """Return the predictions for a batch of logits.
 
-    Equal logits rank in the order of the classes, as `argmax` has it.
+    Equal logits rank in the order of the classes, as in `argmax`.
 
     Args:
-        logits_NK: of all the model's classes.
-        labels_N: the right classes, as positions among all classes.
-        classes: the only classes that are asked about, as ImageNet-A and -R ask about 200: the others' logits are
-            left out before anything is ranked or normalized. Default: all.
-
-    Returns:
-        Classes as positions among all classes.
+        logits_NK: logits of all the model's classes.
+        labels_N: true classes, as positions among all classes.
+        classes: the classes to choose from, such as the 200 of ImageNet-A. All other logits are
+            dropped before ranking and softmax. Default: all classes.
     """
     chosen_K = np.arange(logits_NK.shape[1]) if classes is None else np.asarray(classes)
     logits_NK = logits_NK[:, chosen_K].astype(np.float64)
@@ -176,15 +174,15 @@ def answers_of(logits_NK: NDArray[Any], labels_N: NDArray[np.int64], classes: Se
 
 
 def count(answers: Answers, positions_N: NDArray[np.int64], reference: Answers | None = None) -> Counts:
-    """Counts a batch.
+    """Return the counts of a batch.
 
     Args:
-        answers: of the model.
-        positions_N: the images' positions in their set, from which their groups follow.
-        reference: the reference model's answers on the same images.
+        answers: the model's predictions.
+        positions_N: positions of the images in their set, which determine their groups.
+        reference: the reference model's predictions for the same images.
     """
     right_N = answers.right_N
-    # The bins are (0, 1/15], (1/15, 2/15], …; a confidence of 0 goes to the first.
+    # The bins are (0, 1/15], (1/15, 2/15], …; a confidence of 0 belongs to the first.
     bins_N = np.clip(-(-answers.confidence_nano_N * BINS // NANO) - 1, 0, BINS - 1)
     groups_N = positions_N % GROUPS
     pairs = None

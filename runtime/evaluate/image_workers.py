@@ -1,9 +1,9 @@
-"""Blocks of images made ready in worker processes: decoded once, corrupted, kept on disk if asked.
+"""Worker processes that decode and corrupt blocks of images.
+
+Workers are started with `spawn`, so they share neither the model nor its libraries with the main
+process. They import only NumPy, Pillow, OpenCV and SciPy.
 
 Shape suffixes: N images, H height, W width, C channels.
-
-Workers are started afresh (`spawn`), so that they hold neither the model nor the libraries that run it; what they
-import is NumPy, Pillow, OpenCV and SciPy.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import Preprocessing
 from runtime.system.files import atomic_write, output_dir
 
-__all__ = ["Corruption", "Workers", "corrupt_block", "in_order", "load_block", "one_core"]
+__all__ = ["Corruption", "Workers", "corrupt_block", "in_order", "load_block", "use_one_core"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _CACHE_FORMAT = 1
-"""Goes up when `corrupt` gives other pixels."""
+"""Increase this number when `corrupt` returns different pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corruption:
-    """How a block is corrupted."""
+    """The corruption of a block."""
 
     name: str
     severity: int
@@ -53,19 +53,19 @@ class Corruption:
 
 
 def load_block(source: Source, names: Sequence[str], preprocessing: Preprocessing, resize: str) -> NDArray[np.uint8]:
-    """Decodes images and brings them to the network's size.
+    """Decode images and bring them to the network's input size.
 
     Args:
-        source: reads them.
-        names: which.
-        preprocessing: the model's.
-        resize: `fit`: resize and crop as the model says; `none`: take the pixels as they are.
+        source: reads the images.
+        names: names of the images.
+        preprocessing: preprocessing of the model.
+        resize: `fit`: resize and crop as the model specifies; `none`: use the pixels as they are.
 
     Returns:
         uint8 RGB, (N, H, W, 3).
 
     Raises:
-        DataError: an image cannot be decoded, or without resizing they differ in size.
+        DataError: an image cannot be decoded, or the images differ in size and may not be resized.
     """
     if resize == "fit":
         return np.stack([fit_to_input(decode(source.read(name)), preprocessing) for name in names])
@@ -74,8 +74,8 @@ def load_block(source: Source, names: Sequence[str], preprocessing: Preprocessin
     if other is not None:
         sizes = [f"{image.shape[1]}×{image.shape[0]} ({names[place]})" for place, image in enumerate(images)]
         raise DataError(
-            f"images that are not to be resized must be of one size; found {sizes[0]} and {sizes[other]}. Are these "
-            "the images as they were released? --resize fit resizes them, and is another test"
+            f"images must all have the same size if they are not resized; found {sizes[0]} and {sizes[other]}. Check "
+            "that these are the images as released, or resize them with --resize fit, which is a different test"
         )
     return np.stack(images)
 
@@ -83,23 +83,23 @@ def load_block(source: Source, names: Sequence[str], preprocessing: Preprocessin
 def corrupt_block(
     images_NHWC: NDArray[np.uint8], names: Sequence[str], corruption: Corruption, cache: Path | None
 ) -> NDArray[np.uint8]:
-    """Corrupts fitted images, or reads what was kept of doing so.
+    """Corrupt images that have the network's input size, or read them from the cache.
 
     Args:
         images_NHWC: uint8 RGB.
-        names: the images' keys.
-        corruption: how.
-        cache: the folder to keep the result in; None keeps none.
+        names: names of the images, which seed their random numbers.
+        corruption: the corruption to apply.
+        cache: folder of the cache; None: do not use a cache.
 
     Raises:
-        BackendUnavailable: OpenCV, SciPy or frost's textures are missing.
+        BackendUnavailable: OpenCV, SciPy or the textures of frost are missing.
         OutputError: the cache cannot be written.
     """
     file = None if cache is None else cache / _cache_name(images_NHWC, names, corruption)
-    if file is not None and (kept := _kept(file, images_NHWC.shape)) is not None:
-        return kept
+    if file is not None and (cached_NHWC := _read_cached(file, images_NHWC.shape)) is not None:
+        return cached_NHWC
     pairs = zip(images_NHWC, names, strict=True)
-    made_NHWC = np.stack(
+    corrupted_NHWC = np.stack(
         [
             corrupt(image, corruption.name, corruption.severity, key=name, seed=corruption.seed, table=corruption.table)
             for image, name in pairs
@@ -108,12 +108,12 @@ def corrupt_block(
     if file is not None:
         output_dir(file.parent)
         with atomic_write(file) as stream:
-            np.save(stream, made_NHWC)
-    return made_NHWC
+            np.save(stream, corrupted_NHWC)
+    return corrupted_NHWC
 
 
 def _cache_name(images_NHWC: NDArray[np.uint8], names: Sequence[str], corruption: Corruption) -> str:
-    """A name that follows from everything the corrupted pixels follow from."""
+    """Return a file name with a hash of everything that the corrupted pixels depend on."""
     import cv2
     import PIL
     import scipy
@@ -125,10 +125,11 @@ def _cache_name(images_NHWC: NDArray[np.uint8], names: Sequence[str], corruption
     return f"{corruption.name}-{corruption.severity}/{digest.hexdigest()}.npy"
 
 
-def _kept(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+def _read_cached(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    """Return the images in a file of the cache; None if it does not exist or is damaged."""
     try:
         images: NDArray[Any] = np.load(file, allow_pickle=False)
-    except (OSError, EOFError, ValueError):  # none, or damaged: it is made again
+    except (OSError, EOFError, ValueError):
         return None
     return images if images.shape == shape and images.dtype == np.uint8 else None
 
@@ -136,7 +137,7 @@ def _kept(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
 def in_order(
     submit: Callable[[_Item], Future[_Result]], items: Iterable[_Item], ahead: int
 ) -> Iterator[tuple[_Item, _Result]]:
-    """Yields each item with its result, in order, having submitted up to `ahead` items more than were taken.
+    """Yield each item with its result, in order, while up to `ahead` further items are in progress.
 
     Raises:
         BackendUnavailable: a worker process died.
@@ -153,29 +154,29 @@ def in_order(
             yield first, future.result()
     except BrokenProcessPool as error:
         raise BackendUnavailable(
-            "a worker process died, most often for want of memory: fewer --workers or a smaller --batch-size need "
-            "less. The same command goes on from here. (In a script of your own, start the work below "
+            "a worker process died, probably because memory ran out: use fewer --workers or a smaller --batch-size. "
+            "The same command resumes. (In a script of your own, put the call below "
             "`if __name__ == '__main__':`.)"
         ) from error
 
 
 class Workers:
-    """Processes that make blocks ready; with none of them, this process does it itself."""
+    """A pool of worker processes. If it has none, the calling process does the work."""
 
     def __init__(self, count: int) -> None:
-        """Starts up to `count` processes, as they are needed."""
+        """Create a pool that starts up to `count` processes as they are needed."""
         self.ahead = 2 * count
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(count, context, _begin) if count else None
+        self._pool = ProcessPoolExecutor(count, context, _initialize_worker) if count else None
 
     def submit(self, work: Callable[..., _Result], *arguments: Any) -> Future[_Result]:
-        """Runs `work` in a process, or here and now."""
+        """Call `work` in a worker process, or immediately if there is none."""
         if self._pool is not None:
             return self._pool.submit(work, *arguments)
-        return self.ready(work(*arguments))
+        return self.completed(work(*arguments))
 
-    def ready(self, result: _Result) -> Future[_Result]:
-        """Returns `result` as if a process had made it."""
+    def completed(self, result: _Result) -> Future[_Result]:
+        """Return a future that already has its result."""
         future: Future[_Result] = Future()
         future.set_result(result)
         return future
@@ -188,24 +189,24 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
-    """Begins a worker: it leaves Ctrl-C to its parent, ends with it, and keeps to one core."""
+def _initialize_worker() -> None:
+    """Leave Ctrl-C to the parent process, end together with it, and use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    one_core()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    use_one_core()
 
 
-def one_core() -> None:
-    """Makes OpenCV keep to one core in this process."""
+def use_one_core() -> None:
+    """Limit OpenCV to one core in this process."""
     try:
         import cv2
-    except ImportError:  # needed for corruptions only, which say so
+    except ImportError:  # only corruptions need it, and they report that it is missing
         return
     cv2.setNumThreads(1)
 
 
-def _end_with_parent() -> None:
-    """A pool's process whose parent was killed would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """End this process when its parent ends. It would otherwise wait for work forever if the parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

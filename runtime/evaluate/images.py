@@ -1,4 +1,4 @@
-"""Labeled images that a suite is made of, read when asked for, in whatever process asks."""
+"""Labeled images of a test set, which are read on demand in any process."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["ArrayFile", "Folder", "LabeledImages", "Source", "class_folders", "i
 
 
 class Source(Protocol):
-    """Where images are. Small and picklable: it travels to worker processes."""
+    """Reads images. It is small and picklable, because it is sent to worker processes."""
 
     def read(self, name: str) -> ImageLike:
-        """Returns the image of that name, not decoded."""
+        """Return the image with this name, not decoded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Image files, by their paths relative to a folder."""
+    """Image files, named by their paths relative to a folder."""
 
     root: Path
 
@@ -39,7 +39,7 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class ArrayFile:
-    """Rows of a `.npy` file, uint8 (N, H, W, 3), by their numbers."""
+    """Rows of a `.npy` file, uint8 (N, H, W, 3), named by their numbers."""
 
     path: Path
 
@@ -48,11 +48,11 @@ class ArrayFile:
 
 
 def open_array(path: Path) -> NDArray[np.uint8]:
-    """Maps a `.npy` file of images. Raises DataError where it is none."""
+    """Memory-map a `.npy` file of images. Raises DataError if it is not such a file."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is not a whole .npy file ({error}); copy or download it again") from error
+        raise DataError(f"{path} is not a complete .npy file ({error}); copy or download it again") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise DataError(f"{path}: expected images, uint8 (N, H, W, 3); found {array.dtype} {array.shape}")
     images: NDArray[np.uint8] = array
@@ -61,14 +61,14 @@ def open_array(path: Path) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, slots=True)
 class LabeledImages:
-    """Images with their classes, in an order that is the same everywhere."""
+    """Images with their classes, in an order that is the same on every machine."""
 
     source: Source
-    """Reads them."""
+    """Reads the images."""
     names: tuple[str, ...]
-    """What `source` calls them; also the keys that their corruptions are drawn by."""
+    """Names of the images in `source`. They also seed the random numbers of corruptions."""
     labels: tuple[int, ...]
-    """Their places among the model's classes."""
+    """Positions of their classes among the model's classes."""
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.labels)
@@ -78,15 +78,15 @@ class LabeledImages:
 
     @property
     def sha256(self) -> str:
-        """Hash of names and classes, in their order."""
+        """Hash of the names and classes, in their order."""
         lines = "".join(f"{name}\t{label}\n" for name, label in zip(self.names, self.labels, strict=True))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def limited(self, limit: int, seed: int) -> LabeledImages:
-        """Returns at most `limit` of the images, drawn by `seed`, of every class in proportion.
+        """Return at most `limit` of the images, drawn at random from every class in proportion.
 
-        Which images are drawn follows from their names, classes and the seed alone; a smaller limit draws a part of
-        what a larger one does.
+        The draw depends only on names, classes and `seed`. A smaller limit draws a subset of the
+        images that a larger limit draws.
         """
         if limit >= len(self):
             return self
@@ -96,7 +96,8 @@ class LabeledImages:
         ranked = []
         for label, names in classes.items():
             names.sort(key=lambda name: _draw(seed, name))
-            # The first of each class come before the seconds, and those of large classes closer together.
+            # Images are ranked by their relative position within their class, which draws from all
+            # classes in proportion.
             ranked += [((rank + 0.5) / len(names), _draw(seed, f"{label}"), name) for rank, name in enumerate(names)]
         chosen = {name for *_, name in sorted(ranked)[:limit]}
         pairs = [pair for pair in zip(self.names, self.labels, strict=True) if pair[0] in chosen]
@@ -108,10 +109,10 @@ def _draw(seed: int, name: str) -> bytes:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Returns the names of the folders in `root`, sorted; hidden ones are left out.
+    """Return the sorted names of the folders in `root`, except hidden ones.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: the folder does not exist.
     """
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing of that name"
@@ -120,14 +121,14 @@ def class_folders(root: Path) -> list[str]:
 
 
 def image_files(root: Path, labels: Mapping[str, int]) -> LabeledImages:
-    """Lists the images of class folders, whatever is below them.
+    """List the images in class folders and their subfolders.
 
     Args:
-        root: the folder that holds the class folders.
+        root: the folder that contains the class folders.
         labels: class folder → class.
 
     Raises:
-        DataError: there is no image file.
+        DataError: there are no image files.
     """
     pairs = sorted((name, label) for folder, label in labels.items() for name in _files(root, folder))
     if not pairs:
@@ -136,10 +137,10 @@ def image_files(root: Path, labels: Mapping[str, int]) -> LabeledImages:
 
 
 def _files(root: Path, folder: str) -> Iterator[str]:
-    """Yields the image files below a folder, by their paths relative to `root`, with slashes."""
+    """Yield the image files below a folder by their paths relative to `root`, with slashes."""
     for where, _, names in os.walk(root / folder, followlinks=True):
         home = Path(where).relative_to(root).as_posix()
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                # ImageNet-C has the same 50,000 names in each of 75 cells.
+                # Interning saves memory: ImageNet-C has the same 50,000 names in each of 75 cells.
                 yield sys.intern(f"{home}/{name}")

@@ -1,11 +1,11 @@
-"""How far a measured share can be trusted: 95 % intervals from counts alone."""
+"""95 % confidence intervals, computed from counts only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["Interval", "jackknife", "newcombe_paired", "unvaried", "wilson"]
+__all__ = ["Interval", "jackknife", "newcombe_paired", "wilson", "zero_variance"]
 
 Interval = tuple[float, float]
 """Lower and upper end."""
@@ -15,38 +15,40 @@ _Z = 1.959963984540054
 
 _T: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-"""97.5 % quantiles of Student's t distribution for 1, 2, … 20 degrees of freedom."""
+"""97.5 % quantiles of Student's t distribution for 1, 2, … 20 degrees of freedom, as published tables round them."""
 
 
 def wilson(successes: int, total: int) -> Interval | None:
-    """Returns Wilson's score interval of a share; None of nothing.
+    """Return Wilson's score interval of a proportion, or None if `total` is 0.
 
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (JASA 22, 1927).
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (JASA 22,
+    1927).
     """
     if total == 0:
         return None
     share, scale = successes / total, 1 + _Z**2 / total
     middle = (share + _Z**2 / (2 * total)) / scale
     half = _Z / scale * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
-    # Rounding must not push the ends past the share where they touch it.
+    # If an end touches the proportion, rounding must not move it to the other side.
     return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
 
 
 def newcombe_paired(both: int, only_first: int, only_second: int, neither: int) -> Interval | None:
-    """Returns an interval of the first share less the second, of two classifiers on the same images.
+    """Return an interval of the accuracy difference of two classifiers on the same images.
 
-    Wilson intervals of the two shares, put together by the correlation of the two: method 10 of Newcombe, "Improved
-    confidence intervals for the difference between binomial proportions based on paired data" (Statistics in Medicine
-    17, 1998). An interval that excludes 0 says that the two differ, as McNemar's test would.
+    It combines the Wilson intervals of both accuracies with the correlation of the classifiers:
+    method 10 of Newcombe, "Improved confidence intervals for the difference between binomial
+    proportions based on paired data" (Statistics in Medicine 17, 1998). If the interval excludes 0,
+    the classifiers differ, as in McNemar's test.
 
     Args:
-        both: images that both get right.
-        only_first: images that only the first gets right.
-        only_second: images that only the second gets right.
-        neither: images that both get wrong.
+        both: images that both classify correctly.
+        only_first: images that only the first classifies correctly.
+        only_second: images that only the second classifies correctly.
+        neither: images that both misclassify.
 
     Returns:
-        Lower and upper end, in [−1, 1]; None of no images.
+        Interval of the first accuracy minus the second, in [−1, 1]; None if there are no images.
     """
     total = both + only_first + only_second + neither
     first, second = wilson(both + only_first, total), wilson(both + only_second, total)
@@ -62,7 +64,7 @@ def newcombe_paired(both: int, only_first: int, only_second: int, neither: int) 
 
 
 def _correlation(both: int, only_first: int, only_second: int, neither: int, total: int) -> float:
-    """Newcombe's φ, with his correction for continuity where it is positive."""
+    """Return Newcombe's φ, with his continuity correction if it is positive."""
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if product == 0:
         return 0.0
@@ -71,42 +73,44 @@ def _correlation(both: int, only_first: int, only_second: int, neither: int, tot
 
 
 def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> Interval | None:
-    """Returns an interval of a statistic of grouped images, by leaving out one group after the other.
+    """Return an interval of a statistic of grouped images, by removing one group after another.
 
-    A mean over corruptions is a mean over the *same* images again and again, so the binomial formula does not hold for
-    it. The groups are of images, with all that was measured on them. Source: the delete-a-group jackknife, Wolter,
-    "Introduction to Variance Estimation" (2nd edition, 2007), chapter 4.
+    A mean over corruptions uses the same images many times, so the binomial formula does not hold.
+    A group consists of images, with everything that was measured on them. Source: the
+    delete-a-group jackknife, Wolter, "Introduction to Variance Estimation" (2nd edition, 2007),
+    chapter 4.
 
     Args:
-        statistic: the statistic on the images of the given groups.
-        groups: how many there are, all with images in them.
+        statistic: returns the statistic on the images of the given groups.
+        groups: number of groups, each with images in it.
 
     Returns:
-        Lower and upper end around the statistic of all groups; None of fewer than two groups.
+        Interval around the statistic of all groups; None if there are fewer than two groups.
     """
     if not 2 <= groups <= len(_T) + 1:
         return None
     everything = range(groups)
-    without = [statistic([group for group in everything if group != left]) for left in everything]
+    without = [statistic([group for group in everything if group != removed]) for removed in everything]
     mean = math.fsum(without) / groups
     variance = (groups - 1) / groups * math.fsum((value - mean) ** 2 for value in without)
     half, whole = _T[groups - 2] * math.sqrt(variance), statistic(everything)
     return whole - half, whole + half
 
 
-def unvaried(value: float, images: int, lowest: float, highest: float) -> Interval:
-    """Returns an interval of a mean over images each of which gave the very same value.
+def zero_variance(value: float, images: int, lowest: float, highest: float) -> Interval:
+    """Return an interval of a mean over images that all gave the same value.
 
-    Their variance is 0, and no width at all would be no honest interval: the next image may be the first to differ. At
-    most z²/(n + z²) of all images do, which is the upper end of Wilson's interval of 0 in n (about 3.8/n; the "rule of
-    three" of Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 249, 1983, is its
-    one-sided sister); and each can give from `lowest` to `highest`.
+    Their variance is 0, but an interval without width would be wrong, because the next image may be
+    the first to differ. At most z²/(n + z²) of all images differ: the upper end of Wilson's interval
+    of 0 in n, about 3.8/n. (The "rule of three" of Hanley and Lippman-Hand, "If nothing goes wrong,
+    is everything all right?", JAMA 249, 1983, is the one-sided form.) Each of these images gives a
+    value from `lowest` to `highest`.
 
     Args:
-        value: what every image gave.
-        images: how many there were, at least one.
-        lowest: the least that an image can give.
-        highest: the most.
+        value: the value of every image.
+        images: number of images, at least one.
+        lowest: lowest possible value of an image.
+        highest: highest possible value of an image.
     """
     found = wilson(0, images)
     assert found is not None

@@ -1,9 +1,9 @@
-"""`Measurement`: images of a block → counts of every model on it.
+"""`Measurement`: run models on blocks of images and count their answers.
+
+Images are decoded once for all models and corruptions. A block always consists of the same images,
+in every process and after every resumption, so its logits are identical to the last bit.
 
 Shape suffixes: N images, H height, W width, C channels.
-
-Images are decoded once for all models and all corruptions. A block of images is always the same images, whoever counts
-it and however often the run was stopped, so that its logits are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from runtime.evaluate.cells import Cell, SuiteConfig
 from runtime.evaluate.counts import Answers, Counts, answers_of, count
 from runtime.evaluate.image_workers import Corruption, Workers, corrupt_block, in_order, load_block
 from runtime.evaluate.models import Model
-from runtime.evaluate.progress_log import Unit
-from runtime.evaluate.provenance import describe
+from runtime.evaluate.results import describe
 from runtime.evaluate.suites import Suite
 
-__all__ = ["Base", "Counted", "Measurement"]
+__all__ = ["Base", "Counted", "Measurement", "Unit"]
+
+Unit = tuple[str, int]
+"""A cell, and the number of a block of its images."""
 
 Counted = tuple[Unit, list[Counts]]
-"""A cell and block, and the counts of every model there."""
+"""A unit, and the counts of every model on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +45,26 @@ class Base:
 
     @property
     def units(self) -> list[Unit]:
+        """The units of this block."""
         return [(cell.id, self.block) for cell in self.cells]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Models of one input size and list of classes, on one suite."""
+    """Models with the same input size and classes, on one suite."""
 
     models: Sequence[Model]
     reference: Model | None
-    """What the models' answers are compared with; it may be one of them."""
+    """The model that the others are compared with; it may be one of them."""
     suite: Suite
     config: SuiteConfig
-    """What `suite` was opened for, as it was asked."""
+    """The settings that `suite` was opened with."""
     batch_size: int
     cache: Path | None = None
-    """Folder to keep corrupted images in; None keeps none."""
+    """Folder for corrupted images; None: do not cache them."""
 
     def describe(self, shard: str) -> list[dict[str, Any]]:
-        """Returns each model's result without counts: everything that its counts follow from."""
+        """Return each model's result without counts: everything that its counts depend on."""
         return [
             describe(
                 model,
@@ -75,26 +78,26 @@ class Measurement:
         ]
 
     def within(self, block: int) -> slice:
-        """The images of a block."""
+        """Return the positions of a block's images."""
         return slice(block * self.batch_size, (block + 1) * self.batch_size)
 
     def counts(self, units: Iterable[Unit], workers: Workers) -> Iterator[Counted]:
-        """Counts every unit, in an order of its own.
+        """Yield the counts of every unit, grouped by the images that they share.
 
         Raises:
-            DataError: an image cannot be decoded, or does not fit a model.
-            SpecError: a model's outputs are not those of its spec.
+            DataError: an image cannot be decoded, or does not have a model's input size.
+            SpecError: a model's outputs do not match its spec.
             BackendUnavailable: a worker process died.
         """
         for cell, block, images_NHWC in self._images(workers, units):
             yield (cell.id, block), self._count(cell, block, images_NHWC)
 
     def probe(self, cells: Container[str]) -> None:
-        """What a corruption needs and is missing is found now, not hours later. Raises BackendUnavailable."""
+        """Compute each corruption of these cells once. Raises BackendUnavailable if a library is missing."""
         self.suite.probe(cells, self.models[0].spec.preprocessing)
 
     def _images(self, workers: Workers, units: Iterable[Unit]) -> Iterator[tuple[Cell, int, NDArray[np.uint8]]]:
-        """Yields the images of every unit: decoded once, then corrupted in all ways."""
+        """Yield the images of every unit. They are decoded once, then corrupted in all ways."""
         preprocessing = self.models[0].spec.preprocessing
 
         def load(base: Base) -> Future[NDArray[np.uint8]]:
@@ -109,17 +112,17 @@ class Measurement:
         def make(variant: tuple[Base, Cell, NDArray[np.uint8]]) -> Future[NDArray[np.uint8]]:
             base, cell, images_NHWC = variant
             if cell.corruption is None:
-                return workers.ready(images_NHWC)
+                return workers.completed(images_NHWC)
             assert self.suite.table is not None
             name, severity = cell.corruption
-            how = Corruption(name=name, severity=severity, seed=self.suite.seed, table=self.suite.table)
-            return workers.submit(corrupt_block, images_NHWC, base.names, how, self.cache)
+            corruption = Corruption(name=name, severity=severity, seed=self.suite.seed, table=self.suite.table)
+            return workers.submit(corrupt_block, images_NHWC, base.names, corruption, self.cache)
 
         for (base, cell, _), images_NHWC in in_order(make, variants(), workers.ahead):
             yield cell, base.block, images_NHWC
 
     def bases(self, units: Iterable[Unit]) -> Iterator[Base]:
-        """Groups units by the images that they need."""
+        """Yield units grouped by the images that they need."""
         blocks: dict[str, set[int]] = defaultdict(set)
         for name, block in units:
             blocks[name].add(block)
@@ -137,9 +140,9 @@ class Measurement:
         fixed = next((model for model in (*self.models, self.reference) if model and not model.size_open), None)
         if fixed is not None and found != (spec.height, spec.width):
             raise DataError(
-                f"{self.suite.name} is measured without resizing, and {base.names[0]} has {found[1]}×{found[0]} "
-                f"pixels; {fixed.name} takes {spec.width}×{spec.height}. Export the model at the images' size "
-                "(advprop-export --img-size); --resize fit resizes the images, and is another test"
+                f"{self.suite.name} is evaluated without resizing: {base.names[0]} has {found[1]}×{found[0]} pixels, "
+                f"but {fixed.name} needs {spec.width}×{spec.height}. Export the model for the images' size "
+                "(advprop-export --img-size), or resize them with --resize fit, which is a different test"
             )
 
     def _count(self, cell: Cell, block: int, images_NHWC: NDArray[np.uint8]) -> list[Counts]:
@@ -159,7 +162,7 @@ class Measurement:
         logits_NK = model.logits(images_NHWC)
         if logits_NK.shape != (len(labels_N), len(model.spec.classes)):
             raise SpecError(
-                f"{model.name} gave outputs of shape {logits_NK.shape} for {len(labels_N)} images; its spec names "
+                f"{model.name} returned outputs of shape {logits_NK.shape} for {len(labels_N)} images; its spec names "
                 f"{len(model.spec.classes)} classes"
             )
         return answers_of(logits_NK, labels_N, self.suite.classes)

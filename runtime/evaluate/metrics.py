@@ -1,31 +1,40 @@
-"""The numbers that people compare, from counts.
+"""The metrics of a result, computed from its counts.
 
-Two of them are often confused, and never here:
+Two of them are often confused:
 
-`mce_alexnet`   the mean over fifteen corruptions of the model's error ÷ AlexNet's on the same corruption, in percent:
-                100 is as good as AlexNet. Only of ImageNet's 1,000 classes under ImageNet-C's fifteen corruptions.
-`mean_error`    the plain mean of the error, a share from 0 to 1. Of any labels; what papers report of CIFAR-10-C.
+`mce_alexnet`   mean over fifteen corruptions of the model's error ÷ AlexNet's error under the same
+                corruption, in percent: 100 is as robust as AlexNet. It is defined only for ImageNet's
+                1,000 classes and ImageNet-C's fifteen corruptions.
+`mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes, and is what papers
+                report for CIFAR-10-C.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from runtime.errors import InputError
 from runtime.evaluate.corruptions import CORRUPTIONS
-from runtime.evaluate.counts import NANO, Counts
+from runtime.evaluate.counts import GROUPS, NANO, Counts
+from runtime.evaluate.intervals import Interval, jackknife, newcombe_paired, wilson, zero_variance
 
 __all__ = [
     "ALEXNET",
     "ALEXNET_CLEAN",
     "calibration_error",
     "corruption_errors",
+    "difference_interval_of",
     "error_of",
+    "interval_of",
     "mce_alexnet",
     "mean_error",
+    "reference_of",
     "relative_mce_alexnet",
     "rms_calibration_error",
+    "summarize",
 ]
 
 ALEXNET = {
@@ -45,17 +54,29 @@ ALEXNET = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-"""AlexNet's error on ImageNet-C, the mean over severities, by name. Source: github.com/hendrycks/robustness."""
+"""AlexNet's error on ImageNet-C by corruption, mean over severities. Source: github.com/hendrycks/robustness."""
 
 ALEXNET_CLEAN = 0.435
 """AlexNet's error on ImageNet. Source: Hendrycks and Dietterich (ICLR 2019), table 1."""
 
 Errors = Mapping[str, Sequence[float]]
-"""Corruption → the errors at severities 1 to 5, shares from 0 to 1."""
+"""Corruption → errors at severities 1 to 5, from 0 to 1."""
+Cells = Mapping[str, Counts]
+Statistic = Callable[[Cells, Sequence[int] | None], float]
+"""A statistic of cells, over all images or those of some groups."""
+Grouped = Callable[[Sequence[int]], float]
+"""A statistic over the images of some groups."""
+
+_ROUNDING = 1e-9
+"""An interval narrower than this consists of rounding errors only."""
+
+MCE_UNIT = "percent of AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
+RELATIVE_UNIT = "percent of what corruption adds to AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
+MEAN_UNIT = "share of images, plain mean over corruptions and severities; not to be compared with mce_alexnet"
 
 
 def error_of(counts: Counts, groups: Iterable[int] | None = None) -> float:
-    """Returns the top-1 error, a share from 0 to 1: of all images, or of those of some groups."""
+    """Return the top-1 error, from 0 to 1, over all images or those of some groups."""
     if groups is None:
         return 1 - counts.top1 / counts.images
     chosen = list(groups)
@@ -63,12 +84,12 @@ def error_of(counts: Counts, groups: Iterable[int] | None = None) -> float:
     return 1 - sum(counts.group_right[group] for group in chosen) / images
 
 
-def corruption_errors(cells: Mapping[str, Counts], groups: Iterable[int] | None = None) -> dict[str, list[float]]:
-    """Returns the errors of those of the fifteen corruptions that have all five severities.
+def corruption_errors(cells: Cells, groups: Iterable[int] | None = None) -> dict[str, list[float]]:
+    """Return the errors of each of the fifteen corruptions that has all five severities.
 
     Args:
-        cells: `CORRUPTION/SEVERITY` → counts, with images in each; other names are left out.
-        groups: count the images of these groups only.
+        cells: `CORRUPTION/SEVERITY` → counts, with images in each; other names are ignored.
+        groups: count only the images of these groups.
     """
     chosen = None if groups is None else list(groups)
     names = [name for name in CORRUPTIONS if all(f"{name}/{severity}" in cells for severity in range(1, 6))]
@@ -76,67 +97,198 @@ def corruption_errors(cells: Mapping[str, Counts], groups: Iterable[int] | None 
 
 
 def mce_alexnet(errors: Errors) -> float:
-    """Returns the mean corruption error, in percent of AlexNet's error; AlexNet's own is 100.
+    """Return the mean corruption error, in percent of AlexNet's error; AlexNet's own is 100.
 
-    CE of one corruption = Σ over severities of the error ÷ Σ of AlexNet's. Source: Hendrycks and
-    Dietterich, section 4.2.
+    CE of one corruption = Σ over severities of the error ÷ Σ of AlexNet's errors. Source: Hendrycks
+    and Dietterich (ICLR 2019), section 4.2.
 
     Raises:
-        InputError: not exactly the fifteen corruptions with five severities each.
+        InputError: the corruptions are not exactly the fifteen, with five severities each.
     """
-    _check(errors)
+    _check_complete(errors)
     return 100 * _mean([_mean(errors[name]) / ALEXNET[name] for name in CORRUPTIONS])
 
 
 def relative_mce_alexnet(errors: Errors, clean_error: float) -> float:
-    """Returns the relative mCE, in percent: what corruption adds to the clean error, beside what it adds to AlexNet's.
+    """Return the relative mCE, in percent: the error added by corruption ÷ the error it adds to AlexNet.
 
     Raises:
-        InputError: not exactly the fifteen corruptions with five severities each.
+        InputError: the corruptions are not exactly the fifteen, with five severities each.
     """
-    _check(errors)
+    _check_complete(errors)
     return 100 * _mean([(_mean(errors[name]) - clean_error) / (ALEXNET[name] - ALEXNET_CLEAN) for name in CORRUPTIONS])
 
 
 def mean_error(errors: Errors) -> float:
-    """Returns the mean of the error over corruptions and severities, a share from 0 to 1. Raises InputError of none."""
+    """Return the mean error over corruptions and severities, from 0 to 1. Raises InputError if there are none."""
     if not errors:
-        raise InputError("the mean error of no corruption is nothing: found no corruption with all five severities")
+        raise InputError("the mean error needs a corruption with all five severities; found none")
     return _mean([_mean(levels) for levels in errors.values()])
 
 
 def calibration_error(counts: Counts) -> float:
-    """Returns the expected calibration error, a share: the mean over images of |accuracy − confidence| of their bin.
+    """Return the expected calibration error: the mean over images of |accuracy − confidence| of their bin.
 
     Source: Guo et al. (ICML 2017), equation 3, with fifteen bins of equal width.
     """
-    return math.fsum(share * abs(gap) for share, gap in _gaps(counts))
+    return math.fsum(share * abs(gap) for share, gap in _calibration_gaps(counts))
 
 
 def rms_calibration_error(counts: Counts) -> float:
-    """Returns the root of the mean square of accuracy − confidence of the images' bins, a share.
+    """Return the root mean square over images of accuracy − confidence of their bin.
 
-    Source: Hendrycks, Mazeika and Dietterich, "Deep Anomaly Detection with Outlier Exposure" (ICLR 2019), who put
-    equally many images into each bin; bins here are of equal width, so that shards add up.
+    Source: Hendrycks, Mazeika and Dietterich, "Deep Anomaly Detection with Outlier Exposure" (ICLR
+    2019). They use bins with equal numbers of images; bins of equal width are used here, because
+    their counts can be added over shards.
     """
-    return math.sqrt(math.fsum(share * gap**2 for share, gap in _gaps(counts)))
+    return math.sqrt(math.fsum(share * gap**2 for share, gap in _calibration_gaps(counts)))
 
 
-def _gaps(counts: Counts) -> list[tuple[float, float]]:
-    """Of each bin with images: its share of the images, and its accuracy less its confidence."""
+def _calibration_gaps(counts: Counts) -> list[tuple[float, float]]:
+    """Return, for each bin with images, its share of the images and its accuracy minus its confidence."""
     rows = zip(counts.bin_images, counts.bin_right, counts.bin_confidence_nano, strict=True)
     return [(n / counts.images, right / n - confidence / NANO / n) for n, right, confidence in rows if n]
 
 
-def _check(errors: Errors) -> None:
+def _check_complete(errors: Errors) -> None:
     wrong = [name for name in CORRUPTIONS if len(errors.get(name, ())) != 5]
-    strangers = sorted(set(errors) - set(CORRUPTIONS))
-    if wrong or strangers:
+    unknown = sorted(set(errors) - set(CORRUPTIONS))
+    if wrong or unknown:
         raise InputError(
-            "mce_alexnet is of the fifteen corruptions at five severities each; "
-            + (f"found no or other than five of {', '.join(wrong)}" if wrong else f"found {', '.join(strangers)} too")
+            "mce_alexnet needs exactly the fifteen corruptions with five severities each; "
+            + (f"found no errors or another number for {', '.join(wrong)}" if wrong else f"found {', '.join(unknown)}")
         )
 
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def summarize(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> dict[str, Any]:
+    """Return the `metrics` of a result.
+
+    Args:
+        cells: counts by cell, with images in each.
+        why_no_mce: why these images cannot be compared with AlexNet; "" if they can.
+        clean: the cell whose error the relative mCE uses.
+    """
+    metrics: dict[str, Any] = {"cells": {name: _cell_metrics(counts) for name, counts in cells.items()}}
+    errors = corruption_errors(cells)
+    if not any("/" in name for name in cells):
+        return metrics
+    if not errors:
+        why = "no corruption has all five severities"
+        return metrics | {name: _no_value(why) for name in ("mce_alexnet", "relative_mce_alexnet", "mean_error")}
+    if len(errors) < len(CORRUPTIONS):
+        why_no_mce = why_no_mce or f"{len(errors)} of the fifteen corruptions have all five severities"
+    metrics["mean_error"] = {"corruptions": list(errors), **_with_interval(cells, _mean_error, MEAN_UNIT, (0.0, 1.0))}
+    if why_no_mce:
+        return metrics | {name: _no_value(why_no_mce) for name in ("mce_alexnet", "relative_mce_alexnet")}
+    all_wrong = dict.fromkeys(CORRUPTIONS, [1.0] * 5)
+    metrics["mce_alexnet"] = _with_interval(cells, _mce, MCE_UNIT, (0.0, mce_alexnet(all_wrong)))
+    if clean in cells:
+        highest = relative_mce_alexnet(all_wrong, 0.0)
+        metrics["relative_mce_alexnet"] = _with_interval(cells, _relative_mce, RELATIVE_UNIT, (-highest, highest))
+    else:
+        metrics["relative_mce_alexnet"] = _no_value("it needs the error on clean images: --clean DIR")
+    return metrics
+
+
+def _cell_metrics(counts: Counts) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "images": counts.images,
+        "top1": counts.top1 / counts.images,
+        "top1_interval": wilson(counts.top1, counts.images),
+        "top5": counts.top5 / counts.images,
+        "calibration_error": calibration_error(counts),
+        "rms_calibration_error": rms_calibration_error(counts),
+    }
+    if counts.pairs is not None:
+        pairs, total = counts.pairs, counts.images
+        neither = total - pairs.both - pairs.only_model - pairs.only_reference
+        summary["against_reference"] = {
+            "agreement": pairs.agree / total,
+            "agreement_interval": wilson(pairs.agree, total),
+            "top1_difference": (pairs.only_model - pairs.only_reference) / total,
+            "top1_difference_interval": newcombe_paired(pairs.both, pairs.only_model, pairs.only_reference, neither),
+        }
+    return summary
+
+
+def _no_value(why: str) -> dict[str, Any]:
+    return {"value": None, "why_not": why}
+
+
+def _with_interval(cells: Cells, statistic: Statistic, unit: str, ends: Interval) -> dict[str, Any]:
+    """Return a value and its difference from the reference's value, each with its interval."""
+    value, every = statistic(cells, None), list(cells.values())
+    interval = interval_of(every, lambda groups: statistic(cells, groups), ends)
+    summary: dict[str, Any] = {"value": value, "interval": interval, "unit": unit}
+    if all(counts.pairs is not None for counts in every):
+        reference = {name: reference_of(counts) for name, counts in cells.items()}
+        summary["difference"] = value - statistic(reference, None)
+        summary["difference_interval"] = difference_interval_of(
+            every, lambda groups: statistic(cells, groups) - statistic(reference, groups), ends
+        )
+    return summary
+
+
+def interval_of(cells: Collection[Counts], statistic: Grouped, ends: Interval = (0.0, 1.0)) -> Interval | None:
+    """Return an interval of a mean of the errors of cells that all have the same images.
+
+    Args:
+        cells: counts, with images in each.
+        statistic: returns the mean over the images of some groups.
+        ends: lowest and highest possible value of an image.
+
+    Returns:
+        The interval. None if there are too few images for every group to have one, or if all groups
+        have the same mean although images differ, in which case the variance is unknown.
+    """
+    alike = all(counts.top1 in (0, counts.images) for counts in cells)
+    return _zero_variance(cells, statistic, ends) if alike else _jackknife(cells, statistic)
+
+
+def difference_interval_of(
+    cells: Collection[Counts], statistic: Grouped, ends: Interval = (0.0, 1.0)
+) -> Interval | None:
+    """Return an interval of the difference of such a mean from the reference's; `ends` are those of the mean."""
+    pairs = [counts.pairs for counts in cells if counts.pairs is not None]
+    if all(pair.only_model == pair.only_reference == 0 for pair in pairs):
+        return _zero_variance(cells, statistic, (ends[0] - ends[1], ends[1] - ends[0]))
+    return _jackknife(cells, statistic)
+
+
+def _zero_variance(cells: Collection[Counts], statistic: Grouped, ends: Interval) -> Interval:
+    groups = [place for place in range(GROUPS) if all(counts.group_images[place] for counts in cells)]
+    return zero_variance(statistic(groups), min(counts.images for counts in cells), *ends)
+
+
+def _jackknife(cells: Collection[Counts], statistic: Grouped) -> Interval | None:
+    if any(min(counts.group_images) == 0 for counts in cells):
+        return None
+    found = jackknife(statistic, GROUPS)
+    return None if found is None or found[1] - found[0] < _ROUNDING else found
+
+
+def reference_of(counts: Counts) -> Counts:
+    """Return the counts of the reference model's errors on the same images. `counts.pairs` must not be None."""
+    assert counts.pairs is not None
+    return dataclasses.replace(
+        counts,
+        top1=counts.pairs.both + counts.pairs.only_reference,
+        group_right=counts.pairs.reference_group_right,
+        pairs=None,
+    )
+
+
+def _mean_error(cells: Cells, groups: Sequence[int] | None) -> float:
+    return mean_error(corruption_errors(cells, groups))
+
+
+def _mce(cells: Cells, groups: Sequence[int] | None) -> float:
+    return mce_alexnet(corruption_errors(cells, groups))
+
+
+def _relative_mce(cells: Cells, groups: Sequence[int] | None) -> float:
+    return relative_mce_alexnet(corruption_errors(cells, groups), error_of(cells["clean"], groups))

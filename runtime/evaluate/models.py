@@ -1,4 +1,4 @@
-"""`Model`: whatever is evaluated. A model file, a checkpoint, or any function from images to logits.
+"""`Model`: a classifier to evaluate, made from a model file, a checkpoint or a function.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,13 @@ from runtime.preprocessing import network_input, normalize
 from runtime.session import Session
 from runtime.spec import ModelSpec
 from runtime.system.files import sha256_file
-from runtime.system.lazy import elsewhere
 
-__all__ = ["CHECKPOINT_LOADER", "Model", "ModelSource", "load_model", "load_models", "model_of"]
+__all__ = ["CheckpointLoader", "Model", "ModelSource", "load_model", "load_models", "model_of", "same_inputs"]
 
-CHECKPOINT_LOADER = "advprop.checkpoints.predictor:load_predictor"
-"""What loads checkpoints: imported when there is one, since the runtime depends on nothing else of ours."""
+_TINY = np.finfo(np.float32).tiny
 
-_SMALLEST = np.finfo(np.float32).tiny
+Predict: TypeAlias = Callable[[NDArray[np.float32]], NDArray[Any]]
+"""Normalized images, (N, 3, H, W) → logits, (N, K)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,26 +36,26 @@ class Model:
     """A classifier to evaluate."""
 
     name: str
-    """What tables and file names call it."""
+    """Name in tables and file names."""
     spec: ModelSpec
-    """Its classes, and how images are made its input."""
+    """Its classes and preprocessing."""
     logits: Callable[[NDArray[np.uint8]], NDArray[Any]]
-    """uint8 RGB at the network's size, (N, H, W, 3) → logits, (N, K). The log of probabilities will do too."""
+    """uint8 RGB at the network's input size, (N, H, W, 3) → logits or log-probabilities, (N, K)."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What a result says of it: `sha256`, how it is run, …; plain values."""
+    """Facts that a result records, such as `sha256` and `backend`; plain values."""
     size_open: bool = False
-    """Whether it takes images of other sizes than its spec's."""
+    """Whether it accepts images of other sizes than its spec's."""
 
 
 def model_of(
     name: str,
     spec: ModelSpec,
-    predict: Callable[[NDArray[np.float32]], NDArray[Any]],
+    predict: Predict,
     facts: Mapping[str, Any] | None = None,
     *,
     size_open: bool = False,
 ) -> Model:
-    """Makes a model of a function from normalized float32 images, (N, 3, H, W), to logits, (N, K)."""
+    """Make a model of a function from normalized float32 images, (N, 3, H, W), to logits, (N, K)."""
 
     def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
         return predict(normalize(images_NHWC, spec.preprocessing))
@@ -64,63 +63,114 @@ def model_of(
     return Model(name=name, spec=spec, logits=logits, facts=facts or {}, size_open=size_open)
 
 
+def same_inputs(one: ModelSpec, other: ModelSpec) -> bool:
+    """Return whether two models can share images: their input size, crop and classes are the same."""
+    return _geometry(one) == _geometry(other) and (one.classes, one.wnids) == (other.classes, other.wnids)
+
+
+def _geometry(spec: ModelSpec) -> dict[str, Any]:
+    """Return the preprocessing without normalization, which each model applies itself."""
+    fields = dataclasses.asdict(spec.preprocessing)
+    # Images are padded with the mean, so it matters if there is padding.
+    return {
+        key: fields[key]
+        for key in fields
+        if key != "std" and (key != "mean" or spec.preprocessing.crop_mode == "border")
+    }
+
+
+class CheckpointLoader(Protocol):
+    """Loads a checkpoint for evaluation, such as `advprop.checkpoints.load_predictor`.
+
+    Worker processes import it by its name, so it must be defined at the top level of a module.
+    """
+
+    def __call__(self, path: Path, *, route: str, device: str) -> tuple[ModelSpec, Predict, bool, dict[str, Any]]:
+        """Return its spec, its function, whether it accepts any image size, and facts for results."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """What `load_model` needs to load a model, in this process or another."""
+    """The arguments of `load_model`, for loading a model in another process."""
 
     path: Path
-    """`.pt` and `.pth` files are checkpoints."""
+    """An ONNX file, an engine, or a checkpoint (`.pt` or `.pth`)."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     threads: int = 0
-    """CPU threads inside one run; 0 leaves it to the backend."""
+    """CPU threads per run; 0 leaves the number to the backend."""
     route: str = "main"
     """BatchNorm route of a checkpoint."""
     exact: bool = True
-    """On a CPU, compute ONNX files as a GPU rounds them."""
+    """On a CPU, round the tensors of ONNX files as a GPU does."""
+    checkpoint_loader: CheckpointLoader | None = None
+    """Loads checkpoints."""
 
     def load(self) -> Model:
-        """Loads it. Raises as `load_model` does."""
-        return load_model(self.path, device=self.device, threads=self.threads, route=self.route, exact=self.exact)
+        """Load the model. Raises the same errors as `load_model`."""
+        return load_model(
+            self.path,
+            device=self.device,
+            threads=self.threads,
+            route=self.route,
+            exact=self.exact,
+            checkpoint_loader=self.checkpoint_loader,
+        )
 
 
-def load_model(path: Path, *, device: str = "auto", threads: int = 0, route: str = "main", exact: bool = True) -> Model:
-    """Loads a model file, an engine, or a checkpoint.
+def load_model(
+    path: Path,
+    *,
+    device: str = "auto",
+    threads: int = 0,
+    route: str = "main",
+    exact: bool = True,
+    checkpoint_loader: CheckpointLoader | None = None,
+) -> Model:
+    """Load an ONNX file, an engine or a checkpoint.
 
     Args:
-        path: `.pt` and `.pth` files are checkpoints.
+        path: the file; `.pt` and `.pth` files are checkpoints.
         device: `auto`, `cpu` or `cuda`.
-        threads: CPU threads inside one run; 0 leaves it to the backend.
+        threads: CPU threads per run; 0 leaves the number to the backend.
         route: BatchNorm route of a checkpoint.
-        exact: on a CPU, compute ONNX files as a GPU rounds them: Q/DQ nodes as they are written, FP16 tensors in FP16.
-            Else ONNX Runtime chooses its kernels, of which those for INT8 saturate on some CPUs, and those for FP16
-            round nothing.
+        exact: on a CPU, compute ONNX files as a GPU rounds them: Q/DQ nodes as written, FP16 tensors
+            rounded to FP16. If false, ONNX Runtime chooses its kernels; on some CPUs its INT8
+            kernels saturate, and its FP16 kernels do not round.
+        checkpoint_loader: loads checkpoints, such as `advprop.checkpoints.load_predictor`.
 
     Raises:
-        InputError: no such file, not a model, no such route, or one that does not describe itself.
-        BackendUnavailable: what runs it is missing.
+        InputError: the file does not exist, is not a model, does not describe itself, or does not
+            have the route; or it is a checkpoint and there is no loader.
+        BackendUnavailable: a library or GPU that the model needs is missing.
     """
     if path.suffix in CHECKPOINT_SUFFIXES:
-        return _checkpoint(path, device, route)
+        if checkpoint_loader is None:
+            raise ConfigError(
+                f"{path} is a checkpoint, which the runtime cannot load by itself: pass "
+                "checkpoint_loader=advprop.checkpoints.load_predictor, or evaluate the ONNX file exported from it"
+            )
+        spec, predict, size_open, facts = checkpoint_loader(path, route=route, device=device)
+        return model_of(f"{path.stem}.{route}", spec, predict, facts, size_open=size_open)
     if path.suffix in ENGINE_SUFFIXES:
         session = load(path, device=device, threads=threads)
-        return _of_session(session, path, {"kind": "engine", "sha256": sha256_file(path)})
-    return _onnx(path, device, threads, exact)
+        return _from_session(session, path, {"kind": "engine", "sha256": sha256_file(path)})
+    return _load_onnx(path, device, threads, exact)
 
 
 def load_models(
     load: Callable[..., Model], paths: Sequence[Path], reference: Path | None, routes: Sequence[str] = ("main",)
 ) -> tuple[list[Model], Model | None]:
-    """Loads models, and the one that they are compared with: each once, under names that tell them apart.
+    """Load models and their reference, each of them once, and give them distinct names.
 
     Args:
-        load: `load_model`, or what does as it does, called with a path and `route`.
-        paths: checkpoints are loaded by each of `routes`.
-        reference: a checkpoint is loaded by the first of `routes`.
+        load: `load_model`, or a function like it that accepts a path and `route`.
+        paths: files; a checkpoint is loaded once for each of `routes`.
+        reference: file of the reference model; a checkpoint is loaded with the first of `routes`.
         routes: BatchNorm routes of checkpoints.
 
     Raises:
-        ConfigError: the same file twice.
+        ConfigError: a file is given twice.
     """
     known: dict[tuple[Path, str], Model] = {}
 
@@ -137,11 +187,11 @@ def load_models(
             known[key] = dataclasses.replace(model, name=f"{model.name}-{model.facts['sha256'][:8]}")
     models = list({id(model): model for model in (known[key] for _, key in pairs)}.values())
     if len({model.name for model in models}) < len(models):
-        raise ConfigError("two of the models are the same file; give each once")
+        raise ConfigError("two of the models are the same file; give each file once")
     return models, known[keys(reference)[0]] if reference else None
 
 
-def _onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
+def _load_onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
     from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
     from runtime.backends.threads import Threads
     from runtime.graph.summary import summarize
@@ -156,20 +206,22 @@ def _onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
         "calibration_sha256": summary.calibration_sha256,
         "arithmetic": "as written, every rounding done" if exact else "ONNX Runtime's choice of kernels",
     }
-    return _of_session(session, path, facts)
+    return _from_session(session, path, facts)
 
 
-def _of_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
+def _from_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
     spec, backend = session.spec, session.backend
     if spec.output_form == "topk":
-        raise SpecError(f"{path} gives the largest few probabilities only; evaluate one exported without --output topk")
+        raise SpecError(
+            f"{path} outputs only its top probabilities; evaluate a file that was exported without --output topk"
+        )
 
     def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
         batch = network_input(images_NHWC, spec.preprocessing, spec.input_form)
-        answers_NK = session.run(batch.astype(backend.input.dtype, copy=False))
+        outputs_NK = session.run(batch.astype(backend.input.dtype, copy=False))
         if spec.output_form == "probs":
-            return np.log(np.maximum(answers_NK.astype(np.float64), _SMALLEST))
-        return answers_NK
+            return np.log(np.maximum(outputs_NK.astype(np.float64), _TINY))
+        return outputs_NK
 
     facts |= {
         "arch": spec.arch,
@@ -178,11 +230,5 @@ def _of_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
         "route": spec.route,
         "checkpoint_sha256": spec.checkpoint_sha256,
     }
-    places = backend.input.shape[1:3] if spec.input_form.endswith("NHWC") else backend.input.shape[2:]
-    return Model(name=path.stem, spec=spec, logits=logits, facts=facts, size_open=min(places) < 0)
-
-
-def _checkpoint(path: Path, device: str, route: str) -> Model:
-    loader = elsewhere(CHECKPOINT_LOADER, f"evaluating the checkpoint {path}", "evaluate its ONNX file")
-    spec, predict, size_open, facts = loader(path, route=route, device=device)
-    return model_of(f"{path.stem}.{route}", spec, predict, facts, size_open=size_open)
+    size = backend.input.shape[1:3] if spec.input_form.endswith("NHWC") else backend.input.shape[2:]
+    return Model(name=path.stem, spec=spec, logits=logits, facts=facts, size_open=min(size) < 0)

@@ -1,61 +1,56 @@
-"""What an evaluation has done so far, on disk line by line: whoever is killed goes on where they were.
-
-Each line is JSON: one finished piece of work, such as a block of images with the counts of every model. A line that was
-cut off by the kill is dropped. The file is named after everything that the results follow from: no other evaluation
-takes it for its own.
-"""
+"""`ProgressLog`: a file of finished work that a later run of the same plan resumes from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from runtime.errors import OutputError
-from runtime.evaluate.counts import Counts
 from runtime.system.files import output_dir
 
-__all__ = ["Journal", "Lines"]
-
-Unit = tuple[str, int]
-"""A cell, and the number of a block of its images."""
+__all__ = ["ProgressLog"]
 
 
-class Lines:
-    """Finished pieces of work, each a line of JSON. What they are is known to `_take`."""
+class ProgressLog:
+    """A JSON-lines file with one entry per finished piece of work.
 
-    advice = ""
-    """What else helps when another process does the same work."""
+    The file is named after a hash of the plan, so runs with other plans use other files. A line
+    that is incomplete because the process was killed is dropped.
+    """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        """Opens the journal of an evaluation, with what an earlier run of the very same has done.
+    def __init__(
+        self, folder: Path, plan: Mapping[str, Any], restore: Callable[[Any], None], *, advice: str = ""
+    ) -> None:
+        """Open the log of a plan, and pass every entry of an earlier run to `restore`.
 
         Args:
-            folder: where it is; made if need be.
-            plan: plain values that say all that the results follow from. Another plan is another journal.
+            folder: folder of the file; it is created if necessary.
+            plan: everything that the results depend on, as plain values.
+            restore: called with each entry, whether it was read or has just been appended. It
+                raises ValueError, KeyError or TypeError if it cannot use a line that was read;
+                that line and all later ones are dropped.
+            advice: what else to do if another process runs the same plan, for the message.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or another process runs the same plan.
         """
         text = json.dumps(plan, sort_keys=True)
         self.path = output_dir(folder) / f".unfinished-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        self._restore = restore
         try:
             self._file = self.path.open("a+b")
-            self._lock()
+            self._lock(advice)
             self._file.truncate(self._read())
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def _take(self, entry: Any) -> None:
-        """Takes a line in. Raises ValueError, KeyError or TypeError where it is none."""
-        raise NotImplementedError
-
-    def _lock(self) -> None:
-        """Keeps others out; the lock goes when the process does, however it ends."""
+    def _lock(self, advice: str) -> None:
+        """Lock the file. The operating system releases the lock when the process ends."""
         if os.name != "posix":
             return
         import fcntl
@@ -65,36 +60,35 @@ class Lines:
         except BlockingIOError as error:
             self._file.close()
             raise OutputError(
-                f"another process is at this very evaluation and writes to {self.path}; wait for it or end it"
-                f"{self.advice}"
+                f"another process runs the same evaluation and writes to {self.path}; wait for it or stop it{advice}"
             ) from error
 
     def _read(self) -> int:
-        """Reads the finished pieces, and returns how many bytes of the file are whole lines."""
+        """Restore the entries of an earlier run, and return the length of the valid lines in bytes."""
         self._file.seek(0)
-        whole = 0
+        valid = 0
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
             try:
-                self._take(json.loads(line))
+                self._restore(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 break
-            whole += len(line)
-        return whole
+            valid += len(line)
+        return valid
 
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """Notes a finished piece. Raises OutputError."""
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Write an entry to disk and pass it to `restore`. Raises OutputError."""
         try:
             self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}; is the disk full?") from error
-        self._take(entry)
+        self._restore(entry)
 
-    def finish(self) -> None:
-        """Removes the journal: what it holds is in the results."""
+    def remove(self) -> None:
+        """Delete the file. Call it when the results hold everything that the log does."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -105,26 +99,3 @@ class Lines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-class Journal(Lines):
-    """The finished blocks of one evaluation, with the counts of every model."""
-
-    advice = ", or give each one --shard of its own"
-
-    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        """As `Lines`."""
-        self.done: set[Unit] = set()
-        self.totals: dict[str, list[Counts]] = {}
-        super().__init__(folder, plan)
-
-    def add(self, cell: str, block: int, counts: list[Counts]) -> None:
-        """Notes a finished block, with the counts of every model. Raises OutputError."""
-        self.write({"cell": cell, "block": block, "counts": [item.to_dict() for item in counts]})
-
-    def _take(self, entry: Any) -> None:
-        counts = [Counts.from_dict(item) for item in entry["counts"]]
-        cell, block = str(entry["cell"]), int(entry["block"])
-        before = self.totals.get(cell)
-        self.totals[cell] = [a + b for a, b in zip(before, counts, strict=True)] if before else counts
-        self.done.add((cell, block))

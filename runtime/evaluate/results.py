@@ -1,45 +1,144 @@
-"""Results of evaluations: one JSON a model and suite, whose cells hold counts, so that results can be put together.
+"""Results of evaluations: one JSON file per model and suite, with everything that the counts depend on.
 
-Nothing in a result depends on when, in what order, or in how many processes it was made: two shards put together are
-the bytes of one run.
+A result contains nothing about when, in what order or in how many processes it was computed. Its
+cells hold counts, so shards can be merged into the exact bytes of a single run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runtime.errors import DataError
+from runtime.evaluate.cells import CLEAN, IMAGES, SuiteConfig
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 from runtime.evaluate.counts import Counts
-from runtime.evaluate.summary import summarize
+from runtime.evaluate.metrics import summarize
+from runtime.evaluate.models import Model
+from runtime.evaluate.suites import Suite
 from runtime.system.files import write_text
 
-__all__ = ["FORMAT", "finished", "is_whole", "merge", "name_for", "read_result", "write_result"]
+__all__ = [
+    "FORMAT",
+    "Result",
+    "describe",
+    "describe_model",
+    "difference",
+    "finished",
+    "is_whole",
+    "library_versions",
+    "merge",
+    "read_result",
+    "result_path",
+    "write_result",
+]
 
 log = logging.getLogger(__name__)
 
 FORMAT = "advprop.evaluation/1"
 
-WHOLE = ("1/1",)
-"""The parts of a cell that no shard is missing of."""
+_WHOLE = ("1/1",)
+"""The `parts` of a cell that includes all shards."""
 
 Result = dict[str, Any]
 
 
+def describe(
+    model: Model, reference: Model | None, suite: Suite, config: SuiteConfig, batch_size: int, shard: str
+) -> Result:
+    """Return a result without counts: everything that the counts depend on, as plain JSON values."""
+    return {
+        "format": FORMAT,
+        "suite": suite.name,
+        "model": describe_model(model),
+        "reference": None if reference is None else describe_model(reference),
+        "data": {
+            "path": str(config.data),
+            "clean": None if config.clean is None else str(config.clean),
+            "skipped": list(suite.skipped),
+        },
+        "settings": {
+            "seed": suite.seed,
+            "limit": config.limit,
+            "table": suite.table,
+            "classes_asked": len(suite.classes or model.spec.classes),
+            "imagenet_classes": len(model.spec.wnids) == len(model.spec.classes) == 1000,
+            "batch_size": batch_size,
+            "preprocessing": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(model.spec.preprocessing).items()
+            },
+        },
+        "versions": library_versions(model, corruptions=suite.table is not None),
+        "cells": {
+            cell.id: {
+                "images": len(cell.images),
+                "names_sha256": cell.images.sha256,
+                "resize": cell.resize,
+                "parts": [shard],
+            }
+            for cell in suite.cells
+        },
+    }
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """Return what results record about a model."""
+    return {"name": model.name, "classes": len(model.spec.classes), **model.facts}
+
+
+def library_versions(model: Model, *, corruptions: bool = False) -> dict[str, str]:
+    """Return the versions of the libraries that decode images, run the model and compute corruptions."""
+    import PIL
+
+    found = {"advprop": _installed("advprop"), "numpy": np.__version__, "pillow": PIL.__version__}
+    if model.facts.get("backend") == "onnxruntime":
+        found["onnxruntime"] = _installed("onnxruntime-gpu") or _installed("onnxruntime")
+    if corruptions:
+        import cv2
+        import scipy
+
+        found |= {"opencv": cv2.__version__, "scipy": scipy.__version__}
+    return found
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the first difference of two descriptions, such as "model.sha256 is 'a' instead of 'b'", or ""."""
+    for key in dict.fromkeys([*other, *one]):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inner = difference(a, b)
+            if inner:
+                return f"{key}.{inner}"
+        elif a != b:
+            return f"{key} is {a!r} instead of {b!r}"
+    return ""
+
+
 def finished(result: Result) -> Result:
-    """Returns a result with its cells in their order, and with metrics where every cell is whole."""
-    order = {name: place for place, name in enumerate(("clean", "images", *CORRUPTIONS, *EXTRAS))}
+    """Return a result with its cells sorted, and with metrics if all cells include all shards."""
+    order = {name: place for place, name in enumerate((CLEAN, IMAGES, *CORRUPTIONS, *EXTRAS))}
 
     def place(cell: str) -> tuple[int, str]:
         name, _, severity = cell.partition("/")
         return order[name], severity
 
     cells = {name: result["cells"][name] for name in sorted(result["cells"], key=place)}
-    whole = all(tuple(cell["parts"]) == WHOLE for cell in cells.values())
+    whole = all(tuple(cell["parts"]) == _WHOLE for cell in cells.values())
     counts = {name: Counts.from_dict(cell["counts"]) for name, cell in cells.items()}
     metrics = summarize(counts, why_no_mce=_why_no_mce(result)) if whole else None
     return {
@@ -50,12 +149,12 @@ def finished(result: Result) -> Result:
 
 
 def is_whole(result: Result) -> bool:
-    """Whether no shard of it is missing."""
+    """Return whether the result includes all shards."""
     return result["metrics"] is not None
 
 
 def _why_no_mce(result: Result) -> str:
-    """Why AlexNet's errors are no yardstick for a result; "" where they are one."""
+    """Return why a result cannot be compared with AlexNet; "" if it can."""
     settings = result["settings"]
     if not settings["imagenet_classes"]:
         return "AlexNet's errors are of ImageNet's 1,000 classes, and the model has others"
@@ -64,33 +163,35 @@ def _why_no_mce(result: Result) -> str:
     return ""
 
 
-def name_for(model: Mapping[str, Any], folder: Path, ending: str) -> Path:
-    """Returns where a model's result goes: `NAME.ENDING`, or with its hash where another file's result is there.
+def result_path(model: Mapping[str, Any], folder: Path, suffix: str) -> Path:
+    """Return the path for a model's result.
 
-    Exports are all called `model`; what took hours must not go because another of them is measured.
+    It is `NAME.SUFFIX`. If that file is the result of another model file, its name gets the model's
+    hash, so that a result that took hours is not overwritten: exported files are often all named
+    `model`.
     """
-    path = folder / f"{model['name']}.{ending}"
+    path = folder / f"{model['name']}.{suffix}"
     try:
         found = json.loads(path.read_text())["model"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return path
     if found == model["sha256"]:
         return path
-    own = folder / f"{model['name']}-{model['sha256'][:8]}.{ending}"
-    log.warning("%s is of another model file: this one's result goes to %s", path, own.name)
+    own = folder / f"{model['name']}-{model['sha256'][:8]}.{suffix}"
+    log.warning("%s is the result of another model file; writing this result to %s", path, own.name)
     return own
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Writes a result: equal results, equal bytes. Raises OutputError."""
+    """Write a result; equal results are written as equal bytes. Raises OutputError."""
     write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_result(path: Path) -> Result:
-    """Reads what `write_result` wrote.
+    """Read a result.
 
     Raises:
-        DataError: no such file, or no result of this version.
+        DataError: the file does not exist or is not a result of this version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,16 +205,16 @@ def read_result(path: Path) -> Result:
 
 
 def merge(results: Sequence[Result]) -> Result:
-    """Puts shards and cells of one evaluation together.
+    """Merge the shards and cells of one evaluation.
 
     Args:
-        results: of the same model, suite and settings, in any order. No part may be there twice.
+        results: results of the same model, suite and settings, in any order, without overlap.
 
     Raises:
-        DataError: results of different evaluations, or parts that overlap.
+        DataError: the results belong to different evaluations or overlap.
     """
     if not results:
-        raise DataError("no results to put together")
+        raise DataError("expected results to merge; found none")
     first = results[0]
     for other in results[1:]:
         _check_same(first, other)
@@ -133,36 +234,31 @@ def _check_same(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     for key in ("format", "suite", "model", "reference", "settings", "versions"):
         if first[key] != other[key]:
             raise DataError(
-                f"results of different evaluations cannot be put together: their {key} differ: "
-                f"{_difference(first[key], other[key])}"
+                f"cannot merge results of different evaluations: {difference({key: other[key]}, {key: first[key]})}"
             )
-
-
-def _difference(a: Any, b: Any) -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        key = next(key for key in sorted({*a, *b}) if a.get(key) != b.get(key))
-        return f"{key} {a.get(key)!r} and {b.get(key)!r}"
-    return f"{a!r} and {b!r}"
 
 
 def _merge_cells(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("images", "names_sha256", "resize"):
         if one[key] != other[key]:
-            raise DataError(f"the cell {name} is of other images in two results: {key} {one[key]!r} and {other[key]!r}")
+            raise DataError(
+                f"cannot merge the cell {name}: two results have different images ({key}: {one[key]!r} and "
+                f"{other[key]!r})"
+            )
     parts = [*one["parts"], *other["parts"]]
     shards = {part.split("/")[1] for part in parts}
     if len(set(parts)) < len(parts) or len(shards) > 1:
-        raise DataError(f"the cell {name} is in two results that overlap: parts {', '.join(parts)}")
+        raise DataError(f"cannot merge the cell {name}: two results overlap (parts {', '.join(parts)})")
     counts = Counts.from_dict(one["counts"]) + Counts.from_dict(other["counts"])
-    return {**one, "parts": _whole_or(parts), "counts": _plain(counts)}
+    return {**one, "parts": _merge_parts(parts), "counts": _plain(counts)}
 
 
-def _whole_or(parts: Iterable[str]) -> list[str]:
+def _merge_parts(parts: Iterable[str]) -> list[str]:
     ordered = sorted(parts, key=lambda part: int(part.split("/")[0]))
-    return list(WHOLE) if len(ordered) == int(ordered[0].split("/")[1]) else ordered
+    return list(_WHOLE) if len(ordered) == int(ordered[0].split("/")[1]) else ordered
 
 
 def _plain(counts: Counts) -> dict[str, Any]:
-    """Counts as JSON reads them, so that what was read equals what was made."""
+    """Return counts as JSON reads them, so that a merged result equals one that was read."""
     plain: dict[str, Any] = json.loads(json.dumps(counts.to_dict()))
     return plain

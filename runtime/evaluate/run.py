@@ -1,4 +1,4 @@
-"""`evaluate`: models × cells → counts, in blocks of images that a kill does not undo."""
+"""`evaluate`: count the answers of models on a test set, block by block, and resume a run that was stopped."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ConfigError, Interrupted
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.image_workers import Workers
 from runtime.evaluate.images import LabeledImages
-from runtime.evaluate.measure import Counted, Measurement
-from runtime.evaluate.models import Model
-from runtime.evaluate.progress_log import Journal, Unit
-from runtime.evaluate.provenance import alike
+from runtime.evaluate.measure import Counted, Measurement, Unit
+from runtime.evaluate.models import Model, same_inputs
+from runtime.evaluate.progress_log import ProgressLog
 from runtime.evaluate.results import Result, finished
 from runtime.evaluate.suites import open_suite
 
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["RunConfig", "evaluate"]
 
 Progress = Callable[[int, int], None]
-"""Called with the blocks that are done and all blocks."""
+"""Called with the number of finished blocks and the number of all blocks."""
 
 Counting = Callable[[Measurement, set[Unit]], Generator[Counted, None, None]]
-"""What counts units, here or elsewhere."""
+"""Yields the counts of units, computed in this process, its workers or a cluster."""
 
 
 def _cores() -> int:
@@ -39,29 +38,29 @@ def _cores() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """How an evaluation is run. Only the batch size shows in its result."""
+    """How an evaluation runs. Only the batch size affects its result."""
 
     out: Path
-    """Folder of the journal, which is there until the evaluation is done."""
+    """Folder of the progress log, which exists until the evaluation is finished."""
     batch_size: int = 8
-    """Images a model sees at once. Twice as quick for each image as 32 on a CPU, whose caches hold so many."""
+    """Images per call of a model. 8 fits CPU caches: the throughput is twice that of 32."""
     workers: int = max(1, min(8, _cores() - 1))
-    """Processes that decode and corrupt; 0: this one."""
+    """Processes that decode and corrupt images; 0: the calling process does it."""
     shard: int = 1
-    """Which part of the blocks this run does, from 1,"""
+    """Number of the shard that this run computes, from 1."""
     shards: int = 1
-    """of how many."""
+    """Number of all shards."""
     cache: Path | None = None
-    """Folder to keep corrupted images in; None keeps none."""
+    """Folder for corrupted images; None: do not cache them."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
             raise ConfigError(f"batch_size must be at least 1 and workers at least 0; found {self}")
         if not 1 <= self.shard <= self.shards:
-            raise ConfigError(f"a shard is i/n with 1 ≤ i ≤ n; found {self.shard}/{self.shards}")
+            raise ConfigError(f"a shard must be i/n with 1 ≤ i ≤ n; found {self.shard}/{self.shards}")
 
     def blocks(self, images: LabeledImages) -> range:
-        """The numbers of this shard's blocks."""
+        """Return the numbers of this shard's blocks."""
         return range(self.shard - 1, -(-len(images) // self.batch_size), self.shards)
 
 
@@ -74,40 +73,35 @@ def evaluate(
     progress: Progress | None = None,
     cluster: Cluster | None = None,
 ) -> list[Result]:
-    """Measures models on a test set, going on where an earlier run of the same was stopped.
+    """Evaluate models on a test set. If an earlier run with the same arguments was stopped, resume it.
 
     Args:
-        models: to be measured. They must have the same classes and input size, or those of each size and list of
-            classes see images of their own.
+        models: models to evaluate. Models with the same classes and input size share images; others
+            get images of their own.
         suite: the test set.
-        run: how.
-        reference: the model that the others' answers are compared with, image by image; it may be one of them.
-        progress: told of every block.
-        cluster: the Ray cluster that does the work, and that `models` and `reference` were loaded by; None: this
-            machine, in `run.workers` processes. The result is the same.
+        run: how to run.
+        reference: model that the others are compared with, image by image; it may be one of them.
+        progress: called after every block.
+        cluster: Ray cluster that does the work, with which `models` and `reference` were loaded;
+            None: this machine, with `run.workers` processes. The result is the same.
 
     Returns:
-        A result a model, in their order, as `runtime.evaluate.results` writes them.
+        One result per model, in the same order. `runtime.evaluate.results` writes them.
 
     Raises:
-        InputError: the set is not as it should be, an image cannot be decoded, or does not fit the model.
-        BackendUnavailable: something that makes a corruption is missing.
-        OutputError: the journal or the cache cannot be written.
-        Interrupted: Ctrl-C; the same call goes on.
+        InputError: the set is invalid, or an image cannot be decoded or does not fit a model.
+        BackendUnavailable: a library or file that a corruption needs is missing.
+        OutputError: the progress log or the cache cannot be written.
+        Interrupted: Ctrl-C was pressed; the same call resumes.
     """
-    groups: list[list[Model]] = []
-    for model in models:
-        group = next((group for group in groups if alike(group[0].spec, model.spec)), None)
-        groups.append([model]) if group is None else group.append(model)
     _check_reference(models, reference)
-    counting = _here(run.workers) if cluster is None else cluster.counts
+    counting = _count_locally(run.workers) if cluster is None else cluster.counts
     plans = []
-    for group in groups:
-        opened = open_suite(suite if cluster is None else _absolute(suite), group[0].spec)
+    for group in _grouped(models):
         measurement = Measurement(
             models=group,
             reference=reference,
-            suite=opened,
+            suite=open_suite(suite if cluster is None else _absolute(suite), group[0].spec),
             config=suite,
             batch_size=run.batch_size,
             cache=None if run.cache is None else run.cache.absolute(),
@@ -116,19 +110,27 @@ def evaluate(
     total, before = sum(len(plan.units) for plan in plans), 0
     results: dict[int, Result] = {}
     for plan in plans:
-        start = before
 
-        def show(done: int, start: int = start) -> None:
+        def show(done: int, before: int = before) -> None:
             if progress is not None:
-                progress(start + done, total)
+                progress(before + done, total)
 
-        for model, result in zip(plan.measurement.models, plan.carry_out(counting, show), strict=True):
+        for model, result in zip(plan.measurement.models, plan.run(counting, show), strict=True):
             results[id(model)] = result
         before += len(plan.units)
     return [results[id(model)] for model in models]
 
 
-def _here(workers: int) -> Counting:
+def _grouped(models: Sequence[Model]) -> list[list[Model]]:
+    """Group models that can share images."""
+    groups: list[list[Model]] = []
+    for model in models:
+        group = next((group for group in groups if same_inputs(group[0].spec, model.spec)), None)
+        groups.append([model]) if group is None else group.append(model)
+    return groups
+
+
+def _count_locally(workers: int) -> Counting:
     def counting(measurement: Measurement, units: set[Unit]) -> Generator[Counted, None, None]:
         measurement.probe({cell for cell, _ in units})
         with Workers(workers if units else 0) as processes:
@@ -138,21 +140,21 @@ def _here(workers: int) -> Counting:
 
 
 def _absolute(suite: SuiteConfig) -> SuiteConfig:
-    """The same for processes with another working directory."""
+    """Return the settings with absolute paths, for processes with another working directory."""
     return replace(suite, data=suite.data.absolute(), clean=None if suite.clean is None else suite.clean.absolute())
 
 
 def _check_reference(models: Sequence[Model], reference: Model | None) -> None:
     for model in models:
-        if reference is not None and not alike(reference.spec, model.spec):
+        if reference is not None and not same_inputs(reference.spec, model.spec):
             raise ConfigError(
-                f"{model.name} cannot be compared with the reference {reference.name} image by image: they have other "
-                "classes or another input size. Evaluate it without --reference"
+                f"{model.name} cannot be compared with the reference {reference.name} image by image, because their "
+                "classes or input sizes differ. Evaluate it without --reference"
             )
 
 
 class _Plan:
-    """Models of one input size and list of classes, on one suite."""
+    """The units of a measurement, their progress log, and the counts of finished units."""
 
     def __init__(self, measurement: Measurement, run: RunConfig) -> None:
         self.measurement = measurement
@@ -160,34 +162,45 @@ class _Plan:
         cells = measurement.suite.cells
         self.units = {(cell.id, block) for cell in cells for block in run.blocks(cell.images)}
         if not self.units:
-            most = max(-(-len(cell.images) // run.batch_size) for cell in cells)
+            blocks = max(-(-len(cell.images) // run.batch_size) for cell in cells)
             raise ConfigError(
-                f"shard {run.shard}/{run.shards} has no images: there are {most} blocks of {run.batch_size}. "
+                f"shard {run.shard}/{run.shards} has no images: there are {blocks} blocks of {run.batch_size}. "
                 "Use fewer shards or a smaller --batch-size"
             )
-        self._skeletons = measurement.describe(f"{run.shard}/{run.shards}")
+        self._descriptions = measurement.describe(f"{run.shard}/{run.shards}")
+        self._done: set[Unit] = set()
+        self._totals: dict[str, list[Counts]] = {}
 
-    def carry_out(self, counting: Counting, show: Callable[[int], None]) -> list[Result]:
-        """Does what is not done yet, and returns a result a model."""
-        with Journal(self._run.out, {"results": self._skeletons}) as journal:
-            show(len(journal.done))
+    def run(self, counting: Counting, show: Callable[[int], None]) -> list[Result]:
+        """Count the units that are not finished, and return one result per model."""
+        plan, advice = {"results": self._descriptions}, ", or give each process its own --shard"
+        with ProgressLog(self._run.out, plan, self._restore, advice=advice) as log:
+            show(len(self._done))
             try:
-                with closing(counting(self.measurement, self.units - journal.done)) as counted:
+                with closing(counting(self.measurement, self.units - self._done)) as counted:
                     for (cell, block), counts in counted:
-                        journal.add(cell, block, counts)
-                        show(len(journal.done))
+                        log.append({"cell": cell, "block": block, "counts": [item.to_dict() for item in counts]})
+                        show(len(self._done))
             except KeyboardInterrupt:
-                done = f"{len(journal.done)} of {len(self.units)} blocks are done"
-                raise Interrupted(f"stopped: {done}; the same command goes on from there") from None
-            results = [self._result(place, journal) for place in range(len(self._skeletons))]
-            journal.finish()
+                done = f"{len(self._done)} of {len(self.units)} blocks are finished"
+                raise Interrupted(f"stopped: {done}; run the same command to resume") from None
+            results = [self._result(place) for place in range(len(self._descriptions))]
+            log.remove()
         return results
 
-    def _result(self, place: int, journal: Journal) -> Result:
-        skeleton = self._skeletons[place]
-        compared = skeleton["reference"] is not None
+    def _restore(self, entry: Any) -> None:
+        """Add an entry of the progress log to the totals."""
+        counts = [Counts.from_dict(item) for item in entry["counts"]]
+        cell, block = str(entry["cell"]), int(entry["block"])
+        before = self._totals.get(cell)
+        self._totals[cell] = [a + b for a, b in zip(before, counts, strict=True)] if before else counts
+        self._done.add((cell, block))
+
+    def _result(self, place: int) -> Result:
+        description = self._descriptions[place]
+        compared = description["reference"] is not None
         cells = {}
-        for name, cell in skeleton["cells"].items():
-            counts = journal.totals[name][place] if name in journal.totals else Counts.none(compared)
+        for name, cell in description["cells"].items():
+            counts = self._totals[name][place] if name in self._totals else Counts.none(compared)
             cells[name] = {**cell, "counts": counts.to_dict()}
-        return finished(skeleton | {"cells": cells})
+        return finished(description | {"cells": cells})

@@ -1,73 +1,57 @@
-"""The test sets of robustness by name, each as cells of labeled images.
-
-A cell is what one number is measured on: a set of images, or ImageNet-C's `fog/3`.
-"""
+"""The test sets by name: their layout on disk, their labels, and whether images may be resized."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import ConfigError, nearest
-from runtime.evaluate.cells import CLEAN, Cell, Opening, SuiteConfig
-from runtime.evaluate.class_lists import IMAGENET_A, IMAGENET_R
-from runtime.evaluate.corruptions import corrupt, table_for
-from runtime.evaluate.dataset_layouts import (
-    labeled_folders,
-    made_here,
-    numbered_folders,
-    released_arrays,
-    released_folders,
-    two_hundred,
-)
+from runtime.errors import ConfigError, DataError, nearest
+from runtime.evaluate.cells import CLEAN, IMAGES, SEVERITIES, Cell, Opening, SuiteConfig
+from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, corrupt, table_for
+from runtime.evaluate.images import ArrayFile, LabeledImages, class_folders, image_files, open_array
+from runtime.evaluate.labels import IMAGENET_A, IMAGENET_R, among, by_cifar_number, by_imagenet_number
 from runtime.spec import ModelSpec, Preprocessing
 
 __all__ = ["SUITES", "Suite", "open_suite"]
 
 log = logging.getLogger(__name__)
 
-SUITES: dict[str, Callable[[Opening], list[Cell]]] = {
-    "imagenet": labeled_folders("fit"),
-    "imagenet-c": released_folders,
-    "imagenet-a": two_hundred(IMAGENET_A),
-    "imagenet-r": two_hundred(IMAGENET_R),
-    "imagenet-v2": numbered_folders,
-    "sketch": labeled_folders("fit"),
-    "stylized": labeled_folders("none"),
-    "cifar10": labeled_folders("fit"),
-    "cifar10-c": released_arrays,
-    "corruptions": made_here,
-}
-"""Suite → what lists its cells."""
+_KNOWN = (*CORRUPTIONS, *EXTRAS)
+_IMAGENET_C_GROUPS = ("noise", "blur", "weather", "digital", "extra")
+"""Folders that hold the corruptions if each tar file of ImageNet-C was extracted into a folder of its own."""
+
+Layout = Callable[[Opening], list[Cell]]
+"""Lists the cells of a set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """A test set, for models of one list of classes and one input size."""
+    """A test set, opened for models with the same classes and input size."""
 
     name: str
     cells: tuple[Cell, ...]
-    """In the order in which they are reported."""
+    """In the order of the report."""
     seed: int
     table: str | None
-    """Table of severities of the corruptions made here; None where none are made."""
+    """Table of severities of the corruptions computed here; None if none are."""
     classes: tuple[int, ...] | None = None
-    """The only classes that are asked about; None: all of the model's."""
+    """The classes to choose from; None: all of the model's."""
     skipped: tuple[str, ...] = ()
-    """Folders that the model has no class for."""
+    """Folders that match no class of the model."""
 
     def probe(self, cells: Container[str], size: Preprocessing) -> None:
-        """Makes every corruption of these cells once: what is missing is found now, not hours later.
+        """Compute each corruption of these cells once, to find a missing library before a long run.
 
         Args:
-            cells: their ids.
-            size: of the network's images.
+            cells: ids of cells.
+            size: holds the network's input size.
 
         Raises:
-            BackendUnavailable: something that makes a corruption is missing.
+            BackendUnavailable: a library or file that a corruption needs is missing.
         """
         for name in {cell.corruption[0] for cell in self.cells if cell.corruption and cell.id in cells}:
             assert self.table is not None
@@ -75,30 +59,29 @@ class Suite:
 
 
 def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
-    """Lists the images of a suite, for models that answer as `spec` says.
+    """List the images of a set for models with the classes and input size of `spec`.
 
     Raises:
-        ConfigError: an unknown suite, or a cell that it does not have.
-        DataError: the folder is not laid out as the set is, or has no image of the model's classes.
-        SpecError: the model's classes do not go with the set.
+        ConfigError: the suite or one of the selected cells does not exist.
+        DataError: the folder does not have the layout of the set, or no image of the model's classes.
+        SpecError: the set cannot be evaluated with the model's classes.
     """
     if config.name not in SUITES:
-        raise ConfigError(
-            f"no suite {config.name!r}; {nearest(config.name, SUITES) or 'there are ' + ', '.join(SUITES)}"
-        )
+        hint = nearest(config.name, SUITES) or f"expected one of {', '.join(SUITES)}"
+        raise ConfigError(f"unknown suite {config.name!r}; {hint}")
     opening = Opening(config, spec)
-    cells = [cell for cell in SUITES[config.name](opening) if config.wants(cell.id)]
+    cells = [cell for cell in SUITES[config.name](opening) if config.selects(cell.id)]
     if config.resize != "auto":
-        # The clean images beside a set are ordinary ones, but for the set that is made of them.
+        # Clean images next to a set keep their preprocessing, unless the set is made from them.
         kept = () if config.name == "corruptions" else (CLEAN,)
         cells = [cell if cell.id in kept else replace(cell, resize=config.resize) for cell in cells]
-    there = {cell.id for cell in cells} | {cell.id.split("/")[0] for cell in cells}
-    missing = [name for name in config.only if name not in there]
+    found = {cell.id for cell in cells} | {cell.id.split("/")[0] for cell in cells}
+    missing = [name for name in config.only if name not in found]
     if missing or not cells:
         raise ConfigError(f"{config.name} in {config.data} has no {', '.join(missing) or 'cells to evaluate'}")
     if opening.skipped:
         log.warning(
-            "%s: the model has no class for %d folders (%s, …); their images are left out",
+            "%s: %d folders match no class of the model and are skipped (%s, …)",
             config.data,
             len(opening.skipped),
             min(opening.skipped),
@@ -113,3 +96,149 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
         classes=opening.classes,
         skipped=tuple(sorted(opening.skipped)),
     )
+
+
+def _class_folders(resize: str) -> Layout:
+    """Return the layout of sets with CLASS/IMAGE files."""
+
+    def cells(opening: Opening) -> list[Cell]:
+        images = opening.by_class(opening.config.data)
+        return [*opening.clean(), Cell(id=IMAGES, images=images, resize=resize)]
+
+    return cells
+
+
+def _numbered_folders(opening: Opening) -> list[Cell]:
+    """List ImageNet-V2, whose folders are named 0 to 999."""
+    root = opening.config.data
+    images = opening.folder(root, lambda names: by_imagenet_number(names, opening.spec, str(root)))
+    return [*opening.clean(), Cell(id=IMAGES, images=images, resize="fit")]
+
+
+def _imagenet_200(chosen: Mapping[str, int]) -> Layout:
+    """Return the layout of ImageNet-A or -R, where only 200 classes compete, also for clean images."""
+
+    def cells(opening: Opening) -> list[Cell]:
+        found: list[Cell] = []
+        for cell, root in ((CLEAN, opening.config.clean), (IMAGES, opening.config.data)):
+            if root is not None and opening.config.selects(cell):
+                labels, opening.classes = among(class_folders(root), chosen, opening.spec, str(root))
+                images = opening.limited(image_files(root, labels))
+                found.append(Cell(id=cell, images=images, resize="fit"))
+        opening.skipped |= set(class_folders(opening.config.data)) - set(chosen)
+        return found
+
+    return cells
+
+
+def _generated(opening: Opening) -> list[Cell]:
+    """List CLASS/IMAGE files, clean and under corruptions that are computed during the evaluation."""
+    if opening.config.clean is not None:
+        raise ConfigError("the suite corruptions uses --data as its clean images too; remove --clean")
+    images = opening.by_class(opening.config.data)
+    clean = Cell(id=CLEAN, images=images, resize="fit")
+    return [clean, *(replace(clean, id=f"{name}/{level}", corruption=(name, level)) for name, level in _grid())]
+
+
+def _imagenet_c(opening: Opening) -> list[Cell]:
+    """List ImageNet-C: CORRUPTION/SEVERITY/WNID.
+
+    Its images have 224 pixels. Resizing them again would undo part of the corruption.
+    """
+    root = opening.config.data
+    folders = {
+        name: folder / name
+        for folder in (root, *(root / group for group in _IMAGENET_C_GROUPS))
+        for name in _KNOWN
+        if (folder / name).is_dir()
+    }
+    cells = opening.clean()
+    for name, level in _grid(folders):
+        folder = folders[name] / str(level)
+        if opening.config.selects(f"{name}/{level}") and folder.is_dir():
+            cells.append(Cell(id=f"{name}/{level}", images=opening.by_class(folder), resize="none"))
+    _check_found(opening.config, cells, "CORRUPTION/SEVERITY/WNID folders, such as fog/3/n01440764")
+    return cells
+
+
+def _cifar10_c(opening: Opening) -> list[Cell]:
+    """List CIFAR-10-C: CORRUPTION.npy, where each fifth of the rows is a severity, and labels.npy."""
+    root = opening.config.data
+    found = [name for name in _KNOWN if (root / f"{name}.npy").is_file()]
+    cells = opening.clean()
+    for name in found:
+        if not any(opening.config.selects(f"{name}/{level}") for level in SEVERITIES):
+            continue
+        path = root / f"{name}.npy"
+        labels = _array_labels(root / "labels.npy", path, len(open_array(path)))
+        classes = by_cifar_number(labels, opening.spec, str(root / "labels.npy"))
+        rows = len(labels) // len(SEVERITIES)
+        for level in SEVERITIES:
+            numbers = range((level - 1) * rows, level * rows)
+            images = LabeledImages(
+                ArrayFile(path), tuple(str(row) for row in numbers), tuple(classes[labels[row]] for row in numbers)
+            )
+            cells.append(Cell(id=f"{name}/{level}", images=_same_rows(opening, images, rows), resize="fit"))
+    _check_found(opening.config, cells, "CORRUPTION.npy files, such as fog.npy, and labels.npy")
+    return cells
+
+
+def _same_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledImages:
+    """Apply the limit so that every severity gets the same images, by their number within it."""
+    if opening.config.limit is None:
+        return images
+    first = int(images.names[0])
+    within = replace(images, names=tuple(str(row) for row in range(rows))).limited(
+        opening.config.limit, opening.config.seed
+    )
+    return replace(within, names=tuple(str(first + int(name)) for name in within.names))
+
+
+def _array_labels(path: Path, images: Path, count: int) -> list[int]:
+    if not path.is_file():
+        raise DataError(f"no such file: {path}; expected the labels of CIFAR-10-C there")
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} is not a complete .npy file ({error}); copy or download it again") from error
+    if labels.shape != (count,) or count == 0 or count % len(SEVERITIES) or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: expected an integer for each of the {count} images of {images.name}, a fifth of them per "
+            f"severity; found {labels.dtype} {labels.shape}"
+        )
+    return [int(label) for label in labels]
+
+
+def _grid(names: Iterable[str] = _KNOWN) -> list[tuple[str, int]]:
+    return [(name, level) for name in _KNOWN if name in names for level in SEVERITIES]
+
+
+def _check_found(config: SuiteConfig, cells: list[Cell], expected: str) -> None:
+    """Raise DataError if a set has no cells, and warn if some of the fifteen corruptions are missing."""
+    root, found = config.data, {cell.id for cell in cells} - {CLEAN}
+    if not found and not config.only:
+        entries = ", ".join(sorted(entry.name for entry in root.iterdir())[:6]) if root.is_dir() else "no such folder"
+        raise DataError(f"{root}: expected {expected}; found {entries or 'an empty folder'}")
+    grid = {f"{name}/{level}" for name in CORRUPTIONS for level in SEVERITIES}
+    if not config.only and not grid <= found:
+        log.warning(
+            "%s has %d of the %d cells of the fifteen corruptions; mCE needs all of them",
+            root,
+            len(grid & found),
+            len(grid),
+        )
+
+
+SUITES: dict[str, Layout] = {
+    "imagenet": _class_folders("fit"),
+    "imagenet-c": _imagenet_c,
+    "imagenet-a": _imagenet_200(IMAGENET_A),
+    "imagenet-r": _imagenet_200(IMAGENET_R),
+    "imagenet-v2": _numbered_folders,
+    "sketch": _class_folders("fit"),
+    "stylized": _class_folders("none"),
+    "cifar10": _class_folders("fit"),
+    "cifar10-c": _cifar10_c,
+    "corruptions": _generated,
+}
+"""Suite → its layout."""

@@ -1,4 +1,4 @@
-"""Digits, a network that reads them as an ONNX file and in torch, and models that count what they are asked."""
+"""Digits, a network that classifies them as an ONNX file and in torch, and models that record their queries."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from onnx import numpy_helper
 from torch import nn
 
 from advprop.checkpoints.attacker import crafter
-from runtime.evaluate.attacks.draws import generator, seed_of
-from runtime.evaluate.attacks.target import Victim, judge
-from runtime.evaluate.attacks.transfer import Attacker
+from runtime.evaluate.attacks.methods import Attacker, image_generator, image_seed
+from runtime.evaluate.attacks.target import AttackTarget, evaluate_images
 from runtime.evaluate.models import Model
 from tests.support.report_sets import digit_images
 
 
 def held_digits(model: Model, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Digits that the network was not fitted to, and gets right."""
+    """Return digits that the network was not fitted to and classifies correctly."""
     images, labels = (array[1500:] for array in digit_images())
-    right = judge(model, images, labels.astype(np.int64))[0]
+    right = evaluate_images(model, images, labels.astype(np.int64))[0]
     return images[right][:count], labels[right][:count].astype(np.int64)
 
 
 def torch_digit_net(file: Path) -> nn.Module:
-    """The network of `report_sets.digit_net` in torch, with the very weights of the ONNX file."""
+    """Return the network of `report_sets.digit_net` in torch, with the weights of the ONNX file."""
     weights = {
         tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
         for tensor in onnx.load(file).graph.initializer
@@ -43,22 +42,22 @@ def torch_digit_net(file: Path) -> nn.Module:
 
 
 def digit_attacker(file: Path, model: Model, name: str = "net.main") -> Attacker:
-    """That network as a checkpoint that attacks."""
+    """Return that network as a checkpoint to attack with."""
     craft = crafter(torch_digit_net(file), model.spec, torch.device("cpu"))
     return Attacker(name=name, spec=model.spec, craft=craft, facts={"sha256": "of the checkpoint"})
 
 
-def victim_of(model: Model, images: NDArray[np.uint8], labels: NDArray[np.int64], radius: int) -> Victim:
-    """All images stand."""
-    return Victim(model, images, labels, np.ones(len(labels), bool), radius, "an attack")
+def target_of(model: Model, images: NDArray[np.uint8], labels: NDArray[np.int64], radius: int) -> AttackTarget:
+    """Return a model under attack on images that are all classified correctly."""
+    return AttackTarget(model, images, labels, np.ones(len(labels), bool), radius, "an attack")
 
 
-def draws_of(count: int, seed: int = 0) -> list[np.random.Generator]:
-    return [generator(seed_of(seed, str(place), "an attack", 4.0)) for place in range(count)]
+def generators_of(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [image_generator(image_seed(seed, str(place), "an attack", 4.0)) for place in range(count)]
 
 
 def recording(model: Model, seen: list[NDArray[np.uint8]]) -> Model:
-    """The same model, noting every batch it is asked about."""
+    """Return the same model, which also appends every batch it gets to `seen`."""
 
     def logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         seen.append(images.copy())

@@ -1,7 +1,9 @@
-"""Tiny test sets in each released layout, and models whose answers are known."""
+"""Tiny test sets in the layouts of the released sets, models with known answers, and helpers for runs."""
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.models import Model, model_of
+from runtime.evaluate.results import Result, write_result
 from runtime.evaluate.run import RunConfig
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
@@ -27,7 +30,7 @@ def spec_of(classes: tuple[str, ...] = tuple(COLORS), wnids: tuple[str, ...] = W
 
 
 def picture(color: str, number: int, size: int = 32) -> NDArray[np.uint8]:
-    """Mostly of one color, and noisy enough that noise and blur move some over the edge."""
+    """Return an image of mostly one color, noisy enough that some corruptions change its class."""
     random = np.random.default_rng([number, *COLORS[color]])
     base = np.asarray(COLORS[color]) * 0.3 + 90
     return np.clip(base + random.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
@@ -39,7 +42,7 @@ def save(folder: Path, color: str, number: int, size: int = 32) -> None:
 
 
 def labeled_folder(root: Path, names: Mapping[str, str] | None = None, count: int = 8, size: int = 32) -> Path:
-    """`root/NAME/*.png`; `names`: folder → color. Default: by class name."""
+    """Write `root/NAME/*.png`. `names` maps folders to colors; by default, folders are named by class."""
     for name, color in (names or {color: color for color in COLORS}).items():
         for number in range(count):
             save(root / name, color, number, size)
@@ -47,8 +50,13 @@ def labeled_folder(root: Path, names: Mapping[str, str] | None = None, count: in
 
 
 def mean_color(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits: the mean of each channel."""
+    """Return the mean of each channel as logits."""
     return images_NCHW.mean((2, 3)) * np.float32(8)
+
+
+def one_pixel(images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return one noisy pixel as logits: often wrong, and more often under corruptions."""
+    return images_NCHW[:, :, 16, 16]
 
 
 def toy(
@@ -61,7 +69,7 @@ def toy(
 
 
 def toy_onnx(path: Path, scale: float = 8.0, spec: ModelSpec | None = None) -> Path:
-    """The same as an ONNX file."""
+    """Write `mean_color` as an ONNX file."""
     spec = spec or spec_of()
     size = spec.preprocessing.height
     text = f"""<ir_version: 9, opset_import: ["" : 20]>
@@ -79,3 +87,21 @@ def config(name: str, data: Path, **options: object) -> SuiteConfig:
 
 def run_config(out: Path, **options: object) -> RunConfig:
     return RunConfig(out=out, **{"workers": 0, "batch_size": 4, **options})  # type: ignore[arg-type]
+
+
+def written(result: Result, path: Path) -> bytes:
+    """Write a result and return its bytes."""
+    write_result(path, result)
+    return path.read_bytes()
+
+
+def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> Path:
+    """Wait until a process has written `count` lines to its progress log, and return the log's path."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for log in out.glob(".unfinished-*.jsonl"):
+            if log.read_bytes().count(b"\n") >= count:
+                return log
+        assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
+        time.sleep(0.005)
+    raise AssertionError("the evaluation did not start in time")

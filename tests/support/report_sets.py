@@ -1,4 +1,4 @@
-"""A small network that really reads digits, in FP32 and INT8, sound and with a planted fault; and results of models."""
+"""A small network that classifies digits, in FP32, in INT8, and with a planted fault; and results of models."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CLASSES = tuple(str(digit) for digit in range(10))
 
 
 def digit_images() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """scikit-learn's scans, enlarged: uint8 (N, 16, 16, 3), and their digits."""
+    """Return scikit-learn's scans of digits, enlarged: uint8 (N, 16, 16, 3), and their labels."""
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8).repeat(2, 1).repeat(2, 2)
     return np.stack([pixels] * 3, -1), digits.target
 
 
 def digit_folder(root: Path, numbers: Sequence[int]) -> Path:
-    """`root/DIGIT/N.png`."""
+    """Write the images with these numbers as `root/DIGIT/N.png`."""
     images, labels = digit_images()
     for number in numbers:
         folder = root / CLASSES[labels[number]]
@@ -45,7 +45,7 @@ def digit_folder(root: Path, numbers: Sequence[int]) -> Path:
 
 
 def digit_net(path: Path) -> Path:
-    """Two random convolutions and a linear layer fitted to 1,500 digits by least squares: no training loop."""
+    """Write a network of two random convolutions, and a linear layer fitted to 1,500 digits by least squares."""
     random = np.random.default_rng(0)
     weights = {
         "w0": random.normal(0, 0.3, (16, 3, 3, 3)).astype(np.float32),
@@ -83,15 +83,16 @@ def _graph(weights: dict[str, NDArray[np.float32]], output: str) -> onnx.ModelPr
 
 
 def quantized(source: Path, data: Path, target: Path) -> Path:
-    """The same network in INT8, by our own calibration."""
+    """Write the network in INT8, calibrated by advprop."""
     calibrate_file(source, data, target, CalibrationConfig(images=48), cache=False)
     return target
 
 
 def with_fault(source: Path, target: Path, place: float = 0.5) -> Path:
-    """An INT8 file with one layer's activation scale ×0.1: what it reads is cut off at a tenth of its range.
+    """Write an INT8 file in which one layer's activation scale is ×0.1.
 
-    `place`: how far down the network, from 0 to 1.
+    The layer's input is clipped to a tenth of its range. `place` is the depth of the layer in the
+    network, from 0 to 1.
     """
     model = onnx.load(source)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -112,7 +113,7 @@ def with_fault(source: Path, target: Path, place: float = 0.5) -> Path:
 def results_of(
     models: Sequence[Model], data: Path, out: Path, suite: str = "corruptions", compared: bool = True, **options: Any
 ) -> list[Path]:
-    """Evaluates models beside the first of them and writes their results."""
+    """Evaluate models, compare them with the first one, and write their results."""
     reference = models[0] if compared else None
     run = run_config(out, batch_size=32)
     paths = []
@@ -123,14 +124,14 @@ def results_of(
 
 
 def changed(path: Path, target: Path, **changes: Any) -> Path:
-    """A copy of a JSON file, with some of its first level changed."""
+    """Write a copy of a JSON file with some top-level keys changed."""
     content: Result = json.loads(path.read_text())
     target.write_text(json.dumps({**content, **changes}))
     return target
 
 
 def bench_file(path: Path, sha256: str, p50_ms: float, device: str = "a GPU", name: str = "m") -> Path:
-    """A latency."""
+    """Write a latency file."""
     model = {"name": name, "sha256": sha256}
     content = {"format": "advprop.bench/1", "model": model, "device": device, "backend": "b", "batch_size": 1}
     path.write_text(json.dumps({**content, "p50_ms": p50_ms}))
@@ -138,7 +139,7 @@ def bench_file(path: Path, sha256: str, p50_ms: float, device: str = "a GPU", na
 
 
 def attack_file(path: Path, sha256: str, name: str = "m") -> Path:
-    """An attack and its control, on 50 images."""
+    """Write a file with an attack and its control, on 50 images."""
     steps = (0, 1, 2, 4)
     curves = [
         {"attack": "square", "queries": 500, "points": [{"epsilon": e / 255, "right": 45 - 10 * e} for e in steps]},

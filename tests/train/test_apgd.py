@@ -12,7 +12,7 @@ from torch import nn
 
 from advprop.checkpoints.attacker import crafter
 from runtime.errors import ConfigError
-from runtime.evaluate.attacks.transfer import Craft
+from runtime.evaluate.attacks.methods import Craft
 from runtime.evaluate.models import Model, load_model
 from tests.support.attack_sets import held_digits, torch_digit_net
 from tests.support.report_sets import digit_net

@@ -1,4 +1,7 @@
-"""From outcomes to a result a model: `advprop.attack/1`, see `runtime.evaluate.report.measured`, and more."""
+"""The result of attacks on one model: `advprop.attack/1`.
+
+`runtime.evaluate.report.inputs` describes the keys that a report needs; results have more.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.evaluate.attacks.ball import radius_of
-from runtime.evaluate.attacks.config import NOISE, SQUARE, AttackConfig
-from runtime.evaluate.attacks.outcomes import CLEAN, Key, Outcomes
-from runtime.evaluate.attacks.transfer import Attacker
+from runtime.evaluate.attacks.config import CLEAN, NOISE, SQUARE, AttackConfig
+from runtime.evaluate.attacks.methods import Attacker
+from runtime.evaluate.attacks.target import radius_of
 from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.models import Model
-from runtime.evaluate.provenance import described, versions_of
-from runtime.evaluate.report.measured import ATTACK_FORMAT
+from runtime.evaluate.results import describe_model, library_versions
 
-__all__ = ["WORST", "AttackResult", "result_of", "skeleton"]
+__all__ = ["ATTACK_FORMAT", "WORST", "AttackResult", "Key", "Outcomes", "describe_attack", "result_of"]
+
+ATTACK_FORMAT = "advprop.attack/1"
 
 WORST = "worst"
-"""The curve of images that no attack fools; the noise is none."""
+"""Name of the curve of images that no attack fools. Noise is a control, so it does not count."""
 
 AttackResult = dict[str, Any]
 
+Key = tuple[str, float, int]
+"""Attack, ε in 1/255, and the number of a block of images."""
 
-def skeleton(
+Outcomes = dict[str, tuple[NDArray[np.bool_], NDArray[np.int64]]]
+"""Model → images that are still classified correctly, (N,), and queries per image, (N,)."""
+
+
+def describe_attack(
     model: Model, attacker: Attacker | None, images: LabeledImages, config: AttackConfig, data: Mapping[str, Any]
 ) -> AttackResult:
-    """Returns a result without curves: all that they follow from, as plain values."""
+    """Return a result without curves: everything that the curves depend on, as plain values."""
     return {
         "format": ATTACK_FORMAT,
-        "model": described(model),
+        "model": describe_model(model),
         "checkpoint": None if attacker is None else {"name": attacker.name, **attacker.facts},
         "images": len(images),
         "names_sha256": images.sha256,
@@ -43,23 +52,23 @@ def skeleton(
             for key, value in dataclasses.asdict(config).items()
             if key != "seed"
         },
-        "versions": versions_of(model),
+        "versions": library_versions(model),
     }
 
 
 def result_of(
-    bare: AttackResult, name: str, attacks: Sequence[str], blocks: Sequence[int], done: Mapping[Key, Outcomes]
+    description: AttackResult, name: str, attacks: Sequence[str], blocks: Sequence[int], done: Mapping[Key, Outcomes]
 ) -> AttackResult:
-    """Puts a model's outcomes together.
+    """Return a model's result, with a curve per attack and one for the worst of them.
 
     Args:
-        bare: what `skeleton` returned.
-        name: the model's, in the outcomes.
-        attacks: those made on it.
-        blocks: numbers of the blocks.
-        done: every outcome.
+        description: what `describe_attack` returned.
+        name: the model's name in the outcomes.
+        attacks: attacks that ran on the model.
+        blocks: numbers of all blocks.
+        done: outcomes of all attacks and blocks.
     """
-    settings, checkpoint = bare["settings"], bare["checkpoint"]
+    settings, checkpoint = description["settings"], description["checkpoint"]
     epsilons = settings["epsilons"]
 
     def gather(attack: str, epsilon: float) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -72,35 +81,41 @@ def result_of(
     curves = []
     for attack, values in found.items():
         points = [
-            _point(eps, right_N, clean_N, used_N) for eps, (right_N, used_N) in zip(epsilons, values, strict=True)
+            _point(eps, right_N, clean_N, queries_N) for eps, (right_N, queries_N) in zip(epsilons, values, strict=True)
         ]
-        most = {SQUARE: settings["queries"], NOISE: settings["draws"]}.get(attack)
-        curve: dict[str, Any] = {"attack": attack, "queries": most or max(int(used_N.max()) for _, used_N in values)}
-        if most is None:
-            same = checkpoint["sha256"] == bare["model"].get("sha256")
-            own = same or checkpoint["sha256"] == bare["model"].get("checkpoint_sha256")
-            curve |= {"white_box": same, "of_own_checkpoint": own}
+        budget = {SQUARE: settings["queries"], NOISE: settings["draws"]}.get(attack)
+        curve: dict[str, Any] = {
+            "attack": attack,
+            "queries": budget or max(int(queries_N.max()) for _, queries_N in values),
+        }
+        if budget is None:
+            white_box = checkpoint["sha256"] == description["model"].get("sha256")
+            own = white_box or checkpoint["sha256"] == description["model"].get("checkpoint_sha256")
+            curve |= {"white_box": white_box, "of_own_checkpoint": own}
         curves.append({**curve, "points": [zero, *points]})
     real = [attack for attack in attacks if attack != NOISE]
     if real:
         rights = [np.all([found[attack][place][0] for attack in real], axis=0) for place in range(len(epsilons))]
         points = [_point(eps, right_N, clean_N, None) for eps, right_N in zip(epsilons, rights, strict=True)]
         curves.append({"attack": WORST, "of": real, "points": [zero, *points]})
-    return {**bare, "curves": curves}
+    return {**description, "curves": curves}
 
 
 def _point(
-    epsilon: float, right_N: NDArray[np.bool_], clean_N: NDArray[np.bool_], used_N: NDArray[np.int64] | None
+    epsilon: float, right_N: NDArray[np.bool_], clean_N: NDArray[np.bool_], queries_N: NDArray[np.int64] | None
 ) -> dict[str, Any]:
-    """One number, with every image's own answer: bit by bit, the first image the highest bit of the first byte."""
+    """Return one point of a curve.
+
+    `right_bits` holds one bit per image; the first image is the highest bit of the first byte.
+    """
     point: dict[str, Any] = {"epsilon": epsilon / 255, "right": int(right_N.sum())}
     if epsilon:
         point["radius"] = radius_of(epsilon)
     point["right_bits"] = np.packbits(right_N).tobytes().hex()
-    if used_N is not None:
-        fooled_N = used_N[clean_N & ~right_N]
+    if queries_N is not None:
+        fooled_N = queries_N[clean_N & ~right_N]
         point |= {
-            "queries_total": int(used_N.sum()),
+            "queries_total": int(queries_N.sum()),
             "queries_mean_of_fooled": float(fooled_N.mean()) if len(fooled_N) else None,
             "queries_median_of_fooled": float(np.median(fooled_N)) if len(fooled_N) else None,
         }

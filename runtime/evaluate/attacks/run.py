@@ -1,4 +1,4 @@
-"""`attack`: models × attacks × ε, in blocks of images that a kill does not undo.
+"""`attack`: run attacks on models, block by block, and resume a run that was stopped.
 
 Shape suffixes: N images, H height, W width, C channels.
 """
@@ -8,200 +8,230 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ConfigError, Interrupted
-from runtime.evaluate.attacks.ball import radius_of
-from runtime.evaluate.attacks.config import GRADIENT, NOISE, SQUARE, AttackConfig
-from runtime.evaluate.attacks.draws import generator, seed_of
-from runtime.evaluate.attacks.noise import noise
-from runtime.evaluate.attacks.outcomes import CLEAN, Key, OutcomeJournal, Outcomes
-from runtime.evaluate.attacks.results import AttackResult, result_of, skeleton
-from runtime.evaluate.attacks.square import square
-from runtime.evaluate.attacks.target import Victim, judge
-from runtime.evaluate.attacks.transfer import Attacker, transfer
+from runtime.evaluate.attacks.config import CLEAN, GRADIENT, NOISE, SQUARE, AttackConfig
+from runtime.evaluate.attacks.methods import (
+    Attacker,
+    image_generator,
+    image_seed,
+    noise,
+    square,
+    transfer,
+)
+from runtime.evaluate.attacks.results import AttackResult, Key, Outcomes, describe_attack, result_of
+from runtime.evaluate.attacks.target import AttackTarget, evaluate_images, radius_of
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.image_workers import load_block
-from runtime.evaluate.models import Model
-from runtime.evaluate.provenance import alike
+from runtime.evaluate.models import Model, same_inputs
+from runtime.evaluate.progress_log import ProgressLog
 from runtime.evaluate.suites import open_suite
 
-__all__ = ["Target", "attack"]
+__all__ = ["AttackedModel", "attack"]
 
-Tick = Callable[[float], None]
+Progress = Callable[[float, int], None]
+"""Called with the number of finished steps, which may be fractional, and the number of all steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A model, and which of the attacks are made on it."""
+class AttackedModel:
+    """A model, and the attacks to run on it."""
 
     model: Model
     attacks: tuple[str, ...]
 
 
 def attack(
-    targets: Sequence[Target],
+    models: Sequence[AttackedModel],
     data: SuiteConfig,
     config: AttackConfig,
     *,
     out: Path,
     attacker: Attacker | None = None,
     batch_size: int = 16,
-    progress: Callable[[float, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[AttackResult]:
-    """Attacks models, going on where an earlier run of the same was stopped.
+    """Attack models. If an earlier run with the same arguments was stopped, resume it.
 
     Args:
-        targets: models of the same classes and input size, each of another name.
-        data: the images, and how many of them.
-        config: which attacks, how strong.
-        out: folder of the journal, which is there until all is done.
-        attacker: the checkpoint whose gradient PGD and APGD follow; None where neither is asked for.
+        models: models with the same classes and input size, and different names.
+        data: the images and their number.
+        config: attacks and their strength.
+        out: folder of the progress log, which exists until the run is finished.
+        attacker: checkpoint whose gradient PGD and APGD follow; None if neither of them runs.
         batch_size: images attacked together.
-        progress: told how many of all pieces of work are done.
+        progress: called as the run proceeds.
 
     Returns:
-        A result a target, in their order.
+        One result per model, in the same order.
 
     Raises:
-        InputError: the images or the models are not as they should be.
-        OutputError: the journal cannot be written.
+        InputError: the images or the models are invalid.
+        OutputError: the progress log cannot be written.
         VerificationError: an attack left the ε-ball.
-        Interrupted: Ctrl-C; the same call goes on.
+        Interrupted: Ctrl-C was pressed; the same call resumes.
     """
-    _check(targets, config, attacker, batch_size)
-    return _Run(targets, data, config, attacker, batch_size).carry_out(out, progress or (lambda done, total: None))
+    _check(models, config, attacker, batch_size)
+    return _Run(models, data, config, attacker, batch_size).run(out, progress or (lambda done, total: None))
 
 
-def _check(targets: Sequence[Target], config: AttackConfig, attacker: Attacker | None, batch_size: int) -> None:
-    first = targets[0].model
+def _check(models: Sequence[AttackedModel], config: AttackConfig, attacker: Attacker | None, batch_size: int) -> None:
+    first = models[0].model
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; found {batch_size}")
     for name, spec in [
-        *((target.model.name, target.model.spec) for target in targets),
+        *((attacked.model.name, attacked.model.spec) for attacked in models),
         *([(f"the checkpoint {attacker.name}", attacker.spec)] if attacker else []),
     ]:
-        if not alike(first.spec, spec):
-            shown = [
+        if not same_inputs(first.spec, spec):
+            expected, found = [
                 f"{own.preprocessing.width}×{own.preprocessing.height} pixels and {len(own.classes)} classes"
                 for own in (first.spec, spec)
             ]
             raise ConfigError(
-                f"{name} has other classes, another input size or crop than {first.name}, so the same images cannot "
-                f"be shown to both: found {shown[1]}, expected {shown[0]}. Attack it in a run of its own"
+                f"{name} has other classes, another input size or another crop than {first.name}, so both cannot be "
+                f"shown the same images: found {found}, expected {expected}. Attack it in a separate run"
             )
     config.check_gradient(attacker is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Images that are attacked together."""
+
+    names: Sequence[str]
+    clean_NHWC: NDArray[np.uint8]
+    labels_N: NDArray[np.int64]
+
+
 class _Run:
-    """Everything that one call needs to know."""
+    """All settings and the state of one call."""
 
     def __init__(
         self,
-        targets: Sequence[Target],
+        models: Sequence[AttackedModel],
         data: SuiteConfig,
         config: AttackConfig,
         attacker: Attacker | None,
         batch_size: int,
     ) -> None:
-        self._targets, self._config, self._attacker, self._size = targets, config, attacker, batch_size
-        self._spec = targets[0].model.spec
+        self._models, self._config, self._attacker, self._batch_size = models, config, attacker, batch_size
+        self._spec = models[0].model.spec
         suite = open_suite(data, self._spec)
         self._images = suite.cells[0].images
         self._blocks = range(-(-len(self._images) // batch_size))
-        said = {"path": str(data.data), "limit": data.limit, "skipped": list(suite.skipped), "batch_size": batch_size}
-        self._bare = [skeleton(target.model, attacker, self._images, config, said) for target in targets]
-        made = [name for name in config.attacks if any(name in target.attacks for target in targets)]
+        facts = {"path": str(data.data), "limit": data.limit, "skipped": list(suite.skipped), "batch_size": batch_size}
+        self._descriptions = [
+            describe_attack(attacked.model, attacker, self._images, config, facts) for attacked in models
+        ]
+        names = [name for name in config.attacks if any(name in attacked.attacks for attacked in models)]
         self._keys: list[Key] = [
             (name, epsilon, block)
             for block in self._blocks
-            for name, epsilon in [(CLEAN, 0.0), *((name, eps) for name in made for eps in config.epsilons)]
+            for name, epsilon in [(CLEAN, 0.0), *((name, eps) for name in names for eps in config.epsilons)]
         ]
+        self._done: dict[Key, Outcomes] = {}
 
-    def carry_out(self, out: Path, progress: Callable[[float, int], None]) -> list[AttackResult]:
-        """Does what is not done yet, and returns the results."""
-        plan = {"attacked": self._bare, "with": [list(target.attacks) for target in self._targets]}
-        with OutcomeJournal(out, plan) as journal:
+    def run(self, out: Path, progress: Progress) -> list[AttackResult]:
+        """Run what is not finished and return the results."""
+        plan = {"attacked": self._descriptions, "with": [list(attacked.attacks) for attacked in self._models]}
+        with ProgressLog(out, plan, self._restore) as log:
             try:
                 for block in self._blocks:
-                    self._block(block, journal, progress)
+                    self._run_block(block, log, progress)
             except KeyboardInterrupt:
                 raise Interrupted(
-                    f"stopped: {len(journal.done)} of {len(self._keys)} pieces of work are done; the same command goes "
-                    "on from there"
+                    f"stopped: {len(self._done)} of {len(self._keys)} steps are finished; run the same command to "
+                    "resume"
                 ) from None
             results = [
-                result_of(bare, target.model.name, target.attacks, self._blocks, journal.done)
-                for bare, target in zip(self._bare, self._targets, strict=True)
+                result_of(description, attacked.model.name, attacked.attacks, self._blocks, self._done)
+                for description, attacked in zip(self._descriptions, self._models, strict=True)
             ]
-            journal.finish()
+            log.remove()
         return results
 
-    def _block(self, block: int, journal: OutcomeJournal, progress: Callable[[float, int], None]) -> None:
-        todo = [key for key in self._keys if key[2] == block and key not in journal.done]
-        progress(len(journal.done), len(self._keys))
+    def _restore(self, entry: Any) -> None:
+        """Read an entry of the progress log, which `_entry` wrote."""
+        key = (str(entry["attack"]), float(entry["epsilon"]), int(entry["block"]))
+        self._done[key] = {
+            str(name): (np.asarray(found["right"], np.int64).astype(bool), np.asarray(found["queries"], np.int64))
+            for name, found in dict(entry["models"]).items()
+        }
+
+    @staticmethod
+    def _entry(key: Key, outcomes: Outcomes) -> dict[str, Any]:
+        models = {
+            name: {"right": right_N.astype(int).tolist(), "queries": queries_N.tolist()}
+            for name, (right_N, queries_N) in outcomes.items()
+        }
+        return {"attack": key[0], "epsilon": key[1], "block": key[2], "models": models}
+
+    def _run_block(self, number: int, log: ProgressLog, progress: Progress) -> None:
+        todo = [key for key in self._keys if key[2] == number and key not in self._done]
+        progress(len(self._done), len(self._keys))
         if not todo:
             return
-        within = slice(block * self._size, (block + 1) * self._size)
+        within = slice(number * self._batch_size, (number + 1) * self._batch_size)
         names = self._images.names[within]
-        clean_NHWC = load_block(self._images.source, names, self._spec.preprocessing, "fit")
-        labels_N = np.asarray(self._images.labels[within], np.int64)
+        block = _Block(
+            names,
+            load_block(self._images.source, names, self._spec.preprocessing, "fit"),
+            np.asarray(self._images.labels[within], np.int64),
+        )
         for key in todo:
-            done = len(journal.done)
+            done = len(self._done)
 
-            def tick(share: float, done: int = done) -> None:
+            def share_done(share: float, done: int = done) -> None:
                 progress(done + share, len(self._keys))
 
-            name, epsilon, _ = key
-            if name == CLEAN:
-                outcomes = self._clean(clean_NHWC, labels_N)
-            else:
-                clean = journal.done[CLEAN, 0.0, block]
-                seeds = [seed_of(self._config.seed, image, name, epsilon) for image in names]
-                outcomes = self._attack(name, radius_of(epsilon), clean_NHWC, labels_N, clean, seeds, tick)
-            journal.add(key, outcomes)
-            progress(len(journal.done), len(self._keys))
+            outcomes = self._clean(block) if key[0] == CLEAN else self._attack(key, block, share_done)
+            log.append(self._entry(key, outcomes))
+            progress(len(self._done), len(self._keys))
 
-    def _clean(self, clean_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> Outcomes:
-        zero_N = np.zeros(len(labels_N), np.int64)
-        models = [target.model for target in self._targets]
-        return {model.name: (judge(model, clean_NHWC, labels_N)[0], zero_N) for model in models}
+    def _clean(self, block: _Block) -> Outcomes:
+        zero_N = np.zeros(len(block.labels_N), np.int64)
+        models = [attacked.model for attacked in self._models]
+        return {model.name: (evaluate_images(model, block.clean_NHWC, block.labels_N)[0], zero_N) for model in models}
 
-    def _attack(
-        self,
-        name: str,
-        radius: int,
-        clean_NHWC: NDArray[np.uint8],
-        labels_N: NDArray[np.int64],
-        clean: Outcomes,
-        seeds: Sequence[int],
-        tick: Tick,
-    ) -> Outcomes:
-        """Makes one attack on a block of images, on all models that it is for."""
-        config, models = self._config, [target.model for target in self._targets if name in target.attacks]
+    def _attack(self, key: Key, block: _Block, progress: Callable[[float], None]) -> Outcomes:
+        """Run one attack on a block of images, for all models that it is configured for."""
+        name, epsilon, number = key
+        config, radius = self._config, radius_of(epsilon)
+        models = [attacked.model for attacked in self._models if name in attacked.attacks]
+        clean = self._done[CLEAN, 0.0, number]
+        seeds = [image_seed(config.seed, image, name, epsilon) for image in block.names]
         attacked_ANHWC = None
-        if name in GRADIENT:  # made once, shown to all
+        if name in GRADIENT:  # the same images for all models
             assert self._attacker is not None
             attacked_ANHWC = self._attacker.craft(
-                name, clean_NHWC, labels_N, radius=radius, seeds=seeds, steps=config.steps, restarts=config.restarts
+                name,
+                block.clean_NHWC,
+                block.labels_N,
+                radius=radius,
+                seeds=seeds,
+                steps=config.steps,
+                restarts=config.restarts,
             )
         outcomes: Outcomes = {}
         for place, model in enumerate(models):
-            victim = Victim(model, clean_NHWC, labels_N, clean[model.name][0], radius, name)
-            draws_N = [generator(seed) for seed in seeds]  # afresh: models have the same luck
+            target = AttackTarget(model, block.clean_NHWC, block.labels_N, clean[model.name][0], radius, name)
+            generators_N = [image_generator(seed) for seed in seeds]  # all models get the same random numbers
 
-            def part(share: float, place: int = place) -> None:
-                tick((place + share) / len(models))
+            def share_done(share: float, place: int = place) -> None:
+                progress((place + share) / len(models))
 
             if attacked_ANHWC is not None:
-                transfer(victim, attacked_ANHWC, part)
+                transfer(target, attacked_ANHWC, share_done)
             elif name == SQUARE:
-                share = config.initial_share
-                square(victim, draws_N, queries=config.queries, initial_share=share, tick=part)
+                initial_share = config.initial_share
+                square(target, generators_N, queries=config.queries, initial_share=initial_share, progress=share_done)
             else:
                 assert name == NOISE
-                noise(victim, draws_N, draws=config.draws, tick=part)
-            outcomes[model.name] = (victim.standing_N, victim.queries_N)
+                noise(target, generators_N, draws=config.draws, progress=share_done)
+            outcomes[model.name] = (target.not_fooled_N, target.queries_N)
         return outcomes

@@ -1,15 +1,17 @@
-"""The corruptions of ImageNet-C, made while they are evaluated: nothing is downloaded or stored.
+"""The corruptions of ImageNet-C, computed on the fly: nothing is downloaded or stored.
 
     from runtime.evaluate.corruptions import corrupt
 
     corrupt(image_HWC, "fog", severity=3, key="val/cat/17.jpg")
 
-Fifteen corruptions count in mCE (`CORRUPTIONS`); four more are for validation (`EXTRAS`). The algorithms and
-parameters are those of Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations" (ICLR 2019), and of the code published with it, github.com/hendrycks/robustness. Its three parameter
-tables, for ImageNet, Tiny ImageNet and CIFAR, are all here.
+Fifteen corruptions count in mCE (`CORRUPTIONS`); four more are for validation (`EXTRAS`). The
+algorithms and parameters are those of Hendrycks and Dietterich, "Benchmarking Neural Network
+Robustness to Common Corruptions and Perturbations" (ICLR 2019), and of the code published with it,
+github.com/hendrycks/robustness. All three of its parameter tables are included: ImageNet, Tiny
+ImageNet and CIFAR.
 
-Importing this package needs nothing but NumPy; OpenCV and SciPy are imported when the first image is corrupted.
+Importing this package needs only NumPy. OpenCV, SciPy and Pillow are imported by the corruptions
+that need them.
 """
 
 from __future__ import annotations

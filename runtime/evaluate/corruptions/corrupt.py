@@ -1,46 +1,45 @@
-"""One image, one corruption, one severity: `corrupt`."""
+"""`corrupt`: apply one corruption at one severity to one image."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailable, ConfigError, DataError, nearest
+from runtime.evaluate.corruptions import blur, digital, pixelwise, weather
 from runtime.evaluate.corruptions.severities import CORRUPTIONS, EXTRAS, TABLES, table_for
 
-__all__ = ["FIXED", "corrupt", "function_of"]
+__all__ = ["DETERMINISTIC", "FUNCTIONS", "corrupt"]
 
-_HOMES = {
-    "gaussian_noise": "noise",
-    "shot_noise": "noise",
-    "impulse_noise": "noise",
-    "speckle_noise": "noise",
-    "defocus_blur": "blur",
-    "gaussian_blur": "blur",
-    "glass_blur": "glass",
-    "motion_blur": "motion",
-    "zoom_blur": "zoom",
-    "snow": "snow",
-    "frost": "frost",
-    "fog": "fog",
-    "spatter": "spatter",
-    "brightness": "color",
-    "contrast": "color",
-    "saturate": "color",
-    "elastic_transform": "elastic",
-    "pixelate": "digital",
-    "jpeg_compression": "digital",
+FUNCTIONS: dict[str, Callable[..., NDArray[np.uint8]]] = {
+    "gaussian_noise": pixelwise.gaussian_noise,
+    "shot_noise": pixelwise.shot_noise,
+    "impulse_noise": pixelwise.impulse_noise,
+    "speckle_noise": pixelwise.speckle_noise,
+    "defocus_blur": blur.defocus_blur,
+    "gaussian_blur": blur.gaussian_blur,
+    "glass_blur": blur.glass_blur,
+    "motion_blur": blur.motion_blur,
+    "zoom_blur": blur.zoom_blur,
+    "snow": weather.snow,
+    "frost": weather.frost,
+    "fog": weather.fog,
+    "spatter": weather.spatter,
+    "brightness": pixelwise.brightness,
+    "contrast": pixelwise.contrast,
+    "saturate": pixelwise.saturate,
+    "elastic_transform": digital.elastic_transform,
+    "pixelate": digital.pixelate,
+    "jpeg_compression": digital.jpeg_compression,
 }
-"""Corruption → the module that has a function of its name."""
+"""Corruption → its function of the image, the parameters of a severity, and unless it is deterministic `random`."""
 
-FIXED = frozenset(
+DETERMINISTIC = frozenset(
     {
         "defocus_blur",
         "gaussian_blur",
@@ -52,7 +51,7 @@ FIXED = frozenset(
         "jpeg_compression",
     }
 )
-"""Those that draw nothing."""
+"""Corruptions that use no random numbers."""
 
 
 def corrupt(
@@ -64,81 +63,71 @@ def corrupt(
     seed: int = 0,
     table: str = "auto",
 ) -> NDArray[np.uint8]:
-    """Returns a corrupted copy of an image.
+    """Return a corrupted copy of an image.
 
-    What is drawn follows from `seed`, `key`, `name` and `severity` alone, so any cell of an evaluation can be made
-    again by itself, in any order and in any process. Other versions of NumPy, SciPy, OpenCV and Pillow may give
-    slightly other pixels.
+    The random numbers depend only on `seed`, `key`, `name` and `severity`, so any cell of an
+    evaluation can be computed again in any order and in any process. Other versions of NumPy,
+    SciPy, OpenCV and Pillow may return slightly different pixels.
 
     Args:
         image_HWC: uint8 RGB of any height and width. It is not changed.
         name: one of `CORRUPTIONS` or `EXTRAS`.
         severity: 1 to 5.
-        key: what tells this image from others: its path or its number. 1 and "1" are two keys.
-        seed: another seed is another draw for every image.
-        table: `imagenet`, `tiny` or `cifar`; `auto` takes the one for the image's size, see `table_for`.
+        key: identifies the image, such as its path or number. 1 and "1" are different keys.
+        seed: seed of the random numbers of all images.
+        table: `imagenet`, `tiny` or `cifar`; `auto` selects the table for the image's size, see
+            `table_for`.
 
     Returns:
         uint8 RGB of the same shape.
 
     Raises:
-        ConfigError: an unknown name or table, an impossible severity, key or seed.
-        DataError: not a uint8 RGB array.
-        BackendUnavailable: OpenCV or SciPy is missing, or for `frost` its textures.
+        ConfigError: the name, table, severity, key or seed is invalid.
+        DataError: the image is not a uint8 RGB array.
+        BackendUnavailable: OpenCV, SciPy or Pillow is missing, or the textures of `frost` are.
     """
     _check_image(image_HWC)
     _check_choices(name, severity, table)
     height, width = image_HWC.shape[:2]
     arguments = TABLES[table_for(height, width) if table == "auto" else table][name][severity - 1]
-    function = function_of(name)
-    result: NDArray[np.uint8]
-    if name in FIXED:
-        result = function(image_HWC, *arguments)
-    else:
-        result = function(image_HWC, *arguments, random=_generator(seed, key, name, severity))
+    options = {} if name in DETERMINISTIC else {"random": _generator(seed, key, name, severity)}
+    try:
+        result = FUNCTIONS[name](image_HWC, *arguments, **options)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{name} needs OpenCV and SciPy: {error}. Install them with `pip install opencv-python-headless scipy`"
+        ) from error
     assert result.shape == image_HWC.shape and result.dtype == np.uint8, name
     return result
 
 
 def _generator(seed: int, key: str | int, name: str, severity: int) -> np.random.Generator:
-    """A generator for one cell: Python's own hash would differ from process to process."""
+    """Return the generator of one cell. Python's own hash would differ between processes."""
     if not isinstance(key, str | int | np.integer):
-        raise ConfigError(f"the key of an image to corrupt must be a text or a whole number; found {key!r}")
+        raise ConfigError(f"the key of an image must be a string or an integer; found {key!r}")
     if not isinstance(seed, int | np.integer):
-        raise ConfigError(f"the seed of a corruption must be a whole number; found {seed!r}")
+        raise ConfigError(f"the seed of a corruption must be an integer; found {seed!r}")
     cell = json.dumps([int(seed), key if isinstance(key, str) else int(key), name, int(severity)])
     digest = hashlib.blake2b(cell.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
 
 
-@cache
-def function_of(name: str) -> Callable[..., Any]:
-    try:
-        home = importlib.import_module(f"runtime.evaluate.corruptions.{_HOMES[name]}")
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"{name} needs OpenCV and SciPy: {error}. Install them with `pip install opencv-python-headless scipy`"
-        ) from error
-    function: Callable[..., Any] = getattr(home, name)
-    return function
-
-
 def _check_image(image: object) -> None:
     if not isinstance(image, np.ndarray):
-        raise DataError(f"an image to corrupt must be a NumPy array, uint8 HWC RGB; found {type(image).__name__}")
+        raise DataError(f"expected an image as a NumPy array, uint8 HWC RGB; found {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise DataError(
-            f"an image to corrupt must be uint8 of shape (height, width, 3), RGB; found {image.dtype} of shape "
-            f"{image.shape}. Corruptions come before normalization: give the pixels that the network's input is made of"
+            f"expected an image as uint8 of shape (height, width, 3), RGB; found {image.dtype} of shape {image.shape}. "
+            "Corrupt the pixels before they are normalized"
         )
 
 
-def _check_choices(name: str, severity: int, table: str) -> None:
-    if not isinstance(name, str) or name not in _HOMES:
+def _check_choices(name: Any, severity: Any, table: str) -> None:
+    if not isinstance(name, str) or name not in FUNCTIONS:
         known = (*CORRUPTIONS, *EXTRAS)
         hint = nearest(str(name), known)
-        raise ConfigError(f"no corruption {name!r}; {hint or 'there are ' + ', '.join(known)}")
+        raise ConfigError(f"unknown corruption {name!r}; {hint or 'expected one of ' + ', '.join(known)}")
     if isinstance(severity, bool) or not isinstance(severity, int | np.integer) or not 1 <= severity <= 5:
-        raise ConfigError(f"a corruption's severity must be 1, 2, 3, 4 or 5; found {severity!r}")
+        raise ConfigError(f"the severity of a corruption must be 1, 2, 3, 4 or 5; found {severity!r}")
     if table != "auto" and table not in TABLES:
-        raise ConfigError(f"no table {table!r} of severities; expected auto, {', '.join(TABLES)}")
+        raise ConfigError(f"unknown table of severities {table!r}; expected auto, {', '.join(TABLES)}")

@@ -1,8 +1,9 @@
-"""What each corruption's five severities are, by table.
+"""The parameters of each corruption's five severities, by table.
 
-The numbers are those of github.com/hendrycks/robustness: `ImageNet-C/imagenet_c/imagenet_c/corruptions.py`,
-`ImageNet-C/create_c/make_tinyimagenet_c.py` and `ImageNet-C/create_c/make_cifar_c.py`. The three differ: a blur for
-224 pixels leaves nothing of an image of 32. Lengths are in pixels of the table's own image size.
+The numbers are those of github.com/hendrycks/robustness:
+`ImageNet-C/imagenet_c/imagenet_c/corruptions.py`, `ImageNet-C/create_c/make_tinyimagenet_c.py` and
+`ImageNet-C/create_c/make_cifar_c.py`. The tables differ because a blur made for 224 pixels would
+leave nothing of an image of 32 pixels. Lengths are in pixels at the table's own image size.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ CORRUPTIONS = (
     "pixelate",
     "jpeg_compression",
 )
-"""The fifteen that count in mCE, in their usual order."""
+"""The fifteen corruptions that count in mCE, in their usual order."""
 
 EXTRAS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""Four for validation, never in mCE."""
+"""Four corruptions for validation, which never count in mCE."""
 
 Levels = tuple[tuple[float, ...], ...]
-"""Five tuples, severity 1 to 5, each a corruption's arguments in their order."""
+"""Five tuples, for severities 1 to 5; each holds the arguments of the corruption's function."""
 
 SIZES = {"cifar": 32, "tiny": 64, "imagenet": 224}
-"""The side of the images that each table was made for, in pixels."""
+"""Table → side of the images it was made for, in pixels."""
 
 
 def table_for(height: int, width: int) -> str:
-    """Returns the table whose image size is nearest to the shorter side, as a ratio.
+    """Return the table whose image size is nearest to the shorter side, as a ratio.
 
-    Up to 45 pixels that is `cifar`, up to 119 `tiny`, from there on `imagenet`.
+    That is `cifar` up to 45 pixels, `tiny` up to 119 pixels, and `imagenet` above.
     """
     side = min(height, width)
     return min(SIZES, key=lambda table: abs(math.log(side / SIZES[table])))
@@ -54,12 +55,12 @@ def _each(*values: float) -> Levels:
 
 
 def _elastic(side: float, *levels: tuple[float, float, float]) -> Levels:
-    """Amplitude, σ and corner shift, given as shares of a length."""
+    """Return amplitude, σ and corner shift, given as fractions of `side`."""
     return tuple(tuple(side * share for share in level) for level in levels)
 
 
 def _frost(scale: float, *levels: tuple[float, float]) -> Levels:
-    """The weights of image and texture, and the size of the texture."""
+    """Return the weights of image and texture, followed by the scale of the texture."""
     return tuple((*level, scale) for level in levels)
 
 
@@ -84,7 +85,7 @@ _IMAGENET: dict[str, Levels] = {
     "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     "brightness": _each(0.1, 0.2, 0.3, 0.4, 0.5),
     "contrast": _each(0.4, 0.3, 0.2, 0.1, 0.05),
-    # 244, not 224: a slip of the original that all published numbers contain.
+    # 244 instead of 224 is a typo in the original code, which all published numbers include.
     "elastic_transform": _elastic(
         244, (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)
     ),

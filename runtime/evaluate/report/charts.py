@@ -1,17 +1,34 @@
-"""The pictures of a report, each narrow enough for a phone."""
+"""SVG charts that are narrow enough for a phone. Their colors are CSS classes of the page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.evaluate.counts import BINS, NANO, Counts
 from runtime.evaluate.intervals import Interval
 from runtime.evaluate.metrics import calibration_error
 from runtime.evaluate.report.markup import Markup, join, tag
-from runtime.evaluate.report.plot import STYLES, Frame, marker, percent, picture, series, ticks
 
-__all__ = ["Bar", "Line", "Point", "bars", "epsilon", "front", "lines", "pareto", "reliability"]
+__all__ = [
+    "STYLES",
+    "Bar",
+    "Line",
+    "Point",
+    "bar_chart",
+    "epsilon_chart",
+    "pareto_chart",
+    "pareto_front",
+    "reliability_diagram",
+    "severity_chart",
+    "swatch",
+]
+
+STYLES = 6
+"""Number of colors and markers. The seventh model gets the first ones again, with a dashed line."""
+
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,11 +36,11 @@ class Line:
     """A line of a chart."""
 
     place: int
-    """The model's."""
+    """Number of the model or attack, which determines color and marker."""
     label: str
     points: tuple[tuple[float, float], ...]
-    control: bool = False
-    """Dashed and gray: what the others are held against."""
+    is_control: bool = False
+    """Drawn dashed and gray, as the control that other lines are compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,83 +48,143 @@ class Bar:
     """A bar of one model."""
 
     place: int
+    """Number of the model."""
     label: str
     value: float
-    """A share."""
+    """From 0 to 1."""
     interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A model in a plane."""
+    """A model in a scatter plot."""
 
     place: int
+    """Number of the model."""
     label: str
     x: float
     y: float
     interval: Interval | None = None
-    """Of y."""
+    """Interval of y."""
 
 
-def lines(title: str, content: Sequence[Line], top: float, x_title: str, y_title: str, small: bool = False) -> Markup:
-    """Error over severity, from 0 to `top`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """The plot area, in pixels of the figure."""
+
+    x: tuple[float, float]
+    """Range of the data."""
+    y: tuple[float, float]
+    """Range of the data."""
+    width: float = 340
+    height: float = 240
+    left: float = 50
+    right: float = 12
+    top: float = 10
+    bottom: float = 40
+
+    def px(self, value: float) -> float:
+        """Return the horizontal position of a value."""
+        low, high = self.x
+        return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
+
+    def py(self, value: float) -> float:
+        """Return the vertical position of a value."""
+        low, high = self.y
+        return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
+
+    def axes(
+        self,
+        x_ticks: Sequence[float],
+        y_ticks: Sequence[float],
+        x_title: str = "",
+        y_title: str = "",
+        x_form: Callable[[float], str] = "{:g}".format,
+        y_form: Callable[[float], str] = "{:g}".format,
+    ) -> Markup:
+        """Return grid lines, tick labels and titles."""
+        floor, end = self.height - self.bottom, self.width - self.right
+        parts = []
+        for value in y_ticks:
+            y = self.py(value)
+            parts.append(tag("line", x1=self.left, x2=end, y1=y, y2=y, class_="grid"))
+            parts.append(tag("text", y_form(value), x=self.left - 5, y=y + 3.5, class_="tick", text_anchor="end"))
+        for value in x_ticks:
+            x = self.px(value)
+            parts.append(tag("line", x1=x, x2=x, y1=floor, y2=floor + 4, class_="axis"))
+            parts.append(tag("text", x_form(value), x=x, y=floor + 15, class_="tick", text_anchor="middle"))
+        parts.append(tag("line", x1=self.left, x2=end, y1=floor, y2=floor, class_="axis"))
+        middle = (self.left + end) / 2
+        if x_title:
+            parts.append(tag("text", x_title, x=middle, y=self.height - 6, class_="title", text_anchor="middle"))
+        if y_title:
+            y = (self.top + floor) / 2
+            turn = f"translate(10 {y:.1f}) rotate(-90)"
+            parts.append(tag("text", y_title, transform=turn, class_="title", text_anchor="middle"))
+        return join(*parts)
+
+
+def severity_chart(
+    title: str, lines: Sequence[Line], top: float, x_title: str, y_title: str, small: bool = False
+) -> Markup:
+    """Return a chart of error over severity, from 0 to `top`."""
     size = {"width": 176.0, "height": 132.0, "left": 38.0, "bottom": 20.0, "right": 8.0} if small else {}
-    frame = Frame(x=(0.8, 5.2), y=(0, top), **size)
-    told = "; ".join(
-        f"{line.label}: {', '.join(f'{x:g}: {y:.1%}' for x, y in line.points)}" for line in content if line.points
+    frame = _Frame(x=(0.8, 5.2), y=(0, top), **size)
+    description = "; ".join(
+        f"{line.label}: {', '.join(f'{x:g}: {y:.1%}' for x, y in line.points)}" for line in lines if line.points
     )
-    drawn = [series(frame, line.points, line.place, line.control) for line in reversed(content) if line.points]
+    drawn = [_series(frame, line) for line in reversed(lines) if line.points]
     axes = frame.axes(
         [1, 2, 3, 4, 5],
-        ticks(0, top, 2 if small else 5),
+        _ticks(0, top, 2 if small else 5),
         x_title="" if small else x_title,
         y_title="" if small else y_title,
-        y_form=percent,
+        y_form=_percent,
     )
-    return picture(frame, title, f"{y_title} by {x_title}. {told}", axes, *drawn)
+    return _figure(frame, title, f"{y_title} by {x_title}. {description}", axes, *drawn)
 
 
-def bars(title: str, rows: Mapping[str, Sequence[Bar]], top: float) -> Markup:
-    """Horizontal bars with intervals, a group a corruption, from 0 to `top`."""
-    thick, gap, head = 9.0, 3.0, 17.0
-    height = sum(head + len(row) * (thick + gap) + 6 for row in rows.values()) + 22
-    frame = Frame(x=(0, top), y=(0, 1), height=height, left=12, right=44, top=4, bottom=20)
-    parts, y, told = [], 4.0, []
-    for value in ticks(0, top, 4):
+def bar_chart(title: str, rows: Mapping[str, Sequence[Bar]], top: float) -> Markup:
+    """Return horizontal bars with intervals, one group per corruption, from 0 to `top`."""
+    thickness, gap, head = 9.0, 3.0, 17.0
+    height = sum(head + len(row) * (thickness + gap) + 6 for row in rows.values()) + 22
+    frame = _Frame(x=(0, top), y=(0, 1), height=height, left=12, right=44, top=4, bottom=20)
+    parts, y, description = [], 4.0, []
+    for value in _ticks(0, top, 4):
         x = frame.px(value)
         parts.append(tag("line", x1=x, x2=x, y1=4, y2=height - 20, class_="grid"))
-        parts.append(tag("text", percent(value), x=x, y=height - 6, class_="tick", text_anchor="middle"))
+        parts.append(tag("text", _percent(value), x=x, y=height - 6, class_="tick", text_anchor="middle"))
     for name, row in rows.items():
         parts.append(tag("text", name, x=frame.left, y=y + 12, class_="label"))
         y += head
         for bar in row:
-            parts.append(_bar(frame, bar, y, thick))
-            y += thick + gap
+            parts.append(_bar(frame, bar, y, thickness))
+            y += thickness + gap
         y += 6
-        told.append(f"{name}: {', '.join(f'{bar.label} {bar.value:.1%}' for bar in row)}")
-    return picture(frame, title, "; ".join(told), *parts)
+        description.append(f"{name}: {', '.join(f'{bar.label} {bar.value:.1%}' for bar in row)}")
+    return _figure(frame, title, "; ".join(description), *parts)
 
 
-def _bar(frame: Frame, bar: Bar, y: float, thick: float) -> Markup:
-    start, end, middle = frame.px(0), frame.px(bar.value), y + thick / 2
+def _bar(frame: _Frame, bar: Bar, y: float, thickness: float) -> Markup:
+    start, end, middle = frame.px(0), frame.px(bar.value), y + thickness / 2
     style = bar.place % STYLES
-    parts = [tag("rect", x=start, y=y, width=max(0.5, end - start), height=thick, class_=f"bar s{style}", rx=1.5)]
-    reach = end
+    parts = [tag("rect", x=start, y=y, width=max(0.5, end - start), height=thickness, class_=f"bar s{style}", rx=1.5)]
+    right = end
     if bar.interval:
         low, high = (frame.px(min(max(value, 0), frame.x[1])) for value in bar.interval)
-        reach = max(end, high)
-        stop = f"{y + 1:.1f}v{thick - 2:g}"
+        right = max(end, high)
+        stop = f"{y + 1:.1f}v{thickness - 2:g}"
         path = f"M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {stop}M{high:.1f} {stop}"
         parts.append(tag("path", d=path, class_="whisker"))
-    parts.append(tag("text", f"{100 * bar.value:.1f}", x=reach + 5, y=y + thick - 0.8, class_="number"))
+    parts.append(tag("text", f"{100 * bar.value:.1f}", x=right + 5, y=y + thickness - 0.8, class_="number"))
     return join(*parts)
 
 
-def reliability(title: str, counts: Counts, place: int) -> Markup:
-    """Accuracy over confidence in fifteen bins, with the share of images in each below."""
-    frame = Frame(x=(0, 1), y=(0, 1), width=312, height=300, bottom=72, right=22)
-    parts = [frame.axes((), (0, 0.25, 0.5, 0.75, 1), y_title="accuracy", y_form=percent)]
-    floor, most, told = frame.py(0), max(counts.bin_images) or 1, []
+def reliability_diagram(title: str, counts: Counts, place: int) -> Markup:
+    """Return accuracy over confidence in fifteen bins, with the share of images in each bin below."""
+    frame = _Frame(x=(0, 1), y=(0, 1), width=312, height=300, bottom=72, right=22)
+    parts = [frame.axes((), (0, 0.25, 0.5, 0.75, 1), y_title="accuracy", y_form=_percent)]
+    floor, largest, description = frame.py(0), max(counts.bin_images) or 1, []
     for number in range(BINS):
         images, right = counts.bin_images[number], counts.bin_right[number]
         if not images:
@@ -118,24 +195,24 @@ def reliability(title: str, counts: Counts, place: int) -> Markup:
         box = {"x": left, "width": right_end - left}
         parts.append(tag("rect", **box, y=y, height=floor - y, class_=f"bar s{place % STYLES}"))
         parts.append(tag("rect", **box, y=min(y, level), height=abs(level - y), class_="gap"))
-        share = 26 * images / most
+        share = 26 * images / largest
         parts.append(tag("rect", **box, y=frame.height - 36 - share + 14, height=share, class_="share"))
-        told.append(f"{confidence:.0%} sure, {accuracy:.0%} right ({images} images)")
+        description.append(f"confidence {confidence:.0%}, accuracy {accuracy:.0%} ({images} images)")
     parts.append(tag("path", d=f"M{frame.px(0)} {floor:.1f}L{frame.px(1)} {frame.py(1):.1f}", class_="ideal"))
     base = frame.height - 22
     parts.append(tag("line", x1=frame.px(0), x2=frame.px(1), y1=base, y2=base, class_="axis"))
     parts += [
-        tag("text", percent(value), x=frame.px(value), y=base + 12, class_="tick", text_anchor="middle")
+        tag("text", _percent(value), x=frame.px(value), y=base + 12, class_="tick", text_anchor="middle")
         for value in (0, 0.25, 0.5, 0.75, 1)
     ]
     parts.append(tag("text", "images", x=frame.left - 5, y=base - 8, class_="tick", text_anchor="end"))
     ece = f"expected calibration error {calibration_error(counts):.3f}"
-    return picture(frame, title, f"{ece}. {'; '.join(told)}", *parts)
+    return _figure(frame, title, f"{ece}. {'; '.join(description)}", *parts)
 
 
-def front(points: Sequence[Point], more_is_better: bool) -> list[Point]:
-    """The points that no other beats: none is as fast or faster and better, or as good and faster."""
-    sign = -1 if more_is_better else 1
+def pareto_front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
+    """Return the points for which no other point is at least as fast and better, or as good and faster."""
+    sign = -1 if higher_is_better else 1
     best, found = float("inf"), []
     for point in sorted(points, key=lambda point: (point.x, sign * point.y)):
         if sign * point.y < best:
@@ -144,43 +221,45 @@ def front(points: Sequence[Point], more_is_better: bool) -> list[Point]:
     return found
 
 
-def pareto(title: str, points: Sequence[Point], y_title: str, more_is_better: bool, share: bool = True) -> Markup:
-    """Models by latency, with a line through those that no other beats."""
+def pareto_chart(
+    title: str, points: Sequence[Point], y_title: str, higher_is_better: bool, is_share: bool = True
+) -> Markup:
+    """Return models by latency, with a line through the Pareto front."""
     ends = [end for point in points for end in (point.y, *(point.interval or ()))]
     low, high = min(ends), max(ends)
-    space = max(0.08 * (high - low), 0.01 if share else 1)
-    frame = Frame(
-        x=(0, 1.12 * max(point.x for point in points)), y=(max(-space / 2, low - space), high + space), height=270
+    margin = max(0.08 * (high - low), 0.01 if is_share else 1)
+    frame = _Frame(
+        x=(0, 1.12 * max(point.x for point in points)), y=(max(-margin / 2, low - margin), high + margin), height=270
     )
-    y_form = (lambda value: f"{100 * value:.3g}%") if share else "{:g}".format
+    y_form = (lambda value: f"{100 * value:.3g}%") if is_share else "{:g}".format
     parts = [
         frame.axes(
-            ticks(*frame.x),
-            ticks(max(0, frame.y[0]), frame.y[1]),
+            _ticks(*frame.x),
+            _ticks(max(0, frame.y[0]), frame.y[1]),
             "p50 latency, ms (left is better)",
             y_title,
             "{:g}".format,
             y_form,
         )
     ]
-    best = front(points, more_is_better)
-    path = "L".join(f"{frame.px(point.x):.1f} {frame.py(point.y):.1f}" for point in best)
+    front = pareto_front(points, higher_is_better)
+    path = "L".join(f"{frame.px(point.x):.1f} {frame.py(point.y):.1f}" for point in front)
     parts.append(tag("path", d=f"M{path}", class_="front"))
     for point in points:
         x = frame.px(point.x)
         if point.interval:
             low_y, high_y = (frame.py(end) for end in point.interval)
             parts.append(tag("path", d=f"M{x:.1f} {low_y:.1f}V{high_y:.1f}", class_="whisker"))
-        parts.append(marker(point.place, x, frame.py(point.y), 5))
-    parts.append(_names(frame, points))
-    form = "{:.1%}" if share else "{:.1f}"
-    told = "; ".join(f"{point.label}: {point.x:g} ms, {form.format(point.y)}" for point in points)
-    beaten = ", ".join(point.label for point in best)
-    return picture(frame, title, f"{told}. Not beaten by another: {beaten}", *parts)
+        parts.append(_marker(point.place, x, frame.py(point.y), 5))
+    parts.append(_point_labels(frame, points))
+    form = "{:.1%}" if is_share else "{:.1f}"
+    description = "; ".join(f"{point.label}: {point.x:g} ms, {form.format(point.y)}" for point in points)
+    on_front = ", ".join(point.label for point in front)
+    return _figure(frame, title, f"{description}. Pareto front: {on_front}", *parts)
 
 
-def _names(frame: Frame, points: Sequence[Point]) -> Markup:
-    """Labels beside their points, pushed apart where they would lie on each other."""
+def _point_labels(frame: _Frame, points: Sequence[Point]) -> Markup:
+    """Return labels next to their points, moved down if they would overlap."""
     parts: list[Markup] = []
     taken: list[tuple[float, float, float]] = []
     for point in sorted(points, key=lambda point: frame.py(point.y)):
@@ -197,13 +276,88 @@ def _names(frame: Frame, points: Sequence[Point]) -> Markup:
     return join(*parts)
 
 
-def epsilon(title: str, content: Sequence[Line]) -> Markup:
-    """Accuracy over the size of the change, in 255ths."""
-    most = max(x for line in content for x, _ in line.points)
-    frame = Frame(x=(0, most or 1), y=(0, 1), right=20)
-    told = "; ".join(f"{line.label}: {', '.join(f'{x:g}/255: {y:.1%}' for x, y in line.points)}" for line in content)
-    axes = frame.axes(
-        ticks(0, most, 5), (0, 0.25, 0.5, 0.75, 1), "ε, 255ths of the pixels' range", "top-1", y_form=percent
+def epsilon_chart(title: str, lines: Sequence[Line]) -> Markup:
+    """Return accuracy over ε, in units of 1/255."""
+    largest = max(x for line in lines for x, _ in line.points)
+    frame = _Frame(x=(0, largest or 1), y=(0, 1), right=20)
+    description = "; ".join(
+        f"{line.label}: {', '.join(f'{x:g}/255: {y:.1%}' for x, y in line.points)}" for line in lines
     )
-    drawn = [series(frame, line.points, line.place, line.control) for line in content]
-    return picture(frame, title, told, axes, *drawn)
+    axes = frame.axes(
+        _ticks(0, largest, 5), (0, 0.25, 0.5, 0.75, 1), "ε, in 1/255 of the pixel range", "top-1", y_form=_percent
+    )
+    return _figure(frame, title, description, axes, *(_series(frame, line) for line in lines))
+
+
+def swatch(place: int, is_control: bool = False) -> Markup:
+    """Return the line and marker of a model or attack for a legend."""
+    line = _path("M1 8L27 8", place, is_control)
+    mark = _marker(place, 14, 8, is_control=is_control)
+    return tag("svg", line, mark, viewBox="0 0 28 16", class_="swatch", aria_hidden="true")
+
+
+def _figure(frame: _Frame, title: str, description: str, *content: Markup) -> Markup:
+    """Return an SVG with a text alternative."""
+    return tag(
+        "svg",
+        tag("title", title),
+        tag("desc", description),
+        *content,
+        viewBox=f"0 0 {frame.width:g} {frame.height:g}",
+        role="img",
+        aria_label=f"{title}. {description}",
+    )
+
+
+def _series(frame: _Frame, line: Line) -> Markup:
+    """Return a line with a marker at each of its points."""
+    path = "M" + "L".join(f"{frame.px(x):.1f} {frame.py(y):.1f}" for x, y in line.points)
+    marks = (_marker(line.place, frame.px(x), frame.py(y), is_control=line.is_control) for x, y in line.points)
+    return join(_path(path, line.place, line.is_control), *marks)
+
+
+def _path(path: str, place: int, is_control: bool) -> Markup:
+    dash = "4 3" if is_control else _DASHES[place // STYLES % len(_DASHES)]
+    return tag("path", d=path, class_=f"line {_style(place, is_control)}", stroke_dasharray=dash or None)
+
+
+def _style(place: int, is_control: bool) -> str:
+    return "control" if is_control else f"s{place % STYLES}"
+
+
+def _marker(place: int, x: float, y: float, size: float = 3.6, is_control: bool = False) -> Markup:
+    """Return a model's marker. Each color has another shape, so that colors are not needed to read a chart."""
+    style = f"mark {_style(place, is_control)}"
+    shape = place % STYLES
+    if shape == 0:
+        return tag("circle", cx=x, cy=y, r=size, class_=style)
+    r = size * 1.15
+    t = r / 2.2
+    corners = {
+        1: [(-r, -r), (r, -r), (r, r), (-r, r)],
+        2: [(0, -r * 1.3), (r * 1.2, r), (-r * 1.2, r)],
+        3: [(0, -r * 1.4), (r * 1.4, 0), (0, r * 1.4), (-r * 1.4, 0)],
+        4: [(0, r * 1.3), (r * 1.2, -r), (-r * 1.2, -r)],
+        5: [
+            *((-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t)),
+            *((t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)),
+        ],
+    }[shape]
+    points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
+    return tag("polygon", points=points, class_=style)
+
+
+def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round numbers between two numbers."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _percent(value: float) -> str:
+    """Return a share in percent, for tick labels."""
+    return f"{100 * value:g}%"

@@ -1,56 +1,72 @@
-"""Numbers and differences in words, the same on the page and in Markdown."""
+"""Format numbers and differences, the same way for the page and for Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from runtime.evaluate.report.numbers import Value, verdict
-from runtime.evaluate.report.rows import Entry, Report, main_cell
+from runtime.evaluate.report.numbers import Quantity, Unit, Value, Verdict, verdict_of
+from runtime.evaluate.report.rows import Entry, Report, uncorrupted_cell
 from runtime.evaluate.results import Result
 
-__all__ = ["Finding", "difference_of", "ends", "findings", "number", "points", "subject"]
+__all__ = ["Finding", "Statement", "difference_of", "findings", "interval_text", "number", "points", "subject"]
 
-Finding = tuple[str, str, list[tuple[str, str]]]
-"""Of a model: its name, what it is compared on, and (statement, verdict) pairs."""
-
-_FACTOR = {"share": 100.0, "mce": 1.0, "ms": 1.0, "bytes": 1e-6}
+_FACTORS = {Unit.SHARE: 100.0, Unit.MCE: 1.0, Unit.MILLISECONDS: 1.0, Unit.BYTES: 1e-6}
+"""Factor from a number to what is displayed."""
 
 
-def number(value: Value) -> str:
-    """A value with its unit, or – where there is none."""
+class Statement(NamedTuple):
+    """A statement about a difference, and what it shows."""
+
+    text: str
+    verdict: Verdict | None = None
+
+
+class Finding(NamedTuple):
+    """How a model differs from its reference on a suite."""
+
+    model: str
+    compared_with: str
+    statements: list[Statement]
+
+
+def number(value: Value, unit: Unit) -> str:
+    """Return a value with its unit, or – if it is missing."""
     if value.value is None:
         return "–"
-    scaled = value.value * _FACTOR[value.form]
-    if value.form == "share":
+    scaled = value.value * _FACTORS[unit]
+    if unit is Unit.SHARE:
         return f"{scaled:.1f} %"
-    return f"{scaled:.1f}" if value.form == "mce" else f"{scaled:.3g}"
+    return f"{scaled:.1f}" if unit is Unit.MCE else f"{scaled:.3g}"
 
 
-def ends(interval: Sequence[float] | None, form: str, sign: str = "") -> str:
-    """An interval such as [1.0, 2.0]; "" without one. Of shares in percent, not beyond 0 and 100."""
+def interval_text(interval: Sequence[float] | None, unit: Unit = Unit.SHARE, *, signed: bool = False) -> str:
+    """Return an interval such as [1.0, 2.0], or "" without one. Shares are in percent, within 0 and 100."""
     if interval is None:
         return ""
-    low, high = (end * _FACTOR[form] for end in interval)
-    if form == "share" and not sign:
+    low, high = (end * _FACTORS[unit] for end in interval)
+    if unit is Unit.SHARE and not signed:
         low, high = max(low, 0.0), min(high, 100.0)
+    sign = "+" if signed else ""
     return f"[{low:{sign}.1f}, {high:{sign}.1f}]".replace("-", "−")
 
 
-def points(difference: float, form: str = "share") -> str:
-    """A difference with its sign: of shares in percentage points."""
-    return f"{difference * _FACTOR[form]:+.1f}".replace("-", "−")
+def points(difference: float, unit: Unit = Unit.SHARE) -> str:
+    """Return a difference with its sign; differences of shares are in percentage points."""
+    return f"{difference * _FACTORS[unit]:+.1f}".replace("-", "−")
 
 
-def difference_of(value: Value) -> tuple[str, str]:
-    """A value's difference from the reference with its interval, and what that says; ("", "") without one."""
+def difference_of(value: Value, quantity: Quantity) -> Statement | None:
+    """Return a value's difference from the reference with its interval; None without a difference."""
     if value.difference is None:
-        return "", ""
-    text = f"{points(value.difference, value.form)} {ends(value.difference_interval, value.form, '+')}".strip()
-    return text, verdict(value.difference_interval, value.more_is_better)
+        return None
+    interval = interval_text(value.difference_interval, quantity.unit, signed=True)
+    verdict = verdict_of(value.difference_interval, quantity.higher_is_better)
+    return Statement(f"{points(value.difference, quantity.unit)} {interval}".strip(), verdict)
 
 
 def subject(report: Report) -> str:
-    """What the report is of, in a line."""
+    """Return one line about the content of a report."""
     parts = []
     for suite in report.suites():
         counts = [
@@ -66,32 +82,34 @@ def subject(report: Report) -> str:
 
 
 def findings(report: Report) -> list[Finding]:
-    """Returns what each model changes against its reference, on each suite."""
+    """Return how each model differs from its reference, on each suite."""
     found = []
     for group in report.groups:
         for entry, result in group.results:
             statements = _statements(entry, result) if result["reference"] else []
             if statements:
-                found.append((entry.label, f"against {result['reference']['name']} on {group.suite}", statements))
+                compared_with = f"compared with {result['reference']['name']} on {group.suite}"
+                found.append(Finding(entry.label, compared_with, statements))
     return found
 
 
-def _statements(entry: Entry, result: Result) -> list[tuple[str, str]]:
+def _statements(entry: Entry, result: Result) -> list[Statement]:
     statements = []
-    cell = main_cell(result)
+    cell = uncorrupted_cell(result)
     against = result["metrics"]["cells"][cell].get("against_reference") if cell else None
     if against:
         interval = against["top1_difference_interval"]
-        text = f"top-1 {points(against['top1_difference'])} points {ends(interval, 'share', '+')}"
-        statements.append((text, verdict(interval, True)))
-        statements.append((f"same class on {against['agreement']:.1%} of the images", ""))
-    for key, name, form, unit in (
-        ("mce_alexnet", "mCE (AlexNet = 100)", "mce", ""),
-        ("mean_error", "mean error", "share", " points"),
+        text = f"top-1 {points(against['top1_difference'])} points {interval_text(interval, signed=True)}"
+        statements.append(Statement(text, verdict_of(interval, higher_is_better=True)))
+        statements.append(Statement(f"same class on {against['agreement']:.1%} of the images"))
+    for key, name, unit, suffix in (
+        ("mce_alexnet", "mCE (AlexNet = 100)", Unit.MCE, ""),
+        ("mean_error", "mean error", Unit.SHARE, " points"),
     ):
         metric = result["metrics"].get(key, {})
         if metric.get("difference") is not None:
             interval = metric["difference_interval"]
-            text = f"{name} {points(metric['difference'], form)}{unit} {ends(interval, form, '+')}".strip()
-            statements.append((text, verdict(interval, False)))
+            ends = interval_text(interval, unit, signed=True)
+            text = f"{name} {points(metric['difference'], unit)}{suffix} {ends}".strip()
+            statements.append(Statement(text, verdict_of(interval, higher_is_better=False)))
     return statements

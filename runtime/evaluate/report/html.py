@@ -1,37 +1,36 @@
-"""The page: one file, no script, nothing loaded from anywhere."""
+"""The report as one HTML page, without scripts and without anything to load."""
 
 from __future__ import annotations
 
 import base64
 
 from runtime.evaluate.report.details import attacks, calibration, gaps, provenance, trade_offs
-from runtime.evaluate.report.formatting import difference_of, ends, findings, number, subject
-from runtime.evaluate.report.markup import Markup, join, tag
+from runtime.evaluate.report.formatting import difference_of, findings, interval_text, number, subject
+from runtime.evaluate.report.markup import Markup, join, style_sheet, tag
 from runtime.evaluate.report.numbers import Column, Value, columns_of
-from runtime.evaluate.report.raw import to_csv
-from runtime.evaluate.report.robustness import corruptions
+from runtime.evaluate.report.robustness import corruptions, verdict_class
 from runtime.evaluate.report.rows import Entry, Report
-from runtime.evaluate.report.style import style_sheet
+from runtime.evaluate.report.text import to_csv
 
 __all__ = ["to_html"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""A browser loads nothing and runs nothing, whatever a model is called."""
+"""Prevents a browser from loading or running anything, whatever the name of a model contains."""
 
 
 def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
-    """Returns the page."""
+    """Return the page."""
     sections = [
-        ("headline", "In short", _headline(report)),
+        ("headline", "Summary", _headline(report)),
         ("corruptions", "Corruptions", corruptions(report)),
         ("calibration", "Calibration", calibration(report)),
         ("trade-offs", "Accuracy against latency", trade_offs(report)),
         ("attacks", "Attacks", attacks(report)),
-        ("gaps", "What is not here", gaps(report)),
+        ("gaps", "Missing or not compared", gaps(report)),
         ("provenance", "How it was measured", provenance(report)),
     ]
-    there = [(anchor, heading, body) for anchor, heading, body in sections if body is not None]
-    links = [tag("li", tag("a", heading, href=f"#{anchor}")) for anchor, heading, _ in there]
+    shown = [(anchor, heading, body) for anchor, heading, body in sections if body is not None]
+    links = [tag("li", tag("a", heading, href=f"#{anchor}")) for anchor, heading, _ in shown]
     top = tag(
         "header",
         tag("h1", title),
@@ -45,11 +44,11 @@ def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
             tag("h2", heading, id=f"{anchor}-heading"),
             content,
             id=anchor,
-            aria_labeledby=f"{anchor}-heading",
+            aria_labelledby=f"{anchor}-heading",
         )
-        for anchor, heading, content in there
+        for anchor, heading, content in shown
     ]
-    foot = tag("footer", "Made by advprop report from results of advprop eval. Intervals are of 95 %.")
+    foot = tag("footer", "Made by advprop report from results of advprop eval. All intervals are 95 % intervals.")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -69,29 +68,29 @@ def _headline(report: Report) -> Markup:
 
 def _findings(report: Report) -> Markup | None:
     items = []
-    for name, compared, statements in findings(report):
-        told = [
-            join(text, *((" – ", tag("span", word, class_=_class(word))) if word else ())) for text, word in statements
+    for finding in findings(report):
+        statements = [
+            join(text, *((" – ", tag("span", verdict.value, class_=verdict_class(verdict))) if verdict else ()))
+            for text, verdict in finding.statements
         ]
-        content = [part for statement in told for part in (statement, "; ")][:-1]
-        items.append(tag("li", tag("strong", tag("bdi", name)), f" {compared}: ", *content, "."))
+        content = [part for statement in statements for part in (statement, "; ")][:-1]
+        model = tag("strong", tag("bdi", finding.model))
+        items.append(tag("li", model, f" {finding.compared_with}: ", *content, "."))
     return tag("ul", *items, class_="findings") if items else None
-
-
-def _class(word: str) -> str:
-    return {"worse": "worse", "better": "better"}.get(word, "same")
 
 
 def _table(report: Report, columns: list[Column]) -> Markup:
     caption = (
-        "In brackets: 95 % intervals. Δ: difference from the reference on the same images, of shares in percentage "
-        "points; colored where its interval excludes 0. mCE counts errors in percent of AlexNet's; mean error is "
-        "the plain share of wrong answers: two different numbers."
+        "95 % intervals in brackets. Δ: difference from the reference on the same images (of shares in percentage "
+        "points), colored if its interval excludes 0. mCE and mean error are different: mCE is in percent of AlexNet's "
+        "errors, mean error is the plain share of wrong answers."
     )
-    apart = any(value.why and value.value is not None for column in columns for value in column.values)
-    if apart:
-        caption += " ‡: measured on other images or cells than the rest of the column, see What is not here."
-    heads = [tag("th", column.title, tag("small", column.of), scope="col", role="columnheader") for column in columns]
+    if any(value.why and value.value is not None for column in columns for value in column.values):
+        caption += " ‡: measured on other images or cells than the rest of the column; see Missing or not compared."
+    heads = [
+        tag("th", column.quantity.title, tag("small", column.measured_on), scope="col", role="columnheader")
+        for column in columns
+    ]
     first = [tag("th", name, scope="col", role="columnheader") for name in ("model", "precision")]
     rows = [
         _row(entry, [(column, column.values[place]) for column in columns])
@@ -110,27 +109,27 @@ def _table(report: Report, columns: list[Column]) -> Markup:
 
 def _row(entry: Entry, cells: list[tuple[Column, Value]]) -> Markup:
     note = join(" ", tag("span", "reference", class_="chip")) if entry.is_reference else None
-    precision = entry.precision or "–"
     return tag(
         "tr",
         tag("th", tag("bdi", entry.label), note, scope="row", role="rowheader"),
-        tag("td", tag("span", precision), role="cell", data_label="precision"),
+        tag("td", tag("span", entry.precision or "–"), role="cell", data_label="precision"),
         *(_cell(column, value) for column, value in cells),
         role="row",
     )
 
 
 def _cell(column: Column, value: Value) -> Markup:
-    label = f"{column.title} ({column.of})"
+    label, unit = f"{column.quantity.title} ({column.measured_on})", column.quantity.unit
     if value.value is None:
         shown = tag("span", "–", title=value.why or None)
         return tag("td", shown, role="cell", data_label=label, class_="nothing")
-    parts = [tag("span", number(value), "‡" if value.why else None, class_="value")]
+    parts = [tag("span", number(value, unit), "‡" if value.why else None, class_="value")]
     if value.interval:
-        parts.append(tag("small", ends(value.interval, value.form), class_="quiet"))
-    change, word = difference_of(value)
+        parts.append(tag("small", interval_text(value.interval, unit), class_="quiet"))
+    change = difference_of(value, column.quantity)
     if change:
-        parts.append(tag("small", f"Δ {change}", class_=_class(word), title=word or None))
+        tooltip = change.verdict.value if change.verdict else None
+        parts.append(tag("small", f"Δ {change.text}", class_=verdict_class(change.verdict), title=tooltip))
     return tag("td", tag("div", *parts, title=value.why or None), role="cell", data_label=label)
 
 

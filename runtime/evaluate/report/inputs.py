@@ -1,36 +1,91 @@
-"""The files that a report is made of: told apart by their `format`, checked, and shards put together."""
+"""Read the files of a report: results of evaluations, latencies and attacks.
+
+Latencies and attacks are small JSON files that any tool can write:
+
+`advprop.bench/1`   latency of one model on one device:
+    {"format": …, "model": {"name", "sha256"}, "device": "NVIDIA L4", "backend": "tensorrt 10.9",
+     "batch_size": 1, "p50_ms": 1.9, "p99_ms": 2.4}
+`advprop.attack/1`  accuracy of one model on attacked images; all points use the same images:
+    {"format": …, "model": {"name", "sha256"}, "images": 200, "names_sha256": …, "seed": 0,
+     "curves": [{"attack": "square", "queries": 1000, "points": [{"epsilon": 0.0157, "right": 121}, …]},
+                {"attack": "noise", "points": […]}]}
+
+`sha256` is the hash of the model file, as in results of evaluations. `epsilon` is the maximum change
+of a pixel in [0, 1]. The attack `noise` is the control: random changes of the same size. Other keys
+are ignored.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import DataError, InputError
+from runtime.evaluate.attacks.results import ATTACK_FORMAT
 from runtime.evaluate.counts import Counts
-from runtime.evaluate.report.measured import (
-    ATTACK_FORMAT,
-    BENCH_FORMAT,
-    Attack,
-    Latency,
-    attack_of,
-    latency_of,
-)
 from runtime.evaluate.results import FORMAT, Result, finished, is_whole, merge
 
-__all__ = ["Inputs", "read_inputs"]
+__all__ = ["Attack", "Curve", "Inputs", "Latency", "attack_of", "latency_of", "read_inputs"]
+
+_BENCH_FORMAT = "advprop.bench/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Latency of one model on one device."""
+
+    name: str
+    """Name of the model."""
+    sha256: str
+    """Hash of the model file."""
+    device: str
+    backend: str
+    batch_size: int
+    p50_ms: float
+    p99_ms: float | None
+
+    @property
+    def setting(self) -> str:
+        """Device and batch size, which must be equal for two latencies to be compared."""
+        return f"{self.device}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One attack at several strengths."""
+
+    attack: str
+    queries: int | None
+    """Maximum number of queries per image."""
+    points: tuple[tuple[float, int], ...]
+    """(ε, images that are still classified correctly), with increasing ε."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attack:
+    """Attacks on one model."""
+
+    name: str
+    sha256: str
+    images: int
+    names_sha256: str
+    """Hash of the images' names and labels."""
+    seed: int | None
+    curves: tuple[Curve, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What was read."""
+    """Everything that was read."""
 
     results: tuple[Result, ...]
-    """One a model and suite, each whole."""
+    """One result per model and suite, each with all of its shards."""
     latencies: tuple[Latency, ...] = ()
     attacks: tuple[Attack, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
@@ -38,22 +93,22 @@ class Inputs:
 
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
-    """Reads results of evaluations, latencies and attacks.
+    """Read results of evaluations, latencies and attacks.
 
-    Shards and cells of one evaluation are put together; a file that is there twice counts once.
+    Shards and cells of the same evaluation are merged. A file that is given twice counts once.
 
     Raises:
-        DataError: a file that is none of these, or damaged; parts that do not make a whole; no result at all.
+        DataError: a file has another format or is damaged, shards are missing, or there is no result.
     """
     files: dict[str, str] = {}
     results: dict[tuple[str, str], list[tuple[str, Result]]] = defaultdict(list)
     latencies, attacks = [], []
     for path in paths:
-        content, sha256 = _content(path)
+        content, sha256 = _read_json(path)
         if sha256 in files.values():
             continue
         files[str(path)] = sha256
-        if content["format"] == BENCH_FORMAT:
+        if content["format"] == _BENCH_FORMAT:
             latencies.append(latency_of(content, str(path)))
         elif content["format"] == ATTACK_FORMAT:
             attacks.append(attack_of(content, str(path)))
@@ -61,17 +116,18 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
             result = _checked(content, path)
             results[json.dumps(result["model"], sort_keys=True), result["suite"]].append((str(path), result))
     if not results:
-        raise DataError("a report is made of results of advprop eval (MODEL.SUITE.json); found none of them")
+        raise DataError("a report needs results of advprop eval (MODEL.SUITE.json); found none")
     return Inputs(
-        results=tuple(_whole(parts) for parts in results.values()),
+        results=tuple(_merged(parts) for parts in results.values()),
         latencies=tuple(latencies),
         attacks=tuple(attacks),
         files=tuple(files.items()),
     )
 
 
-def _content(path: Path) -> tuple[dict[str, Any], str]:
-    known = f"{FORMAT!r} (advprop eval), {BENCH_FORMAT!r} or {ATTACK_FORMAT!r}"
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Return a file's content and SHA-256."""
+    known = f"{FORMAT!r} (advprop eval), {_BENCH_FORMAT!r} or {ATTACK_FORMAT!r}"
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -81,15 +137,15 @@ def _content(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); expected a file of format {known}") from error
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if found not in (FORMAT, BENCH_FORMAT, ATTACK_FORMAT):
-        newer = isinstance(found, str) and found.rpartition("/")[0] == FORMAT.rpartition("/")[0]
-        why = "; it was written by another version of advprop: evaluate again with this one" if newer else ""
-        raise DataError(f"{path}: expected a file of format {known}; found {found!r}{why}")
+    if found not in (FORMAT, _BENCH_FORMAT, ATTACK_FORMAT):
+        other_version = isinstance(found, str) and found.rpartition("/")[0] == FORMAT.rpartition("/")[0]
+        hint = "; another version of advprop wrote it: evaluate again with this version" if other_version else ""
+        raise DataError(f"{path}: expected a file of format {known}; found {found!r}{hint}")
     return content, hashlib.sha256(raw).hexdigest()
 
 
 def _checked(content: dict[str, Any], path: Path) -> Result:
-    """The result with metrics made anew from its counts, so that the two cannot contradict each other."""
+    """Return the result with metrics that are computed again from its counts, so that they are consistent."""
     try:
         result = finished(content)
         for cell in result["cells"].values():
@@ -104,21 +160,77 @@ def _checked(content: dict[str, Any], path: Path) -> Result:
         if not isinstance(result["suite"], str) or not result["cells"]:
             raise ValueError("no suite, or no cells")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        what = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else error
+        what = f"missing {error.args[0]!r}" if isinstance(error, KeyError) else error
         raise DataError(
-            f"{path} says {FORMAT!r}, but is damaged or changed by hand ({what}); evaluate again"
+            f"{path} has format {FORMAT!r}, but it is damaged or was edited ({what}); evaluate again"
         ) from error
     return result
 
 
-def _whole(parts: list[tuple[str, Result]]) -> Result:
-    """One model on one suite, of however many files."""
+def _merged(parts: list[tuple[str, Result]]) -> Result:
+    """Return the result of one model on one suite from any number of files."""
     names = ", ".join(name for name, _ in parts)
     try:
         result = parts[0][1] if len(parts) == 1 else merge([part for _, part in parts])
     except InputError as error:
-        raise DataError(f"{names} are of the same model and suite, but do not go together: {error}") from error
+        raise DataError(f"{names} have the same model and suite, but cannot be merged: {error}") from error
     if not is_whole(result):
         found = sorted({part for cell in result["cells"].values() for part in cell["parts"]})
-        raise DataError(f"{names}: only parts {', '.join(found)} of an evaluation; give all of its files")
+        raise DataError(f"{names}: found only shards {', '.join(found)} of an evaluation; give all of its files")
     return result
+
+
+def latency_of(content: Mapping[str, Any], where: str) -> Latency:
+    """Return a latency from the content of a file. Raises DataError if a value is missing or invalid."""
+    try:
+        latency = Latency(
+            name=str(content["model"]["name"]),
+            sha256=str(content["model"]["sha256"]),
+            device=str(content["device"]),
+            backend=str(content["backend"]),
+            batch_size=int(content["batch_size"]),
+            p50_ms=float(content["p50_ms"]),
+            p99_ms=None if content.get("p99_ms") is None else float(content["p99_ms"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _invalid(where, _BENCH_FORMAT, error) from error
+    times = [latency.p50_ms, latency.p50_ms if latency.p99_ms is None else latency.p99_ms]
+    if not all(math.isfinite(time) and time > 0 for time in times) or latency.batch_size < 1:
+        raise DataError(f"{where}: expected times in milliseconds above 0 and a batch size of at least 1")
+    return latency
+
+
+def attack_of(content: Mapping[str, Any], where: str) -> Attack:
+    """Return attacks from the content of a file. Raises DataError if a value is missing or invalid."""
+    try:
+        attack = Attack(
+            name=str(content["model"]["name"]),
+            sha256=str(content["model"]["sha256"]),
+            images=int(content["images"]),
+            names_sha256=str(content["names_sha256"]),
+            seed=None if content.get("seed") is None else int(content["seed"]),
+            curves=tuple(_curve(curve) for curve in content["curves"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _invalid(where, ATTACK_FORMAT, error) from error
+    for curve in attack.curves:
+        for epsilon, right in curve.points:
+            if not (0 <= epsilon <= 1 and 0 <= right <= attack.images):
+                raise DataError(
+                    f"{where}: expected ε from 0 to 1 and 0 to {attack.images} correct images; found {epsilon:g} and "
+                    f"{right}"
+                )
+    if attack.images < 1 or not any(curve.points for curve in attack.curves):
+        raise DataError(f"{where}: expected at least one image, and a curve with points")
+    return attack
+
+
+def _curve(content: Mapping[str, Any]) -> Curve:
+    points = sorted((float(point["epsilon"]), int(point["right"])) for point in content["points"])
+    queries = content.get("queries")
+    return Curve(attack=str(content["attack"]), queries=None if queries is None else int(queries), points=tuple(points))
+
+
+def _invalid(where: str, format_: str, error: Exception) -> DataError:
+    what = f"missing {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+    return DataError(f"{where}: expected format {format_!r}, which docs/evaluation.md describes ({what})")

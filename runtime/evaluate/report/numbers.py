@@ -1,38 +1,81 @@
-"""The numbers of a report that results do not hold ready: by corruption, by severity, and the headline table."""
+"""The numbers of a report: the headline table, and errors by corruption and by severity."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.intervals import Interval, wilson
-from runtime.evaluate.metrics import error_of
-from runtime.evaluate.report.rows import CORRUPTED, Entry, Report, main_cell
+from runtime.evaluate.metrics import difference_interval_of, error_of, interval_of, reference_of
+from runtime.evaluate.report.rows import CORRUPTED, Entry, Report, uncorrupted_cell
 from runtime.evaluate.results import Result
-from runtime.evaluate.summary import difference_interval_of, interval_of, reference_of
 
-__all__ = ["Column", "CorruptionError", "Value", "columns_of", "corruption_errors_of", "severity_errors", "verdict"]
+__all__ = [
+    "Column",
+    "CorruptionError",
+    "Quantity",
+    "Unit",
+    "Value",
+    "Verdict",
+    "columns_of",
+    "corruption_errors_of",
+    "severity_errors",
+    "verdict_of",
+]
 
-Cells = Mapping[str, Counts]
+
+class Unit(Enum):
+    """Unit of a number."""
+
+    SHARE = "share"
+    """From 0 to 1."""
+    MCE = "mCE"
+    """Percent of AlexNet's error."""
+    MILLISECONDS = "ms"
+    BYTES = "bytes"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorruptionError:
-    """A model's error under one corruption, a share: the mean over its severities."""
+class Quantity(Enum):
+    """What a column of the headline table shows: its title, unit, and whether higher is better."""
 
-    name: str
-    error: float
-    interval: Interval | None
-    levels: tuple[tuple[int, float, Interval | None], ...]
-    """Severity, error, interval."""
-    difference: float | None = None
-    """From the reference's."""
-    difference_interval: Interval | None = None
-    level_differences: Mapping[int, float] | None = None
-    """By severity."""
+    TOP1 = ("top-1", Unit.SHARE, True)
+    AGREEMENT = ("agreement", Unit.SHARE, True)
+    MCE = ("mCE", Unit.MCE, False)
+    MEAN_ERROR = ("mean error", Unit.SHARE, False)
+    LATENCY = ("p50 ms", Unit.MILLISECONDS, False)
+    FILE_SIZE = ("file", Unit.BYTES, False)
+
+    def __init__(self, title: str, unit: Unit, higher_is_better: bool) -> None:
+        self.title = title
+        self.unit = unit
+        self.higher_is_better = higher_is_better
+
+
+class Verdict(Enum):
+    """What the interval of a difference shows."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNCLEAR = "no difference shown"
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self is not Verdict.UNCLEAR
+
+
+def verdict_of(interval: Sequence[float] | None, higher_is_better: bool) -> Verdict | None:
+    """Return what the interval of a difference shows; None without an interval."""
+    if interval is None:
+        return None
+    if interval[0] <= 0 <= interval[1]:
+        return Verdict.UNCLEAR
+    return Verdict.BETTER if (interval[0] > 0) == higher_is_better else Verdict.WORSE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,48 +83,53 @@ class Value:
     """A number of the headline table."""
 
     value: float | None
-    """None: not there; `why` says more."""
-    form: str
-    """`share`, `mce`, `ms` or `bytes`."""
+    """None: missing; `why` says why."""
     interval: Sequence[float] | None = None
     difference: float | None = None
+    """Difference from the reference."""
     difference_interval: Sequence[float] | None = None
-    more_is_better: bool = False
     why: str = ""
-    """Why there is none, or why it is not to be compared with those of the other rows."""
+    """Why the number is missing, or why it cannot be compared with those of other models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column of the headline table: a value an entry."""
+    """A column of the headline table, with one value per model."""
 
-    title: str
-    of: str
-    """What it was measured on."""
+    quantity: Quantity
+    measured_on: str
+    """The suite or device."""
     values: tuple[Value, ...]
 
 
-def verdict(interval: Sequence[float] | None, more_is_better: bool) -> str:
-    """What the interval of a difference says: `better`, `worse`, `no difference shown`, or "" without one."""
-    if interval is None:
-        return ""
-    if interval[0] <= 0 <= interval[1]:
-        return "no difference shown"
-    return "better" if (interval[0] > 0) == more_is_better else "worse"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorruptionError:
+    """A model's error under one corruption, from 0 to 1: the mean over its severities."""
+
+    name: str
+    error: float
+    interval: Interval | None
+    levels: tuple[tuple[int, float, Interval | None], ...]
+    """Severity, error, interval."""
+    difference: float | None = None
+    """Difference from the reference."""
+    difference_interval: Interval | None = None
+    level_differences: Mapping[int, float] | None = None
+    """Severity → difference from the reference."""
 
 
 def corruption_errors_of(result: Result) -> list[CorruptionError]:
-    """Returns the errors by corruption, in their usual order."""
+    """Return the errors by corruption, in the usual order of corruptions."""
     counts = {name: Counts.from_dict(cell["counts"]) for name, cell in result["cells"].items()}
     by_name: dict[str, dict[int, Counts]] = {}
     for name in counts:
         corruption, _, severity = name.partition("/")
         if severity:
             by_name.setdefault(corruption, {})[int(severity)] = counts[name]
-    return [_corruption(name, by_name[name]) for name in (*CORRUPTIONS, *EXTRAS) if name in by_name]
+    return [_corruption_error(name, by_name[name]) for name in (*CORRUPTIONS, *EXTRAS) if name in by_name]
 
 
-def _corruption(name: str, levels: Mapping[int, Counts]) -> CorruptionError:
+def _corruption_error(name: str, levels: Mapping[int, Counts]) -> CorruptionError:
     cells = list(levels.values())
     found = CorruptionError(
         name=name,
@@ -92,11 +140,8 @@ def _corruption(name: str, levels: Mapping[int, Counts]) -> CorruptionError:
     if any(cell.pairs is None for cell in cells):
         return found
     reference = [reference_of(cell) for cell in cells]
-    return CorruptionError(
-        name=name,
-        error=found.error,
-        interval=found.interval,
-        levels=found.levels,
+    return dataclasses.replace(
+        found,
         difference=found.error - _mean(reference, None),
         difference_interval=difference_interval_of(
             cells, lambda groups: _mean(cells, groups) - _mean(reference, groups)
@@ -108,7 +153,7 @@ def _corruption(name: str, levels: Mapping[int, Counts]) -> CorruptionError:
 
 
 def severity_errors(result: Result) -> list[tuple[int, float, Interval | None]]:
-    """Returns severity, mean error and its interval, over those of the fifteen corruptions that have all severities."""
+    """Return severity, mean error and interval, over the fifteen corruptions that have all severities."""
     counts = {name: Counts.from_dict(cell["counts"]) for name, cell in result["cells"].items() if "/" in name}
     names = [name for name in CORRUPTIONS if all(f"{name}/{level}" in counts for level in range(1, 6))]
     rows: list[tuple[int, float, Interval | None]] = []
@@ -132,102 +177,104 @@ def _error_interval(counts: Counts) -> Interval | None:
 
 
 def columns_of(report: Report) -> list[Column]:
-    """Returns the headline table's columns; those that no model has a value for are left out."""
+    """Return the columns of the headline table that have a value for at least one model."""
     suites = report.suites()
     corrupted = [suite for suite in CORRUPTED if suite in suites]
-    plain = next((suite for suite in ("imagenet", "cifar10", *corrupted) if _has_main(report, suite)), None)
-    columns = [_top1(report, plain, "top-1"), _agreement(report, plain)] if plain else []
+    plain = next((suite for suite in ("imagenet", "cifar10", *corrupted) if _has_uncorrupted(report, suite)), None)
+    columns = [_top1(report, plain), _agreement(report, plain)] if plain else []
     for suite in corrupted:
-        columns += [_over(report, suite, "mce_alexnet", "mCE"), _over(report, suite, "mean_error", "mean error")]
-    columns += [_top1(report, suite, "top-1") for suite in suites if suite not in corrupted and suite != plain]
-    columns += _latency(report)
-    columns.append(Column(title="file", of="MB", values=tuple(_size(entry) for entry in report.entries)))
+        columns += [_corruption_metric(report, suite, quantity) for quantity in (Quantity.MCE, Quantity.MEAN_ERROR)]
+    columns += [_top1(report, suite) for suite in suites if suite not in corrupted and suite != plain]
+    columns += _latencies(report)
+    sizes = tuple(_file_size(entry) for entry in report.entries)
+    columns.append(Column(quantity=Quantity.FILE_SIZE, measured_on="MB", values=sizes))
     return [column for column in columns if any(value.value is not None for value in column.values)]
 
 
-def _has_main(report: Report, suite: str) -> bool:
-    return any(suite in entry.results and main_cell(entry.results[suite]) for entry in report.entries)
+def _has_uncorrupted(report: Report, suite: str) -> bool:
+    return any(suite in entry.results and uncorrupted_cell(entry.results[suite]) for entry in report.entries)
 
 
-def _main(entry: Entry, suite: str) -> Mapping[str, Any] | None:
+def _uncorrupted_metrics(entry: Entry, suite: str) -> Mapping[str, Any] | None:
     result = entry.results.get(suite)
-    cell = main_cell(result) if result else None
+    cell = uncorrupted_cell(result) if result else None
     return result["metrics"]["cells"][cell] if result and cell else None
 
 
-def _top1(report: Report, suite: str, title: str) -> Column:
+def _top1(report: Report, suite: str) -> Column:
     values = []
     for entry in report.entries:
-        found = _main(entry, suite)
+        found = _uncorrupted_metrics(entry, suite)
         if found is None:
-            values.append(Value(value=None, form="share", why=f"not measured on {suite}"))
+            values.append(Value(value=None, why=f"not measured on {suite}"))
             continue
         against = found.get("against_reference") or {}
         values.append(
             Value(
                 value=found["top1"],
-                form="share",
                 interval=found["top1_interval"],
                 difference=against.get("top1_difference"),
                 difference_interval=against.get("top1_difference_interval"),
-                more_is_better=True,
-                why=report.apart(entry, suite),
+                why=report.why_separate(entry, suite),
             )
         )
-    of = f"{suite}, clean" if suite in CORRUPTED else suite
-    return Column(title=title, of=of, values=tuple(values))
+    measured_on = f"{suite}, clean" if suite in CORRUPTED else suite
+    return Column(quantity=Quantity.TOP1, measured_on=measured_on, values=tuple(values))
 
 
 def _agreement(report: Report, suite: str) -> Column:
     values = []
     for entry in report.entries:
-        against = (_main(entry, suite) or {}).get("against_reference")
-        why = "the reference itself" if entry.is_reference else "not compared with a reference"
+        against = (_uncorrupted_metrics(entry, suite) or {}).get("against_reference")
         if against is None:
-            values.append(Value(value=None, form="share", why=why))
+            why = "this is the reference" if entry.is_reference else "not compared with a reference"
+            values.append(Value(value=None, why=why))
         else:
-            interval = against["agreement_interval"]
-            values.append(Value(value=against["agreement"], form="share", interval=interval, more_is_better=True))
-    return Column(title="agreement", of="same class as the reference", values=tuple(values))
+            values.append(Value(value=against["agreement"], interval=against["agreement_interval"]))
+    return Column(quantity=Quantity.AGREEMENT, measured_on="same class as the reference", values=tuple(values))
 
 
-def _over(report: Report, suite: str, key: str, title: str) -> Column:
+_METRICS = {
+    Quantity.MCE: ("mce_alexnet", "AlexNet = 100"),
+    Quantity.MEAN_ERROR: ("mean_error", "plain mean"),
+}
+"""Quantity → key in a result's metrics, and note."""
+
+
+def _corruption_metric(report: Report, suite: str, quantity: Quantity) -> Column:
+    key, note = _METRICS[quantity]
     values = []
     for entry in report.entries:
         result = entry.results.get(suite)
         found = result["metrics"].get(key, {}) if result else {}
-        form = "mce" if key == "mce_alexnet" else "share"
         if found.get("value") is None:
-            values.append(Value(value=None, form=form, why=found.get("why_not", f"not measured on {suite}")))
+            values.append(Value(value=None, why=found.get("why_not", f"not measured on {suite}")))
             continue
         values.append(
             Value(
                 value=found["value"],
-                form=form,
                 interval=found["interval"],
                 difference=found.get("difference"),
                 difference_interval=found.get("difference_interval"),
-                why=report.apart(entry, suite),
+                why=report.why_separate(entry, suite),
             )
         )
-    of = f"{suite}, AlexNet = 100" if key == "mce_alexnet" else f"{suite}, plain mean"
-    return Column(title=title, of=of, values=tuple(values))
+    return Column(quantity=quantity, measured_on=f"{suite}, {note}", values=tuple(values))
 
 
-def _latency(report: Report) -> list[Column]:
-    places = dict.fromkeys(latency.place for entry in report.entries for latency in entry.latencies)
+def _latencies(report: Report) -> list[Column]:
     columns = []
-    for place in places:
+    for setting in dict.fromkeys(latency.setting for entry in report.entries for latency in entry.latencies):
         values = []
         for entry in report.entries:
-            times = [latency.p50_ms for latency in entry.latencies if latency.place == place]
-            values.append(Value(value=min(times, default=None), form="ms", why="" if times else "not timed there"))
-        columns.append(Column(title="p50 ms", of=place, values=tuple(values)))
+            times = [latency.p50_ms for latency in entry.latencies if latency.setting == setting]
+            values.append(Value(value=min(times, default=None), why="" if times else "not measured there"))
+        columns.append(Column(quantity=Quantity.LATENCY, measured_on=setting, values=tuple(values)))
     return columns
 
 
-def _size(entry: Entry) -> Value:
+def _file_size(entry: Entry) -> Value:
     size = entry.facts.get("size_bytes")
     if not isinstance(size, int | float):
-        return Value(value=None, form="bytes", why="the result does not say")
-    return Value(value=float(size), form="bytes")
+        return Value(value=None, why="the result does not record it")
+    return Value(value=float(size))

@@ -1,4 +1,4 @@
-"""`Report`: models with all that was measured on them, and which of it may be compared."""
+"""`Report`: models with all of their measurements, grouped by what can be compared."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.evaluate.cells import CLEAN, IMAGES
-from runtime.evaluate.report.inputs import Inputs
-from runtime.evaluate.report.measured import Attack, Latency
+from runtime.evaluate.report.inputs import Attack, Inputs, Latency
 from runtime.evaluate.results import Result
 
-__all__ = ["CORRUPTED", "Entry", "Group", "Report", "main_cell", "report_of"]
+__all__ = ["CORRUPTED", "Entry", "Group", "Report", "report_of", "uncorrupted_cell"]
 
 CORRUPTED = ("imagenet-c", "corruptions", "cifar10-c")
-"""Suites with corruptions and severities, in the order in which they are preferred."""
+"""Suites with corruptions and severities, in order of preference."""
 
-_TELLING = ("precision", "route", "arithmetic", "device", "backend", "weights", "sha256")
-"""Facts that tell models of one name apart, in this order."""
+_DISTINGUISHING = ("precision", "route", "arithmetic", "device", "backend", "weights", "sha256")
+"""Facts that distinguish models with the same name, in order of preference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,83 +27,85 @@ class Entry:
     """A model."""
 
     place: int
-    """Its number in the report, from 0: its color and marker."""
+    """Number of the model in the report, from 0. It determines color and marker."""
     label: str
-    """Its name, with what tells it from another of the same name."""
+    """Its name, with distinguishing facts if other models have the same name."""
     facts: Mapping[str, Any]
-    """What results say of it."""
+    """What results record about the model."""
     results: Mapping[str, Result]
-    """By suite."""
+    """Suite → result."""
     latencies: tuple[Latency, ...] = ()
     attacks: tuple[Attack, ...] = ()
     is_reference: bool = False
-    """Whether others were compared with it."""
+    """Whether other models are compared with it."""
 
     @property
     def precision(self) -> str:
-        """fp32, fp16, int8, …; "" where results do not say."""
+        """Precision such as fp32, fp16 or int8; "" if unknown."""
         return str(self.facts.get("precision") or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Models that were shown the very same images of a suite, and may be compared on it."""
+    """Models that were shown the same images of a suite, so that they can be compared."""
 
     suite: str
     entries: tuple[Entry, ...]
-    apart: str = ""
-    """Why it is not compared with the suite's first group; "" of that group itself."""
+    why_separate: str = ""
+    """Why it cannot be compared with the suite's first group; "" for that group itself."""
 
     @property
     def results(self) -> list[tuple[Entry, Result]]:
+        """The models with their results on the suite."""
         return [(entry, entry.results[self.suite]) for entry in self.entries]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a page is made of."""
+    """The content of a report."""
 
     entries: tuple[Entry, ...]
     groups: tuple[Group, ...]
-    """Of each suite the largest first."""
+    """For each suite, the largest group comes first."""
     gaps: tuple[str, ...]
-    """What is not there, or not compared, and why."""
+    """What is missing or not compared, and why."""
     files: tuple[tuple[str, str], ...]
-    """Name and SHA-256 of what it was made of."""
+    """Name and SHA-256 of the input files."""
 
     def suites(self) -> list[str]:
-        """The suites that something was measured on."""
+        """Return the suites that have results."""
         return list(dict.fromkeys(group.suite for group in self.groups))
 
-    def apart(self, entry: Entry, suite: str) -> str:
-        """Why an entry's numbers on a suite are not compared with the others'; "" where they are."""
-        return next((group.apart for group in self.groups if group.suite == suite and entry in group.entries), "")
+    def why_separate(self, entry: Entry, suite: str) -> str:
+        """Return why a model's numbers on a suite cannot be compared with the others; "" if they can."""
+        groups = (group for group in self.groups if group.suite == suite and entry in group.entries)
+        return next((group.why_separate for group in groups), "")
 
 
-def main_cell(result: Result) -> str | None:
-    """The cell of images that are not corrupted here: the set's own, or the clean ones beside it."""
+def uncorrupted_cell(result: Result) -> str | None:
+    """Return the cell of a set without corruptions, or else the cell of clean images; None if there is neither."""
     return next((cell for cell in (IMAGES, CLEAN) if cell in result["cells"]), None)
 
 
 def report_of(inputs: Inputs) -> Report:
-    """Puts together what belongs together."""
+    """Group the inputs by model and by what can be compared."""
     entries = _entries(inputs)
     groups = tuple(group for suite in _suites(inputs.results) for group in _groups(entries, suite))
     hashes = {str(entry.facts.get("sha256")) for entry in entries}
-    strangers = [
-        f"{kind} of {item.name} ({item.sha256[:12]}) left out: no result is of a model with that hash"
+    ignored = [
+        f"{kind} of {item.name} ({item.sha256[:12]}) ignored: no evaluation result has this model hash"
         for kind, items in (("latency", inputs.latencies), ("attacks", inputs.attacks))
         for item in items
         if item.sha256 not in hashes
     ]
-    apart = [
-        f"{', '.join(entry.label for entry in group.entries)} on {group.suite}: {group.apart}; not compared"
+    separate = [
+        f"{', '.join(entry.label for entry in group.entries)} on {group.suite}: not compared, because "
+        f"{group.why_separate}"
         for group in groups
-        if group.apart
+        if group.why_separate
     ]
-    return Report(
-        entries=entries, groups=groups, gaps=(*apart, *strangers, *_missing(entries, groups)), files=inputs.files
-    )
+    gaps = (*separate, *ignored, *_metric_gaps(entries), *_missing_inputs(entries, groups))
+    return Report(entries=entries, groups=groups, gaps=tuple(dict.fromkeys(gaps)), files=inputs.files)
 
 
 def _suites(results: Sequence[Result]) -> list[str]:
@@ -121,7 +122,7 @@ def _entries(inputs: Inputs) -> tuple[Entry, ...]:
     models: dict[str, dict[str, Result]] = {}
     for result in inputs.results:
         models.setdefault(_identity(result["model"]), {})[result["suite"]] = result
-    wanted = {_identity(result["reference"]) for result in inputs.results if result["reference"]}
+    references = {_identity(result["reference"]) for result in inputs.results if result["reference"]}
     facts = [next(iter(results.values()))["model"] for results in models.values()]
     labels = _labels(facts)
     found = [
@@ -132,7 +133,7 @@ def _entries(inputs: Inputs) -> tuple[Entry, ...]:
             results=results,
             latencies=tuple(item for item in inputs.latencies if item.sha256 == own.get("sha256")),
             attacks=tuple(item for item in inputs.attacks if item.sha256 == own.get("sha256")),
-            is_reference=identity in wanted,
+            is_reference=identity in references,
         )
         for (identity, results), own, label in zip(models.items(), facts, labels, strict=True)
     ]
@@ -141,14 +142,14 @@ def _entries(inputs: Inputs) -> tuple[Entry, ...]:
 
 
 def _labels(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names, with the facts that differ where several models have the same one."""
+    """Return the names of models, with the facts that differ if several models have the same name."""
     names = Counter(str(model["name"]) for model in models)
     labels = []
     for model in models:
         name = str(model["name"])
         same = [other for other in models if str(other["name"]) == name]
-        telling = [key for key in _TELLING if len({str(other.get(key)) for other in same}) > 1]
-        extra = ", ".join(str(model.get(key))[: 8 if key == "sha256" else None] for key in telling)
+        keys = [key for key in _DISTINGUISHING if len({str(other.get(key)) for other in same}) > 1]
+        extra = ", ".join(str(model.get(key))[: 8 if key == "sha256" else None] for key in keys)
         labels.append(f"{name} ({extra})" if names[name] > 1 else name)
     return labels
 
@@ -157,31 +158,46 @@ def _groups(entries: Sequence[Entry], suite: str) -> list[Group]:
     shown: dict[str, list[Entry]] = {}
     for entry in entries:
         if suite in entry.results:
-            shown.setdefault(json.dumps(_images(entry.results[suite]), sort_keys=True), []).append(entry)
+            shown.setdefault(json.dumps(_task(entry.results[suite]), sort_keys=True), []).append(entry)
     ordered = sorted(shown.values(), key=lambda members: -len(members))
-    first = _images(ordered[0][0].results[suite])
-    beside = ordered[0][0].label
+    first = ordered[0][0]
     return [
-        Group(suite=suite, entries=tuple(members), apart=_why(first, _images(members[0].results[suite]), beside))
+        Group(
+            suite=suite,
+            entries=tuple(members),
+            why_separate=_why_separate(_task(first.results[suite]), _task(members[0].results[suite]), first.label),
+        )
         for members in ordered
     ]
 
 
-def _images(result: Result) -> dict[str, Any]:
-    """All that must be equal for two models to have been asked the same."""
-    settings, made = result["settings"], result["settings"]["table"] is not None
+_TASK_TITLES = {
+    "cells": "number of cells",
+    "images": "images",
+    "names_sha256": "names or labels",
+    "resize": "resize",
+    "classes_asked": "classes to choose from",
+    "table": "table of severities",
+    "seed": "seed of the corruptions",
+}
+"""Keys of `_task` → words for messages."""
+
+
+def _task(result: Result) -> dict[str, Any]:
+    """Return everything that must be equal for two models to have solved the same task."""
+    settings, generated = result["settings"], result["settings"]["table"] is not None
     return {
         "cells": sorted(result["cells"]),
         "images": {name: cell["images"] for name, cell in result["cells"].items()},
-        "names and labels": {name: cell["names_sha256"] for name, cell in result["cells"].items()},
+        "names_sha256": {name: cell["names_sha256"] for name, cell in result["cells"].items()},
         "resize": {name: cell["resize"] for name, cell in result["cells"].items()},
-        "classes asked": settings["classes_asked"],
-        "table of severities": settings["table"],
-        "seed of the corruptions": settings["seed"] if made else None,
+        "classes_asked": settings["classes_asked"],
+        "table": settings["table"],
+        "seed": settings["seed"] if generated else None,
     }
 
 
-def _why(first: Mapping[str, Any], other: Mapping[str, Any], beside: str) -> str:
+def _why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_label: str) -> str:
     key = next((key for key in first if first[key] != other[key]), None)
     if key is None:
         return ""
@@ -191,37 +207,42 @@ def _why(first: Mapping[str, Any], other: Mapping[str, Any], beside: str) -> str
         a, b = a[cell], b.get(cell)
     elif isinstance(a, list) and isinstance(b, list):
         a, b = len(a), len(b)
-    if key == "names and labels":
-        return f"other images than {beside} (their names or labels differ)"
-    return f"other images than {beside} ({key}: {b} instead of {a})"
+    detail = "" if key == "names_sha256" else f": {b} instead of {a}"  # hashes say nothing to a reader
+    return f"its images differ from those of {first_label} ({_TASK_TITLES[key]}{detail})"
 
 
-def _missing(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
-    results = [(entry, result) for entry in entries for result in entry.results.values()]
-    there, gaps = {group.suite for group in groups}, []
-    without: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
-    for entry, result in results:
-        for name in ("mce_alexnet", "relative_mce_alexnet", "mean_error"):
-            why = result["metrics"].get(name, {}).get("why_not")
-            if why:
-                names, labels = without.setdefault((result["suite"], why), ({}, {}))
-                names[name] = labels[entry.label] = None
-        wrong = sum(cell["counts"]["not_finite"] for cell in result["cells"].values())
-        if wrong:
-            gaps.append(f"{entry.label} on {result['suite']}: {wrong} answers were not finite; they count as wrong")
-    gaps += [
-        f"no {', '.join(names)} of {', '.join(labels)} on {suite}: {why}"
-        for (suite, why), (names, labels) in without.items()
+def _metric_gaps(entries: Sequence[Entry]) -> list[str]:
+    """Return which metrics are missing, and which outputs were not finite."""
+    gaps = []
+    missing: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    for entry in entries:
+        for result in entry.results.values():
+            for name in ("mce_alexnet", "relative_mce_alexnet", "mean_error"):
+                why = result["metrics"].get(name, {}).get("why_not")
+                if why:
+                    names, labels = missing.setdefault((result["suite"], why), ({}, {}))
+                    names[name] = labels[entry.label] = None
+            not_finite = sum(cell["counts"]["not_finite"] for cell in result["cells"].values())
+            if not_finite:
+                gaps.append(
+                    f"{entry.label} on {result['suite']}: {not_finite} outputs were not finite; they count as wrong"
+                )
+    return gaps + [
+        f"no {', '.join(names)} for {', '.join(labels)} on {suite}: {why}"
+        for (suite, why), (names, labels) in missing.items()
     ]
-    if not there & set(CORRUPTED):
-        gaps.append("no corruptions: advprop eval --suite corruptions or imagenet-c")
-    if not any(result["reference"] for _, result in results):
-        gaps.append("no change against a reference: advprop eval --reference MODEL compares image by image")
-    gaps += [f"no {name}: advprop eval --suite {name}" for name in ("imagenet-a", "stylized") if name not in there]
-    for title, there_are in (
-        ("latency, so no pictures of accuracy against it", any(entry.latencies for entry in entries)),
-        ("attacks, so no accuracy against ε", any(entry.attacks for entry in entries)),
-    ):
-        if not there_are:
-            gaps.append(f"no {title}: no file with them was given")
-    return list(dict.fromkeys(gaps))
+
+
+def _missing_inputs(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
+    """Return which measurements are missing, and the command that adds each."""
+    suites, gaps = {group.suite for group in groups}, []
+    if not suites & set(CORRUPTED):
+        gaps.append("no corruptions: run advprop eval --suite corruptions or --suite imagenet-c")
+    if not any(result["reference"] for entry in entries for result in entry.results.values()):
+        gaps.append("no comparison with a reference: run advprop eval --reference MODEL")
+    gaps += [f"no {name}: run advprop eval --suite {name}" for name in ("imagenet-a", "stylized") if name not in suites]
+    if not any(entry.latencies for entry in entries):
+        gaps.append("no latency, so no plots of accuracy against it: add files written by advprop bench")
+    if not any(entry.attacks for entry in entries):
+        gaps.append("no attacks, so no plots of accuracy against ε: add files written by advprop attack")
+    return gaps

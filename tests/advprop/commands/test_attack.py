@@ -68,7 +68,7 @@ def test_transfer_square_and_noise_in_one_table_and_the_report(
 ) -> None:
     result = attack(file, "--checkpoint", checkpoint, "--data", data, "--eps", "2,8", "--limit", "6", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    words = ("top-1 of 6 images", "ε = 2/255", "pgd", "apgd", "square, 10 queries", "worst", "noise, worst of 3")
+    words = ("top-1 on 6 images", "ε = 2/255", "pgd", "apgd", "square, 10 queries", "worst", "noise, worst of 3")
     for word in (*words, "* white box", "square fooled it on"):
         assert word in result.output, result.output
     own, model = content(tmp_path / "best.main.attack.json"), content(tmp_path / "model.attack.json")
@@ -91,7 +91,7 @@ def test_transfer_square_and_noise_in_one_table_and_the_report(
     for word in (
         "model under attack",
         "best.main under attack",
-        "255ths of the pixels",
+        "in 1/255 of the pixel range",
         ">noise<",
         ">worst<",
         "dashed",
@@ -103,8 +103,8 @@ def test_files_alone_get_square_and_noise_and_say_what_is_missing(tmp_path: Path
     model = toy_onnx(tmp_path / "toy.onnx")
     result = attack(model, "--data", data, "--out", tmp_path, "--limit", "6")
     assert result.exit_code == 0, result.output
-    assert "transfer was not run: PGD and APGD need --checkpoint. Square attack alone is weak" in result.output
-    assert "top-1 of 6 images" in result.output
+    assert "no transfer attacks: PGD and APGD need --checkpoint. Square attack alone is weak" in result.output
+    assert "top-1 on 6 images" in result.output
     assert "ε = 8/255" in result.output  # 32 pixels
     found = content(tmp_path / "toy.attack.json")
     assert [curve["attack"] for curve in found["curves"]] == ["square", "noise", "worst"]
@@ -120,8 +120,8 @@ def test_transfer_from_another_checkpoint_is_told(tmp_path: Path, data: Path, ch
     options = ("--data", data, "--out", tmp_path, "--checkpoint", checkpoint)
     result = attack(model, *options, "--attacks", "pgd")
     assert result.exit_code == 0, result.output
-    assert "toy: not made from this checkpoint" in result.output
-    assert "transfer alone flatters" in result.output
+    assert "toy: according to the model file, it was not exported from this checkpoint" in result.output
+    assert "transfer alone overestimates" in result.output
     unused = attack(model, *options, "--attacks", "noise")
     assert "--checkpoint has no effect" in unused.output
 
@@ -136,19 +136,19 @@ def test_wrong_input_is_told(tmp_path: Path, data: Path, checkpoint: Path, file:
     spec = dataclasses.replace(spec_of(), output_form="topk")
     onnx.helper.set_model_props(proto, {METADATA_KEY: spec.to_json()})
     cases = [
-        ((model, "--data", data, "--eps", "0", *out), "ε is in 1/255, from 1 to 255, such as 4; found 0"),
-        ((model, "--data", data, "--eps", "0.0157", *out), "0.0157 of 1 would be 4"),
+        ((model, "--data", data, "--eps", "0", *out), "ε must be from 1 to 255, in units of 1/255, such as 4; found 0"),
+        ((model, "--data", data, "--eps", "0.0157", *out), "for 0.0157 of the range [0, 1], give 4"),
         ((model, "--data", data, "--eps", "300", *out), "found 300"),
         ((model, "--data", data, "--eps", "four", *out), "expected numbers such as 1,2,4; found 'four'"),
-        ((model, "--data", data, "--attacks", "sqare", *out), "no attack 'sqare'; did you mean square"),
-        ((model, "--data", data, "--attacks", "pgd,noise", *out), "pgd follow a gradient, which model files do not"),
+        ((model, "--data", data, "--attacks", "sqare", *out), "unknown attack 'sqare'; did you mean square"),
+        ((model, "--data", data, "--attacks", "pgd,noise", *out), "pgd need a gradient, which model files do not"),
         ((model, "--data", tmp_path / "none", *out), "found nothing of that name"),
         ((model, "--data", tmp_path / "empty", *out), "found none"),
-        ((model, "--data", tmp_path / "strange", *out), "expected folders called as the model's classes"),
+        ((model, "--data", tmp_path / "strange", *out), "expected folders named by the model's classes"),
         ((model, "--data", data, "--out", tmp_path / "taken"), "cannot write"),
         ((tmp_path / "none.onnx", "--data", data, *out), "no such"),
         ((file, "--data", data, "--checkpoint", other, *out), "other.main has other classes"),
-        ((file, "--data", data, "--checkpoint", file, *out), "is a model file, and has no gradient"),
+        ((file, "--data", data, "--checkpoint", file, *out), "is a model file, which has no gradient"),
         ((file, "--data", data, "--checkpoint", tmp_path / "none.pt", *out), "no such"),
     ]
     for arguments, words in cases:
@@ -170,8 +170,8 @@ def test_control_c_stops_with_a_word_and_the_same_command_goes_on(tmp_path: Path
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130, told
-    assert "pieces of work are done; the same command goes on from there" in told
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "steps are finished; run the same command to resume" in output
     assert list(tmp_path.glob(".unfinished-*"))
     assert not list(tmp_path.glob("*.attack.json"))

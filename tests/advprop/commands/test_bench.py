@@ -18,7 +18,7 @@ from runtime.bench.entries import LoadOptions, open_contestants
 from runtime.bench.peers import onnx_beside
 from runtime.engine.sidecar import EngineInfo, write_sidecar
 from runtime.errors import ArchError, ConfigError, ModelFileError
-from runtime.evaluate.report.measured import latency_of
+from runtime.evaluate.report.inputs import latency_of
 from runtime.system.files import sha256_file
 from tests.support.checkpoints import save_resnet10t
 from tests.support.evaluation_sets import labeled_folder, spec_of, toy_onnx

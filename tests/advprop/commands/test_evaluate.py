@@ -11,11 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from advprop.checkpoints import load_predictor
 from advprop.cli import main
 from export.pipeline import export_checkpoint
-from runtime.errors import CheckpointError, SpecError
+from runtime.errors import CheckpointError, ConfigError, SpecError
 from runtime.evaluate.models import load_model
-from runtime.evaluate.results import name_for
+from runtime.evaluate.results import result_path
 from runtime.spec import METADATA_KEY
 from tests.support.checkpoints import save_resnet10t
 from tests.support.evaluation_sets import labeled_folder, spec_of, toy_onnx
@@ -67,7 +68,7 @@ def test_shards_and_merge(tmp_path: Path, data: Path) -> None:
     for shard in ("1/2", "2/2"):
         part = run(*options, "--shard", shard)
         assert part.exit_code == 0
-        assert "put all parts together with advprop eval-merge" in part.output
+        assert "merge all shards with advprop eval-merge" in part.output
     parts = sorted(map(str, out.glob("toy.imagenet.*of2.json")))
     merged = CliRunner().invoke(main, ["eval-merge", *parts, "--out", str(tmp_path / "all.json")])
     assert merged.exit_code == 0, merged.output
@@ -154,7 +155,9 @@ def test_a_route_of_a_checkpoint_is_that_of_the_routed_network(checkpoint: Path)
     network = restore_model(load_checkpoint(checkpoint), checkpoint, routes=True).eval()
     answers = {}
     for name in ("main", "adv"):
-        answers[name] = load_model(checkpoint, route=name, device="cpu").logits(images)
+        answers[name] = load_model(checkpoint, route=name, device="cpu", checkpoint_loader=load_predictor).logits(
+            images
+        )
         with torch.inference_mode(), route(network, name):
             np.testing.assert_allclose(answers[name], network(normalized).numpy(), rtol=1e-4, atol=1e-5)
     assert np.abs(answers["main"] - answers["adv"]).max() > 1e-3
@@ -163,6 +166,8 @@ def test_a_route_of_a_checkpoint_is_that_of_the_routed_network(checkpoint: Path)
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "other.pt").write_bytes(b"nothing")
     with pytest.raises(CheckpointError):
+        load_model(tmp_path / "other.pt", checkpoint_loader=load_predictor)
+    with pytest.raises(ConfigError, match=r"pass checkpoint_loader=advprop\.checkpoints\.load_predictor"):
         load_model(tmp_path / "other.pt")
     bare = toy_onnx(tmp_path / "bare.onnx")
     proto = onnx.load(bare)
@@ -192,11 +197,11 @@ def test_ray_options_are_checked_and_a_missing_ray_is_told(
 
 def test_a_result_of_another_file_of_that_name_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = ({"name": "model", "sha256": letter * 64} for letter in "ab")
-    path = name_for(first, tmp_path, "imagenet.json")
+    path = result_path(first, tmp_path, "imagenet.json")
     assert path == tmp_path / "model.imagenet.json"
     path.write_text(json.dumps({"model": first}))
-    assert name_for(first, tmp_path, "imagenet.json") == path
-    assert name_for(second, tmp_path, "imagenet.json") == tmp_path / "model-bbbbbbbb.imagenet.json"
-    assert "is of another model file" in caplog.text
+    assert result_path(first, tmp_path, "imagenet.json") == path
+    assert result_path(second, tmp_path, "imagenet.json") == tmp_path / "model-bbbbbbbb.imagenet.json"
+    assert "is the result of another model file" in caplog.text
     path.write_text("no JSON")
-    assert name_for(second, tmp_path, "imagenet.json") == path
+    assert result_path(second, tmp_path, "imagenet.json") == path

@@ -17,7 +17,7 @@ from advprop.split import split
 from calib.images import CalibrationImage
 from runtime.errors import BackendUnavailable, ConfigError
 from runtime.evaluate.cells import SuiteConfig
-from runtime.evaluate.corruptions.frost import _texture
+from runtime.evaluate.corruptions.weather import frost_texture
 from runtime.evaluate.suites import open_suite
 from runtime.system.files import sha256_file
 from tests.support.checkpoints import save_resnet10t
@@ -121,7 +121,7 @@ def test_what_a_corruption_lacks_is_told_before_anything_is_exported(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", nothing)
-    _texture.cache_clear()
+    frost_texture.cache_clear()
     config = MeasureConfig(
         precisions=("fp32",), suite=SuiteConfig(name="corruptions", data=data), folder=tmp_path / "w", device="cpu"
     )

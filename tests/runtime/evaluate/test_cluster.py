@@ -1,4 +1,4 @@
-"""Evaluation over a real Ray cluster of two workers on this machine: the same bytes, whatever is killed meanwhile."""
+"""Evaluation on a Ray cluster of two workers on this machine: the same bytes, even if workers are killed."""
 
 import dataclasses
 import os
@@ -18,11 +18,18 @@ from advprop.cli import main
 from runtime.errors import BackendUnavailable, ConfigError, DataError, InputError, Interrupted
 from runtime.evaluate.cluster import Cluster, ClusterConfig
 from runtime.evaluate.models import load_model
-from runtime.evaluate.provenance import difference
+from runtime.evaluate.results import difference
 from runtime.evaluate.run import evaluate
-from tests.runtime.evaluate.test_run import wait_for_lines, written
 from tests.support import ROOT
-from tests.support.evaluation_sets import config, labeled_folder, run_config, toy, toy_onnx
+from tests.support.evaluation_sets import (
+    config,
+    labeled_folder,
+    run_config,
+    toy,
+    toy_onnx,
+    wait_for_lines,
+    written,
+)
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'advprop[ray]'")
 
@@ -33,8 +40,11 @@ NODE = f"on node {os.uname().nodename}"
 
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
-    """A Ray of two CPUs that somebody else has started; ours joins it, and leaves it alone."""
-    os.environ |= {"RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}  # else it writes one to the home folder
+    """Start a Ray cluster with two CPUs, which evaluations join and leave running."""
+    os.environ |= {
+        "RAY_AUTH_TOKEN": "0" * 64,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }  # otherwise Ray writes a token to the home folder
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     assert ray.is_initialized()
@@ -52,7 +62,7 @@ def models(tmp_path: Path) -> list[Path]:
 
 
 def worker_processes() -> list[int]:
-    """The workers' processes below this one."""
+    """Return the worker processes that descend from this process."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -74,10 +84,10 @@ def bytes_without_ray(paths: list[Path], data: Path, folder: Path) -> list[bytes
     return [written(result, folder / "without.json") for result in results]
 
 
-def test_workers_that_are_killed_change_no_byte(
+def test_killed_workers_change_no_byte(
     two_cpus: None, data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Relative paths, since workers have a working directory of their own; SIGKILL to each of the two workers."""
+    """Kill each of the two workers. Paths are relative, because workers have another working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data, tmp_path / "images")
     expected, killed, seen = bytes_without_ray(models, Path("images"), tmp_path), [], []
@@ -101,10 +111,8 @@ def test_workers_that_are_killed_change_no_byte(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_it_goes_on_where_a_run_without_ray_was_stopped(
-    two_cpus: None, data: Path, models: list[Path], tmp_path: Path
-) -> None:
-    """And the command gives the bytes of the function."""
+def test_ray_resumes_a_run_without_ray(two_cpus: None, data: Path, models: list[Path], tmp_path: Path) -> None:
+    """The command writes the same bytes as the function."""
     (whole, _) = bytes_without_ray(models, data, tmp_path)
     model, suite, answered = load_model(models[0], device="cpu", threads=1), config("corruptions", data, only=SOME), []
 
@@ -114,24 +122,22 @@ def test_it_goes_on_where_a_run_without_ray_was_stopped(
             raise KeyboardInterrupt
         return model.logits(images)
 
-    with pytest.raises(Interrupted, match="29 of 128 blocks are done"):
+    with pytest.raises(Interrupted, match="29 of 128 blocks are finished"):
         evaluate([dataclasses.replace(model, logits=stops)], suite, run_config(tmp_path / "out"))
-    (journal,) = (tmp_path / "out").glob(".unfinished-*")
+    (log,) = (tmp_path / "out").glob(".unfinished-*")
     only = [part for cell in SOME for part in ("--only", cell)]
     options = ["--suite", "corruptions", "--data", str(data), "--out", str(tmp_path / "out"), "--batch-size", "4"]
     command = ["eval", str(models[0]), *options, *only, "--device", "cpu", "--ray", "auto", "--ray-workers", "2"]
     run = CliRunner().invoke(main, command)
     assert run.exit_code == 0, run.output
-    assert not journal.exists()
+    assert not log.exists()
     (result,) = (tmp_path / "out").glob("*.json")
     assert result.read_bytes() == whole
     assert ray.is_initialized()
 
 
-def test_a_worker_that_sees_other_files_gets_no_work(
-    two_cpus: None, data: Path, models: list[Path], tmp_path: Path
-) -> None:
-    """The replacements of killed workers find another model, as on a node that has an old copy."""
+def test_a_worker_with_other_files_gets_no_work(two_cpus: None, data: Path, models: list[Path], tmp_path: Path) -> None:
+    """New workers find another model than the killed ones, as on a node with an old copy."""
 
     def progress(done: int, total: int) -> None:
         if done == 20:
@@ -142,7 +148,7 @@ def test_a_worker_that_sees_other_files_gets_no_work(
     suite = config("corruptions", data, only=SOME)
     with Cluster(TWO) as cluster:
         model = cluster.load_model(models[0], device="cpu")
-        with pytest.raises(DataError, match=rf"{NODE}: model\.sha256 is '[0-9a-f]+' and not '[0-9a-f]+'"):
+        with pytest.raises(DataError, match=rf"{NODE}: model\.sha256 is '[0-9a-f]+' instead of '[0-9a-f]+'"):
             evaluate([model], suite, run_config(tmp_path / "out"), progress=progress, cluster=cluster)
         copied = shutil.copytree(data, tmp_path / "copied")
 
@@ -153,20 +159,20 @@ def test_a_worker_that_sees_other_files_gets_no_work(
             evaluate([model], config("imagenet", copied), run_config(tmp_path), progress=moves, cluster=cluster)
         with pytest.raises(InputError, match=rf"{NODE}: .*missing\.onnx"):
             cluster.load_model(tmp_path / "missing.onnx", device="cpu")
-        with pytest.raises(ConfigError, match=r"loaded by Cluster\.load_model"):
+        with pytest.raises(ConfigError, match=r"load models with Cluster\.load_model"):
             evaluate([toy()], suite, run_config(tmp_path), cluster=cluster)
 
 
-def test_too_small_a_cluster_is_told(two_cpus: None) -> None:
-    with pytest.raises(BackendUnavailable, match="has 2 CPUs and 0 GPUs; a worker takes 3 and 0"):
+def test_a_cluster_that_is_too_small_is_reported(two_cpus: None) -> None:
+    with pytest.raises(BackendUnavailable, match="has 2 CPUs and 0 GPUs; a worker needs 3 and 0"):
         Cluster(ClusterConfig(address="auto", cpus=3))
     for options in ({"workers": 0}, {"cpus": 0.0}, {"gpus": -1.0}):
         with pytest.raises(ConfigError, match="at least one worker"):
             ClusterConfig(address="auto", **options)  # type: ignore[arg-type]
 
 
-def test_no_cluster_at_the_address_is_told_soon(data: Path, models: list[Path], tmp_path: Path) -> None:
-    """In a process of its own, since this one is connected."""
+def test_an_unreachable_address_is_reported_quickly(data: Path, models: list[Path], tmp_path: Path) -> None:
+    """It runs in another process, because this one is connected to a cluster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -176,22 +182,22 @@ def test_no_cluster_at_the_address_is_told_soon(data: Path, models: list[Path], 
     assert f"no Ray cluster at '{address}' ([Errno 111] Connection refused)" in run.stderr
 
 
-def test_ctrl_c_stops_and_a_run_without_ray_goes_on(data: Path, models: list[Path], tmp_path: Path) -> None:
-    """A command of its own, which starts Ray and ends it."""
+def test_ctrl_c_stops_and_a_run_without_ray_resumes(data: Path, models: list[Path], tmp_path: Path) -> None:
+    """The command starts Ray and shuts it down."""
     out = tmp_path / "out"
     only = [part for cell in SOME for part in ("--only", cell)]
     options = ["--suite", "corruptions", "--data", str(data), "--out", str(out), "--batch-size", "1", *only]
     command = [sys.executable, "-m", "advprop.cli", "eval", str(models[0]), *options, "--device", "cpu"]
-    over = ["--ray", "local", "--ray-workers", "2"]
+    with_ray = ["--ray", "local", "--ray-workers", "2"]
     with subprocess.Popen(
-        [*command, *over], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *with_ray], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        journal = wait_for_lines(out, 5, process)
+        log = wait_for_lines(out, 5, process)
         process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert "blocks are done; the same command goes on from there" in told
-    lines, seen = journal.read_bytes().count(b"\n"), []
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "blocks are finished; run the same command to resume" in output
+    lines, seen = log.read_bytes().count(b"\n"), []
     assert 5 <= lines < 16 * 30
     suite = config("corruptions", data, only=SOME)
     model = load_model(models[0], device="cpu", threads=1)
@@ -202,7 +208,7 @@ def test_ctrl_c_stops_and_a_run_without_ray_goes_on(data: Path, models: list[Pat
 
 
 def test_differences_are_named() -> None:
-    assert difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 and not 2, as"
+    assert difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 instead of 2"
     assert difference({"a": {"b": 1}}, {"a": {"b": 1}}) == ""
     assert difference({"a": None}, {}) == ""
-    assert difference({"a": 1}, {}) == "a is 1 and not None, as"
+    assert difference({"a": 1}, {}) == "a is 1 instead of None"

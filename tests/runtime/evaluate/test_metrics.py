@@ -1,4 +1,4 @@
-"""Metrics against numbers computed by hand, or published."""
+"""Metrics against published numbers and numbers computed by hand."""
 
 import math
 from functools import partial
@@ -9,42 +9,43 @@ import pytest
 from runtime.errors import InputError
 from runtime.evaluate.corruptions import CORRUPTIONS
 from runtime.evaluate.counts import BINS, GROUPS, NANO, Counts, answers_of, count
-from runtime.evaluate.intervals import jackknife, newcombe_paired, unvaried, wilson
+from runtime.evaluate.intervals import jackknife, newcombe_paired, wilson, zero_variance
 from runtime.evaluate.metrics import (
     ALEXNET,
     ALEXNET_CLEAN,
     calibration_error,
     corruption_errors,
+    difference_interval_of,
     error_of,
     mce_alexnet,
     mean_error,
     relative_mce_alexnet,
     rms_calibration_error,
+    summarize,
 )
-from runtime.evaluate.summary import difference_interval_of, summarize
 
 LEVELS = range(1, 6)
 
 
-def counts_of(right: int, images: int, **pairs: int) -> Counts:
-    """`right` of `images` right, dealt into the groups in turn, each with confidence 0.75."""
+def counts_of(right: int, images: int) -> Counts:
+    """Return counts with `right` of `images` correct, assigned to groups in turn, all with confidence 0.75."""
     logits = np.log(np.full((images, 2), 0.25))
     logits[:, 0] = math.log(0.75)
     labels = np.where(np.arange(images) < right, 0, 1)
     return count(answers_of(logits, labels), np.arange(images))
 
 
-def test_alexnet_itself_is_100() -> None:
+def test_alexnet_has_an_mce_of_100() -> None:
     own = {name: [error] * 5 for name, error in ALEXNET.items()}
     assert mce_alexnet(own) == 100.0
     assert relative_mce_alexnet(own, ALEXNET_CLEAN) == pytest.approx(100.0, abs=1e-12)
     assert mce_alexnet(dict(reversed(own.items()))) == 100.0  # by name, not by order
     assert set(ALEXNET) == set(CORRUPTIONS)
-    assert mean_error(own) == pytest.approx(11.834896 / 15)  # the table added up by hand: another number entirely
+    assert mean_error(own) == pytest.approx(11.834896 / 15)  # the sum of the table, added by hand; it is no mCE
 
 
-def test_mce_of_a_made_up_matrix_by_hand() -> None:
-    """Half of AlexNet's error everywhere, and for fog 0.1, 0.2, 0.3, 0.4, 0.5, whose mean is 0.3."""
+def test_mce_of_made_up_errors_by_hand() -> None:
+    """Half of AlexNet's errors, except fog with 0.1, 0.2, 0.3, 0.4, 0.5, whose mean is 0.3."""
     errors = {name: [error / 2] * 5 for name, error in ALEXNET.items()} | {"fog": [0.1, 0.2, 0.3, 0.4, 0.5]}
     assert mce_alexnet(errors) == pytest.approx((14 * 50 + 100 * 0.3 / 0.819324) / 15)
     assert mce_alexnet(errors) == pytest.approx(49.107704, abs=1e-6)
@@ -55,20 +56,20 @@ def test_mce_of_a_made_up_matrix_by_hand() -> None:
     assert mean_error({"fog": [0.1, 0.2, 0.3, 0.4, 0.5], "snow": [0.5] * 5}) == pytest.approx(0.4)
 
 
-def test_mce_wants_all_fifteen_and_no_other() -> None:
+def test_mce_needs_exactly_the_fifteen_corruptions() -> None:
     whole = {name: [0.5] * 5 for name in CORRUPTIONS}
-    with pytest.raises(InputError, match="found no or other than five of fog"):
+    with pytest.raises(InputError, match="found no errors or another number for fog"):
         mce_alexnet({name: levels for name, levels in whole.items() if name != "fog"})
-    with pytest.raises(InputError, match="found no or other than five of snow"):
+    with pytest.raises(InputError, match="found no errors or another number for snow"):
         mce_alexnet(whole | {"snow": [0.5] * 4})
-    with pytest.raises(InputError, match="found spatter too"):
+    with pytest.raises(InputError, match="found spatter"):
         mce_alexnet(whole | {"spatter": [0.5] * 5})
-    with pytest.raises(InputError, match="no corruption with all five"):
+    with pytest.raises(InputError, match="needs a corruption with all five severities"):
         mean_error({})
 
 
-def test_intervals_are_those_of_the_publications() -> None:
-    # Newcombe 1998 (two papers): 81 of 263, and the pairs 36, 12, 2, 0.
+def test_intervals_equal_published_ones() -> None:
+    # Examples of two papers by Newcombe (1998): 81 of 263, and the pairs 36, 12, 2, 0.
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert newcombe_paired(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
@@ -77,10 +78,10 @@ def test_intervals_are_those_of_the_publications() -> None:
     assert newcombe_paired(0, 0, 0, 0) is None
     lower, upper = newcombe_paired(100, 0, 0, 0)  # type: ignore[misc]
     assert lower < 0 < upper
-    assert newcombe_paired(700, 5, 60, 235)[1] < 0  # type: ignore[index]  # a clear loss excludes zero
+    assert newcombe_paired(700, 5, 60, 235)[1] < 0  # type: ignore[index]  # a clear loss excludes 0
 
 
-def test_jackknife_of_a_mean_is_students_interval() -> None:
+def test_jackknife_of_a_mean_equals_students_interval() -> None:
     values = [1.0, 2.0, 4.0, 9.0]
     lower, upper = jackknife(lambda groups: sum(values[group] for group in groups) / len(groups), 4)  # type: ignore[misc]
     half = 3.182 * math.sqrt(sum((value - 4) ** 2 for value in values) / 3 / 4)
@@ -88,8 +89,8 @@ def test_jackknife_of_a_mean_is_students_interval() -> None:
     assert jackknife(lambda groups: 1.0, 1) is None
 
 
-def test_jackknife_covers_the_mean_error_where_images_repeat() -> None:
-    """Five cells of the same 400 images, which are hard or easy whatever the corruption: 95 % intervals, 100 times."""
+def test_jackknife_covers_the_mean_error_of_repeated_images() -> None:
+    """Five cells have the same 400 images, which are hard or easy in all of them: 95 % intervals, 100 times."""
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
@@ -104,9 +105,9 @@ def test_jackknife_covers_the_mean_error_where_images_repeat() -> None:
     assert 0.9 <= covered / 100 <= 0.99
 
 
-def test_images_that_are_all_alike_have_an_interval_with_a_width() -> None:
-    assert unvaried(0.0, 100, -1.0, 1.0) == pytest.approx((-0.0370, 0.0370), abs=5e-5)  # 1.96²/(100 + 1.96²)
-    assert unvaried(1.0, 100, 0.0, 1.0) == pytest.approx((0.9630, 1.0), abs=5e-5)
+def test_the_interval_has_a_width_if_all_images_are_alike() -> None:
+    assert zero_variance(0.0, 100, -1.0, 1.0) == pytest.approx((-0.0370, 0.0370), abs=5e-5)  # 1.96²/(100 + 1.96²)
+    assert zero_variance(1.0, 100, 0.0, 1.0) == pytest.approx((0.9630, 1.0), abs=5e-5)
     cells = {
         f"{name}/{level}": paired(np.ones(100, bool), np.ones(100, bool)) for name in CORRUPTIONS for level in LEVELS
     }
@@ -121,7 +122,7 @@ def test_images_that_are_all_alike_have_an_interval_with_a_width() -> None:
 
 
 def test_groups_that_are_alike_by_chance_have_no_interval() -> None:
-    """One of the five images of each group is wrong, in turn: no variance to see, and yet no certainty."""
+    """One of the five images in each group is wrong: there is no variance between groups, but no certainty either."""
     right = np.arange(100) // 20 != 2
     cells = {f"fog/{level}": paired(right, np.ones(100, bool)) for level in LEVELS}
     mean = summarize(cells)["mean_error"]
@@ -132,9 +133,9 @@ def test_groups_that_are_alike_by_chance_have_no_interval() -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.004, 0.01, 0.03])
 def test_the_interval_of_a_rare_difference_covers_it(share: float) -> None:
-    """Of 300 images some are lost by one of two models: 95 % intervals, 300 times, of which some have seen no loss."""
+    """One of two models misclassifies some of 300 images: 95 % intervals, 300 times, some without a difference."""
     random = np.random.default_rng(7)
-    covered, still = 0, 0
+    covered, no_loss = 0, 0
     for _ in range(300):
         lost = random.random(300) < share
         cell = paired(~lost, np.ones(300, bool))
@@ -143,13 +144,13 @@ def test_the_interval_of_a_rare_difference_covers_it(share: float) -> None:
         low, high = interval
         assert low < high
         covered += low <= share <= high
-        still += not lost.any()
+        no_loss += not lost.any()
     assert covered / 300 >= 0.9
-    assert still or share > 0.01
+    assert no_loss or share > 0.01
 
 
 def paired(right: np.ndarray, reference_right: np.ndarray) -> Counts:
-    """Counts of a model of two classes beside a reference."""
+    """Return counts of a model with two classes, compared with a reference."""
     labels = np.zeros(len(right), int)
     answers = [answers_of(np.stack([own, ~own], 1).astype(float), labels) for own in (right, reference_right)]
     return count(answers[0], np.arange(len(right)), answers[1])
@@ -167,14 +168,14 @@ def test_calibration_errors_by_hand() -> None:
     assert rms_calibration_error(both) == pytest.approx(math.sqrt(0.6 * 0.25**2 + 0.4 * 0.1**2))
 
 
-def test_answers_rank_ties_like_argmax_and_refuse_what_is_not_finite() -> None:
+def test_ties_rank_as_in_argmax_and_outputs_that_are_not_finite_are_wrong() -> None:
     logits = np.array([[1, 1, 0], [1, 1, 0], [np.nan, 5, 0], [np.inf, 0, 0], [0, 2, 3]], np.float32)
     answers = answers_of(logits, np.array([0, 1, 1, 0, 1]))
     assert answers.classes_N.tolist() == [0, 0, -1, -1, 2]
     assert answers.right_N.tolist() == [True, False, False, False, False]
     counts = count(answers, np.arange(5))
     assert (counts.images, counts.top1, counts.top5, counts.not_finite) == (5, 1, 3, 2)
-    assert counts.bin_images[0] == 2  # the two have confidence 0
+    assert counts.bin_images[0] == 2  # the two that are not finite have confidence 0
 
 
 def test_top5_counts_the_first_five() -> None:
@@ -183,7 +184,7 @@ def test_top5_counts_the_first_five() -> None:
     assert answers.top5_N.tolist() == [True] * 5 + [False] * 3
 
 
-def test_only_the_classes_that_are_asked_about_compete() -> None:
+def test_only_the_selected_classes_compete() -> None:
     logits = np.array([[9.0, 1.0, 2.0, 3.0], [9.0, 4.0, 2.0, 3.0]])
     answers = answers_of(logits, np.array([3, 3]), classes=(1, 3))
     assert answers.classes_N.tolist() == [3, 1]
@@ -192,7 +193,7 @@ def test_only_the_classes_that_are_asked_about_compete() -> None:
     assert answers.confidence_nano_N[0] == round(NANO * odds[1] / odds.sum())
 
 
-def test_pairs_with_a_reference() -> None:
+def test_comparison_with_a_reference() -> None:
     model = answers_of(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 0, 1]))
     reference = answers_of(np.eye(3)[[0, 2, 2, 1]], np.array([0, 1, 0, 1]))
     counts = count(model, np.arange(4), reference)
@@ -207,7 +208,7 @@ def test_pairs_with_a_reference() -> None:
         counts + Counts.none()
 
 
-def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
+def test_counts_of_parts_add_up_to_the_whole() -> None:
     random = np.random.default_rng(1)
     logits, labels = random.normal(size=(200, 7)) * 3, random.integers(0, 7, 200)
     answers, positions = answers_of(logits, labels), np.arange(200)
@@ -219,11 +220,11 @@ def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
     assert Counts.from_dict(whole.to_dict()) == whole
     assert sum(whole.bin_images) == sum(whole.group_images) == 200
     assert (len(whole.bin_images), len(whole.group_images)) == (BINS, GROUPS)
-    with pytest.raises(InputError, match="not counts"):
+    with pytest.raises(InputError, match="expected counts"):
         Counts.from_dict({"images": 3})
 
 
-def test_a_summary_says_why_there_is_no_mce() -> None:
+def test_metrics_say_why_there_is_no_mce() -> None:
     grid = {f"{name}/{severity}": counts_of(30, 40) for name in CORRUPTIONS for severity in range(1, 6)}
     metrics = summarize(grid)
     assert metrics["mean_error"]["value"] == 0.25

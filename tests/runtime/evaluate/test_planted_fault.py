@@ -1,4 +1,4 @@
-"""A real network with a planted INT8 fault: EfficientNet-Lite0, its ImageNet weights, real photographs."""
+"""A planted fault in an INT8 file of EfficientNet-Lite0, with its ImageNet weights and real photographs."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ from tests.support.real_weights import SOURCE, save_lite0
 from tests.support.report_sets import with_fault
 
 CALIBRATION, MEASURED = 32, 64
-"""Class folders."""
+"""Number of class folders."""
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
-def test_one_scale_times_a_tenth_is_caught_and_sound_int8_is_not_accused(
+def test_a_scale_times_a_tenth_is_reported_and_int8_without_a_fault_is_not(
     shared_data: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folders = sorted((shared_data("imagenet_dev.tar") / "imagenet_dev").iterdir())
@@ -54,7 +54,7 @@ def test_one_scale_times_a_tenth_is_caught_and_sound_int8_is_not_accused(
     assert low < 0 < high
     assert against["sound"]["agreement"] > 0.9
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text().replace("\\", "")
-    lines = {name: re.search(rf"- \*\*{name}\*\* against model .*", text) for name in against}
+    lines = {name: re.search(rf"- \*\*{name}\*\* compared with model .*", text) for name in against}
     assert lines["faulty"]
     assert "**worse**" in lines["faulty"][0]
     assert lines["sound"]

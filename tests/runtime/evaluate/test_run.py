@@ -1,4 +1,4 @@
-"""Running an evaluation: in parts, stopped, again, in processes; always the same bytes."""
+"""Evaluations in shards, stopped and resumed, and in worker processes all produce the same bytes."""
 
 import json
 import os
@@ -15,7 +15,6 @@ from runtime.errors import BackendUnavailable, ConfigError, DataError, Interrupt
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.image_workers import Corruption, Workers, corrupt_block, in_order
 from runtime.evaluate.models import load_model
-from runtime.evaluate.progress_log import Journal
 from runtime.evaluate.results import Result, merge, read_result, write_result
 from runtime.evaluate.run import RunConfig, evaluate
 from tests.support import ROOT
@@ -23,14 +22,17 @@ from tests.support.evaluation_sets import (
     config,
     labeled_folder,
     mean_color,
+    one_pixel,
     run_config,
     spec_of,
     toy,
     toy_onnx,
+    wait_for_lines,
+    written,
 )
 
 SOME = ("clean", "gaussian_noise", "fog", "pixelate")
-"""Without frost, whose textures are an extra."""
+"""Without frost, whose textures are an optional package."""
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return labeled_folder(tmp_path_factory.mktemp("set"), count=10)
 
 
-def one_pixel(images: np.ndarray) -> np.ndarray:
-    """Logits from one noisy pixel: often wrong, and more often when corrupted."""
-    return images[:, :, 16, 16]
-
-
-def written(result: Result, path: Path) -> bytes:
-    write_result(path, result)
-    return path.read_bytes()
-
-
-def test_shards_and_cells_put_together_are_the_bytes_of_one_run(data: Path, tmp_path: Path) -> None:
+def test_merged_shards_and_cells_equal_one_run_byte_for_byte(data: Path, tmp_path: Path) -> None:
     suite, models = (
         config("corruptions", data, only=SOME),
         [toy("a"), toy("b", predict=one_pixel)],
@@ -80,19 +72,19 @@ def test_shards_and_cells_put_together_are_the_bytes_of_one_run(data: Path, tmp_
     assert written(merge(cells), tmp_path / "merged.json") == bytes_of_one
 
 
-def test_what_does_not_belong_together_is_not_put_together(data: Path, tmp_path: Path) -> None:
+def test_results_of_different_evaluations_cannot_be_merged(data: Path, tmp_path: Path) -> None:
     def measured(name: str = "a", **options: object) -> Result:
         suite = config("corruptions", data, only=("clean",), **options)
         return evaluate([toy(name)], suite, run_config(tmp_path, shard=1, shards=2))[0]
 
     first = measured()
-    with pytest.raises(DataError, match="overlap: parts 1/2, 1/2"):
+    with pytest.raises(DataError, match=r"overlap \(parts 1/2, 1/2\)"):
         merge([first, measured()])
-    with pytest.raises(DataError, match="their model differ: name 'a' and 'b'"):
+    with pytest.raises(DataError, match=r"model\.name is 'b' instead of 'a'"):
         merge([first, measured("b")])
-    with pytest.raises(DataError, match="their settings differ: seed 0 and 3"):
+    with pytest.raises(DataError, match=r"settings\.seed is 3 instead of 0"):
         merge([first, measured(seed=3)])
-    with pytest.raises(DataError, match="no results"):
+    with pytest.raises(DataError, match="found none"):
         merge([])
     (tmp_path / "other.json").write_text('{"format": "something/1"}')
     with pytest.raises(DataError, match="found 'something/1'"):
@@ -102,20 +94,20 @@ def test_what_does_not_belong_together_is_not_put_together(data: Path, tmp_path:
         read_result(tmp_path / "other.json")
 
 
-def test_killed_and_resumed_is_the_bytes_of_one_run(data: Path, tmp_path: Path) -> None:
-    """SIGKILL to a real process in the middle of its work; its workers end too, and nothing is done twice."""
+def test_a_killed_and_resumed_run_equals_one_run_byte_for_byte(data: Path, tmp_path: Path) -> None:
+    """Kill a process in the middle of its work. Its workers end too, and no block is counted twice."""
     model, out = toy_onnx(tmp_path / "toy.onnx"), tmp_path / "out"
     only = [part for cell in SOME for part in ("--only", cell)]
     options = ["--suite", "corruptions", "--data", str(data), "--out", str(out), "--batch-size", "2", "--workers", "1"]
     command = [sys.executable, "-m", "advprop.cli", "eval", str(model), "--device", "cpu", *options, *only]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        journal = wait_for_lines(out, 5, process)
+        log = wait_for_lines(out, 5, process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGKILL)
     assert not list(out.glob("*.json"))
-    with journal.open("ab") as file:
-        file.write(b'{"cell": "fog/1", "blo')  # as if it had been cut off while it wrote
-    lines = journal.read_bytes().count(b"\n")
+    with log.open("ab") as file:
+        file.write(b'{"cell": "fog/1", "blo')  # as if it was killed while writing
+    lines = log.read_bytes().count(b"\n")
     assert 5 <= lines < 16 * 15
     suite, seen = config("corruptions", data, only=SOME), []
     resumed = evaluate(
@@ -125,21 +117,10 @@ def test_killed_and_resumed_is_the_bytes_of_one_run(data: Path, tmp_path: Path) 
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(done, 16 * 15) for done in range(lines, 16 * 15 + 1)]
-    assert not journal.exists()
+    assert not log.exists()
     (whole,) = evaluate([load_model(model, device="cpu")], suite, run_config(tmp_path, batch_size=2))
     assert written(resumed[0], tmp_path / "resumed.json") == written(whole, tmp_path / "whole.json")
     wait_for_end(children)
-
-
-def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> Path:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        for journal in out.glob(".unfinished-*.jsonl"):
-            if journal.read_bytes().count(b"\n") >= count:
-                return journal
-        assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
-        time.sleep(0.005)
-    raise AssertionError("the evaluation did not get under way")
 
 
 def wait_for_end(processes: list[str]) -> None:
@@ -157,25 +138,25 @@ def status(process: str) -> str:
         return "zombie"
 
 
-def test_workers_give_the_same_and_load_neither_torch_nor_the_models_library(data: Path, tmp_path: Path) -> None:
+def test_workers_return_the_same_result_and_import_neither_torch_nor_onnx(data: Path, tmp_path: Path) -> None:
     suite = config("corruptions", data, only=("clean", "fog/2"))
     here = evaluate([toy()], suite, run_config(tmp_path))
     there = evaluate([toy()], suite, run_config(tmp_path, workers=2))
     assert here == there
     images, names = np.zeros((2, 32, 32, 3), np.uint8), ["a", "b"]
-    how = Corruption(name="defocus_blur", severity=1, seed=0, table="cifar")
+    corruption = Corruption(name="defocus_blur", severity=1, seed=0, table="cifar")
     with Workers(1) as workers:
-        assert workers.submit(corrupt_block, images, names, how, None).result().shape == images.shape
+        assert workers.submit(corrupt_block, images, names, corruption, None).result().shape == images.shape
         loaded = workers.submit(eval, "set(__import__('sys').modules)").result()
     assert "cv2" in loaded
     assert not {"torch", "timm", "onnx", "onnxruntime"} & loaded
 
 
-def test_models_share_images_and_the_reference_is_counted_beside_them(data: Path, tmp_path: Path) -> None:
-    looked = []
+def test_models_share_images_and_are_compared_with_the_reference(data: Path, tmp_path: Path) -> None:
+    batches = []
 
     def watch(images: np.ndarray) -> np.ndarray:
-        looked.append(len(images))
+        batches.append(len(images))
         return mean_color(images)
 
     def turned(images: np.ndarray) -> np.ndarray:
@@ -184,7 +165,7 @@ def test_models_share_images_and_the_reference_is_counted_beside_them(data: Path
     reference, other = toy("reference", predict=watch), toy("turned", predict=turned)
     results = evaluate([reference, other], config("imagenet", data), run_config(tmp_path), reference=reference)
     assert results[0]["reference"] is None
-    assert sum(looked) == 30  # once, though it is both measured and compared with
+    assert sum(batches) == 30  # once, although it is both evaluated and the reference
     counts = Counts.from_dict(results[1]["cells"]["images"]["counts"])
     assert counts.pairs is not None
     assert (counts.pairs.agree, counts.pairs.both, counts.pairs.only_reference) == (10, 10, 20)
@@ -196,7 +177,7 @@ def test_models_share_images_and_the_reference_is_counted_beside_them(data: Path
         evaluate([other], config("imagenet", data), run_config(tmp_path), reference=toy("big", spec_of(size=48)))
 
 
-def test_models_of_other_sizes_see_images_of_their_own(data: Path, tmp_path: Path) -> None:
+def test_models_with_other_input_sizes_get_images_of_their_own(data: Path, tmp_path: Path) -> None:
     sizes = []
 
     def watch(images: np.ndarray) -> np.ndarray:
@@ -209,14 +190,14 @@ def test_models_of_other_sizes_see_images_of_their_own(data: Path, tmp_path: Pat
     assert (sizes.count(48), sizes.count(32)) == (16, 8)
 
 
-def test_corrupted_images_are_kept_on_request(data: Path, tmp_path: Path) -> None:
+def test_corrupted_images_are_cached_on_request(data: Path, tmp_path: Path) -> None:
     suite, cache = config("corruptions", data, only=("clean", "fog/2")), tmp_path / "cache"
     first = evaluate([toy()], suite, run_config(tmp_path, cache=cache))
     files = sorted(cache.rglob("*.npy"))
     assert len(files) == 8
     changed = np.zeros_like(np.load(files[0]))
-    np.save(files[0], changed)  # what is there is used
-    files[1].write_bytes(b"damaged")  # but not what is damaged
+    np.save(files[0], changed)  # the cache is used
+    files[1].write_bytes(b"damaged")  # a damaged file is not
     second = evaluate([toy()], suite, run_config(tmp_path, cache=cache))
     assert first[0]["cells"]["clean"] == second[0]["cells"]["clean"]
     assert first[0]["cells"]["fog/2"] != second[0]["cells"]["fog/2"]
@@ -225,7 +206,7 @@ def test_corrupted_images_are_kept_on_request(data: Path, tmp_path: Path) -> Non
     assert len(list(cache.rglob("*.npy"))) == 16
 
 
-def test_impossible_runs_are_refused(data: Path, tmp_path: Path) -> None:
+def test_invalid_run_settings_are_refused(data: Path, tmp_path: Path) -> None:
     for options in ({"batch_size": 0}, {"workers": -1}, {"shard": 3, "shards": 2}, {"shard": 0}):
         with pytest.raises(ConfigError, match="found"):
             RunConfig(out=tmp_path, **options)  # type: ignore[arg-type]
@@ -236,7 +217,7 @@ def test_impossible_runs_are_refused(data: Path, tmp_path: Path) -> None:
         evaluate([four], config("imagenet", data), run_config(tmp_path))
 
 
-def test_logits_that_are_not_finite_are_wrong_and_told(data: Path, tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite_count_as_wrong(data: Path, tmp_path: Path) -> None:
     def overflows(images: np.ndarray) -> np.ndarray:
         logits = mean_color(images)
         logits[0] = np.inf
@@ -247,24 +228,13 @@ def test_logits_that_are_not_finite_are_wrong_and_told(data: Path, tmp_path: Pat
     assert (counts["images"], counts["top1"], counts["not_finite"]) == (30, 22, 8)
 
 
-def test_a_journal_is_one_process_at_a_time(tmp_path: Path) -> None:
-    with Journal(tmp_path, {"plan": 1}) as journal:
-        journal.add("clean", 0, [Counts.none()])
-        with pytest.raises(OutputError, match="another process is at this very evaluation"):
-            Journal(tmp_path, {"plan": 1})
-        with Journal(tmp_path, {"plan": 2}) as other:
-            assert not other.done
-    with Journal(tmp_path, {"plan": 1}) as journal:
-        assert journal.done == {("clean", 0)}
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_work(data: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_first(data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OutputError, match="a file of that name is in the way"):
         evaluate([toy()], config("imagenet", data), run_config(tmp_path / "out"))
 
 
-def test_stopped_by_hand_it_says_how_far_it_is_and_goes_on(data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_reports_progress_and_the_run_resumes(data: Path, tmp_path: Path) -> None:
     batches = []
 
     def stops(images: np.ndarray) -> np.ndarray:
@@ -274,13 +244,13 @@ def test_stopped_by_hand_it_says_how_far_it_is_and_goes_on(data: Path, tmp_path:
         return mean_color(images)
 
     suite, model = config("imagenet", data), toy(predict=stops)
-    with pytest.raises(Interrupted, match="stopped: 3 of 8 blocks are done; the same command goes on"):
+    with pytest.raises(Interrupted, match="stopped: 3 of 8 blocks are finished; run the same command to resume"):
         evaluate([model], suite, run_config(tmp_path))
     resumed = evaluate([model], suite, run_config(tmp_path))
     assert len(batches) == 4 + 5
     assert resumed == evaluate([toy()], suite, run_config(tmp_path))
 
 
-def test_a_worker_that_dies_is_told() -> None:
+def test_a_worker_that_dies_is_reported() -> None:
     with Workers(1) as workers, pytest.raises(BackendUnavailable, match="a worker process died"):
         list(in_order(lambda code: workers.submit(os._exit, code), [3], 0))

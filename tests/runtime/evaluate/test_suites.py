@@ -1,4 +1,4 @@
-"""Every suite on a tiny folder laid out as the released set is."""
+"""Every suite on a tiny folder with the layout of the released set."""
 
 import importlib.metadata
 import logging
@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from runtime.errors import BackendUnavailable, ConfigError, DataError, SpecError
-from runtime.evaluate.class_lists import CIFAR10, IMAGENET_A, IMAGENET_R
-from runtime.evaluate.corruptions.frost import _texture
+from runtime.evaluate.corruptions.weather import frost_texture
 from runtime.evaluate.images import Folder, LabeledImages
+from runtime.evaluate.labels import CIFAR10, IMAGENET_A, IMAGENET_R
 from runtime.evaluate.results import Result
 from runtime.evaluate.run import evaluate
 from runtime.evaluate.suites import SUITES, open_suite
@@ -30,7 +30,7 @@ from tests.support.evaluation_sets import (
 
 
 def imagenet_spec(size: int = 32) -> ModelSpec:
-    """A model of ImageNet's thousand classes."""
+    """Return the spec of a model with ImageNet's 1,000 classes."""
     from timm.data import ImageNetInfo
 
     return spec_of(tuple(f"name {place}" for place in range(1000)), tuple(ImageNetInfo().label_names()), size)
@@ -47,7 +47,7 @@ def cells(result: Result) -> dict[str, int]:
 
 @pytest.mark.parametrize("suite", ["imagenet", "sketch", "stylized", "cifar10"])
 @pytest.mark.parametrize("by", ["wnid", "class name"])
-def test_class_folders_by_wnid_or_name(tmp_path: Path, suite: str, by: str) -> None:
+def test_class_folders_named_by_wnid_or_class(tmp_path: Path, suite: str, by: str) -> None:
     names = dict(zip(WNIDS if by == "wnid" else COLORS, COLORS, strict=True))
     result = measure(suite, labeled_folder(tmp_path / "set", names), tmp_path)
     assert cells(result) == {"images": 24}
@@ -55,17 +55,17 @@ def test_class_folders_by_wnid_or_name(tmp_path: Path, suite: str, by: str) -> N
     assert result["cells"]["images"]["resize"] == ("none" if suite == "stylized" else "fit")
 
 
-def test_a_set_of_some_classes_and_strange_folders_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_of_unknown_classes_are_skipped_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = labeled_folder(tmp_path / "set", {"red": "red", "violet": "blue"})
     with caplog.at_level(logging.WARNING, "runtime"):
         result = measure("imagenet", data, tmp_path)
     assert cells(result) == {"images": 8}
     assert result["data"]["skipped"] == ["violet"]
-    assert "no class for 1 folders (violet" in caplog.text
+    assert "1 folders match no class of the model and are skipped (violet" in caplog.text
 
 
 def test_imagenet_c_is_not_resized(tmp_path: Path) -> None:
-    """A model that wants 32 px refuses 48 px; one of open size gets the pixels as they are."""
+    """A model with a fixed size of 32 px refuses 48 px; a model with an open size gets the pixels as they are."""
     root = tmp_path / "c"
     for corruption, home in (("fog", root), ("snow", root / "weather"), ("spatter", root / "extra")):
         for severity in (1, 2, 3, 4, 5):
@@ -82,7 +82,7 @@ def test_imagenet_c_is_not_resized(tmp_path: Path) -> None:
     assert {shape[2:] for shape in seen} == {(48, 48)}
     assert result["metrics"]["mean_error"]["corruptions"] == ["snow", "fog"]
     assert result["metrics"]["mce_alexnet"]["value"] is None
-    with pytest.raises(DataError, match="has 48×48 pixels; toy takes 32×32"):
+    with pytest.raises(DataError, match="has 48×48 pixels, but toy needs 32×32"):
         measure("imagenet-c", root, tmp_path)
     assert cells(measure("imagenet-c", root, tmp_path, resize="fit", only=("fog/2",))) == {"fog/2": 6}
     assert cells(measure("imagenet-c", root, tmp_path, resize="fit", only=("spatter",))).keys() == {
@@ -90,7 +90,7 @@ def test_imagenet_c_is_not_resized(tmp_path: Path) -> None:
     }
 
 
-def test_images_that_are_not_resized_must_be_of_one_size(tmp_path: Path) -> None:
+def test_images_that_are_not_resized_must_have_the_same_size(tmp_path: Path) -> None:
     data = labeled_folder(tmp_path / "set", count=1)
     save(data / "red", "red", 7, size=40)
     with pytest.raises(DataError, match=r"found 32×32 .* and 40×40 \(red/7.png\)"):
@@ -98,8 +98,8 @@ def test_images_that_are_not_resized_must_be_of_one_size(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("suite", "chosen"), [("imagenet-a", IMAGENET_A), ("imagenet-r", IMAGENET_R)])
-def test_the_two_hundred_classes(tmp_path: Path, suite: str, chosen: dict[str, int]) -> None:
-    """A class outside the 200 has the largest logit of all, and does not win."""
+def test_only_the_200_classes_of_imagenet_a_and_r_compete(tmp_path: Path, suite: str, chosen: dict[str, int]) -> None:
+    """A class outside the 200 has the largest logit, and is not predicted."""
     first, second = list(chosen)[:2]
     outside = next(place for place in range(1000) if place not in chosen.values())
     spec = imagenet_spec()
@@ -114,19 +114,19 @@ def test_the_two_hundred_classes(tmp_path: Path, suite: str, chosen: dict[str, i
     clean = labeled_folder(tmp_path / "clean", {first: "red", spec.wnids[outside]: "green"}, 5)
     model = toy(spec=spec, predict=predict)
     (result,) = evaluate([model], config(suite, data, clean=clean), run_config(tmp_path))
-    assert cells(result) == {"clean": 5, "images": 6}  # of the clean images those of the 200 classes
+    assert cells(result) == {"clean": 5, "images": 6}  # only clean images of the 200 classes
     assert result["metrics"]["cells"]["images"]["top1"] == 0.5
     assert result["metrics"]["cells"]["clean"]["top1"] == 1.0
     assert result["settings"]["classes_asked"] == 200
     (all_classes,) = evaluate([model], config("imagenet", data), run_config(tmp_path))
     assert all_classes["metrics"]["cells"]["images"]["top1"] == 0.0
-    with pytest.raises(SpecError, match="lacks 200 of them"):
+    with pytest.raises(SpecError, match="lacks 200 of the 200"):
         measure(suite, data, tmp_path)
-    with pytest.raises(DataError, match="expected folders called by the WordNet ids of the 200"):
+    with pytest.raises(DataError, match="expected folders named by the WordNet ids of the 200"):
         measure(suite, labeled_folder(tmp_path / "other"), tmp_path, spec)
 
 
-def test_the_lists_are_timms() -> None:
+def test_the_class_lists_equal_timms() -> None:
     from timm.data import ImageNetInfo
 
     wnids = ImageNetInfo().label_names()
@@ -137,8 +137,8 @@ def test_the_lists_are_timms() -> None:
         assert {wnids[place]: place for place in indices} == chosen
 
 
-def test_imagenet_v2_folders_are_numbers(tmp_path: Path) -> None:
-    """Sorted as text, 10 would be the second class."""
+def test_imagenet_v2_folders_sort_as_numbers(tmp_path: Path) -> None:
+    """Sorted as text, 10 would come before 2."""
 
     def predict(images: np.ndarray) -> np.ndarray:
         return np.eye(1000, dtype=np.float32)[[10] * len(images)]
@@ -165,7 +165,7 @@ def cifar_spec(classes: tuple[str, ...] = CIFAR10) -> ModelSpec:
 
 
 def cifar_c(root: Path, rows: int = 6) -> Path:
-    """Severity s is of gray level 40 s; the label of row r is r % 3."""
+    """Write a set in which severity s has gray level 40 s, and row r has label r % 3."""
     root.mkdir()
     levels = np.repeat(np.arange(1, 6) * 40, rows).astype(np.uint8)
     for name in ("fog", "snow"):
@@ -179,11 +179,11 @@ def cifar_c(root: Path, rows: int = 6) -> Path:
     [
         (CIFAR10, range(10)),
         (tuple(map(str, range(10))), range(10)),
-        (CIFAR10[::-1], range(9, -1, -1)),  # in another order: found by name
+        (CIFAR10[::-1], range(9, -1, -1)),  # another order: classes are found by name
     ],
 )
-def test_cifar10_c_rows_are_severities(tmp_path: Path, classes: tuple[str, ...], order: range) -> None:
-    """The model calls an image bird (2) above a gray level of 100, at severities 3, 4 and 5; below it airplane (0)."""
+def test_each_fifth_of_cifar10_c_is_a_severity(tmp_path: Path, classes: tuple[str, ...], order: range) -> None:
+    """The model predicts bird (2) above a gray level of 100, at severities 3, 4 and 5, and airplane (0) below."""
 
     def predict(images: np.ndarray) -> np.ndarray:
         level = (images * 0.25 + 0.5).mean((1, 2, 3)) * 255
@@ -200,14 +200,14 @@ def test_cifar10_c_rows_are_severities(tmp_path: Path, classes: tuple[str, ...],
         measure("cifar10-c", data, tmp_path)
 
 
-def test_cifar10_c_limits_draw_the_same_rows_of_every_severity(tmp_path: Path) -> None:
+def test_a_limit_draws_the_same_rows_of_cifar10_c_at_every_severity(tmp_path: Path) -> None:
     suite = open_suite(config("cifar10-c", cifar_c(tmp_path / "c"), limit=3), cifar_spec())
     rows = [[int(name) % 6 for name in cell.images.names] for cell in suite.cells]
     assert all(row == rows[0] for row in rows)
     assert sorted(suite.cells[0].images.labels) == [0, 1, 2]
 
 
-def test_cifar10_c_refuses_what_is_damaged(tmp_path: Path) -> None:
+def test_a_damaged_cifar10_c_is_refused(tmp_path: Path) -> None:
     data = cifar_c(tmp_path / "c")
     np.save(data / "labels.npy", np.zeros(7, int))
     with pytest.raises(DataError, match=r"for each of the 30 images of fog.npy.*found int64 \(7,\)|snow.npy"):
@@ -219,7 +219,7 @@ def test_cifar10_c_refuses_what_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         open_suite(config("cifar10-c", data), cifar_spec())
     (data / "fog.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(DataError, match="is not a whole"):
+    with pytest.raises(DataError, match="is not a complete"):
         open_suite(config("cifar10-c", data, only=("fog",)), cifar_spec())
 
 
@@ -231,17 +231,17 @@ def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path, suite: str) -> N
             open_suite(config(suite, tmp_path / folder), imagenet_spec())
 
 
-def test_errors_say_what_to_do(tmp_path: Path) -> None:
+def test_messages_say_what_to_do(tmp_path: Path) -> None:
     data = labeled_folder(tmp_path / "set" / "val").parent
     (data / "train").mkdir()
     spec = spec_of()
-    with pytest.raises(DataError, match=r"Give .*set/val"):
+    with pytest.raises(DataError, match=r"Use .*set/val"):
         open_suite(config("imagenet", data), spec)
     with pytest.raises(DataError, match=r"WordNet ids .* which the model does not know"):
         open_suite(config("imagenet", labeled_folder(tmp_path / "w", {"n00000009": "red"})), spec_of(wnids=()))
     with pytest.raises(DataError, match="did you mean red"):
         open_suite(config("imagenet", labeled_folder(tmp_path / "r", {"redd": "red"})), spec)
-    with pytest.raises(DataError, match="several classes called 'crane'"):
+    with pytest.raises(DataError, match="several classes named 'crane'"):
         open_suite(
             config("imagenet", labeled_folder(tmp_path / "d", {"crane": "red"})), spec_of(("crane", "crane"), ())
         )
@@ -250,14 +250,14 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         open_suite(config("imagenet", tmp_path / "hollow"), spec)
     with pytest.raises(ConfigError, match="did you mean imagenet-c"):
         open_suite(config("imagenetc", data), spec)
-    with pytest.raises(ConfigError, match="no cell 'fgo/3'; did you mean fog"):
+    with pytest.raises(ConfigError, match="unknown cell 'fgo/3'; did you mean fog"):
         config("corruptions", data, only=("fgo/3",))
     with pytest.raises(ConfigError, match="has no fog/9"):
         open_suite(config("corruptions", data / "val", only=("fog/9",)), spec)
-    with pytest.raises(ConfigError, match="leave --clean out"):
+    with pytest.raises(ConfigError, match="remove --clean"):
         open_suite(config("corruptions", data / "val", clean=data), spec)
     for wrong in ({"limit": 0}, {"table": "mnist"}, {"resize": "crop"}):
-        with pytest.raises(ConfigError, match=r"limit must be|no table 'mnist'|found 'crop'"):
+        with pytest.raises(ConfigError, match=r"limit must be|severities 'mnist'|found 'crop'"):
             config("imagenet", data, **wrong)
 
 
@@ -270,7 +270,9 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, workers: int) 
 
 
 @pytest.mark.parametrize(("size", "table"), [(32, "cifar"), (64, "tiny"), (224, "imagenet")])
-def test_the_table_goes_by_the_networks_input_not_by_the_files(tmp_path: Path, size: int, table: str) -> None:
+def test_the_table_of_severities_depends_on_the_input_size_of_the_network(
+    tmp_path: Path, size: int, table: str
+) -> None:
     data = labeled_folder(tmp_path / "set", count=1, size=48)
     assert open_suite(config("corruptions", data), spec_of(size=size)).table == table
     assert open_suite(config("corruptions", data, table="tiny"), spec_of(size=size)).table == "tiny"
@@ -291,7 +293,7 @@ def test_a_limit_is_stratified_seeded_and_nested() -> None:
     assert ten.sha256 != images.sha256
 
 
-def test_grays_and_other_files_are_read_as_color(tmp_path: Path) -> None:
+def test_gray_images_are_read_as_color_and_other_files_ignored(tmp_path: Path) -> None:
     folder = tmp_path / "set" / "red" / "deeper"
     folder.mkdir(parents=True)
     Image.fromarray(picture("red", 0)[..., 0]).save(folder / "gray.JPEG")
@@ -299,15 +301,15 @@ def test_grays_and_other_files_are_read_as_color(tmp_path: Path) -> None:
     assert cells(measure("imagenet", tmp_path / "set", tmp_path)) == {"images": 1}
 
 
-def test_only_the_corruptions_that_are_asked_for_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_selected_corruptions_are_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, spec = labeled_folder(tmp_path, count=2), spec_of()
     suite = open_suite(config("corruptions", data), spec)
 
-    def nothing(name: str) -> importlib.metadata.Distribution:
+    def not_installed(name: str) -> importlib.metadata.Distribution:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
-    _texture.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
+    frost_texture.cache_clear()
     suite.probe(set(), spec.preprocessing)
     suite.probe({"fog/3", "clean"}, spec.preprocessing)
     with pytest.raises(BackendUnavailable, match="frost needs the textures"):

@@ -1,4 +1,4 @@
-"""Attacks on models and sets of images: worst case, transfer, batches, resuming, and what a result says."""
+"""Attacks on models: worst case, transfer, batches, resuming, and the content of results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 
 from runtime.errors import ConfigError, Interrupted, SpecError, VerificationError
 from runtime.evaluate.attacks.config import ATTACKS, AttackConfig, default_attacks, default_epsilon
+from runtime.evaluate.attacks.methods import Attacker
 from runtime.evaluate.attacks.results import AttackResult
-from runtime.evaluate.attacks.run import Target, attack
-from runtime.evaluate.attacks.transfer import Attacker
+from runtime.evaluate.attacks.run import AttackedModel, attack
 from runtime.evaluate.models import Model, load_model
-from runtime.evaluate.report.measured import attack_of
+from runtime.evaluate.report.inputs import attack_of
 from tests.support.attack_sets import digit_attacker, with_logits
 from tests.support.evaluation_sets import config as suite_config
 from tests.support.evaluation_sets import labeled_folder, spec_of, toy
@@ -35,7 +35,7 @@ class Digits:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    """A network in FP32 and INT8, the checkpoint of both, and 40 digits it was not fitted to."""
+    """Return a network in FP32 and INT8, its checkpoint, and 40 digits that it was not fitted to."""
     folder = tmp_path_factory.mktemp("digits")
     file = digit_net(folder / "net.onnx")
     int8 = quantized(file, digit_folder(folder / "calibration", range(48)), folder / "net.int8.onnx")
@@ -44,12 +44,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 
 
 def attacked(digits: Digits, out: Path, config: AttackConfig = STRONG, **options: Any) -> list[AttackResult]:
-    targets = [Target(model=model, attacks=config.attacks) for model in digits.models]
-    return attack(targets, suite_config("imagenet", digits.data), config, out=out, attacker=digits.attacker, **options)
+    models = [AttackedModel(model=model, attacks=config.attacks) for model in digits.models]
+    return attack(models, suite_config("imagenet", digits.data), config, out=out, attacker=digits.attacker, **options)
 
 
 def rights(result: AttackResult, name: str) -> list[np.ndarray]:
-    """Which images are right, ε by ε from 0."""
+    """Return which images are classified correctly, for each ε from 0."""
     (curve,) = [curve for curve in result["curves"] if curve["attack"] == name]
     bits = [np.frombuffer(bytes.fromhex(point["right_bits"]), np.uint8) for point in curve["points"]]
     found = [np.unpackbits(part)[: result["images"]].astype(bool) for part in bits]
@@ -62,7 +62,7 @@ def results(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> list[At
     return attacked(digits, tmp_path_factory.mktemp("out"))
 
 
-def test_the_worst_case_is_image_by_image(results: list[AttackResult]) -> None:
+def test_the_worst_case_is_computed_per_image(results: list[AttackResult]) -> None:
     for result in results:
         real = [rights(result, name) for name in ("pgd", "apgd", "square")]
         worst = rights(result, "worst")
@@ -72,11 +72,13 @@ def test_the_worst_case_is_image_by_image(results: list[AttackResult]) -> None:
         assert clean > weak > strong
         noise = rights(result, "noise")
         assert noise[2].sum() > strong + 10
-        assert all(not (found & ~noise[0]).any() for found in noise)  # what is wrong already stays wrong
+        assert all(
+            not (found & ~noise[0]).any() for found in noise
+        )  # an image that is wrong without an attack stays wrong
         assert all(np.array_equal(found[0], noise[0]) for found in real)
 
 
-def test_what_a_result_says(results: list[AttackResult], digits: Digits) -> None:
+def test_content_of_a_result(results: list[AttackResult], digits: Digits) -> None:
     for result in results:
         assert json.loads(json.dumps(result)) == result
         read = attack_of(result, "here")
@@ -95,7 +97,7 @@ def test_what_a_result_says(results: list[AttackResult], digits: Digits) -> None
     assert len(names) == 1
 
 
-def test_batches_have_no_say(digits: Digits, results: list[AttackResult], tmp_path: Path) -> None:
+def test_the_batch_size_does_not_change_the_result(digits: Digits, results: list[AttackResult], tmp_path: Path) -> None:
     config = dataclasses.replace(STRONG, attacks=("square", "noise", "pgd"))
     for place, size in enumerate((7, 40)):
         for result, known in zip(
@@ -103,12 +105,12 @@ def test_batches_have_no_say(digits: Digits, results: list[AttackResult], tmp_pa
         ):
             for name in config.attacks:
                 found, expected = rights(result, name), rights(known, name)
-                # To the bit, but for float noise of the networks in batches of other sizes.
+                # Equal, except for float noise of the network in batches of other sizes.
                 assert sum(int((a != b).sum()) for a, b in zip(found, expected, strict=True)) <= 1, name
 
 
 class Stopped(Exception):
-    """Stands for a kill."""
+    """Simulates a killed process."""
 
 
 def stopping_after(count: int, error: type[BaseException]) -> Callable[[float, int], None]:
@@ -119,18 +121,16 @@ def stopping_after(count: int, error: type[BaseException]) -> Callable[[float, i
     return progress
 
 
-def test_killed_and_resumed_is_the_result_of_one_run(
-    digits: Digits, results: list[AttackResult], tmp_path: Path
-) -> None:
+def test_a_killed_and_resumed_run_equals_one_run(digits: Digits, results: list[AttackResult], tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         attacked(digits, tmp_path, progress=stopping_after(5, Stopped))
-    (journal,) = tmp_path.glob(".unfinished-*")
-    journal.write_bytes(journal.read_bytes() + b'{"attack": "square", "eps')  # killed in the middle of a line
+    (log,) = tmp_path.glob(".unfinished-*")
+    log.write_bytes(log.read_bytes() + b'{"attack": "square", "eps')  # killed in the middle of a line
     with pytest.raises(
-        Interrupted, match=r"stopped: 1[12] of 27 pieces of work are done; the same command goes on"
-    ) as told:
+        Interrupted, match=r"stopped: 1[12] of 27 steps are finished; run the same command to resume"
+    ) as caught:
         attacked(digits, tmp_path, progress=stopping_after(12, KeyboardInterrupt))
-    assert told.value.exit_code == 130
+    assert caught.value.exit_code == 130
     seen: list[float] = []
     assert attacked(digits, tmp_path, progress=lambda done, total: seen.append(done)) == results
     assert seen[0] >= 11
@@ -143,9 +143,9 @@ def test_a_model_gets_only_its_attacks(digits: Digits, tmp_path: Path) -> None:
     made = dataclasses.replace(
         digits.models[1], facts={**digits.models[1].facts, "checkpoint_sha256": "of the checkpoint"}
     )
-    targets = [Target(model=checkpoint, attacks=("pgd",)), Target(model=made, attacks=("pgd", "noise"))]
+    models = [AttackedModel(model=checkpoint, attacks=("pgd",)), AttackedModel(model=made, attacks=("pgd", "noise"))]
     data = suite_config("imagenet", digits.data, limit=12)
-    own, file = attack(targets, data, config, out=tmp_path, attacker=digits.attacker)
+    own, file = attack(models, data, config, out=tmp_path, attacker=digits.attacker)
     assert [curve["attack"] for curve in own["curves"]] == ["pgd", "worst"]
     assert own["images"] == 12
     assert own["curves"][0]["white_box"]
@@ -153,7 +153,7 @@ def test_a_model_gets_only_its_attacks(digits: Digits, tmp_path: Path) -> None:
     assert not file["curves"][0]["white_box"]
 
 
-def test_what_a_crafter_makes_is_checked(digits: Digits, tmp_path: Path) -> None:
+def test_images_outside_the_ball_are_refused(digits: Digits, tmp_path: Path) -> None:
     def cheats(attack: str, images_NHWC: np.ndarray, labels_N: np.ndarray, **options: Any) -> np.ndarray:
         return np.where(images_NHWC < 128, images_NHWC + 5, images_NHWC - 5)[None].astype(np.uint8)
 
@@ -162,18 +162,18 @@ def test_what_a_crafter_makes_is_checked(digits: Digits, tmp_path: Path) -> None
         attacked(cheat, tmp_path)
 
 
-def test_what_does_not_go_together_is_refused(digits: Digits, tmp_path: Path) -> None:
+def test_models_that_cannot_share_images_are_refused(digits: Digits, tmp_path: Path) -> None:
     data, both = suite_config("imagenet", digits.data), ATTACKS
     other = toy(spec=spec_of(size=16))
-    one, attacker = Target(model=digits.models[0], attacks=both), digits.attacker
+    one, attacker = AttackedModel(model=digits.models[0], attacks=both), digits.attacker
     with pytest.raises(
         ConfigError, match=r"toy has other classes.*found 16×16 pixels and 3 classes, expected.*10 classes"
     ):
-        attack([one, Target(model=other, attacks=both)], data, STRONG, out=tmp_path, attacker=attacker)
+        attack([one, AttackedModel(model=other, attacks=both)], data, STRONG, out=tmp_path, attacker=attacker)
     with pytest.raises(ConfigError, match=r"the checkpoint net\.main has other classes"):
         strange = dataclasses.replace(attacker, spec=spec_of())
         attack([one], data, STRONG, out=tmp_path, attacker=strange)
-    with pytest.raises(ConfigError, match=r"pgd, apgd follow a gradient.*--checkpoint best\.pt"):
+    with pytest.raises(ConfigError, match=r"pgd, apgd need a gradient.*--checkpoint best\.pt"):
         attack([one], data, STRONG, out=tmp_path)
     with pytest.raises(ConfigError, match="batch_size"):
         attack([one], data, STRONG, out=tmp_path, attacker=attacker, batch_size=0)
@@ -182,12 +182,15 @@ def test_what_does_not_go_together_is_refused(digits: Digits, tmp_path: Path) ->
     square = AttackConfig(attacks=("square",), epsilons=(4,))
     with pytest.raises(SpecError, match=r"shape \(3, 4\) for 3 images; expected a logit for each of its 3 classes"):
         attack(
-            [Target(model=bad, attacks=("square",))], suite_config("imagenet", tmp_path / "set"), square, out=tmp_path
+            [AttackedModel(model=bad, attacks=("square",))],
+            suite_config("imagenet", tmp_path / "set"),
+            square,
+            out=tmp_path,
         )
 
 
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no attack 'sqare'; did you mean square"):
+def test_invalid_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown attack 'sqare'; did you mean square"):
         AttackConfig(attacks=("sqare",), epsilons=(4,))
     for options in ({"queries": 0}, {"draws": 0}, {"steps": 0}, {"restarts": 0}, {"initial_share": 0.0}):
         with pytest.raises(ConfigError, match="must be"):

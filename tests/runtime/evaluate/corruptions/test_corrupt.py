@@ -1,3 +1,5 @@
+"""`corrupt`: determinism, shapes, severities, and errors."""
+
 import os
 import subprocess
 import sys
@@ -9,27 +11,29 @@ import pytest
 import runtime.evaluate.corruptions as package
 from runtime.errors import BackendUnavailable, ConfigError, DataError
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, TABLES, corrupt, table_for
-from runtime.evaluate.corruptions.corrupt import FIXED
-from runtime.evaluate.corruptions.frost import _file
+from runtime.evaluate.corruptions.corrupt import DETERMINISTIC
+from runtime.evaluate.corruptions.weather import frost_texture
 from tests.support import ROOT
 
 NAMES = (*CORRUPTIONS, *EXTRAS)
 NOT_BY_DISTANCE = ("frost", "elastic_transform", "saturate", "spatter")
-"""Their severities are of several kinds: elastic's first moves the whole image, its last bends it."""
+"""Their severities differ in kind: the first of elastic_transform moves the whole image, the last bends it."""
+KEEPS_BLACK = frozenset(NAMES) - {"gaussian_noise", "impulse_noise", "snow", "frost", "brightness", "spatter"}
+"""Corruptions that leave a black image black: they add no light."""
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """Gradients, an edge and some texture, uint8 RGB."""
+    """Return an image with gradients, an edge and some texture, uint8 RGB."""
     y, x = np.mgrid[:height, :width] / max(height, width)
     texture = 0.2 * np.random.default_rng(0).random((height, width))
     return (255 * np.stack([0.8 * x, 0.8 * y, (x > 0.4) * 0.6], axis=2) + 51 * texture[..., None]).astype(np.uint8)
 
 
 def try_corrupt(image: np.ndarray, name: str, severity: int, **options: object) -> np.ndarray:
-    """`corrupt`, or a skip where only the frost textures are missing."""
+    """Call `corrupt`; skip the test if the textures of frost are missing."""
     if name == "frost":
         try:
-            _file("frost1.png")
+            frost_texture("frost1.png")
         except BackendUnavailable as error:
             pytest.skip(str(error))
     return corrupt(image, name, severity, **options)
@@ -44,7 +48,7 @@ def python(program: str, *arguments: str, **variables: str) -> str:
 
 
 def bare_folder(folder: Path, *packages: str) -> str:
-    """A path for Python that has these packages and ours."""
+    """Return a PYTHONPATH with only these packages and ours."""
     import numpy
 
     site = Path(numpy.__file__).parent.parent
@@ -54,7 +58,7 @@ def bare_folder(folder: Path, *packages: str) -> str:
     return f"{folder}{os.pathsep}{ROOT}"
 
 
-def test_there_are_fifteen_and_four_and_every_table_has_five_severities_of_each() -> None:
+def test_every_table_has_five_severities_of_all_nineteen_corruptions() -> None:
     assert len(CORRUPTIONS) == 15
     assert len(EXTRAS) == 4
     for table in TABLES.values():
@@ -69,7 +73,7 @@ def test_exported_names_are_sorted_and_exist() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_cell_is_the_same_alone_and_in_any_order(name: str) -> None:
+def test_cells_do_not_depend_on_the_order_of_calls(name: str) -> None:
     image = picture(40, 36)
     before = image.copy()
     first = {
@@ -79,13 +83,13 @@ def test_a_cell_is_the_same_alone_and_in_any_order(name: str) -> None:
         np.random.default_rng(5).random(3)
         assert np.array_equal(corrupt(image, name, severity, key=key), result)
     assert np.array_equal(image, before)
-    drawn = name not in FIXED
-    assert np.array_equal(first["a", 5], first["b", 5]) != drawn
-    assert np.array_equal(corrupt(image, name, 5, key="a", seed=1), first["a", 5]) != drawn
+    random = name not in DETERMINISTIC
+    assert np.array_equal(first["a", 5], first["b", 5]) != random
+    assert np.array_equal(corrupt(image, name, 5, key="a", seed=1), first["a", 5]) != random
     assert first["a", 1].flags.writeable
 
 
-def test_a_number_and_its_text_are_two_keys_and_the_state_of_numpy_is_left_alone() -> None:
+def test_1_and_its_text_are_different_keys_and_numpys_global_state_is_unchanged() -> None:
     image = picture(32, 32)
     state = np.random.get_state()[1].copy()
     assert not np.array_equal(corrupt(image, "fog", 3, key=1), corrupt(image, "fog", 3, key="1"))
@@ -93,7 +97,7 @@ def test_a_number_and_its_text_are_two_keys_and_the_state_of_numpy_is_left_alone
     assert np.array_equal(np.random.get_state()[1], state)
 
 
-def test_a_cell_is_the_same_in_another_process() -> None:
+def test_cells_are_equal_in_another_process() -> None:
     program = (
         "import numpy, zlib; from runtime.evaluate.corruptions import corrupt\n"
         "image = (numpy.arange(3072) % 251).astype('uint8').reshape(32, 32, 3)\n"
@@ -115,18 +119,25 @@ def test_any_shape_at_all_severities(name: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["frost", "fog", "snow", "zoom_blur"])
-def test_an_image_larger_than_the_textures(name: str) -> None:
-    assert try_corrupt(picture(410, 720), name, 3).shape == (410, 720, 3)
+def test_an_image_larger_than_the_textures_is_corrupted_up_to_its_corners(name: str) -> None:
+    image = picture(410, 720)
+    result = try_corrupt(image, name, 3)
+    changed = result != image
+    for corner in (np.s_[:40, :40], np.s_[:40, -40:], np.s_[-40:, :40], np.s_[-40:, -40:]):
+        assert changed[corner].any()
+    assert changed.any(axis=2).mean() > 0.9
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_black_image_makes_no_warning(name: str) -> None:
-    try_corrupt(np.zeros((32, 32, 3), np.uint8), name, 1)
+def test_a_black_image_stays_black_unless_light_is_added(name: str) -> None:
+    """It also divides by no maximum of 0: warnings are errors."""
+    result = try_corrupt(np.zeros((32, 32, 3), np.uint8), name, 3)
+    assert (result.max() == 0) == (name in KEEPS_BLACK)
 
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_BY_DISTANCE])
-def test_severity_5_is_farther_from_the_image_than_severity_1(name: str, table: str) -> None:
+def test_severity_5_changes_the_image_more_than_severity_1(name: str, table: str) -> None:
     side = {"cifar": 32, "tiny": 64, "imagenet": 224}[table]
     image = picture(side, side)
     distance = [
@@ -150,7 +161,7 @@ def test_severity_5_is_farther_from_the_image_than_severity_1(name: str, table: 
         (600, "imagenet"),
     ],
 )
-def test_the_table_follows_from_the_shorter_side(side: int, table: str) -> None:
+def test_the_table_depends_on_the_shorter_side(side: int, table: str) -> None:
     assert table_for(side, side) == table_for(side, 999) == table_for(999, side) == table
     image = picture(side, side + 8)
     assert np.array_equal(corrupt(image, "contrast", 2), corrupt(image, "contrast", 2, table=table))
@@ -162,8 +173,8 @@ def test_the_table_follows_from_the_shorter_side(side: int, table: str) -> None:
     ("arguments", "options", "words"),
     [
         (("fogg", 1), {}, "did you mean fog"),
-        (("", 1), {}, "there are gaussian_noise"),
-        ((None, 1), {}, "there are gaussian_noise"),
+        (("", 1), {}, "expected one of gaussian_noise"),
+        ((None, 1), {}, "expected one of gaussian_noise"),
         (("fog", 0), {}, "1, 2, 3, 4 or 5; found 0"),
         (("fog", 6), {}, "found 6"),
         (("fog", 2.0), {}, "found 2.0"),
@@ -173,7 +184,7 @@ def test_the_table_follows_from_the_shorter_side(side: int, table: str) -> None:
         (("fog", 1), {"seed": "a"}, "seed .* found 'a'"),
     ],
 )
-def test_impossible_choices(arguments: tuple[object, ...], options: dict[str, object], words: str) -> None:
+def test_invalid_arguments_are_refused(arguments: tuple[object, ...], options: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         corrupt(picture(32, 32), *arguments, **options)
 
@@ -189,18 +200,18 @@ def test_impossible_choices(arguments: tuple[object, ...], options: dict[str, ob
         ([[0]], "found list"),
     ],
 )
-def test_impossible_images(image: object, words: str) -> None:
+def test_invalid_images_are_refused(image: object, words: str) -> None:
     with pytest.raises(DataError, match=words):
         corrupt(image, "fog", 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_that_is_a_view_of_another(name: str) -> None:
+def test_a_view_of_another_array_is_accepted(name: str) -> None:
     view = picture(40, 36)[::-1, ::-1]
     assert np.array_equal(try_corrupt(view, name, 2), corrupt(np.ascontiguousarray(view), name, 2))
 
 
-def test_importing_is_light(tmp_path: Path) -> None:
+def test_importing_loads_only_numpy(tmp_path: Path) -> None:
     program = (
         "import sys, runtime, runtime.evaluate, runtime.evaluate.corruptions\n"
         "print([name for name in ('cv2', 'scipy', 'PIL', 'imagecorruptions') if name in sys.modules])"
@@ -209,7 +220,7 @@ def test_importing_is_light(tmp_path: Path) -> None:
     assert python(program, "-S", PYTHONPATH=bare_folder(tmp_path, "numpy", "numpy.libs")) == "[]"
 
 
-def test_missing_libraries_are_told(tmp_path: Path) -> None:
+def test_missing_libraries_are_reported(tmp_path: Path) -> None:
     program = (
         "import numpy; from runtime.evaluate.corruptions import corrupt\n"
         "from runtime.errors import BackendUnavailable\n"
@@ -218,8 +229,8 @@ def test_missing_libraries_are_told(tmp_path: Path) -> None:
     )
     without = bare_folder(tmp_path, "numpy", "numpy.libs")
     assert "pip install opencv-python-headless" in python(program.format(0), "-S", PYTHONPATH=without)
-    assert python(program.format(1), "-S", PYTHONPATH=without) == ""  # fog is NumPy alone
+    assert python(program.format(1), "-S", PYTHONPATH=without) == ""  # fog needs only NumPy
     with_opencv = bare_folder(tmp_path, "cv2", "opencv_python_headless.libs")
-    told = python(program.format(0), "-S", PYTHONPATH=with_opencv)
-    assert "pip install --no-deps imagecorruptions-imaug" in told
-    assert "opencv-python-headless" in told
+    message = python(program.format(0), "-S", PYTHONPATH=with_opencv)
+    assert "pip install --no-deps imagecorruptions-imaug" in message
+    assert "opencv-python-headless" in message

@@ -1,4 +1,4 @@
-"""The page: whole, safe, readable, and showing a fault that was planted."""
+"""The page: well-formed, self-contained, safe, readable, and showing a planted fault."""
 
 import base64
 import csv
@@ -16,11 +16,10 @@ from PIL import Image
 
 from advprop.cli import main
 from runtime.evaluate.models import load_model
+from runtime.evaluate.report import write_report
 from runtime.evaluate.report.markup import Markup, tag
-from runtime.evaluate.report.write import write_report
 from runtime.system.colors import DARK, LEVELS, LIGHT, contrast, heat
-from tests.runtime.evaluate.test_run import one_pixel
-from tests.support.evaluation_sets import labeled_folder, toy
+from tests.support.evaluation_sets import labeled_folder, one_pixel, toy
 from tests.support.report_sets import (
     attack_file,
     bench_file,
@@ -36,7 +35,7 @@ VOID = {"br", "meta"}
 
 
 class Parser(HTMLParser):
-    """Every element closed in its turn; tables with headers; pictures with text."""
+    """Checks that every element is closed in order, and collects tags and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ def parsed(page: str) -> Parser:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of a real network in FP32, in INT8, and in INT8 with one layer's scale ×0.1."""
+    """Return the page of a network in FP32, in INT8, and in INT8 with one layer's scale ×0.1."""
     folder = tmp_path_factory.mktemp("faulty")
     net = digit_net(folder / "net.onnx")
     int8 = quantized(net, digit_folder(folder / "calib", range(0, 480, 10)), folder / "net.int8.onnx")
@@ -90,26 +89,28 @@ def test_a_planted_fault_is_shown_with_an_interval_that_excludes_zero(faulty: Pa
     text = faulty.with_suffix(".md").read_text().replace("\\", "")
     found = {}
     for name in ("net.int8", "net.fault"):
-        (line,) = [line for line in text.splitlines() if line.startswith(f"- **{name}** against net on corruptions")]
-        ends = re.search(r"top-1 \S+ points \[([−+\d.]+), ([−+\d.]+)\] – \*\*([a-z ]+)\*\*", line)
+        (line,) = [
+            line for line in text.splitlines() if line.startswith(f"- **{name}** compared with net on corruptions")
+        ]
+        top1 = re.search(r"top-1 \S+ points \[([−+\d.]+), ([−+\d.]+)\] – \*\*([a-z ]+)\*\*", line)
         error = re.search(r"mean error \S+ points \[([−+\d.]+), ([−+\d.]+)\] – \*\*([a-z ]+)\*\*", line)
-        assert ends and error, line
+        assert top1 and error, line
         found[name] = [
-            (*(float(end.replace("−", "-")) for end in match.groups()[:2]), match[3]) for match in (ends, error)
+            (*(float(end.replace("−", "-")) for end in match.groups()[:2]), match[3]) for match in (top1, error)
         ]
     (low, high, word), (error_low, error_high, error_word) = found["net.fault"]
     assert low <= high < 0
     assert word == "worse"
     assert 0 < error_low <= error_high
     assert error_word == "worse"
-    low, high, word = found["net.int8"][0]  # sound INT8 is not accused
+    low, high, word = found["net.int8"][0]  # an INT8 model without a fault is not reported
     assert low <= 0 <= high
     assert word == "no difference shown"
     page = faulty.read_text()
     assert re.search(r"Δ −\d+\.\d \[−\d+\.\d, −\d+\.\d\]", page)
 
 
-def test_the_page_is_whole_and_alone(faulty: Path) -> None:
+def test_the_page_is_well_formed_and_self_contained(faulty: Path) -> None:
     page = faulty.read_text()
     parser = parsed(page)
     names = [name for name, _ in parser.tags]
@@ -127,18 +128,20 @@ def test_the_page_is_whole_and_alone(faulty: Path) -> None:
             assert attributes.get("aria-label") or attributes.get("aria-hidden")
         if name == "th":
             assert attributes.get("scope") in ("row", "col")
+        if name == "section":
+            assert attributes.get("aria-labelledby") == f"{attributes['id']}-heading"
     assert next(attributes for name, attributes in parser.tags if name == "html") == {"lang": "en"}
     anchors = {attributes.get("id") for _, attributes in parser.tags}
     links = [attributes["href"] for name, attributes in parser.tags if name == "a"]
     assert all(link[1:] in anchors for link in links if link and link.startswith("#"))
     assert "prefers-color-scheme:dark" in page
-    told = "".join(parser.text)
-    assert "ECE" in told
-    assert "no mce_alexnet" in told
-    assert "mCE (AlexNet" not in told
+    text = "".join(parser.text)
+    assert "ECE" in text
+    assert "no mce_alexnet" in text
+    assert "mCE (AlexNet" not in text
 
 
-def test_the_cells_are_in_the_page_and_beside_it(faulty: Path) -> None:
+def test_the_page_contains_the_csv_file(faulty: Path) -> None:
     written = faulty.with_suffix(".csv").read_text()
     link = re.search(r'href="data:text/csv;charset=utf-8;base64,([^"]+)"', faulty.read_text())
     assert link
@@ -151,7 +154,7 @@ def test_the_cells_are_in_the_page_and_beside_it(faulty: Path) -> None:
     assert {row["precision"] for row in rows} == {"fp32", "int8"}
 
 
-def test_names_cannot_change_the_page(tmp_path: Path) -> None:
+def test_names_of_models_cannot_change_the_page(tmp_path: Path) -> None:
     models = [toy(EVIL), toy("b|c", predict=one_pixel)]
     data = labeled_folder(tmp_path / "set", count=4)
     results = results_of(models, data, tmp_path, only=("clean", "fog"))
@@ -163,7 +166,7 @@ def test_names_cannot_change_the_page(tmp_path: Path) -> None:
     assert not {"script", "img"} & {name for name, _ in parser.tags}
     assert "<script" not in page
     assert "\u202e" not in page + markdown + cells
-    assert "=<script src=//x.example/a.js>alert(1)</script>" in "".join(parser.text)  # shown as it is
+    assert "=<script src=//x.example/a.js>alert(1)</script>" in "".join(parser.text)  # shown unchanged
     assert not re.search(r"(?<!\\)<script", markdown)
     assert not re.search(r"(?<!\\)\]\(", markdown)
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -173,20 +176,20 @@ def test_names_cannot_change_the_page(tmp_path: Path) -> None:
     assert len(names) == 2
 
 
-def test_equal_results_make_equal_bytes(tmp_path: Path) -> None:
+def test_equal_results_produce_equal_bytes(tmp_path: Path) -> None:
     results = results_of([toy("a")], labeled_folder(tmp_path / "set", count=2), tmp_path, "imagenet", compared=False)
     for name in ("one", "two"):
         write_report(results, [tmp_path / f"{name}.html"])
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
 
 
-def test_markup_escapes_what_is_no_markup() -> None:
+def test_everything_except_markup_is_escaped() -> None:
     assert tag("p", "<&>", Markup("<br>"), class_='a"b', hidden=None) == '<p class="a&quot;b">&lt;&amp;&gt;<br></p>'
     assert tag("p", "a\x00\u202eb") == "<p>a��b</p>"
     assert tag("rect", x=1.50001, y=2) == '<rect x="1.5" y="2"></rect>'
 
 
-def test_colors_have_contrast() -> None:
+def test_colors_have_enough_contrast() -> None:
     for palette in (LIGHT, DARK):
         for ground in ("page", "card"):
             for text in ("ink", "quiet", "link", "good", "bad"):
@@ -198,7 +201,7 @@ def test_colors_have_contrast() -> None:
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
 
 
-def test_errors_are_told_in_a_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     run = CliRunner().invoke(main, ["report", str(tmp_path / "x.json"), "-o", str(tmp_path / "r.html")])
     assert run.exit_code == 2
@@ -218,7 +221,7 @@ def test_errors_are_told_in_a_line(tmp_path: Path) -> None:
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium to look at the page, which is not here")
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium browser")
 @pytest.mark.parametrize(("name", "width", "scheme"), [("light", 1200, 1), ("dark", 1200, 0), ("phone", 500, 1)])
 def test_a_browser_shows_the_page(faulty: Path, tmp_path: Path, name: str, width: int, scheme: int) -> None:
     assert BROWSER
@@ -230,9 +233,9 @@ def test_a_browser_shows_the_page(faulty: Path, tmp_path: Path, name: str, width
     pixels = np.asarray(Image.open(shot).convert("L"))
     assert pixels.shape == (1400, width)
     dark = scheme == 0
-    assert (np.median(pixels) < 60) == dark  # the page's ground
+    assert (np.median(pixels) < 60) == dark  # the page's background
     ink = np.abs(pixels.astype(int) - int(np.median(pixels))) > 60
     rows = ink.any(1)
     assert 0.01 < ink.mean() < 0.3
-    assert rows[:700].mean() > 0.4  # written on all the way down
+    assert rows[:700].mean() > 0.4  # there is content from top to bottom
     assert rows[700:].mean() > 0.4
