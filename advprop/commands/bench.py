@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runtime.engine.command_line import device_option
-from runtime.errors import AdvPropError, Interrupted
 from runtime.system.console import cli_errors, counting_bars, set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from runtime.bench.run import Bench
+    from runtime.bench import Bench
 
 EXAMPLES = """\b
 Examples:
@@ -72,10 +71,8 @@ def main(files: tuple[Path, ...], against: str, out: Path, images: Path | None, 
     Prints a table, and writes it to OUT with a plot, all numbers as JSON and CSV, and files for advprop report.
     """
     console = set_up_logging()
-    from runtime.bench.config import BenchConfig
-    from runtime.bench.entries import LoadOptions, open_contestants
-    from runtime.bench.pictures import SYNTHETIC
-    from runtime.bench.run import Bench
+    from advprop.checkpoints import open_torch_peer
+    from runtime.bench import SYNTHETIC, Bench, BenchConfig, LoadOptions, open_targets
     from runtime.system.files import output_dir
 
     config = BenchConfig(
@@ -88,50 +85,32 @@ def main(files: tuple[Path, ...], against: str, out: Path, images: Path | None, 
     output_dir(out)
     peers = [word.strip() for word in against.split(",") if word.strip()]
     with console.status("loading"):
-        contestants = open_contestants(files, peers, load, max(config.concurrency))
+        targets = open_targets(files, peers, load, max_callers=max(config.concurrency), torch_opener=open_torch_peer)
     try:
         with console.status("making images"):
-            bench = Bench(contestants, config, images)
+            bench = Bench(targets, config, images)
         _measure(console, bench, out, str(images) if images else SYNTHETIC)
     finally:
-        for contestant in contestants:
-            contestant.close()
+        for target in targets:
+            target.close()
 
 
 def _measure(console: Console, bench: Bench, out: Path, images: str) -> None:
-    """Measures, and writes what is finished, however it ends."""
-    try:
-        # Drawn between turns only: a thread that draws would take turns with what is measured.
-        with counting_bars(console, auto_refresh=False) as bars:
-            task = bars.add_task("", total=None)
+    from runtime.bench import measure_and_write, notes_of, table_of
 
-            def show(done: int, total: int, words: str) -> None:
-                bars.update(task, completed=done, total=total, description=f"rounds, {words}", refresh=True)
+    def show(result: dict[str, Any], written: list[Path]) -> None:
+        console.print(table_of(result))
+        for line in (*notes_of(result), f"wrote {', '.join(path.name for path in written)} to {out}"):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-            bench.measure(show)
-    except KeyboardInterrupt:
-        if not bench.points:
-            raise
-        kept = _write(console, bench, out, images)
-        raise Interrupted(f"stopped; points that are finished, and in {out}: {kept}") from None
-    except AdvPropError:
-        if bench.points:
-            _write(console, bench, out, images)
-        raise
-    _write(console, bench, out, images)
+    # Bars are drawn between rounds only: a thread that draws would compete with what is measured.
+    with counting_bars(console, auto_refresh=False) as bars:
+        task = bars.add_task("", total=None)
 
+        def progress(done: int, total: int, description: str) -> None:
+            bars.update(task, completed=done, total=total, description=f"rounds, {description}", refresh=True)
 
-def _write(console: Console, bench: Bench, out: Path, images: str) -> int:
-    from runtime.bench.results import result_of
-    from runtime.bench.table import notes_of, table_of
-    from runtime.bench.write import write_run
-
-    result = result_of(bench, images)
-    written = write_run(out, result)
-    console.print(table_of(result))
-    for line in (*notes_of(result), f"wrote {', '.join(path.name for path in written)} to {out}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    return len(result["points"])
+        measure_and_write(bench, out, images, progress=progress, show=show)
 
 
 if __name__ == "__main__":

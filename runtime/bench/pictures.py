@@ -1,4 +1,4 @@
-"""The images that contestants are given: pixels at the network's size, and encoded ones of a camera's.
+"""The images that targets run on: pixels at the network's input size, and encoded images of a camera's size.
 
 Shape suffixes: N images, H height, W width, C channels.
 """
@@ -16,39 +16,40 @@ from runtime.preprocessing import SUFFIXES, image_size
 
 __all__ = ["SYNTHETIC", "encoded_images", "pixels"]
 
-SYNTHETIC = "made, JPEG of 640×427 pixels, quality 90"
+SYNTHETIC = "synthetic JPEG images of 640×427 pixels, quality 90"
+"""Describes the generated images."""
 _WIDTH, _HEIGHT = 640, 427
 
 
 def pixels(count: int, size: tuple[int, int], seed: int) -> NDArray[np.uint8]:
-    """Returns noise, (count, H, W, 3): not zeros, with which GPUs use less power and CPUs may take another path."""
+    """Return noise, (count, H, W, 3). With zeros, GPUs would use less power and CPUs might take other paths."""
     return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
 
 
 def encoded_images(count: int, folder: Path | None, seed: int) -> list[bytes]:
-    """Returns encoded images, with repetitions where there are fewer.
+    """Return encoded images; images are repeated if there are not enough.
 
     Args:
-        count: how many.
-        folder: image files, at any depth, taken in the order of their names; None: made ones, smooth with some noise,
-            so that they decode like photographs.
-        seed: of the made ones.
+        count: number of images.
+        folder: folder of image files, which are sorted by path; None: generate images that are smooth
+            with some noise, so that they decode like photographs.
+        seed: seed of the generated images.
 
     Raises:
-        DataError: no image files, or one that is none.
+        DataError: the folder has no image files, or a file is not an image.
     """
     if folder is None:
-        return [_made(number, seed) for number in range(count)]
+        return [_synthetic_image(number, seed) for number in range(count)]
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise DataError(f"{folder} holds no image files ({', '.join(SUFFIXES)})")
+        raise DataError(f"{folder} contains no image files ({', '.join(SUFFIXES)})")
     paths = paths[:count]
     for path in paths:
         image_size(path)
     return [paths[number % len(paths)].read_bytes() for number in range(count)]
 
 
-def _made(number: int, seed: int) -> bytes:
+def _synthetic_image(number: int, seed: int) -> bytes:
     from PIL import Image
 
     random = np.random.default_rng([seed, number])

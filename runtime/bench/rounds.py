@@ -1,4 +1,4 @@
-"""Turns, rounds and crowds: the order in which contestants are run, and the loop that times them."""
+"""The loops that measure: interleaved rounds, single calls, and several callers in a closed loop."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Crowd", "Probe", "crowd", "order", "timed", "turn"]
+__all__ = ["LoadResult", "Probe", "measure_probe", "round_order", "run_closed_loop", "timed"]
 
 Probe = Callable[[], Mapping[str, float]]
-"""Does one call, and returns milliseconds by quantity."""
+"""Makes one call and returns milliseconds by quantity."""
 
 
-def order(count: int, number: int, seed: int) -> list[int]:
-    """Returns the order of `count` contestants in round `number`: shuffled, so that none always follows the same."""
+def round_order(count: int, number: int, seed: int) -> list[int]:
+    """Return a random order of `count` targets for round `number`, so that none always follows the same other."""
     places = list(range(count))
     random.Random(f"{seed}/{number}").shuffle(places)
     return places
 
 
 def timed(quantity: str, call: Callable[[], object]) -> Probe:
-    """Makes a probe of a call that returns when its work is done, on the host's clock."""
+    """Return a probe that measures a blocking call with the host's clock."""
 
     def probe() -> dict[str, float]:
-        began = time.perf_counter_ns()
+        start = time.perf_counter_ns()
         call()
-        return {quantity: (time.perf_counter_ns() - began) / 1e6}
+        return {quantity: (time.perf_counter_ns() - start) / 1e6}
 
     return probe
 
 
-def turn(probe: Probe, seconds: float, least: int) -> dict[str, list[float]]:
-    """Calls a probe for `seconds`, `least` times at the least.
+def measure_probe(probe: Probe, seconds: float, min_calls: int) -> dict[str, list[float]]:
+    """Call a probe for `seconds` and at least `min_calls` times.
 
-    One call more comes first and is not counted: another contestant has just been in the caches.
+    A first call is not counted, because the target before it has filled the caches.
 
     Returns:
         Milliseconds of each call, by quantity.
@@ -44,7 +44,7 @@ def turn(probe: Probe, seconds: float, least: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     end = time.perf_counter() + seconds
     done = 0
-    while done < least or time.perf_counter() < end:
+    while done < min_calls or time.perf_counter() < end:
         for quantity, ms in probe().items():
             found.setdefault(quantity, []).append(ms)
         done += 1
@@ -52,57 +52,57 @@ def turn(probe: Probe, seconds: float, least: int) -> dict[str, list[float]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crowd:
-    """What several callers saw together."""
+class LoadResult:
+    """Calls of several concurrent callers."""
 
     times_ms: list[float]
-    """Of each call, the callers' one after the other."""
+    """Duration of each call, caller by caller."""
     wall_s: float
-    """From the first call's beginning to the last one's end."""
+    """Time from the start of the first call to the end of the last."""
 
     @property
     def calls_s(self) -> float:
-        """Calls that were answered a second."""
+        """Finished calls per second."""
         return len(self.times_ms) / self.wall_s
 
 
-def crowd(call: Callable[[], object], callers: int, seconds: float, least: int) -> Crowd:
-    """Lets threads call in a closed loop: each again as soon as it has its answer.
+def run_closed_loop(call: Callable[[], object], callers: int, seconds: float, min_calls: int) -> LoadResult:
+    """Let threads call repeatedly, each as soon as its previous call has returned.
 
-    Each makes one call first that is not counted. One caller runs in this thread.
+    The first call of each thread is not counted. A single caller runs in the present thread.
 
     Args:
-        call: safe to call from several threads.
-        callers: how many.
-        seconds: how long; calls that have begun by then are finished and counted.
-        least: calls of each caller at the least.
+        call: a thread-safe function.
+        callers: number of threads.
+        seconds: duration; calls that have started by then are finished and counted.
+        min_calls: minimum number of calls per thread.
 
     Raises:
-        Exception: the first that a call raised; the others stop then. KeyboardInterrupt stops them too.
+        Exception: the first exception of a call; all threads stop. KeyboardInterrupt stops them too.
     """
     times: list[list[float]] = [[] for _ in range(callers)]
     errors: list[BaseException] = []
     stop = threading.Event()
-    began = [0.0]
-    start = threading.Barrier(callers, action=lambda: began.__setitem__(0, time.perf_counter()))
+    started = [0.0]
+    barrier = threading.Barrier(callers, action=lambda: started.__setitem__(0, time.perf_counter()))
     ends = [0.0] * callers
 
     def work(place: int) -> None:
         try:
             call()
-            start.wait()
-            end = began[0] + seconds
-            while not stop.is_set() and (len(times[place]) < least or time.perf_counter() < end):
+            barrier.wait()
+            end = started[0] + seconds
+            while not stop.is_set() and (len(times[place]) < min_calls or time.perf_counter() < end):
                 before = time.perf_counter_ns()
                 call()
                 times[place].append((time.perf_counter_ns() - before) / 1e6)
             ends[place] = time.perf_counter()
         except threading.BrokenBarrierError:
-            pass  # another caller failed before the start, and tells why
-        except BaseException as error:  # told by the thread that waits
+            pass  # another thread failed before the start and reports the error
+        except BaseException as error:  # the waiting thread raises it
             errors.append(error)
             stop.set()
-            start.abort()
+            barrier.abort()
 
     if callers == 1:
         work(0)
@@ -115,10 +115,10 @@ def crowd(call: Callable[[], object], callers: int, seconds: float, least: int) 
                 thread.join()
         except BaseException:
             stop.set()
-            start.abort()
+            barrier.abort()
             for thread in threads:
                 thread.join()
             raise
     if errors:
         raise errors[0]
-    return Crowd(times_ms=[ms for own in times for ms in own], wall_s=max(ends) - began[0])
+    return LoadResult(times_ms=[ms for own in times for ms in own], wall_s=max(ends) - started[0])

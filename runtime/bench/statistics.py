@@ -1,4 +1,4 @@
-"""Numbers from times: percentiles as trtexec has them, ratios of rounds, drift. Pure functions."""
+"""Statistics of latencies: percentiles as trtexec computes them, ratios between targets, and drift."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _RESAMPLES = 2000
 
 
 def percentile(times: Sequence[float], percent: float) -> float:
-    """Returns a percentile as trtexec does: one of the times, never a value between two.
+    """Return a percentile as trtexec does: one of the times, never a value between two.
 
-    `n - 1 - int((1 - percent / 100) · n)` is the place among the sorted times, computed in float32, whose rounding
-    shows: the 99th percentile of 100 times is the largest. Source: trtexec, sampleReporting.cpp, findPercentile.
+    The index among the sorted times is `n - 1 - int((1 - percent / 100) · n)`, computed in float32.
+    Its rounding matters: the 99th percentile of 100 times is the largest. Source: trtexec,
+    sampleReporting.cpp, findPercentile.
 
     Args:
-        times: at least one.
+        times: at least one time.
         percent: 0 to 100.
     """
     assert times and 0 <= percent <= 100
@@ -31,14 +32,15 @@ def percentile(times: Sequence[float], percent: float) -> float:
 
 
 def summary(times_ms: Sequence[float]) -> dict[str, Any]:
-    """Returns what is told of a list of times.
+    """Return summary statistics of times.
 
     Args:
         times_ms: milliseconds, at least one.
 
     Returns:
-        `count`, `min_ms`, `max_ms`, `mean_ms`, `p50_ms` (of an even count, between the two in the middle, as
-        trtexec's median), `p90_ms`, `p95_ms`, `p99_ms`, and `cov_percent`: population standard deviation ÷ mean.
+        `count`, `min_ms`, `max_ms`, `mean_ms`, `p50_ms` (the mean of the two middle values if the
+        count is even, as trtexec's median), `p90_ms`, `p95_ms`, `p99_ms`, and `cov_percent`, the
+        population standard deviation ÷ mean.
     """
     mean = statistics.fmean(times_ms)
     return {
@@ -56,32 +58,33 @@ def summary(times_ms: Sequence[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """How many times another's value a value is."""
+    """A value ÷ another value, over rounds."""
 
     median: float
     """Median of the rounds' ratios."""
     low: float
-    """95 % interval of it: percentile bootstrap over rounds."""
+    """Lower end of the median's 95 % interval (percentile bootstrap over rounds)."""
     high: float
+    """Upper end of that interval."""
 
 
 def ratio(values: Sequence[float], others: Sequence[float], seed: int = 0) -> Ratio:
-    """Compares two contestants round by round.
+    """Return the ratio of two targets' values, compared round by round.
 
     Args:
-        values: one a round, above 0.
-        others: the other's, of the same rounds.
-        seed: of the resampling.
+        values: one value per round, above 0.
+        others: values of the other target in the same rounds.
+        seed: seed of the bootstrap.
     """
     assert len(values) == len(others) > 0
     ratios = np.asarray(values, np.float64) / np.asarray(others, np.float64)
-    places = np.random.default_rng(seed).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[places], axis=1), [2.5, 97.5])
+    samples = np.random.default_rng(seed).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[samples], axis=1), [2.5, 97.5])
     return Ratio(median=float(np.median(ratios)), low=float(low), high=float(high))
 
 
 def drift(values: Sequence[float]) -> float | None:
-    """Returns by how much the median of the last third differs from the first's; None for fewer than three values."""
+    """Return the median of the last third ÷ that of the first third − 1; None for fewer than three values."""
     third = len(values) // 3
     if third < 1:
         return None

@@ -1,4 +1,4 @@
-"""`Contestant`: whatever takes part, and how each of its quantities is measured.
+"""`BenchTarget`: a model to measure, made from a session, ONNX Runtime itself, or a network in PyTorch.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -9,31 +9,37 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend
+from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from runtime.backends.threads import Threads
 from runtime.bench.rounds import Probe, timed
 from runtime.device.arrays import DeviceArray
 from runtime.device.driver import Cuda, load_bindings
 from runtime.errors import InputError
+from runtime.graph.summary import sha256_onnx
 from runtime.prediction import predictions_of
-from runtime.preprocessing import decode, fit_to_input, network_input
+from runtime.preprocessing import decode, fit_to_input, network_input, normalize
 from runtime.session import Session
+from runtime.spec import ModelSpec
 
 __all__ = [
     "EVENTS",
     "HOST",
     "HOST_ON_GPU",
-    "Contestant",
+    "BenchTarget",
+    "TorchOpener",
     "TorchPeer",
     "Work",
-    "backend_input",
-    "of_session",
-    "of_torch",
+    "bare_onnxruntime",
     "on_gpu",
+    "session_target",
+    "torch_target",
 ]
 
 EVENTS = "CUDA events"
@@ -43,60 +49,48 @@ HOST_ON_GPU = "the host's clock, input and outputs on the GPU, launch and waitin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A contestant with a batch in its hands."""
+    """A target with a prepared input."""
 
     run: Callable[[], object]
-    """Host tensors in, host logits out; safe to call from several threads."""
+    """Runs the target from host tensors to host logits; thread-safe."""
     probes: Mapping[str, Probe]
-    """What is measured beside `run` where there is one caller. Probes of one name take turns in a round."""
+    """Measurements in addition to `run` if there is one caller. Probes with the same name take turns in a round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contestant:
-    """One of those that take turns."""
+class BenchTarget:
+    """A model to measure."""
 
     name: str
     facts: Mapping[str, Any]
-    """`kind`, `sha256`, `backend`, `device`, `clock`, settings, …; plain values."""
+    """Facts that a result records, such as `kind`, `sha256`, `backend`, `device` and `clock`; plain values."""
     most_images: int | None = None
-    """The largest batch it takes whole."""
+    """Maximum batch size that it runs without splitting."""
     fixed_batch: int | None = None
-    """The only batch it takes as it is."""
+    """The only batch size that it runs without padding."""
     prepare: Callable[[NDArray[np.uint8], Sequence[bytes]], Work]
-    """Takes pixels (N, H, W, 3) and N encoded images, and returns what is timed."""
+    """Makes the input of pixels, (N, H, W, 3), and of N encoded images."""
     image_size: tuple[int, int]
-    """Height and width of the pixels it is given."""
+    """Height and width of the pixels."""
     close: Callable[[], None] = field(default=lambda: None)
 
 
-class TorchPeer(Protocol):
-    """What `advprop.checkpoints.torch_peer` makes: a PyTorch model to be timed."""
-
-    facts: dict[str, Any]
-    image_size: tuple[int, int]
-
-    def run(self, images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]: ...
-
-    def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
-        """Puts the images where the model is; returns a call that gives the network's milliseconds."""
-
-
-def of_session(name: str, session: Session, facts: Mapping[str, Any], image_size: tuple[int, int]) -> Contestant:
-    """Makes a contestant of a loaded model file."""
+def session_target(name: str, session: Session, facts: Mapping[str, Any], image_size: tuple[int, int]) -> BenchTarget:
+    """Make a target of a loaded model file."""
     backend = session.backend
     fewest, most = backend.batch_range
     clock = EVENTS if backend.name.startswith("tensorrt") else HOST_ON_GPU if backend.device == "cuda" else HOST
 
     def prepare(pixels_NHWC: NDArray[np.uint8], encoded: Sequence[bytes]) -> Work:
-        batch = backend_input(backend, pixels_NHWC)
+        batch = _backend_input(backend, pixels_NHWC)
         backend.check(batch)
-        probes = {"compute": _compute(backend, batch)}
+        probes = {"compute": _compute_probe(backend, batch)}
         if backend.spec is not None:
             probes["predict"] = timed("predict", lambda: session.predict(encoded, batch_size=len(encoded)))
-            probes["parts"] = _parts(backend, encoded)
+            probes["parts"] = _parts_probe(backend, encoded)
         return Work(run=lambda: session.run(batch), probes=probes)
 
-    return Contestant(
+    return BenchTarget(
         name=name,
         facts={**facts, "backend": backend.name, "device": backend.device, "clock": clock},
         most_images=most,
@@ -107,35 +101,115 @@ def of_session(name: str, session: Session, facts: Mapping[str, Any], image_size
     )
 
 
-def of_torch(name: str, peer: TorchPeer, normalized: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> Contestant:
-    """Makes a contestant of a PyTorch model; `normalized` makes its input of pixels."""
+def bare_onnxruntime(
+    name: str, path: Path, backend: OnnxRuntimeBackend, threads: Threads, image_size: tuple[int, int]
+) -> BenchTarget:
+    """Make a target of `InferenceSession.run`, which shows what a session adds to it.
+
+    Args:
+        name: name of the target.
+        path: the ONNX file.
+        backend: the backend that runs the file. Its own `InferenceSession` is called, so settings and
+            arithmetic are the same.
+        threads: threads of the backend.
+        image_size: height and width.
+    """
+    session, outputs = backend.session, [output.name for output in backend.outputs]
 
     def prepare(pixels_NHWC: NDArray[np.uint8], encoded: Sequence[bytes]) -> Work:
-        batch = normalized(pixels_NHWC)
+        feed = {backend.input.name: _backend_input(backend, pixels_NHWC)}
+
+        def run() -> Any:
+            return session.run(outputs, feed)
+
+        # Without a GPU, the call consists of the network only.
+        return Work(run=run, probes={} if backend.device == "cuda" else {"compute": timed("compute", run)})
+
+    facts = {
+        "kind": "onnx",
+        "sha256": sha256_onnx(path),
+        "peer": "a bare InferenceSession.run of the same file",
+        "backend": "onnxruntime",
+        "device": backend.device,
+        "clock": HOST,
+        "threads": threads.intra,
+        "spin": threads.spin,
+    }
+    fewest, most = backend.batch_range
+    return BenchTarget(
+        name=name,
+        facts=facts,
+        most_images=most,
+        fixed_batch=fewest if fewest == most else None,
+        prepare=prepare,
+        image_size=image_size,
+    )
+
+
+class TorchPeer(Protocol):
+    """A network in PyTorch to measure."""
+
+    facts: dict[str, Any]
+    image_size: tuple[int, int]
+
+    def run(self, images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the network from host memory to host memory; thread-safe."""
+
+    def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
+        """Copy images to the network's device; return a call that returns the network's milliseconds."""
+
+
+class TorchOpener(Protocol):
+    """Opens networks in PyTorch, such as `advprop.checkpoints.open_torch_peer`."""
+
+    def __call__(
+        self, spec: ModelSpec | None, *, checkpoint: Path | None, half: bool, device: str, threads: int
+    ) -> tuple[ModelSpec, Sequence[tuple[str, TorchPeer]]]:
+        """Open a network as it is, and on a GPU also compiled.
+
+        Args:
+            spec: architecture, classes and image size of a network with random weights; None: those
+                of the checkpoint.
+            checkpoint: one of our checkpoints.
+            half: compute in FP16 on a GPU.
+            device: `auto`, `cpu` or `cuda`.
+            threads: CPU threads; 0 leaves the number to PyTorch.
+
+        Returns:
+            The spec, and (suffix of the name, network) pairs.
+        """
+
+
+def torch_target(name: str, peer: TorchPeer, spec: ModelSpec) -> BenchTarget:
+    """Make a target of a network in PyTorch."""
+
+    def prepare(pixels_NHWC: NDArray[np.uint8], encoded: Sequence[bytes]) -> Work:
+        batch = normalize(pixels_NHWC, spec.preprocessing)
         measure = peer.probe(batch)
         return Work(run=lambda: peer.run(batch), probes={"compute": lambda: {"compute": measure()}})
 
-    return Contestant(name=name, facts=peer.facts, prepare=prepare, image_size=peer.image_size)
+    return BenchTarget(name=name, facts=peer.facts, prepare=prepare, image_size=peer.image_size)
 
 
-def backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
-    """Makes what a backend takes of pixels; of a file without a spec, pixels scaled to [-1, 1] where it takes floats.
+def _backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
+    """Make a backend's input of pixels. Without a spec, float inputs are pixels scaled to [-1, 1].
 
-    Raises InputError for a file whose input is none that we know.
+    Raises:
+        InputError: the input is not an image with three channels.
     """
     spec, expected = backend.spec, backend.input
     if spec is not None:
         made: NDArray[Any] = network_input(pixels_NHWC, spec.preprocessing, spec.input_form)
         return made.astype(expected.dtype, copy=False)
-    last = expected.shape[-1] == 3
-    if not last and expected.shape[1] not in (3, -1):
-        raise InputError(f"images of three channels are run; the model expects {expected}")
-    batch = pixels_NHWC if last else np.ascontiguousarray(pixels_NHWC.transpose(0, 3, 1, 2))
+    channels_last = expected.shape[-1] == 3
+    if not channels_last and expected.shape[1] not in (3, -1):
+        raise InputError(f"expected a model whose input is an image with three channels; found {expected}")
+    batch = pixels_NHWC if channels_last else np.ascontiguousarray(pixels_NHWC.transpose(0, 3, 1, 2))
     return batch if expected.dtype == np.uint8 else (batch / 127.5 - 1).astype(expected.dtype)
 
 
-def _compute(backend: Backend, batch: NDArray[Any]) -> Probe:
-    """The network alone: by events where the backend has them, else by the host's clock."""
+def _compute_probe(backend: Backend, batch: NDArray[Any]) -> Probe:
+    """Return a probe of the network alone: by CUDA events if the backend has them, or else by the host's clock."""
     if backend.device == "cpu":
         return timed("compute", lambda: backend.run_checked(batch))
     if backend.device_times(batch) is None:
@@ -157,7 +231,7 @@ def _compute(backend: Backend, batch: NDArray[Any]) -> Probe:
 
 
 def on_gpu(batch: NDArray[Any], cuda: Cuda) -> DeviceArray:
-    """Puts a batch on the GPU, once, in the primary context that the backend uses too. Raises RunFailed."""
+    """Copy a batch to the GPU, in the primary context, which the backend uses too. Raises RunFailed."""
     with cuda.current():
         memory = cuda.device_memory(batch.nbytes, "a batch")
         stream = cuda.stream()
@@ -171,8 +245,8 @@ def on_gpu(batch: NDArray[Any], cuda: Cuda) -> DeviceArray:
     )
 
 
-def _parts(backend: Backend, encoded: Sequence[bytes]) -> Probe:
-    """What `predict` does, step by step."""
+def _parts_probe(backend: Backend, encoded: Sequence[bytes]) -> Probe:
+    """Return a probe of the steps of `predict`."""
     spec = backend.spec
     assert spec is not None
 

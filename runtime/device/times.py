@@ -9,7 +9,7 @@ __all__ = ["DeviceTimes"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTimes:
-    """One call, by CUDA events on its stream. What trtexec calls each is in `runtime.bench.quantities`."""
+    """One call, by CUDA events on its stream. What trtexec calls each is in `runtime.bench.results`."""
 
     h2d_ms: float
     """Images from pinned memory to the GPU."""

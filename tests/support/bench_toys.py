@@ -1,4 +1,4 @@
-"""Contestants whose calls are counted, not timed."""
+"""Targets that record their calls."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.targets import Contestant, Work
+from runtime.bench.targets import BenchTarget, Work
 
 
-def toy_contestant(
+def toy_target(
     name: str,
     calls: list[str],
     run: Callable[[], object] = lambda: None,
     **limits: Any,
-) -> Contestant:
-    """Writes its name into `calls` whenever it is run, with `.compute` behind it by its probe."""
+) -> BenchTarget:
+    """Return a target that appends its name to `calls` when it runs, and NAME.compute when its probe does."""
 
     def prepare(pixels: np.ndarray, encoded: Sequence[bytes]) -> Work:
         assert len(pixels) == len(encoded)
@@ -32,4 +32,4 @@ def toy_contestant(
         return Work(run=work, probes={"compute": compute})
 
     facts = {"kind": "onnx", "sha256": name * 8, "backend": "toy", "device": "cpu", "clock": "calls"}
-    return Contestant(name=name, facts=facts, prepare=prepare, image_size=(4, 4), **limits)
+    return BenchTarget(name=name, facts=facts, prepare=prepare, image_size=(4, 4), **limits)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from advprop.checkpoints import open_torch_peer
 from advprop.cli import main
-from runtime.bench.entries import LoadOptions, open_contestants
-from runtime.bench.peers import onnx_beside
+from runtime.bench.entries import LoadOptions, find_onnx_of, open_targets
 from runtime.engine.sidecar import EngineInfo, write_sidecar
 from runtime.errors import ArchError, ConfigError, ModelFileError
 from runtime.evaluate.report.inputs import latency_of
@@ -117,7 +117,7 @@ def test_files_without_a_spec_and_with_a_fixed_batch(tmp_path: Path) -> None:
     assert (point["batch_size"], sorted(point["quantities"])) == (4, ["compute", "end_to_end"])
     refused = bench(tmp_path / "m.onnx", "--batch", "1", "--out", tmp_path / "out")
     assert refused.exit_code == 2
-    assert "m takes batches of 4" in refused.stderr
+    assert "m runs batches of 4" in refused.stderr
     assert "use --batch 4" in refused.stderr
     refused = bench(tmp_path / "m.onnx", "--against", "torch", "--out", tmp_path / "out")
     assert "has no spec, so its architecture is unknown" in refused.stderr
@@ -128,13 +128,13 @@ def test_files_without_a_spec_and_with_a_fixed_batch(tmp_path: Path) -> None:
     [
         (["none.onnx"], 2, "no such model file: none.onnx"),
         (["bad.onnx"], 2, "bad.onnx"),
-        (["model.onnx", "model.onnx"], 2, "the same file is there twice"),
-        (["model.onnx", "./model.onnx"], 2, "the same file is there twice"),
+        (["model.onnx", "model.onnx"], 2, "a file is given twice"),
+        (["model.onnx", "./model.onnx"], 2, "a file is given twice"),
         (["model.onnx", "--batch", "0"], 2, "at least 1; found 0"),
         (["model.onnx", "--batch", "one"], 2, "expected numbers such as 1,8,32"),
-        (["model.onnx", "--concurrency", "1,1"], 2, "concurrency has a number twice"),
+        (["model.onnx", "--concurrency", "1,1"], 2, "concurrency contains a number twice"),
         (["model.onnx", "--against", "jax"], 2, "--against takes torch and ort"),
-        (["model.onnx", "--images", "."], 2, "holds no image files"),
+        (["model.onnx", "--images", "."], 2, "contains no image files"),
         (["model.onnx", "--out", "model.onnx"], 2, "cannot write model.onnx"),
         (["none.engine"], 2, "no such model file: none.engine"),
         ([], 2, "Missing argument"),
@@ -173,13 +173,13 @@ def sidecar(engine: Path, onnx_sha256: str) -> None:
 def test_the_onnx_beside_an_engine(tmp_path: Path) -> None:
     engine, model = tmp_path / "m.engine", toy_onnx(tmp_path / "m.onnx")
     sidecar(engine, sha256_file(model))
-    assert onnx_beside(engine) == model
+    assert find_onnx_of(engine) == model
     shutil.move(model, tmp_path / "x.onnx")
     toy_onnx(tmp_path / "m.onnx", scale=1.0)
-    assert onnx_beside(engine) == tmp_path / "x.onnx"
+    assert find_onnx_of(engine) == tmp_path / "x.onnx"
     (tmp_path / "x.onnx").unlink()
-    with pytest.raises(ModelFileError, match=r"not found; the m.onnx there is another. Put it there, or leave"):
-        onnx_beside(engine)
+    with pytest.raises(ModelFileError, match=r"It is not there, and m.onnx is another file. Copy it there, or remove"):
+        find_onnx_of(engine)
 
 
 def test_names_and_settings_without_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,12 +189,14 @@ def test_names_and_settings_without_effect(tmp_path: Path, caplog: pytest.LogCap
     logging.getLogger("runtime").handlers.clear()
     caplog.set_level(logging.WARNING, logger="runtime")
     paths = [tmp_path / "a" / "m.onnx", tmp_path / "b" / "m.onnx"]
-    found = open_contestants(paths, ["ort"], LoadOptions(device="cpu", cuda_graphs=False))
+    found = open_targets(paths, ["ort"], LoadOptions(device="cpu", cuda_graphs=False))
     assert [one.name for one in found] == ["a-m.onnx", "a-m.onnx-ort", "b-m.onnx", "b-m.onnx-ort"]
     assert caplog.text.count("EngineOptions have no effect") == 2
     with pytest.raises(ConfigError, match=r"found 'ort,ort'"):
-        open_contestants(paths, ["ort", "ort"], LoadOptions())
+        open_targets(paths, ["ort", "ort"], LoadOptions())
     with pytest.raises(ArchError):
-        open_contestants(paths[:1], ["torch"], LoadOptions(device="cpu", spin=False))
+        open_targets(paths[:1], ["torch"], LoadOptions(device="cpu", spin=False), torch_opener=open_torch_peer)
+    with pytest.raises(ConfigError, match=r"pass torch_opener=advprop\.checkpoints\.open_torch_peer"):
+        open_targets(paths[:1], ["torch"], LoadOptions(device="cpu"))
     assert "spin settings have no effect on toy-torch" in caplog.text
-    assert "--threads N gives all as many" in caplog.text
+    assert "use --threads N for equal numbers" in caplog.text

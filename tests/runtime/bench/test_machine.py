@@ -1,13 +1,23 @@
-"""What is read of the machine, and what is said of it."""
+"""What is read from the machine, and the warnings about it."""
 
-from collections.abc import Sequence
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
-from runtime.bench.cpu import Usage, cpu_name, cpu_state, others_share, usage
-from runtime.bench.gpu import gpu_state, reasons_of
+from runtime.bench.machine import (
+    SLOWED_DOWN,
+    ClockReason,
+    Usage,
+    cpu_name,
+    cpu_state,
+    gpu_state,
+    others_share,
+    usage,
+)
 from runtime.bench.warnings import warnings_of
 
 NOTHING = {
@@ -21,81 +31,141 @@ NOTHING = {
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
+    """Write files of /proc and /sys below another root."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
 
 
-def test_an_unknown_machine(tmp_path: Path) -> None:
-    assert cpu_state(tmp_path) == NOTHING
+def test_values_that_cannot_be_read_are_none(tmp_path: Path) -> None:
+    state = cpu_state(tmp_path)
+    assert state.keys() == NOTHING.keys()
+    assert (state["governor"], state["quota_cores"], state["throttled_periods"]) == (None, None, None)
     assert cpu_name(tmp_path) is None
-    assert usage(tmp_path).busy_s is None
-    assert others_share(usage(tmp_path), usage(tmp_path)) is None
 
 
-def test_a_virtual_machine(tmp_path: Path) -> None:
+def test_the_present_machine() -> None:
+    state = cpu_state()
+    assert state["load_average"] >= 0
+    assert state["frequency_mhz"] is None or 100 < state["frequency_mhz"] < 10_000
+    assert (state["frequency_mhz"] is None) == (state["frequency_source"] is None)
+
+
+def test_control_groups_of_version_2(tmp_path: Path) -> None:
     files = {
         "proc/cpuinfo": "model name\t: A CPU @ 2 GHz\ncpu MHz\t\t: 2000.000\n\nmodel name\t: A CPU\ncpu MHz\t: 3000\n",
-        "proc/loadavg": "1.50 0.82 2.04 1/86 4195\n",
         "sys/fs/cgroup/cpu.max": "150000 100000\n",
         "sys/fs/cgroup/cpu.stat": "usage_usec 5\nnr_periods 9\nnr_throttled 3\n",
     }
     state = cpu_state(tree(tmp_path, files))
-    assert state == {
-        "frequency_mhz": 2500,
-        "frequency_source": "cpuinfo",
-        "governor": None,
-        "load_average": 1.5,
-        "quota_cores": 1.5,
-        "throttled_periods": 3,
-    }
+    assert (state["quota_cores"], state["throttled_periods"], state["governor"]) == (1.5, 3, None)
+    assert state["frequency_source"] in ("cpuinfo", None)
     assert cpu_name(tmp_path) == "A CPU @ 2 GHz"
 
 
-def test_clocks_by_cpufreq_and_the_older_control_groups(tmp_path: Path) -> None:
+def test_control_groups_of_version_1_and_the_governor(tmp_path: Path) -> None:
     files = {
-        "proc/cpuinfo": "cpu MHz : 2000\n",
-        "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "800000\n",
         "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
-        "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "1200000\n",
         "sys/fs/cgroup/cpu.max": "max 100000\n",
         "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
         "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
         "sys/fs/cgroup/cpu/cpu.stat": "nr_periods 0\nnr_throttled 0\n",
     }
     state = cpu_state(tree(tmp_path, files))
-    assert (state["frequency_mhz"], state["frequency_source"], state["governor"]) == (1000, "cpufreq", "powersave")
+    assert state["governor"] == "powersave"
+    assert state["frequency_source"] in ("cpufreq", None)
     assert (state["quota_cores"], state["throttled_periods"]) == (None, 0)
+    (tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").write_text("250000\n")
+    assert cpu_state(tmp_path)["quota_cores"] == 2.5
 
 
-def test_what_others_computed(tmp_path: Path) -> None:
-    stat = "cpu  100 0 50 900 10 0 5 45 7 0\ncpu0 50 0 25 450 5 0 3 22 0 0\ncpu1 50 0 25 450 5 0 2 23 0 0\nintr 5\n"
-    found = usage(tree(tmp_path, {"proc/stat": stat}))
-    assert found.cores == 2
-    assert found.busy_s == pytest.approx(2.0)  # 200 ticks of user, nice, system, irq, softirq and steal
+def test_usage_counts_the_work_of_this_process() -> None:
+    before = usage()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    after = usage()
+    assert after.cores >= 1
+    assert 0.25 < after.own_s - before.own_s < 5
+    assert after.wall_s - before.wall_s >= 0.29
+    if before.busy_s is not None and after.busy_s is not None and after.busy_s > before.busy_s:
+        assert after.busy_s - before.busy_s >= 0.2
 
+
+def test_the_share_of_other_processes() -> None:
     def at(wall: float, own: float, busy: float | None) -> Usage:
         return Usage(wall_s=wall, own_s=own, busy_s=busy, cores=2)
 
     assert others_share(at(0, 1, 10), at(10, 9, 23)) == pytest.approx(0.25)
     assert others_share(at(0, 1, 10), at(10, 9, 17)) == 0
-    assert others_share(at(0, 1, 0), at(10, 9, 0)) is None  # counts nothing
+    assert others_share(at(0, 1, 0), at(10, 9, 0)) is None  # the counters stand still
     assert others_share(at(0, 1, None), at(10, 9, 3)) is None
+    assert others_share(at(3, 1, 0), at(3, 1, 0)) is None
 
 
-LINE = "NVIDIA L4, 550.54, 1200, 2040, 6251, 61, 71.5, [N/A], 98, 0x0000000000000024\n"
+class StandInNvml:
+    """A driver with two GPUs. It has pynvml's constants and errors, and no other functions of it."""
+
+    NVMLError = pynvml.NVMLError
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+    UUIDS = ("GPU-aaaa-1111", "GPU-bbbb-2222")
+
+    def __init__(self, *unsupported: str, old_driver: bool = False) -> None:
+        self.open = 0
+        self.unsupported = set(unsupported)
+        if old_driver:
+            self.unsupported.add("nvmlDeviceGetCurrentClocksEventReasons")
+        self.values = {
+            "nvmlDeviceGetName": lambda gpu: f"NVIDIA {gpu}",
+            "nvmlSystemGetDriverVersion": lambda: "550.54",
+            "nvmlDeviceGetCount": lambda: 2,
+            "nvmlDeviceGetUUID": lambda gpu: self.UUIDS[gpu],
+            "nvmlDeviceGetClockInfo": lambda gpu, kind: {self.NVML_CLOCK_SM: 1200, self.NVML_CLOCK_MEM: 6251}[kind],
+            "nvmlDeviceGetMaxClockInfo": lambda gpu, kind: {self.NVML_CLOCK_SM: 2040}[kind],
+            "nvmlDeviceGetTemperature": lambda gpu, sensor: 61,
+            "nvmlDeviceGetPowerUsage": lambda gpu: 71_500,
+            "nvmlDeviceGetPowerManagementLimit": lambda gpu: 72_000,
+            "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(gpu=98, memory=10),
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: self.reasons,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: self.reasons,
+        }
+        self.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonSwThermalSlowdown
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if "nvmlInit" in self.unsupported:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        if not 0 <= index < 2:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.unsupported:
+
+            def unsupported(*arguments: Any) -> None:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+            return unsupported
+        assert hasattr(pynvml, name), f"pynvml has no {name}"
+        return self.values[name]
 
 
-def test_a_gpu() -> None:
-    asked: list[Sequence[str]] = []
-
-    def ask(command: Sequence[str]) -> str | None:
-        asked.append(command)
-        return LINE if "clocks_throttle_reasons.active" in command[2] else None  # an older driver
-
-    assert gpu_state(ask) == {
-        "name": "NVIDIA L4",
+@pytest.mark.parametrize("old_driver", [False, True])
+def test_a_gpu(old_driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    nvml = StandInNvml("nvmlDeviceGetPowerManagementLimit", old_driver=old_driver)
+    assert gpu_state(nvml) == {
+        "name": "NVIDIA 0",
         "driver": "550.54",
         "sm_mhz": 1200,
         "most_sm_mhz": 2040,
@@ -106,17 +176,55 @@ def test_a_gpu() -> None:
         "utilization_percent": 98,
         "reasons": ["power cap", "thermal slowdown (software)"],
     }
-    assert len(asked) == 2
-    assert gpu_state(lambda _: None) is None
-    assert gpu_state(lambda _: "Field is not valid\n") is None
-    assert reasons_of("[N/A]") is None
-    assert reasons_of("0x0") == []
+    assert nvml.open == 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [("", "NVIDIA 0"), ("1,0", "NVIDIA 1"), ("GPU-bbbb", "NVIDIA 1"), ("GPU-cccc", None), ("7", None), ("-1", None)],
+)
+def test_the_first_gpu_that_cuda_shows_is_read(visible: str, name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    state = gpu_state(StandInNvml())
+    assert (state and state["name"]) == name
+
+
+def test_without_a_driver_the_state_is_unknown() -> None:
+    assert gpu_state(StandInNvml("nvmlInit")) is None
+    no_reasons = StandInNvml("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+    state = gpu_state(no_reasons)
+    assert state is not None
+    assert state["reasons"] is None
+
+
+def test_clock_reasons_equal_nvmls() -> None:
+    assert {reason.name: reason.value for reason in ClockReason} == {
+        "IDLE": pynvml.nvmlClocksEventReasonGpuIdle,
+        "APPLICATION_CLOCKS": pynvml.nvmlClocksEventReasonApplicationsClocksSetting,
+        "POWER_CAP": pynvml.nvmlClocksEventReasonSwPowerCap,
+        "HARDWARE_SLOWDOWN": pynvml.nvmlClocksEventReasonHwSlowdown,
+        "SYNC_BOOST": pynvml.nvmlClocksEventReasonSyncBoost,
+        "SOFTWARE_THERMAL_SLOWDOWN": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
+        "HARDWARE_THERMAL_SLOWDOWN": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+        "POWER_BRAKE": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
+        "DISPLAY_CLOCKS": pynvml.nvmlClocksEventReasonDisplayClockSetting,
+    }
+    nvml = StandInNvml()
+    nvml.reasons = pynvml.nvmlClocksEventReasonAll
+    state = gpu_state(nvml)
+    assert state is not None
+    assert state["reasons"] == [reason.text for reason in ClockReason]
+    assert {
+        *("power cap", "hardware slowdown", "power brake"),
+        *("thermal slowdown (software)", "thermal slowdown (hardware)"),
+    } == SLOWED_DOWN
 
 
 L4 = {"name": "NVIDIA L4"}
 
 
 def result(**changes: Any) -> dict[str, Any]:
+    """Return a result with a single point, without anything to warn about."""
     machine = {
         "gpu": "NVIDIA L4",
         "others_share": 0.0,
@@ -129,13 +237,13 @@ def result(**changes: Any) -> dict[str, Any]:
     return {"machine": machine, "points": [point]}
 
 
-def test_what_a_reader_is_told() -> None:
-    assert warnings_of(result(), False) == []
+def test_warnings() -> None:
+    assert warnings_of(result(), gpu_unknown=False) == []
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"machine": {"others_share": 0.3}}, "other work used 30% of the cores"),
+        ({"machine": {"others_share": 0.3}}, "other processes used 30% of the cores"),
         (
             {"machine": {"before": NOTHING | {"throttled_periods": 1}, "after": NOTHING | {"throttled_periods": 5}}},
-            "CPU quota stopped the processes 4 times",
+            "CPU quota paused its processes 4 times",
         ),
         (
             {
@@ -144,24 +252,26 @@ def test_what_a_reader_is_told() -> None:
                     "after": NOTHING | {"frequency_mhz": 2000.0, "frequency_source": "cpufreq"},
                 }
             },
-            "3000 MHz before and 2000 MHz after",
+            "the CPU clock changed from 3000 MHz to 2000 MHz",
         ),
         (
             {"machine": {"gpu_states": [L4 | {"reasons": ["idle", "power cap"]}, L4 | {"reasons": None}]}},
-            "slowed down: power cap. nvidia-smi -lgc",
+            "slowed down: power cap. Lock its clock with nvidia-smi -lgc",
         ),
         (
             {"machine": {"gpu": "NVIDIA T4", "gpu_states": [L4 | {"reasons": []}]}},
-            "nvidia-smi told of NVIDIA L4; NVIDIA T4 was used",
+            "NVML reports NVIDIA L4, but the run used NVIDIA T4",
         ),
         (
             {"end_to_end": {"round_medians_ms": [1, 1, 1.02, 1.05, 1.1, 1.1]}},
-            "the last third of the rounds was 10% slower",
+            "the last third of the rounds was 10% slower than the first",
         ),
         ({"end_to_end": {"cov_percent": 3.0}}, "more than 2.5 % (CoV) at 1 of 1 points"),
-        ({"enqueue": {"p50_ms": 0.9}, "compute": {"p50_ms": 1.0}}, "launching takes as long as computing"),
+        ({"enqueue": {"p50_ms": 0.9}, "compute": {"p50_ms": 1.0}}, "enqueuing takes as long as computing"),
     ]
     for changes, words in cases:
-        (found,) = warnings_of(result(**changes), False)
+        (found,) = warnings_of(result(**changes), gpu_unknown=False)
         assert words in found
-    assert warnings_of(result(), True) == ["clocks and throttling of the GPU are unknown: nvidia-smi did not tell"]
+    assert warnings_of(result(), gpu_unknown=True) == [
+        "clocks and throttling of the GPU are unknown, because NVML could not read them"
+    ]
