@@ -185,9 +185,10 @@ def gpu_state(nvml: Any = None) -> dict[str, Any] | None:
     """
     if nvml is None:
         try:
-            import pynvml as nvml
+            import pynvml
         except ImportError:
             return None
+        nvml = pynvml
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:  # no driver
