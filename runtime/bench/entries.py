@@ -32,12 +32,12 @@ PEERS = ("torch", "ort")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """How files are loaded. None leaves a setting to the backend; a warning reports settings without effect."""
+    """How files are loaded. None leaves a setting to the backend."""
 
     device: str = "auto"
     """`auto`, `cpu` or `cuda`, for files and peers."""
     threads: int = 0
-    """CPU threads per run of ONNX Runtime and PyTorch; 0: one per physical core, or each library's choice."""
+    """CPU threads per run of ONNX Runtime and PyTorch; 0 leaves the number to each library."""
     spin: bool | None = None
     """Whether idle threads of ONNX Runtime spin; by default they do."""
     cuda_graphs: bool | None = None
@@ -251,7 +251,7 @@ def _image_size(session: Session, path: Path) -> tuple[int, int]:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return distinct names for files, which can be part of file names: the shortest part of their paths.
+    """Return distinct names for files: parts of their paths, as short as possible.
 
     Raises:
         ConfigError: two names cannot be told apart.

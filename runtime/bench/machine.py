@@ -1,7 +1,7 @@
 """The machine before, during and after a run: clocks, load, quota, other processes, and the GPU.
 
-psutil and NVML report most of it. The control group's quota, the CPU's name and its governor are read
-from the file system. Values that cannot be read are None.
+psutil and NVML report most of it. The control group's quota, the CPU's name and its governor are
+read from the file system. Values that cannot be read are None.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def cpu_state(root: Path = _ROOT) -> dict[str, Any]:
 
     Returns:
         `frequency_mhz`, the mean of all cores; `frequency_source`, which is `cpufreq`, or `cpuinfo`
-        if the frequency may only be nominal, as in virtual machines; `governor`; `load_average` over
-        one minute; `quota_cores` of the control group, None without a limit; and how many
+        if the frequency may only be nominal, as in virtual machines; `governor`; `load_average`
+        over one minute; `quota_cores` of the control group, None without a limit; and how many
         `throttled_periods` it has had.
     """
     import psutil
@@ -110,7 +110,7 @@ def cpu_state(root: Path = _ROOT) -> dict[str, Any]:
 
 
 def _quota(root: Path) -> float | None:
-    """Return the cores that the control group grants (version 2, or else 1); None without a limit."""
+    """Return the cores that the control group (version 2 or 1) grants; None without a limit."""
     words = (_read(root / "sys/fs/cgroup/cpu.max") or "").split()
     if len(words) == 2 and words[0] != "max":
         return int(words[0]) / int(words[1])
@@ -163,7 +163,7 @@ def usage() -> Usage:
 
 
 def others_share(before: Usage, after: Usage) -> float | None:
-    """Return the share of the machine's cores that other processes used between two moments; None if unknown."""
+    """Return the share of the machine's cores that other processes used; None if unknown."""
     if before.busy_s is None or after.busy_s is None or after.wall_s <= before.wall_s:
         return None
     if after.busy_s <= before.busy_s and after.own_s - before.own_s > 1:
@@ -180,8 +180,8 @@ def gpu_state(nvml: Any = None) -> dict[str, Any] | None:
 
     Returns:
         `name`, `driver`, clocks in MHz (`sm_mhz`, `most_sm_mhz`, `memory_mhz`), `temperature_c`,
-        `power_w`, `power_limit_w`, `utilization_percent`, and `reasons` for the present clock. Values
-        that the GPU does not report are None.
+        `power_w`, `power_limit_w`, `utilization_percent`, and `reasons` for the present clock.
+        Values that the GPU does not report are None.
     """
     if nvml is None:
         try:

@@ -18,11 +18,12 @@ _LINES = ("-", "--", ":")
 _COLORS = 6
 _FONT = 8  # points
 _AROUND = ((0, 9), (0, -9), (1, 0), (-1, 0), (1, 9), (-1, 9), (1, -9), (-1, -9), (0, 18), (0, -18), (0, 27), (0, -27))
-"""Positions of a label relative to its marker: sides (in label widths) and points upward, in order of preference."""
+"""Positions of a label relative to its marker, in order of preference: sides, in label widths, and
+points upward."""
 
 
 def plot_run(path: Path, result: Mapping[str, Any]) -> None:
-    """Plot throughput against p50 latency, one line per model, with batch size and callers at each point.
+    """Plot throughput against p50 latency, one line per model, each point with its batch size.
 
     With several numbers of callers, the line connects the points of the model's Pareto front.
 
@@ -65,7 +66,7 @@ def plot_run(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def place_labels(points: Sequence[Sequence[float]], labels: Sequence[str]) -> list[tuple[float, float]]:
-    """Place a label next to each point so that labels overlap neither points nor each other, if possible.
+    """Place a label next to each point, without overlap if possible.
 
     Args:
         points: (x, y) in typographic points.
@@ -116,7 +117,7 @@ def _line(axes: Axes, place: int, name: str, points: Sequence[tuple[float, float
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (latency, throughput) for which no other is both faster and has more throughput."""
+    """Return the points (latency, throughput) that no other point dominates, by latency."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or y > best[-1][1]:

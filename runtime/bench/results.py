@@ -1,10 +1,10 @@
-"""The result of a run, `advprop.benchrun/1`, and the latencies that reports read, `advprop.bench/1`.
+"""The result of a run, `advprop.benchrun/1`, and latencies for reports, `advprop.bench/1`.
 
-`advprop.benchrun/1` has `settings` (the BenchConfig), `images` (the input of `predict`), `machine` (its
-state before and after, and other processes), `versions`, `models` (name, sha256, backend, device, clock
-and settings of each target), `points` (for each model, batch size and number of callers: `quantities`
-with percentiles, `round_medians_ms` and the `ratio` to the first model, and `images_s`), `trtexec` (what
-each quantity means and trtexec calls it), and `warnings`.
+`advprop.benchrun/1` has `settings` (the BenchConfig), `images` (the input of `predict`), `machine`
+(its state before and after, and other processes), `versions`, `models` (name, sha256, backend,
+device, clock and settings of each target), `points` (for each model, batch size and number of
+callers: `quantities` with percentiles, `round_medians_ms` and the `ratio` to the first model, and
+`images_s`), `trtexec` (what each quantity means and trtexec calls it), and `warnings`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def measure_and_write(
     progress: Progress | None = None,
     show: Callable[[dict[str, Any], list[Path]], None] | None = None,
 ) -> None:
-    """Measure all points and write the result. If the run is interrupted or fails, write the finished points.
+    """Measure all points and write the result; if the run stops early, write the finished points.
 
     Args:
         bench: the run.
@@ -155,7 +155,7 @@ def result_of(bench: Bench, images: str) -> dict[str, Any]:
 
 
 def write_run(out: Path, result: dict[str, Any]) -> list[Path]:
-    """Write `bench.json`, `bench.md`, `bench.csv`, the plot, and MODEL.batchN.json for `advprop report`.
+    """Write the result as JSON, Markdown, CSV and a plot, and MODEL.batchN.json for reports.
 
     All files appear together when they are complete. Files of other runs are kept.
 
@@ -185,7 +185,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def report_files(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the files that `advprop report` reads: name → `advprop.bench/1`, per model file and batch size.
+    """Return the files for `advprop report`: name → `advprop.bench/1`, per model and batch size.
 
     The times are end to end, with a single caller. Peers have no files, because they are not model
     files of their own.
@@ -211,7 +211,7 @@ def report_files(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _device(model: dict[str, Any], machine: dict[str, Any]) -> str:
-    """Return what must be equal for two latencies to be compared: the device, and on a CPU the threads."""
+    """Return the device, and on a CPU the threads: latencies are compared only if it is equal."""
     if model["device"] == "cuda":
         return machine["gpu"] or "unknown GPU"
     threads = model.get("threads") or 0

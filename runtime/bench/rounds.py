@@ -1,4 +1,4 @@
-"""The loops that measure: interleaved rounds, single calls, and several callers in a closed loop."""
+"""The loops that measure: single calls, and several callers in a closed loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Probe = Callable[[], Mapping[str, float]]
 
 
 def round_order(count: int, number: int, seed: int) -> list[int]:
-    """Return a random order of `count` targets for round `number`, so that none always follows the same other."""
+    """Return the random order of `count` targets in round `number`."""
     places = list(range(count))
     random.Random(f"{seed}/{number}").shuffle(places)
     return places
@@ -78,7 +78,7 @@ def run_closed_loop(call: Callable[[], object], callers: int, seconds: float, mi
         min_calls: minimum number of calls per thread.
 
     Raises:
-        Exception: the first exception of a call; all threads stop. KeyboardInterrupt stops them too.
+        Exception: the first exception of a call; all threads stop, as with KeyboardInterrupt.
     """
     times: list[list[float]] = [[] for _ in range(callers)]
     errors: list[BaseException] = []

@@ -25,20 +25,21 @@ _BATCH_SIZES = (1, 8, 32)
 _TARGETS_CLOCK = ("compute", "h2d", "d2h", "latency")
 """Quantities that are measured with the target's own clock; the others use the host's."""
 _WARM_UP_CALLS = 2
-"""Minimum number of warm-up calls per caller, in addition to the first one, which is never counted."""
+"""Minimum number of warm-up calls per caller, after the first one, which is never counted."""
 
 Progress = Callable[[int, int, str], None]
-"""Called with the number of finished rounds, the number of all rounds, and a description of the current ones."""
+"""Called with the numbers of finished and of all rounds, and a description of the current ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """Settings of a run. Warm-up, duration and iterations have the meaning and defaults of trtexec."""
+    """Settings of a run. Warm-up, duration and iterations are those of trtexec."""
 
     batch_sizes: tuple[int, ...] = ()
-    """Batch sizes; default: those of 1, 8 and 32 that all targets support, or the fixed batch size that they share."""
+    """Batch sizes; default: those of 1, 8 and 32 that all targets support, or the fixed batch size
+    that they share."""
     concurrency: tuple[int, ...] = (1,)
-    """Numbers of threads that call a target concurrently, each as soon as its previous call has returned."""
+    """Numbers of threads that call a target concurrently, each again when its call has returned."""
     warm_up_ms: float = 200.0
     """Warm-up of each target before a point is measured; at least three calls."""
     duration_s: float = 3.0
@@ -46,8 +47,8 @@ class BenchConfig:
     iterations: int = 10
     """Minimum number of calls per quantity, target and point; at least one per round."""
     rounds: int = 10
-    """Interleaved rounds. Ratios compare times of the same round, which makes them robust to changes of
-    the machine's speed."""
+    """Interleaved rounds. Ratios compare times of the same round, which makes them robust to
+    changes of the machine's speed."""
     seed: int = 0
     """Seed of the order in each round, the images and the intervals."""
 
@@ -83,8 +84,8 @@ class BenchConfig:
 def choose_batch_sizes(targets: Sequence[BenchTarget], requested: Sequence[int]) -> tuple[int, ...]:
     """Return the batch sizes of a run.
 
-    A session pads and splits batches of other sizes. Their time is not that of the requested size, so
-    such sizes are refused before anything is measured.
+    A session pads and splits batches of other sizes. Their time is not that of the requested size,
+    so such sizes are refused before anything is measured.
 
     Args:
         targets: all must support every size.
@@ -174,7 +175,7 @@ class Bench:
             images: folder of image files for `predict`; None generates images.
 
         Raises:
-            InputError: a target does not support one of the batch sizes, or the folder has no images.
+            InputError: a target does not support a batch size, or the folder has no images.
         """
         self.targets = tuple(targets)
         self.config = config
@@ -218,7 +219,8 @@ class Bench:
         config = self.config
         show(0)
         for work in works:
-            # The warm-up has as many callers: each context of an engine captures a graph in its second run.
+            # The warm-up has as many callers: each context of an engine captures a graph in its
+            # second run.
             run_closed_loop(work.run, callers, config.warm_up_ms / 1000, _WARM_UP_CALLS)
         tallies = [_Tally() for _ in works]
         probes = dict.fromkeys(name for work in works for name in work.probes) if callers == 1 else {}

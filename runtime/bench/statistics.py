@@ -1,4 +1,4 @@
-"""Statistics of latencies: percentiles as trtexec computes them, ratios between targets, and drift."""
+"""Statistics of latencies: trtexec's percentiles, ratios between targets, and drift."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ def ratio(values: Sequence[float], others: Sequence[float], seed: int = 0) -> Ra
 
 
 def drift(values: Sequence[float]) -> float | None:
-    """Return the median of the last third ÷ that of the first third − 1; None for fewer than three values."""
+    """Return the relative change of the median from the first to the last third of the values.
+
+    It is None for fewer than three values.
+    """
     third = len(values) // 3
     if third < 1:
         return None

@@ -1,4 +1,4 @@
-"""`BenchTarget`: a model to measure, made from a session, ONNX Runtime itself, or a network in PyTorch.
+"""`BenchTarget`: a model to measure, run by a session, ONNX Runtime itself, or PyTorch.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -54,7 +54,8 @@ class Work:
     run: Callable[[], object]
     """Runs the target from host tensors to host logits; thread-safe."""
     probes: Mapping[str, Probe]
-    """Measurements in addition to `run` if there is one caller. Probes with the same name take turns in a round."""
+    """Measurements in addition to `run` if there is one caller. Probes with the same name take
+    turns in a round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,8 @@ class BenchTarget:
 
     name: str
     facts: Mapping[str, Any]
-    """Facts that a result records, such as `kind`, `sha256`, `backend`, `device` and `clock`; plain values."""
+    """Facts that a result records, such as `kind`, `sha256`, `backend`, `device` and `clock`; plain
+    values."""
     most_images: int | None = None
     """Maximum batch size that it runs without splitting."""
     fixed_batch: int | None = None
@@ -109,8 +111,8 @@ def bare_onnxruntime(
     Args:
         name: name of the target.
         path: the ONNX file.
-        backend: the backend that runs the file. Its own `InferenceSession` is called, so settings and
-            arithmetic are the same.
+        backend: the backend that runs the file. Its own `InferenceSession` is called, so settings
+            and arithmetic are the same.
         threads: threads of the backend.
         image_size: height and width.
     """
@@ -156,7 +158,7 @@ class TorchPeer(Protocol):
         """Run the network from host memory to host memory; thread-safe."""
 
     def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
-        """Copy images to the network's device; return a call that returns the network's milliseconds."""
+        """Copy images to the device, and return a call that returns the network's milliseconds."""
 
 
 class TorchOpener(Protocol):
@@ -209,7 +211,7 @@ def _backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[
 
 
 def _compute_probe(backend: Backend, batch: NDArray[Any]) -> Probe:
-    """Return a probe of the network alone: by CUDA events if the backend has them, or else by the host's clock."""
+    """Return a probe of the network alone, with CUDA events if the backend has them."""
     if backend.device == "cpu":
         return timed("compute", lambda: backend.run_checked(batch))
     if backend.device_times(batch) is None:
@@ -231,7 +233,7 @@ def _compute_probe(backend: Backend, batch: NDArray[Any]) -> Probe:
 
 
 def on_gpu(batch: NDArray[Any], cuda: Cuda) -> DeviceArray:
-    """Copy a batch to the GPU, in the primary context, which the backend uses too. Raises RunFailed."""
+    """Copy a batch to the GPU, in the primary context like the backend. Raises RunFailed."""
     with cuda.current():
         memory = cuda.device_memory(batch.nbytes, "a batch")
         stream = cuda.stream()

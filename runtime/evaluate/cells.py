@@ -21,8 +21,8 @@ IMAGES = "images"
 """Id of the only cell of a set without corruptions."""
 
 RESIZE = ("auto", "fit", "none")
-"""`fit`: preprocess images as the model file specifies; `none`: use pixels as they are; `auto`: what the
-set requires."""
+"""`fit`: preprocess images as the model file specifies; `none`: use pixels as they are; `auto`:
+what the set requires."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
 """Severities of every corruption."""
@@ -37,9 +37,10 @@ class SuiteConfig:
     data: Path
     """Folder of the set."""
     clean: Path | None = None
-    """Folder of clean images, CLASS/IMAGE, to evaluate as well. `corruptions` has a clean cell anyway."""
+    """Folder of clean images, CLASS/IMAGE, to evaluate as well. `corruptions` does so anyway."""
     only: tuple[str, ...] = ()
-    """Cells, such as `fog/3`, or corruptions, such as `fog`. Default: all except the four extra corruptions."""
+    """Cells, such as `fog/3`, or corruptions, such as `fog`. Default: all except the four extra
+    corruptions."""
     limit: int | None = None
     """Maximum number of images per cell, drawn from every class in proportion."""
     seed: int = 0

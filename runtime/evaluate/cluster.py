@@ -2,8 +2,8 @@
 
 Ray starts the processes and reports lost ones. This module assigns the units and keeps the progress
 log. The units of a lost worker go to other workers, and a new worker is started in its place. A
-worker gets units only after it has shown that it sees the same files, on the same kind of device, and
-with the same library versions as the others.
+worker gets units only after it has shown that it sees the same files, on the same kind of device,
+and with the same library versions as the others.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["Cluster", "ClusterConfig"]
 log = logging.getLogger(__name__)
 
 _MAX_UNITS = 8
-"""Maximum number of units sent to a worker at once. They share decoded images, and are lost together."""
+"""Maximum number of units that a worker gets at once: they share images, and are lost together."""
 
 _MAX_LOSSES = 3
 """The run fails after this many workers per started worker are lost in a row."""
 
 _TIMEOUT_S = 15.0
-"""Time for a cluster to accept a connection, and delay before a warning that no worker has started."""
+"""Timeout of connecting to a cluster, and delay of the warning that no worker has started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +46,9 @@ class ClusterConfig:
     """Which cluster is used, and how much of it."""
 
     address: str
-    """`HOST:PORT` of a cluster; `auto`: the cluster that this machine belongs to; `local`: a cluster
-    on this machine that exists during the run. It is ignored if the program has called `ray.init`."""
+    """`HOST:PORT` of a cluster; `auto`: the cluster that this machine belongs to; `local`: a
+    cluster on this machine that exists during the run. It is ignored if the program has called
+    `ray.init`."""
     workers: int | None = None
     """Number of worker processes; None: as many as fit into the cluster."""
     cpus: float = 1.0
@@ -69,8 +70,8 @@ class Cluster:
         """Connect to the cluster and start the workers.
 
         Raises:
-            BackendUnavailable: Ray is not installed, there is no cluster at the address, or not even
-                one worker fits into it.
+            BackendUnavailable: Ray is not installed, there is no cluster at the address, or not
+                even one worker fits into it.
         """
         self._config = config
         self._ray, self._ours = _connect(config)
@@ -232,7 +233,7 @@ class _Dispatch:
     left: int
     """Number of units that are not counted yet."""
     running: dict[Any, tuple[int, list[Unit]]]
-    """Ray's pending result → place of its worker, and its units; no units while the worker prepares."""
+    """Ray's pending result → place and units of its worker; no units while the worker prepares."""
     idle: list[int]
     """Places of workers without units."""
     losses: int = 0
@@ -243,7 +244,8 @@ def _connect(config: ClusterConfig) -> tuple[Any, bool]:
     """Connect to the cluster. Returns the module `ray`, and whether to shut it down at the end."""
     if config.address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray listens on all interfaces; the token keeps others out. Ray reads the mode when it is imported.
+        # Ray listens on all interfaces; the token keeps others out. Ray reads the mode when it is
+        # imported.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         if "ray" not in sys.modules:
             os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -78,7 +78,7 @@ class ClusterWorker:
 
     @_return_errors
     def begin(self, measurement: Measurement, cells: Container[str]) -> tuple[str, list[dict[str, Any]]]:
-        """Prepare for counting units of `cells`: load the models and check that the images are readable.
+        """Prepare for units of `cells`: load the models and check that images are readable.
 
         Returns:
             Name of this node, and everything that the counts of this worker depend on.
@@ -102,7 +102,7 @@ class ClusterWorker:
 
     @_return_errors
     def count(self, units: Sequence[Unit]) -> list[Counted]:
-        """Count units of the measurement passed to `begin`. Raises the same errors as `Measurement.counts`."""
+        """Count units of the present measurement. Raises the errors of `Measurement.counts`."""
         assert self._measurement is not None
         with Workers(0) as workers:
             return list(self._measurement.counts(units, workers))

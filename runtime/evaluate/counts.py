@@ -26,7 +26,8 @@ BINS = 15
 Networks" (ICML 2017)."""
 
 GROUPS = 20
-"""Number of groups that images are assigned to in turn, for the intervals of `runtime.evaluate.intervals`."""
+"""Number of groups that images are assigned to in turn, for the intervals of
+`runtime.evaluate.intervals`."""
 
 NANO = 1_000_000_000
 """Confidences are stored in billionths."""

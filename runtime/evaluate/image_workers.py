@@ -206,7 +206,7 @@ def use_one_core() -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process when its parent ends. It would otherwise wait for work forever if the parent was killed."""
+    """End this process with its parent. If the parent is killed, it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

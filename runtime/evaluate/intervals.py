@@ -15,7 +15,7 @@ _Z = 1.959963984540054
 
 _T: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-"""97.5 % quantiles of Student's t distribution for 1, 2, … 20 degrees of freedom, as published tables round them."""
+"""97.5 % quantiles of Student's t for 1 to 20 degrees of freedom, rounded as in printed tables."""
 
 
 def wilson(successes: int, total: int) -> Interval | None:
@@ -101,10 +101,10 @@ def zero_variance(value: float, images: int, lowest: float, highest: float) -> I
     """Return an interval of a mean over images that all gave the same value.
 
     Their variance is 0, but an interval without width would be wrong, because the next image may be
-    the first to differ. At most z²/(n + z²) of all images differ: the upper end of Wilson's interval
-    of 0 in n, about 3.8/n. (The "rule of three" of Hanley and Lippman-Hand, "If nothing goes wrong,
-    is everything all right?", JAMA 249, 1983, is the one-sided form.) Each of these images gives a
-    value from `lowest` to `highest`.
+    the first to differ. At most z²/(n + z²) of all images differ: the upper end of Wilson's
+    interval of 0 in n, about 3.8/n. (The "rule of three" of Hanley and Lippman-Hand, "If nothing
+    goes wrong, is everything all right?", JAMA 249, 1983, is the one-sided form.) Each of these
+    images gives a value from `lowest` to `highest`.
 
     Args:
         value: the value of every image.

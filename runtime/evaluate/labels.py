@@ -1,7 +1,7 @@
 """Map folder names and label numbers to a model's classes.
 
-`IMAGENET_A` and `IMAGENET_R` list the 200 of ImageNet's 1,000 classes that these sets have images of.
-The numbers are those of pytorch-image-models (Apache-2.0),
+`IMAGENET_A` and `IMAGENET_R` list the 200 of ImageNet's 1,000 classes that these sets contain. The
+numbers are those of pytorch-image-models (Apache-2.0),
 `timm/data/_info/imagenet_{a,r}_{indices,synsets}.txt`, which equal the lists of
 github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
 """
@@ -71,7 +71,7 @@ def _no_match_message(names: list[str], spec: ModelSpec, where: str) -> str:
 
 
 def by_imagenet_number(names: Iterable[str], spec: ModelSpec, where: str) -> dict[str, int]:
-    """Find the classes of folders named 0 to 999, as in ImageNet-V2. They are numbers: 10 comes after 9.
+    """Find the classes of folders named 0 to 999, as in ImageNet-V2.
 
     Raises:
         DataError: a folder's name is not such a number, or there are no folders.

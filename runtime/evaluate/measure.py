@@ -93,7 +93,7 @@ class Measurement:
             yield (cell.id, block), self._count(cell, block, images_NHWC)
 
     def probe(self, cells: Container[str]) -> None:
-        """Compute each corruption of these cells once. Raises BackendUnavailable if a library is missing."""
+        """Call `Suite.probe` for the input size of the models. Raises BackendUnavailable."""
         self.suite.probe(cells, self.models[0].spec.preprocessing)
 
     def _images(self, workers: Workers, units: Iterable[Unit]) -> Iterator[tuple[Cell, int, NDArray[np.uint8]]]:

@@ -3,10 +3,10 @@
 Two of them are often confused:
 
 `mce_alexnet`   mean over fifteen corruptions of the model's error ÷ AlexNet's error under the same
-                corruption, in percent: 100 is as robust as AlexNet. It is defined only for ImageNet's
-                1,000 classes and ImageNet-C's fifteen corruptions.
-`mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes, and is what papers
-                report for CIFAR-10-C.
+                corruption, in percent: 100 is as robust as AlexNet. It is defined only for
+                ImageNet's 1,000 classes and ImageNet-C's fifteen corruptions.
+`mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes, and is what
+                papers report for CIFAR-10-C.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ALEXNET = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-"""AlexNet's error on ImageNet-C by corruption, mean over severities. Source: github.com/hendrycks/robustness."""
+"""AlexNet's error by corruption, mean over severities. Source: github.com/hendrycks/robustness."""
 
 ALEXNET_CLEAN = 0.435
 """AlexNet's error on ImageNet. Source: Hendrycks and Dietterich (ICLR 2019), table 1."""
@@ -110,7 +110,7 @@ def mce_alexnet(errors: Errors) -> float:
 
 
 def relative_mce_alexnet(errors: Errors, clean_error: float) -> float:
-    """Return the relative mCE, in percent: the error added by corruption ÷ the error it adds to AlexNet.
+    """Return the relative mCE, in percent: error added by corruption ÷ the same of AlexNet.
 
     Raises:
         InputError: the corruptions are not exactly the fifteen, with five severities each.
@@ -120,14 +120,14 @@ def relative_mce_alexnet(errors: Errors, clean_error: float) -> float:
 
 
 def mean_error(errors: Errors) -> float:
-    """Return the mean error over corruptions and severities, from 0 to 1. Raises InputError if there are none."""
+    """Return the mean error over corruptions and severities. Raises InputError without any."""
     if not errors:
         raise InputError("the mean error needs a corruption with all five severities; found none")
     return _mean([_mean(levels) for levels in errors.values()])
 
 
 def calibration_error(counts: Counts) -> float:
-    """Return the expected calibration error: the mean over images of |accuracy − confidence| of their bin.
+    """Return the expected calibration error: the mean of |accuracy − confidence| of images' bins.
 
     Source: Guo et al. (ICML 2017), equation 3, with fifteen bins of equal width.
     """
@@ -145,7 +145,7 @@ def rms_calibration_error(counts: Counts) -> float:
 
 
 def _calibration_gaps(counts: Counts) -> list[tuple[float, float]]:
-    """Return, for each bin with images, its share of the images and its accuracy minus its confidence."""
+    """Return (share of the images, accuracy − confidence) of each bin that has images."""
     rows = zip(counts.bin_images, counts.bin_right, counts.bin_confidence_nano, strict=True)
     return [(n / counts.images, right / n - confidence / NANO / n) for n, right, confidence in rows if n]
 
@@ -252,7 +252,7 @@ def interval_of(cells: Collection[Counts], statistic: Grouped, ends: Interval = 
 def difference_interval_of(
     cells: Collection[Counts], statistic: Grouped, ends: Interval = (0.0, 1.0)
 ) -> Interval | None:
-    """Return an interval of the difference of such a mean from the reference's; `ends` are those of the mean."""
+    """Return an interval of the difference of such a mean from the reference's mean."""
     pairs = [counts.pairs for counts in cells if counts.pairs is not None]
     if all(pair.only_model == pair.only_reference == 0 for pair in pairs):
         return _zero_variance(cells, statistic, (ends[0] - ends[1], ends[1] - ends[0]))
@@ -272,7 +272,7 @@ def _jackknife(cells: Collection[Counts], statistic: Grouped) -> Interval | None
 
 
 def reference_of(counts: Counts) -> Counts:
-    """Return the counts of the reference model's errors on the same images. `counts.pairs` must not be None."""
+    """Return the reference model's counts, for errors only. `counts.pairs` must not be None."""
     assert counts.pairs is not None
     return dataclasses.replace(
         counts,

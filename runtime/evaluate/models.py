@@ -55,7 +55,7 @@ def model_of(
     *,
     size_open: bool = False,
 ) -> Model:
-    """Make a model of a function from normalized float32 images, (N, 3, H, W), to logits, (N, K)."""
+    """Make a model of a function from normalized images, (N, 3, H, W), to logits, (N, K)."""
 
     def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
         return predict(normalize(images_NHWC, spec.preprocessing))
@@ -64,7 +64,7 @@ def model_of(
 
 
 def same_inputs(one: ModelSpec, other: ModelSpec) -> bool:
-    """Return whether two models can share images: their input size, crop and classes are the same."""
+    """Return whether two models can share images: input size, crop and classes are equal."""
     return _geometry(one) == _geometry(other) and (one.classes, one.wnids) == (other.classes, other.wnids)
 
 
@@ -86,7 +86,7 @@ class CheckpointLoader(Protocol):
     """
 
     def __call__(self, path: Path, *, route: str, device: str) -> tuple[ModelSpec, Predict, bool, dict[str, Any]]:
-        """Return its spec, its function, whether it accepts any image size, and facts for results."""
+        """Return spec, function, whether it accepts any image size, and facts for results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +134,9 @@ def load_model(
         device: `auto`, `cpu` or `cuda`.
         threads: CPU threads per run; 0 leaves the number to the backend.
         route: BatchNorm route of a checkpoint.
-        exact: on a CPU, compute ONNX files as a GPU rounds them: Q/DQ nodes as written, FP16 tensors
-            rounded to FP16. If false, ONNX Runtime chooses its kernels; on some CPUs its INT8
-            kernels saturate, and its FP16 kernels do not round.
+        exact: on a CPU, compute ONNX files as a GPU rounds them: Q/DQ nodes as written, FP16
+            tensors rounded to FP16. If false, ONNX Runtime chooses its kernels; on some CPUs its
+            INT8 kernels saturate, and its FP16 kernels do not round.
         checkpoint_loader: loads checkpoints, such as `advprop.checkpoints.load_predictor`.
 
     Raises:

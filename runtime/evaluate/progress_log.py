@@ -64,7 +64,7 @@ class ProgressLog:
             ) from error
 
     def _read(self) -> int:
-        """Restore the entries of an earlier run, and return the length of the valid lines in bytes."""
+        """Restore the entries of an earlier run; return the length of the valid lines in bytes."""
         self._file.seek(0)
         valid = 0
         for line in self._file:

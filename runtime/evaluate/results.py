@@ -1,7 +1,7 @@
-"""Results of evaluations: one JSON file per model and suite, with everything that the counts depend on.
+"""Results of evaluations: one JSON file per model and suite.
 
-A result contains nothing about when, in what order or in how many processes it was computed. Its
-cells hold counts, so shards can be merged into the exact bytes of a single run.
+A result contains counts and everything that they depend on. It contains nothing about when, in what
+order or in how many processes it was computed, so shards merge into the exact bytes of one run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Result = dict[str, Any]
 def describe(
     model: Model, reference: Model | None, suite: Suite, config: SuiteConfig, batch_size: int, shard: str
 ) -> Result:
-    """Return a result without counts: everything that the counts depend on, as plain JSON values."""
+    """Return a result without counts: everything that they depend on, as plain values."""
     return {
         "format": FORMAT,
         "suite": suite.name,
@@ -95,7 +95,7 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def library_versions(model: Model, *, corruptions: bool = False) -> dict[str, str]:
-    """Return the versions of the libraries that decode images, run the model and compute corruptions."""
+    """Return the versions of the libraries that the counts depend on."""
     import PIL
 
     found = {"advprop": _installed("advprop"), "numpy": np.__version__, "pillow": PIL.__version__}
@@ -117,7 +117,7 @@ def _installed(package: str) -> str:
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Return the first difference of two descriptions, such as "model.sha256 is 'a' instead of 'b'", or ""."""
+    """Return the first difference, such as "model.sha256 is 'a' instead of 'b'", or ""."""
     for key in dict.fromkeys([*other, *one]):
         a, b = one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):

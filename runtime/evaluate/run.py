@@ -1,4 +1,4 @@
-"""`evaluate`: count the answers of models on a test set, block by block, and resume a run that was stopped."""
+"""`evaluate`: count the answers of models on a test set, and resume a stopped run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def evaluate(
     progress: Progress | None = None,
     cluster: Cluster | None = None,
 ) -> list[Result]:
-    """Evaluate models on a test set. If an earlier run with the same arguments was stopped, resume it.
+    """Evaluate models on a test set. A stopped run with the same arguments is resumed.
 
     Args:
         models: models to evaluate. Models with the same classes and input size share images; others

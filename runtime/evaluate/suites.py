@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _KNOWN = (*CORRUPTIONS, *EXTRAS)
 _IMAGENET_C_GROUPS = ("noise", "blur", "weather", "digital", "extra")
-"""Folders that hold the corruptions if each tar file of ImageNet-C was extracted into a folder of its own."""
+"""Folders of the corruptions if each tar file of ImageNet-C was extracted into its own folder."""
 
 Layout = Callable[[Opening], list[Cell]]
 """Lists the cells of a set."""
@@ -63,7 +63,7 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
 
     Raises:
         ConfigError: the suite or one of the selected cells does not exist.
-        DataError: the folder does not have the layout of the set, or no image of the model's classes.
+        DataError: the folder has another layout, or no image of the model's classes.
         SpecError: the set cannot be evaluated with the model's classes.
     """
     if config.name not in SUITES:
@@ -116,7 +116,7 @@ def _numbered_folders(opening: Opening) -> list[Cell]:
 
 
 def _imagenet_200(chosen: Mapping[str, int]) -> Layout:
-    """Return the layout of ImageNet-A or -R, where only 200 classes compete, also for clean images."""
+    """Return the layout of ImageNet-A or -R. Only 200 classes compete, also on clean images."""
 
     def cells(opening: Opening) -> list[Cell]:
         found: list[Cell] = []
@@ -132,7 +132,7 @@ def _imagenet_200(chosen: Mapping[str, int]) -> Layout:
 
 
 def _generated(opening: Opening) -> list[Cell]:
-    """List CLASS/IMAGE files, clean and under corruptions that are computed during the evaluation."""
+    """List CLASS/IMAGE files, clean and under corruptions computed during the evaluation."""
     if opening.config.clean is not None:
         raise ConfigError("the suite corruptions uses --data as its clean images too; remove --clean")
     images = opening.by_class(opening.config.data)
@@ -162,7 +162,7 @@ def _imagenet_c(opening: Opening) -> list[Cell]:
 
 
 def _cifar10_c(opening: Opening) -> list[Cell]:
-    """List CIFAR-10-C: CORRUPTION.npy, where each fifth of the rows is a severity, and labels.npy."""
+    """List CIFAR-10-C: CORRUPTION.npy, with a fifth of the rows per severity, and labels.npy."""
     root = opening.config.data
     found = [name for name in _KNOWN if (root / f"{name}.npy").is_file()]
     cells = opening.clean()
@@ -214,7 +214,7 @@ def _grid(names: Iterable[str] = _KNOWN) -> list[tuple[str, int]]:
 
 
 def _check_found(config: SuiteConfig, cells: list[Cell], expected: str) -> None:
-    """Raise DataError if a set has no cells, and warn if some of the fifteen corruptions are missing."""
+    """Raise DataError if a set has no cells, and warn if corruptions are missing."""
     root, found = config.data, {cell.id for cell in cells} - {CLEAN}
     if not found and not config.only:
         entries = ", ".join(sorted(entry.name for entry in root.iterdir())[:6]) if root.is_dir() else "no such folder"

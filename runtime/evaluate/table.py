@@ -38,7 +38,7 @@ _ATTACK_ROWS = (UNATTACKED, *GRADIENT, SQUARE, WORST, NOISE)
 
 
 def result_table(results: Sequence[Result]) -> Table:
-    """Return a table of evaluations: a column per model, a row per number, 95 % intervals in brackets."""
+    """Return a table of evaluations with a column per model, and 95 % intervals in brackets."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -93,7 +93,7 @@ def _corruption_rows(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def _error_rows(cells: dict[str, Any]) -> dict[str, str]:
-    """Return the mean error of each corruption, or each cell's error if some severities are missing."""
+    """Return the mean error of each corruption, or of each cell if severities are missing."""
     rows: dict[str, float] = {}
     by_corruption: dict[str, list[str]] = {}
     for cell in cells:
@@ -121,7 +121,7 @@ def result_notes(results: Sequence[Result]) -> list[str]:
 
 
 def attack_table(results: Sequence[AttackResult]) -> Table:
-    """Return a table of top-1 under attack with 95 % intervals: a row per attack, a column per model and ε."""
+    """Return a table of top-1 with 95 % intervals: a row per attack, a column per model and ε."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -162,7 +162,7 @@ def _attack_column(result: AttackResult, epsilon: float) -> dict[str, str]:
 
 
 def attack_notes(results: Sequence[AttackResult]) -> list[str]:
-    """Return the notes below a table of attacks: what the numbers mean, and which attacks are missing."""
+    """Return the notes below a table of attacks: what the numbers mean, and what is missing."""
     curves = [(result, curve) for result in results for curve in result["curves"]]
     lines = [line for result, curve in curves if curve["attack"] == SQUARE for line in _query_notes(result, curve)]
     if any(curve.get("white_box") for _, curve in curves):

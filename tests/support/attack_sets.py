@@ -1,4 +1,4 @@
-"""Digits, a network that classifies them as an ONNX file and in torch, and models that record their queries."""
+"""Digits, a network that classifies them in ONNX and torch, and models that record queries."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def toy_target(
     run: Callable[[], object] = lambda: None,
     **limits: Any,
 ) -> BenchTarget:
-    """Return a target that appends its name to `calls` when it runs, and NAME.compute when its probe does."""
+    """Return a target that appends its name, or NAME.compute for its probe, to `calls`."""
 
     def prepare(pixels: np.ndarray, encoded: Sequence[bytes]) -> Work:
         assert len(pixels) == len(encoded)

@@ -25,7 +25,7 @@ IMAGES = (0, 1)
 
 
 class Replay:
-    """NumPy's legacy generator, which the original code uses, with the methods of the present one."""
+    """NumPy's legacy generator, as in the original code, with the methods of the new one."""
 
     def __init__(self, seed: int) -> None:
         self.legacy = np.random.RandomState(seed)
@@ -47,7 +47,7 @@ class Replay:
 
 
 def replayed(image_HWC: NDArray[np.uint8], name: str, severity: int, seed: int) -> NDArray[np.uint8]:
-    """Apply our corruption with the random numbers of the original code after `np.random.seed(seed)`."""
+    """Apply our corruption with the original code's random numbers after `np.random.seed(seed)`."""
     arguments = TABLES["imagenet"][name][severity - 1]
     random = {} if name in DETERMINISTIC else {"random": Replay(seed)}
     return FUNCTIONS[name](image_HWC, *arguments, **random)
@@ -81,10 +81,10 @@ def compare(reference: Mapping[str, NDArray[np.uint8]], name: str, severity: int
     """Compare one corruption at one severity over both images.
 
     Returns:
-        `levels`: maximum difference from the reference when its random numbers are replayed; `same`:
-        share of equal values; `replay` and `own`: (magnitude, standard deviation) relative to the
-        reference, with replayed and with our own random numbers; `noise`: standard deviation of the
-        magnitude between our draws over both images, relative to its mean.
+        `levels`: maximum difference from the reference when its random numbers are replayed;
+        `same`: share of equal values; `replay` and `own`: (magnitude, standard deviation) relative
+        to the reference, with replayed and with our own random numbers; `noise`: standard deviation
+        of the magnitude between our draws over both images, relative to its mean.
     """
     theirs, ours, replay = Statistics(), Statistics(), Statistics()
     single = np.zeros((draws, len(IMAGES)))

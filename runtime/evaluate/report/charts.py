@@ -181,7 +181,7 @@ def _bar(frame: _Frame, bar: Bar, y: float, thickness: float) -> Markup:
 
 
 def reliability_diagram(title: str, counts: Counts, place: int) -> Markup:
-    """Return accuracy over confidence in fifteen bins, with the share of images in each bin below."""
+    """Return accuracy over confidence in fifteen bins, and below it the share of images."""
     frame = _Frame(x=(0, 1), y=(0, 1), width=312, height=300, bottom=72, right=22)
     parts = [frame.axes((), (0, 0.25, 0.5, 0.75, 1), y_title="accuracy", y_form=_percent)]
     floor, largest, description = frame.py(0), max(counts.bin_images) or 1, []
@@ -211,7 +211,7 @@ def reliability_diagram(title: str, counts: Counts, place: int) -> Markup:
 
 
 def pareto_front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
-    """Return the points for which no other point is at least as fast and better, or as good and faster."""
+    """Return the points that no other point dominates: by latency, each better than the last."""
     sign = -1 if higher_is_better else 1
     best, found = float("inf"), []
     for point in sorted(points, key=lambda point: (point.x, sign * point.y)):
@@ -326,7 +326,7 @@ def _style(place: int, is_control: bool) -> str:
 
 
 def _marker(place: int, x: float, y: float, size: float = 3.6, is_control: bool = False) -> Markup:
-    """Return a model's marker. Each color has another shape, so that colors are not needed to read a chart."""
+    """Return a marker. Each color has its own shape, so a chart can be read without colors."""
     style = f"mark {_style(place, is_control)}"
     shape = place % STYLES
     if shape == 0:

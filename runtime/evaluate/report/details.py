@@ -100,7 +100,7 @@ def _pareto(report: Report, latency: Column, column: Column) -> Markup | None:
 
 
 def attacks(report: Report) -> Markup | None:
-    """Return charts of accuracy against ε, one per model and set of images; None without attacks."""
+    """Return charts of accuracy against ε, one per model and images; None without attacks."""
     panels, rows = [], []
     names = [curve.attack for entry in report.entries for attack in entry.attacks for curve in attack.curves]
     # Attacks start with another color than models do.

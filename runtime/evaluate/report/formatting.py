@@ -41,7 +41,7 @@ def number(value: Value, unit: Unit) -> str:
 
 
 def interval_text(interval: Sequence[float] | None, unit: Unit = Unit.SHARE, *, signed: bool = False) -> str:
-    """Return an interval such as [1.0, 2.0], or "" without one. Shares are in percent, within 0 and 100."""
+    """Return an interval such as [1.0, 2.0], or "" without one. Shares are in percent."""
     if interval is None:
         return ""
     low, high = (end * _FACTORS[unit] for end in interval)
@@ -57,7 +57,7 @@ def points(difference: float, unit: Unit = Unit.SHARE) -> str:
 
 
 def difference_of(value: Value, quantity: Quantity) -> Statement | None:
-    """Return a value's difference from the reference with its interval; None without a difference."""
+    """Return a value's difference from the reference; None if it has none."""
     if value.difference is None:
         return None
     interval = interval_text(value.difference_interval, quantity.unit, signed=True)

@@ -7,12 +7,13 @@ Latencies and attacks are small JSON files that any tool can write:
      "batch_size": 1, "p50_ms": 1.9, "p99_ms": 2.4}
 `advprop.attack/1`  accuracy of one model on attacked images; all points use the same images:
     {"format": …, "model": {"name", "sha256"}, "images": 200, "names_sha256": …, "seed": 0,
-     "curves": [{"attack": "square", "queries": 1000, "points": [{"epsilon": 0.0157, "right": 121}, …]},
+     "curves": [{"attack": "square", "queries": 1000,
+                 "points": [{"epsilon": 0.0157, "right": 121}, …]},
                 {"attack": "noise", "points": […]}]}
 
-`sha256` is the hash of the model file, as in results of evaluations. `epsilon` is the maximum change
-of a pixel in [0, 1]. The attack `noise` is the control: random changes of the same size. Other keys
-are ignored.
+`sha256` is the hash of the model file, as in results of evaluations. `epsilon` is the maximum
+change of a pixel in [0, 1]. The attack `noise` is the control: random changes of the same size.
+Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     Shards and cells of the same evaluation are merged. A file that is given twice counts once.
 
     Raises:
-        DataError: a file has another format or is damaged, shards are missing, or there is no result.
+        DataError: a file has another format or is damaged, or results or shards are missing.
     """
     files: dict[str, str] = {}
     results: dict[tuple[str, str], list[tuple[str, Result]]] = defaultdict(list)
@@ -145,7 +146,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _checked(content: dict[str, Any], path: Path) -> Result:
-    """Return the result with metrics that are computed again from its counts, so that they are consistent."""
+    """Return the result with metrics computed again from its counts, so that both agree."""
     try:
         result = finished(content)
         for cell in result["cells"].values():
@@ -181,7 +182,7 @@ def _merged(parts: list[tuple[str, Result]]) -> Result:
 
 
 def latency_of(content: Mapping[str, Any], where: str) -> Latency:
-    """Return a latency from the content of a file. Raises DataError if a value is missing or invalid."""
+    """Return the latency in a file. Raises DataError if a value is missing or invalid."""
     try:
         latency = Latency(
             name=str(content["model"]["name"]),
@@ -201,7 +202,7 @@ def latency_of(content: Mapping[str, Any], where: str) -> Latency:
 
 
 def attack_of(content: Mapping[str, Any], where: str) -> Attack:
-    """Return attacks from the content of a file. Raises DataError if a value is missing or invalid."""
+    """Return the attacks in a file. Raises DataError if a value is missing or invalid."""
     try:
         attack = Attack(
             name=str(content["model"]["name"]),

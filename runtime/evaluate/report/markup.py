@@ -24,7 +24,7 @@ class Markup(str):
 
 
 def clean(text: object) -> str:
-    """Return text with � for each invisible character, so that a name cannot hide or reorder other text."""
+    """Return text with � for invisible characters, which could hide or reorder other text."""
     return "".join("�" if unicodedata.category(sign) in _HIDDEN else sign for sign in str(text))
 
 

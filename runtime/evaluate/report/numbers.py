@@ -153,7 +153,7 @@ def _corruption_error(name: str, levels: Mapping[int, Counts]) -> CorruptionErro
 
 
 def severity_errors(result: Result) -> list[tuple[int, float, Interval | None]]:
-    """Return severity, mean error and interval, over the fifteen corruptions that have all severities."""
+    """Return (severity, mean error, interval) over corruptions that have all severities."""
     counts = {name: Counts.from_dict(cell["counts"]) for name, cell in result["cells"].items() if "/" in name}
     names = [name for name in CORRUPTIONS if all(f"{name}/{level}" in counts for level in range(1, 6))]
     rows: list[tuple[int, float, Interval | None]] = []

@@ -77,13 +77,13 @@ class Report:
         return list(dict.fromkeys(group.suite for group in self.groups))
 
     def why_separate(self, entry: Entry, suite: str) -> str:
-        """Return why a model's numbers on a suite cannot be compared with the others; "" if they can."""
+        """Return why a model cannot be compared with others on a suite; "" if it can."""
         groups = (group for group in self.groups if group.suite == suite and entry in group.entries)
         return next((group.why_separate for group in groups), "")
 
 
 def uncorrupted_cell(result: Result) -> str | None:
-    """Return the cell of a set without corruptions, or else the cell of clean images; None if there is neither."""
+    """Return the cell of images without corruptions: `images`, or else `clean`, or None."""
     return next((cell for cell in (IMAGES, CLEAN) if cell in result["cells"]), None)
 
 
@@ -142,7 +142,7 @@ def _entries(inputs: Inputs) -> tuple[Entry, ...]:
 
 
 def _labels(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of models, with the facts that differ if several models have the same name."""
+    """Return the names of models; models with the same name get the facts that differ."""
     names = Counter(str(model["name"]) for model in models)
     labels = []
     for model in models:

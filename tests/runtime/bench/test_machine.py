@@ -105,7 +105,7 @@ def test_the_share_of_other_processes() -> None:
 
 
 class StandInNvml:
-    """A driver with two GPUs. It has pynvml's constants and errors, and no other functions of it."""
+    """A driver with two GPUs, with the constants and errors of pynvml."""
 
     NVMLError = pynvml.NVMLError
     NVML_CLOCK_SM, NVML_CLOCK_MEM = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
@@ -269,9 +269,9 @@ def test_warnings() -> None:
         ({"end_to_end": {"cov_percent": 3.0}}, "more than 2.5 % (CoV) at 1 of 1 points"),
         ({"enqueue": {"p50_ms": 0.9}, "compute": {"p50_ms": 1.0}}, "enqueuing takes as long as computing"),
     ]
-    for changes, words in cases:
+    for changes, message in cases:
         (found,) = warnings_of(result(**changes), gpu_unknown=False)
-        assert words in found
+        assert message in found
     assert warnings_of(result(), gpu_unknown=True) == [
         "clocks and throttling of the GPU are unknown, because NVML could not read them"
     ]

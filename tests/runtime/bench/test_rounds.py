@@ -32,8 +32,8 @@ def test_targets_take_turns() -> None:
     bench = Bench([toy_target(name, calls) for name in "abc"], QUICK)
     bench.measure()
     turns = [name for name, _ in itertools.groupby(calls)]
-    # Per point: three warm-up calls of each target, then three rounds of one uncounted and two counted calls of
-    # each target and each probe.
+    # Per point: three warm-up calls of each target, then three rounds of one uncounted and two
+    # counted calls of each target and each probe.
     assert calls[:9] == list("aaabbbccc")
     assert len(calls) == 2 * (9 + 3 * (9 + 9))
     first = [turns[3:][start : start + 6] for start in range(0, 18, 6)]

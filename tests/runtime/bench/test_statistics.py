@@ -1,4 +1,4 @@
-"""Percentiles, ratios and drift against values computed in other ways, and the settings of a run."""
+"""Percentiles, ratios and drift against values computed in other ways, and settings."""
 
 import random
 import statistics
@@ -17,7 +17,7 @@ def float32(value: float) -> float:
 
 
 def trtexec_percentile(times: list[float], percent: float) -> float:
-    """Return findPercentile of sampleReporting.cpp, each step rounded to a C++ float, by ranks instead of sorting."""
+    """Return findPercentile of sampleReporting.cpp, with C++ floats, by ranks."""
     share = float32(1 - float32(float32(percent) / 100))
     place = max(len(times) - 1 - int(float32(share * len(times))), 0)
     (value,) = {time for time in times if sum(other < time for other in times) <= place < sum(t <= time for t in times)}
@@ -80,7 +80,7 @@ def test_drift() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         ({"batch_sizes": (8, 0)}, r"batch_sizes must be at least 1; found 8, 0"),
         ({"batch_sizes": (8, 8)}, "batch_sizes contains a number twice"),
@@ -91,8 +91,8 @@ def test_drift() -> None:
         ({"warm_up_ms": -1.0}, "warm_up_ms must be at least 0"),
     ],
 )
-def test_invalid_settings_are_refused(wrong: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_settings_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         BenchConfig(**wrong)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on a Ray cluster of two workers on this machine: the same bytes, even if workers are killed."""
+"""Evaluation on a Ray cluster of two workers on this machine, even if workers are killed."""
 
 import dataclasses
 import os
@@ -87,7 +87,7 @@ def bytes_without_ray(paths: list[Path], data: Path, folder: Path) -> list[bytes
 def test_killed_workers_change_no_byte(
     two_cpus: None, data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kill each of the two workers. Paths are relative, because workers have another working directory."""
+    """Kill both workers. Paths are relative, because workers have another working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data, tmp_path / "images")
     expected, killed, seen = bytes_without_ray(models, Path("images"), tmp_path), [], []

@@ -28,7 +28,7 @@ LEVELS = range(1, 6)
 
 
 def counts_of(right: int, images: int) -> Counts:
-    """Return counts with `right` of `images` correct, assigned to groups in turn, all with confidence 0.75."""
+    """Return counts with `right` of `images` correct, all with confidence 0.75."""
     logits = np.log(np.full((images, 2), 0.25))
     logits[:, 0] = math.log(0.75)
     labels = np.where(np.arange(images) < right, 0, 1)
@@ -49,7 +49,8 @@ def test_mce_of_made_up_errors_by_hand() -> None:
     errors = {name: [error / 2] * 5 for name, error in ALEXNET.items()} | {"fog": [0.1, 0.2, 0.3, 0.4, 0.5]}
     assert mce_alexnet(errors) == pytest.approx((14 * 50 + 100 * 0.3 / 0.819324) / 15)
     assert mce_alexnet(errors) == pytest.approx(49.107704, abs=1e-6)
-    # With clean error 0.2: fog adds 0.1 to it, and 0.384324 to AlexNet's; brightness 0.082296 and 0.129592.
+    # Above a clean error of 0.2, fog adds 0.1 and brightness 0.082296; to AlexNet's, 0.384324 and
+    # 0.129592.
     clean = [100 * (ALEXNET[name] / 2 - 0.2) / (ALEXNET[name] - 0.435) for name in ALEXNET if name != "fog"]
     assert clean[9] == pytest.approx(100 * 0.082296 / 0.129592)
     assert relative_mce_alexnet(errors, 0.2) == pytest.approx((sum(clean) + 100 * 0.1 / 0.384324) / 15)
@@ -90,7 +91,7 @@ def test_jackknife_of_a_mean_equals_students_interval() -> None:
 
 
 def test_jackknife_covers_the_mean_error_of_repeated_images() -> None:
-    """Five cells have the same 400 images, which are hard or easy in all of them: 95 % intervals, 100 times."""
+    """Five cells have the same 400 images, hard or easy in all of them: 100 intervals of 95 %."""
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
@@ -122,7 +123,7 @@ def test_the_interval_has_a_width_if_all_images_are_alike() -> None:
 
 
 def test_groups_that_are_alike_by_chance_have_no_interval() -> None:
-    """One of the five images in each group is wrong: there is no variance between groups, but no certainty either."""
+    """One of five images in each group is wrong: no variance, but no certainty either."""
     right = np.arange(100) // 20 != 2
     cells = {f"fog/{level}": paired(right, np.ones(100, bool)) for level in LEVELS}
     mean = summarize(cells)["mean_error"]
@@ -133,7 +134,7 @@ def test_groups_that_are_alike_by_chance_have_no_interval() -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.004, 0.01, 0.03])
 def test_the_interval_of_a_rare_difference_covers_it(share: float) -> None:
-    """One of two models misclassifies some of 300 images: 95 % intervals, 300 times, some without a difference."""
+    """One of two models misclassifies some, or none, of 300 images: 300 intervals of 95 %."""
     random = np.random.default_rng(7)
     covered, no_loss = 0, 0
     for _ in range(300):

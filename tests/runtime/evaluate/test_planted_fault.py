@@ -1,4 +1,4 @@
-"""A planted fault in an INT8 file of EfficientNet-Lite0, with its ImageNet weights and real photographs."""
+"""A planted fault in an INT8 file of EfficientNet-Lite0 with its ImageNet weights."""
 
 import csv
 import json

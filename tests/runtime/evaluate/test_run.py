@@ -1,4 +1,4 @@
-"""Evaluations in shards, stopped and resumed, and in worker processes all produce the same bytes."""
+"""Evaluations in shards, resumed or in worker processes produce the same bytes."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_results_of_different_evaluations_cannot_be_merged(data: Path, tmp_path:
 
 
 def test_a_killed_and_resumed_run_equals_one_run_byte_for_byte(data: Path, tmp_path: Path) -> None:
-    """Kill a process in the middle of its work. Its workers end too, and no block is counted twice."""
+    """Kill a process while it works. Its workers end too, and no block is counted twice."""
     model, out = toy_onnx(tmp_path / "toy.onnx"), tmp_path / "out"
     only = [part for cell in SOME for part in ("--only", cell)]
     options = ["--suite", "corruptions", "--data", str(data), "--out", str(out), "--batch-size", "2", "--workers", "1"]

@@ -65,7 +65,7 @@ def test_folders_of_unknown_classes_are_skipped_and_reported(tmp_path: Path, cap
 
 
 def test_imagenet_c_is_not_resized(tmp_path: Path) -> None:
-    """A model with a fixed size of 32 px refuses 48 px; a model with an open size gets the pixels as they are."""
+    """A model of fixed size 32 px refuses 48 px; one of open size gets the pixels as they are."""
     root = tmp_path / "c"
     for corruption, home in (("fog", root), ("snow", root / "weather"), ("spatter", root / "extra")):
         for severity in (1, 2, 3, 4, 5):
@@ -183,7 +183,7 @@ def cifar_c(root: Path, rows: int = 6) -> Path:
     ],
 )
 def test_each_fifth_of_cifar10_c_is_a_severity(tmp_path: Path, classes: tuple[str, ...], order: range) -> None:
-    """The model predicts bird (2) above a gray level of 100, at severities 3, 4 and 5, and airplane (0) below."""
+    """The model predicts bird (2) above a gray level of 100, from severity 3, else airplane (0)."""
 
     def predict(images: np.ndarray) -> np.ndarray:
         level = (images * 0.25 + 0.5).mean((1, 2, 3)) * 255

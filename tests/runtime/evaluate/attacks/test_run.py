@@ -35,7 +35,7 @@ class Digits:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    """Return a network in FP32 and INT8, its checkpoint, and 40 digits that it was not fitted to."""
+    """Return a network in FP32 and INT8, its checkpoint, and 40 digits it was not fitted to."""
     folder = tmp_path_factory.mktemp("digits")
     file = digit_net(folder / "net.onnx")
     int8 = quantized(file, digit_folder(folder / "calibration", range(48)), folder / "net.int8.onnx")

@@ -1,4 +1,4 @@
-"""Square attack and noise: the published schedule, the ball, query counts, and ART's Square attack on the same file."""
+"""Square attack and noise: the published schedule, the ball, queries, and ART's attack."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_schedule_equals_the_published_one() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 255), st.sampled_from(["square", "noise"]))
 def test_no_query_leaves_the_ball(seed: int, radius: int, attack: str) -> None:
     random = np.random.default_rng(seed)
-    # Half of the values are at an end of the range, where changes must be clipped and must not wrap.
+    # Half of the values are at an end of the range: changes must be clipped and not wrap.
     clean = random.choice(np.asarray([0, 0, 1, 128, 254, 255, 255], np.uint8), (3, 5, 6, 3))
     seen: list[np.ndarray] = []
     labels = np.asarray([0, 1, 2])
@@ -112,21 +112,21 @@ def test_queries_are_counted_and_fooled_images_are_not_queried_again() -> None:
     """The model misclassifies image 1 at its third query, and never the others."""
     clean = np.stack([np.full((6, 6, 3), level, np.uint8) for level in (50, 100, 150)])
     labels = np.zeros(3, np.int64)
-    asked = np.zeros(3, int)
+    queried_by_image = np.zeros(3, int)
 
     def logits(images: np.ndarray) -> np.ndarray:
         answers = np.tile([1.0, 0.0, 0.0], (len(images), 1))
         for place, image in enumerate(images):
             which = int(np.abs(np.asarray([50, 100, 150]) - image.mean()).argmin())
-            asked[which] += 1
-            if which == 1 and asked[1] == 3:
+            queried_by_image[which] += 1
+            if which == 1 and queried_by_image[1] == 3:
                 answers[place] = [0.0, 1.0, 0.0]
         return answers
 
     model = with_logits(toy(spec=spec_of()), logits)
     target = target_of(model, clean, labels, 4)
     square(target, generators_of(3), queries=20, progress=check_share)
-    assert target.queries_N.tolist() == asked.tolist() == [20, 3, 20]
+    assert target.queries_N.tolist() == queried_by_image.tolist() == [20, 3, 20]
     assert target.not_fooled_N.tolist() == [True, False, True]
     partial = AttackTarget(model, clean, labels, np.asarray([True, False, True]), 4, "square")
     square(partial, generators_of(3), queries=1, progress=check_share)

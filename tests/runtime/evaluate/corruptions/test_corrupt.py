@@ -17,7 +17,7 @@ from tests.support import ROOT
 
 NAMES = (*CORRUPTIONS, *EXTRAS)
 NOT_BY_DISTANCE = ("frost", "elastic_transform", "saturate", "spatter")
-"""Their severities differ in kind: the first of elastic_transform moves the whole image, the last bends it."""
+"""Their severities differ in kind: elastic_transform first moves the image, then bends it."""
 KEEPS_BLACK = frozenset(NAMES) - {"gaussian_noise", "impulse_noise", "snow", "frost", "brightness", "spatter"}
 """Corruptions that leave a black image black: they add no light."""
 
@@ -170,7 +170,7 @@ def test_the_table_depends_on_the_shorter_side(side: int, table: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "words"),
+    ("arguments", "options", "message"),
     [
         (("fogg", 1), {}, "did you mean fog"),
         (("", 1), {}, "expected one of gaussian_noise"),
@@ -184,13 +184,13 @@ def test_the_table_depends_on_the_shorter_side(side: int, table: str) -> None:
         (("fog", 1), {"seed": "a"}, "seed .* found 'a'"),
     ],
 )
-def test_invalid_arguments_are_refused(arguments: tuple[object, ...], options: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_arguments_are_refused(arguments: tuple[object, ...], options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         corrupt(picture(32, 32), *arguments, **options)
 
 
 @pytest.mark.parametrize(
-    ("image", "words"),
+    ("image", "message"),
     [
         (np.zeros((8, 8, 3), np.float32), "found float32"),
         (np.zeros((8, 8), np.uint8), r"\(8, 8\)"),
@@ -200,8 +200,8 @@ def test_invalid_arguments_are_refused(arguments: tuple[object, ...], options: d
         ([[0]], "found list"),
     ],
 )
-def test_invalid_images_are_refused(image: object, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+def test_invalid_images_are_refused(image: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         corrupt(image, "fog", 1)
 
 

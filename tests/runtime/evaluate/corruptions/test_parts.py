@@ -1,4 +1,4 @@
-"""Parts of corruptions against a plain implementation, pixel by pixel, or against SciPy and the standard library."""
+"""Parts of corruptions against plain implementations, SciPy or the standard library."""
 
 import colorsys
 

@@ -118,8 +118,8 @@ def test_models_with_other_images_are_reported_and_not_compared(made: list[Path]
 def test_missing_measurements_are_reported(made: list[Path], tmp_path: Path) -> None:
     bare = report_of(read_inputs(results_of([toy("x")], made[0].parent / "set", tmp_path, "imagenet", compared=False)))
     gaps = "\n".join(bare.gaps)
-    for words in ("no corruptions", "no comparison with a reference", "no imagenet-a", "no latency", "no attacks"):
-        assert words in gaps
+    for message in ("no corruptions", "no comparison with a reference", "no imagenet-a", "no latency", "no attacks"):
+        assert message in gaps
     assert [column.quantity for column in columns_of(bare)] == [Quantity.TOP1]
     other = bench_file(tmp_path / "s.json", "0123456789abcdef", 1.0, name="other")
     report = report_of(read_inputs([*made, other, attack_file(tmp_path / "t.json", "a")]))

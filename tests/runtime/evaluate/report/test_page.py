@@ -208,14 +208,14 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert "error: " in run.stderr
     assert "found None" in run.stderr
     assert not (tmp_path / "r.html").exists()
-    for arguments, words in (
+    for arguments, message in (
         (["-o", "r.html"], "give results of advprop eval, or --from"),
         (["x.json", "-o", "r.html", "--limit", "3"], "--limit goes with --from CKPT"),
         (["--from", "x.pt", "-o", "r.html"], "--from needs --data DIR"),
     ):
         run = CliRunner().invoke(main, ["report", *arguments])
         assert run.exit_code == 2
-        assert words in run.stderr
+        assert message in run.stderr
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
