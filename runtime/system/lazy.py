@@ -6,27 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from runtime.errors import BackendUnavailable
-
-__all__ = ["elsewhere", "lazy_names"]
-
-
-def elsewhere(place: str, purpose: str, otherwise: str) -> Any:
-    """Imports what another of our packages brings, on which the runtime does not depend.
-
-    Args:
-        place: `module:name`.
-        purpose: what needs PyTorch, for the message.
-        otherwise: what to do without it.
-
-    Raises:
-        BackendUnavailable: torch, timm or the package is missing.
-    """
-    module, name = place.split(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise BackendUnavailable(f"{purpose} needs torch and timm ({error}); install them, or {otherwise}") from error
+__all__ = ["lazy_names"]
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
