@@ -13,11 +13,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.sources import ImageSource, open_source
 from runtime.errors import ConfigError, DataError, nearest
-from runtime.preprocessing import decode, fit_to_input, normalize, spread
+from runtime.preprocessing import Preprocessor, decode, fit_to_input
 from runtime.spec import Preprocessing
 from runtime.system.files import write_text
+from runtime.system.image_sources import ImageSource, open_source, spread
 
 __all__ = ["BATCH", "KINDS", "Adversary", "CalibrationImage", "CalibrationSet", "calibration_set", "check_mix"]
 
@@ -98,7 +98,7 @@ class CalibrationSet:
                     pixels = fitted
                     if kind == "corrupted":
                         pixels = [_corrupted(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
-                    batch = normalize(np.stack(pixels), spec)
+                    batch = Preprocessor(spec).convert(np.stack(pixels))
                     yield adversary(batch) if kind == "adversarial" and adversary else batch
 
     def save(self, path: Path) -> None:

@@ -26,7 +26,7 @@ from calib.placement import Point
 from calib.quantize import along, dequantized_names, quantize, quantize_weight
 from calib.thresholds import LEVELS
 from runtime.graph.model import open_session, with_outputs
-from runtime.preprocessing import spread
+from runtime.system.image_sources import spread
 
 __all__ = ["reconstruct"]
 

@@ -21,9 +21,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, DataError
-from runtime.preprocessing import SUFFIXES, decode, fit_to_input, spread
+from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
+from runtime.system.image_sources import image_paths, spread
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
 from train.data import class_names, class_wnids
 from train.dual_bn import select_route
@@ -212,9 +213,7 @@ def _classes(arch: str, weights: Mapping[str, torch.Tensor], path: Path) -> int:
 
 
 def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
-    if not folder.is_dir():
-        raise DataError(f"--data {folder}: no such folder")
-    paths = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    paths = image_paths(folder)
     fitted = []
     for path in spread(paths, count):
         try:

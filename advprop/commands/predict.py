@@ -12,9 +12,9 @@ import click
 from runtime.engine.command_line import device_option
 from runtime.errors import DataError
 from runtime.loading import load
-from runtime.preprocessing import SUFFIXES
 from runtime.session import Prediction, Session
 from runtime.system.console import cli_errors, set_up_logging
+from runtime.system.image_sources import image_paths
 
 EXAMPLES = """\b
 Examples:
@@ -35,7 +35,7 @@ Examples:
 def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_size: int, device: str) -> None:
     """Classify IMAGES (files, or folders of them) with the exported MODEL."""
     set_up_logging()
-    paths = _files(images)
+    paths = [path for given in images for path in (image_paths(given) if given.is_dir() else [given])]
     failed = 0
     with load(model, device=device) as session:
         for path, answer in _answers(session, paths, batch_size):
@@ -52,19 +52,6 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
     if failed:
         click.echo(f"error: {failed} of {len(paths)} images could not be decoded", err=True)
         sys.exit(DataError.exit_code)
-
-
-def _files(given: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise DataError(f"{path} holds no image files ({', '.join(SUFFIXES)})")
-            files += found
-        else:
-            files.append(path)
-    return files
 
 
 def _answers(session: Session, paths: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, Prediction | DataError]]:

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from calib.images import calibration_set, check_mix
-from calib.sources import open_source
 from runtime.errors import ConfigError, DataError
 from runtime.spec import Preprocessing
 
@@ -53,25 +52,6 @@ def test_an_array_of_pixels(tmp_path: Path, name: str) -> None:
         np.save(tmp_path / name, pixels())
     expected = pixels().transpose(0, 3, 1, 2) / np.float32(127.5) - 1
     np.testing.assert_allclose(all_batches(tmp_path / name), expected, atol=1e-6)
-
-
-def test_what_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a folder, a tar or a NumPy file of images; found nothing"):
-        open_source(tmp_path / "none")
-    (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match="found a file of another kind"):
-        open_source(tmp_path / "a.txt")
-    (tmp_path / "cut.tar").write_bytes(b"not a tar")
-    with pytest.raises(DataError, match=r"cut.tar is not a tar file"):
-        open_source(tmp_path / "cut.tar")
-    np.save(tmp_path / "floats.npy", np.zeros((4, 3, 8, 8)))
-    with pytest.raises(
-        DataError, match=r"expected an array of images, uint8 \(N, H, W, 3\); found float64 \(4, 3, 8, 8\)"
-    ):
-        open_source(tmp_path / "floats.npy")
-    np.save(tmp_path / "pickled.npy", np.asarray([{}]), allow_pickle=True)
-    with pytest.raises(DataError, match=r"pickled.npy is not a whole NumPy file of pixels"):
-        open_source(tmp_path / "pickled.npy")
 
 
 def test_held_out_images_are_others(folder: Path) -> None:
