@@ -37,7 +37,7 @@ from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBui
 from runtime.graph.collect import collect
 from runtime.graph.model import save_onnx
 from runtime.graph.rounding import with_roundings
-from runtime.sizes import ImageSizes
+from runtime.spec import ImageSizes
 from runtime.system.files import output_dir
 from train.recipes import MAIN
 
@@ -80,7 +80,6 @@ def export_checkpoint(
     batch: tuple[int, int, int] = (1, 8, 32),
     sm: Sequence[int] = (),
     flavor: str = "auto",
-    timing_cache: Path | None = None,
     build_options: BuildOptions | None = None,
     cache: bool = False,
     arch: str | None = None,
@@ -108,7 +107,6 @@ def export_checkpoint(
         batch: smallest, most usual and largest batch size of the engine.
         sm: compute capabilities to build for; see `runtime.build`.
         flavor: engine builder; see `runtime.build`.
-        timing_cache: see `runtime.build`.
         build_options: `options` of `runtime.build`.
         cache: see `runtime.build`.
         arch: timm's name of the architecture, for a plain state dict.
@@ -214,13 +212,14 @@ def export_checkpoint(
             info = build(
                 last,
                 engine_path,
-                precision=precision,
                 batch=batch,
-                sizes=None if sizes is None or sizes.fixed else sizes,
                 sm=sm,
                 flavor=flavor,
-                timing_cache=timing_cache,
-                options=build_options or BuildOptions(),
+                options=dataclasses.replace(
+                    build_options or BuildOptions(),
+                    precision=precision,
+                    image_sizes=None if sizes is None or sizes.fixed else sizes,
+                ),
                 cache=cache,
                 progress=build_progress,
             )

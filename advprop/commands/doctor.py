@@ -26,23 +26,22 @@ Exit codes: 0 models can be run here; 3 they cannot.
 def main(as_json: bool) -> None:
     """Say which backends work on this machine, why the others do not, and what mends it."""
     console = set_up_logging()
-    from advprop.doctor import examine
+    from advprop.doctor import run_checks
 
-    findings = examine()
+    findings = run_checks()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings.values()], indent=1))
     else:
         from rich.markup import escape
         from rich.table import Table
 
         table = Table("part", "state", "found", "what mends it")
         colors = {"ok": "green", "missing": "yellow", "broken": "red"}
-        for finding in findings:
+        for finding in findings.values():
             state = f"[{colors[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.part, state, escape(finding.found), escape(finding.mend))
+            table.add_row(finding.part, state, escape(finding.found), escape(finding.fix))
         console.print(table)
-    runs = next(finding for finding in findings if finding.part == "ONNX Runtime")
-    sys.exit(0 if runs.state == "ok" else 3)
+    sys.exit(0 if findings["onnxruntime"].state == "ok" else 3)
 
 
 if __name__ == "__main__":

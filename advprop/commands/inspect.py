@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.engine.record import verification
+from export.record import verification
 from runtime.errors import BackendUnavailable, ModelFileError, first_line
 from runtime.spec import ModelSpec
 from runtime.system.console import cli_errors, set_up_logging

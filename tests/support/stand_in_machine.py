@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.engine_options import EngineOptions
+from runtime.backends.options import EngineOptions
 from runtime.backends.tensorrt.backend import TensorRTBackend
 from runtime.backends.tensorrt.validation import Admitted
 from runtime.device.driver import Cuda
