@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,15 @@ class ValidatedEngine:
     """The GPU that runs it."""
 
 
-def validate_engine(path: Path, *, allow_host_code: bool) -> ValidatedEngine:
+def validate_engine(
+    path: Path, *, allow_host_code: bool, detect_gpu: Callable[[], Gpu | None] = find_gpu
+) -> ValidatedEngine:
     """Check that an engine can run here, and read it.
 
     Args:
         path: the plan, next to its sidecar.
         allow_host_code: whether the plan may contain code for the CPU.
+        detect_gpu: returns the GPU of this machine.
 
     Raises:
         ModelFileError: there is no sidecar, the bytes changed since the build, or the engine is for
@@ -65,7 +69,7 @@ def validate_engine(path: Path, *, allow_host_code: bool) -> ValidatedEngine:
         )
     else:
         check_version(path, info, flavor.version)
-    gpu = find_gpu()
+    gpu = detect_gpu()
     if gpu is None:
         missing.append("no NVIDIA GPU or driver was found: load the ONNX file that the engine was built from")
     if missing or gpu is None:
