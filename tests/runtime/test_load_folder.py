@@ -1,4 +1,4 @@
-"""`runtime.load` of an export folder: it opens the best file that runs here, and reports why others were skipped."""
+"""`runtime.load` of an export folder opens the best file that runs here."""
 
 import logging
 from pathlib import Path
@@ -43,9 +43,7 @@ def test_the_fp32_onnx_file_is_the_first_choice_without_an_engine(folder: Path) 
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
-def test_an_engine_that_cannot_run_is_skipped(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_engine_that_cannot_run_is_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     for precision in ("fp16", "int8"):
         runtime.build(folder / f"model.{precision}.onnx", sm=(89,), flavor="tensorrt_rtx", batch=(1, 1, 2))
@@ -69,9 +67,7 @@ def test_an_engine_that_cannot_run_is_skipped(
     assert "model.int8.engine is not the plan that its sidecar describes" in warning
     for file in folder.glob("*.onnx"):
         file.unlink()
-    with pytest.raises(
-        ModelFileError, match=r"no file in .* can be run:\n  skipped model\.int8\.engine"
-    ):
+    with pytest.raises(ModelFileError, match=r"no file in .* can be run:\n  skipped model\.int8\.engine"):
         runtime.load(folder)
     sidecar_path(folder / "model.int8.engine").unlink()
     with pytest.raises(ModelFileError, match=r"no such file: .*json"):

@@ -43,7 +43,7 @@ if child == 0:
         print(repr(error), file=sys.stderr)
         os._exit(4)
     session.close()
-    os._exit(7)  # like multiprocessing: at a normal exit ONNX Runtime waits for threads that do not exist here
+    os._exit(7)  # at a normal exit, ONNX Runtime would wait for threads that do not exist here
 _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status), session.run(images)[0, 0], session.submit(images).result()[0, 0])
 """

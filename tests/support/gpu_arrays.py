@@ -26,7 +26,7 @@ class Interface:
 
 
 class Exporter:
-    """Has a `__dlpack__`, like arrays of torch and CuPy, and records the streams that it must synchronize."""
+    """Has a `__dlpack__`, like arrays of torch and CuPy, and records the requested streams."""
 
     def __init__(self, shape: tuple[int, ...] = (2, 3, 4, 4), pointer: int = 4096, **changes: Any) -> None:
         fields = {"strides": None, "dtype": FLOAT, "kind": CUDA, "device": 0, "read_only": True, **changes}

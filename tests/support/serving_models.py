@@ -1,4 +1,4 @@
-"""Small real models for tests of serving. Their images decide how long they run and whether they fail.
+"""Small real models for tests of serving. The images decide how long they run, or that they fail.
 
 An image is float32, (3, 4, 4), and the logits of each model are the means of its colors.
 """
@@ -33,7 +33,8 @@ FRAGILE = """
     table = Constant <value = float[1] {0}> () none = Gather(table, index)
     p = GlobalAveragePool(input) q = Flatten(p) logits = Add(q, none)
 """
-"""Fails on a batch that contains a number of 1 or more: it looks up an index beyond the end of a table."""
+"""Fails on a batch that contains a number of 1 or more: it looks up an index beyond the end of a
+table."""
 
 
 def serving_model(body: str = MEAN, batch: str = "n", size: str = "4, 4") -> onnx.ModelProto:

@@ -1,8 +1,9 @@
 """A STAND-IN for the GPU, which tests how our code uses it. It contains no CUDA.
 
-`StandInDriver` implements the functions of `cuda.bindings.driver` that `runtime.device.driver` calls, with CPU memory.
-Enqueued work runs only at a synchronization. Memory that is modified, freed or read too early therefore gives wrong
-outputs or an error. It does not show how a real GPU behaves.
+`StandInDriver` implements the functions of `cuda.bindings.driver` that `runtime.device.driver`
+calls, with CPU memory. Enqueued work runs only at a synchronization. Memory that is modified, freed
+or read too early therefore gives wrong outputs or an error. It does not show how a real GPU
+behaves.
 """
 
 # ruff: noqa: N802  # CUDA's names
@@ -79,7 +80,7 @@ class StandInDriver:
     def _allocate(self, nbytes: int) -> int:
         assert getattr(self.pushed, "depth", 0) > 0, "no context is current"
         block = (ctypes.c_ubyte * (nbytes + 256))()
-        ctypes.memset(block, 0xFF, nbytes + 256)  # NaN: reading it before it is written gives wrong outputs
+        ctypes.memset(block, 0xFF, nbytes + 256)  # NaN: reading it unwritten gives wrong outputs
         pointer = -(-ctypes.addressof(block) // 256) * 256
         self.memory[pointer] = (block, nbytes)
         return pointer

@@ -1,4 +1,4 @@
-"""`Machine`, an engine on a stand-in for the GPU; see stand_in_driver.py and stand_in_tensorrt.py."""
+"""`Machine`, an engine on a stand-in for the GPU; see the other stand_in_*.py."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Machine:
         return self.driver.counts.get(name, 0)
 
     def on_gpu(self, images: np.ndarray, owner: Any = None) -> tuple[DeviceView, Any]:
-        """Copy images to the stand-in's memory. Return a view of it, and the memory, which frees it."""
+        """Copy images to the stand-in's memory. Return a view, and the memory to keep alive."""
         with self.cuda.current():
             memory = self.cuda.device_memory(images.nbytes, "images")
             self.cuda.copy_to_device(memory.pointer, np.ascontiguousarray(images), 1)

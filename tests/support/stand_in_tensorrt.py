@@ -1,7 +1,8 @@
 """A STAND-IN for TensorRT, which tests how our code calls it. It contains no TensorRT.
 
-`StandInTensorRT` implements the part of the module `tensorrt` that `runtime.backends.tensorrt` uses, on a
-`StandInDriver`. Its engine returns the mean of each color. It does not show how the real TensorRT behaves.
+`StandInTensorRT` implements the part of the module `tensorrt` that `runtime.backends.tensorrt`
+uses, on a `StandInDriver`. Its engine returns the mean of each color. It does not show how the real
+TensorRT behaves.
 """
 
 # ruff: noqa: N802  # TensorRT's names

@@ -13,7 +13,8 @@ from runtime.graph.model import save_onnx
 from runtime.spec import ModelSpec, Preprocessing
 
 BOUND = 1e-5
-"""Bound on the difference, relative to the largest logit. The order of float32 sums causes about 1e-6."""
+"""Bound on the difference, relative to the largest logit. The order of float32 sums causes about
+1e-6."""
 
 
 @pytest.mark.slow

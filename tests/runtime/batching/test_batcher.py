@@ -49,7 +49,9 @@ def ends(stats: BatcherStats) -> dict[str, int]:
 def test_requests_are_joined_into_batches(tmp_path: Path) -> None:
     with open_session(tmp_path, max_batch=8, max_delay_us=10_000_000) as session:
         futures = [session.submit(images_of(*values)) for values in ([1, 2, 3], [4], [5, 6, 7, 8])]
-        results = [future.result(5)[:, 0].tolist() for future in futures]  # the batch is full, and does not wait for 10 s
+        results = [
+            future.result(5)[:, 0].tolist() for future in futures
+        ]  # the batch is full, and does not wait for 10 s
         assert results == [[1, 2, 3], [4], [5, 6, 7, 8]]
         assert session.stats.batcher.batch_sizes == {8: 1}
         assert sum(session.stats.batcher.queue_wait_us.values()) == 3
@@ -216,7 +218,7 @@ class Traffic:
         self.wrong: list[object] = []
 
     def run(self, call: Call) -> None:
-        """Call `call(images, random) → output or None` from all threads, and record wrong outputs and errors."""
+        """Call `call(images, random) → output or None` from all threads, and record what is wrong."""
         threads = [threading.Thread(target=self._run_thread, args=(number, call)) for number in range(64)]
         for thread in threads:
             thread.start()
@@ -267,7 +269,7 @@ def test_64_threads_through_the_batcher(network: Path) -> None:
 
 
 class TwoContexts(OnnxRuntimeBackend):
-    """Like a backend with two execution contexts; ONNX Runtime itself runs any number of calls at once."""
+    """Like a backend with two contexts; ONNX Runtime itself runs any number of calls at once."""
 
     contexts = 2
 
@@ -285,7 +287,7 @@ def test_two_batches_run_at_the_same_time(network: Path) -> None:
 
 
 def test_64_threads_with_cancellation_deadlines_and_overload(network: Path) -> None:
-    """The other requests get correct results, and the counts agree with what the threads observed."""
+    """All other requests get correct results, and the counts agree with the threads."""
     observed = {"answered": itertools.count(), "cancelled": itertools.count(), "late": itertools.count()}
     refused = itertools.count()
 

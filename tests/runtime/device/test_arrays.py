@@ -1,4 +1,4 @@
-"""Zero-copy exchange with other libraries: real NumPy and torch arrays on the CPU, and stand-ins for GPU arrays."""
+"""Zero-copy exchange with other libraries: real CPU arrays, and stand-ins for GPU arrays."""
 
 import ctypes
 import gc
@@ -21,7 +21,6 @@ from runtime.device.views import DeviceView, array_or_view, stream_handle, view_
 from runtime.errors import InputError
 from tests.support.gpu_arrays import FLOAT, Exporter, Interface, UnversionedExporter
 from tests.support.serving_models import images_of, serving_model
-
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,7 @@ def test_the_stream_of_a_cuda_array_interface(changes: dict[str, Any], stream: i
         {"data": (4096, True)},  # read-only memory is fine: we only read
         {"strides": None},
         {"strides": (192, 64, 16, 4)},
-        {"shape": (1, 3, 4, 4), "strides": (7, 64, 16, 4)},  # the stride of a dimension of size 1 does not matter
+        {"shape": (1, 3, 4, 4), "strides": (7, 64, 16, 4)},  # any stride for a dimension of size 1
         {"shape": (0, 3, 4, 4), "strides": (1, 2, 3, 4), "data": (0, False)},
         {"mask": None},
         {"descr": [("", "<f4")]},

@@ -41,7 +41,7 @@ def test_an_output_that_cannot_be_written_says_how_to_fix_it(tmp_path: Path) -> 
         output_dir(tmp_path / "file")
     with pytest.raises(OutputError, match="a part of the path is a file, not a folder: choose another location"):
         output_dir(tmp_path / "file" / "below")
-    with pytest.raises(OutputError, match="cannot write .*; choose another location"):
+    with pytest.raises(OutputError, match=r"cannot write .*; choose another location"):
         write_text(tmp_path / "missing" / "a.txt", "text")
 
 

@@ -1,4 +1,4 @@
-"""The execution providers that ONNX Runtime gets, with the real library and a GPU that only seems to be there."""
+"""The choice of execution providers, with the real ONNX Runtime and a pretended GPU."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_tensorrt_inside_onnx_runtime_needs_a_gpu(model: Path) -> None:
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_without_a_gpu_the_cpu_is_used_unless_cuda_is_required(device: str) -> None:
     if device == "cuda":
-        with pytest.raises(BackendUnavailable, match="device='cuda': .*; use device='cpu' or 'auto'"):
+        with pytest.raises(BackendUnavailable, match=r"device='cuda': .*; use device='cpu' or 'auto'"):
             choose_providers(onnxruntime, device, None, tensorrt=False)
     else:
         chosen = choose_providers(onnxruntime, device, None, tensorrt=False)

@@ -1,7 +1,7 @@
-"""The TensorRT names that our code uses exist in TensorRT-RTX, 10.16 and 11.4, or their use is guarded.
+"""The names that our code uses exist in TensorRT-RTX, 10.16 and 11.4, or are guarded.
 
-The names of TensorRT 10 and 11 are in `tensorrt_names.json`. `scripts/tensorrt_names.py` extracted them from the text
-of the wheels, which cannot be imported without TensorRT's libraries.
+The names of TensorRT 10 and 11 are in `tensorrt_names.json`. `scripts/tensorrt_names.py` extracted
+them from the text of the wheels, which cannot be imported without TensorRT's libraries.
 """
 
 import ast
@@ -44,7 +44,7 @@ RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capabi
 
 
 def chains() -> set[tuple[str, ...]]:
-    """Return the attributes of the module: `trt.MemoryPoolType.WORKSPACE` → (MemoryPoolType, WORKSPACE)."""
+    """Return the names after the module: `trt.MemoryPoolType.WORKSPACE` → (MemoryPoolType, WORKSPACE)."""
     found = set()
     for path in (ROOT / "runtime").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -61,7 +61,7 @@ def chains() -> set[tuple[str, ...]]:
 
 
 def members() -> set[tuple[str, str]]:
-    """Return (class, member) for everything that is called, read or set on the library's objects."""
+    """Return (class, member) for every member of the library's objects that our code uses."""
     found = set()
     for file in NATIVE:
         for node in ast.walk(ast.parse((ROOT / "runtime" / file).read_text())):
@@ -119,7 +119,9 @@ def test_an_unsupported_hardware_level_is_rejected() -> None:
     level = SimpleNamespace(__members__={"NONE": 0, "AMPERE_PLUS": 1})
     old = SimpleNamespace(__version__="10.0.1", HardwareCompatibilityLevel=level)
     options = BuildOptions(hardware_compatible="same_compute_capability")
-    with pytest.raises(ConfigError, match=r"TensorRT 10\.0\.1 does not support same_compute_capability; it supports ampere_plus"):
+    with pytest.raises(
+        ConfigError, match=r"TensorRT 10\.0\.1 does not support same_compute_capability; it supports ampere_plus"
+    ):
         check_options(Flavor("tensorrt", old), options, quantized=False)
 
 

@@ -1,4 +1,4 @@
-"""`TensorRTBackend` on stand-ins for the GPU and TensorRT: see stand_in_driver.py and stand_in_tensorrt.py.
+"""`TensorRTBackend` on stand-ins for the GPU and TensorRT: see tests/support/stand_in_*.py.
 
 Only a GPU shows whether the real ones behave like the stand-ins: benchmarks/gpu/runtime.py.
 """
@@ -59,7 +59,8 @@ def test_gpu_input_is_read_in_place() -> None:
     owner = Interface(shape=view.shape, data=(view.pointer, True))
     np.testing.assert_array_equal(machine.backend.run(owner)[0], means(batch))
     assert (machine.count("cuMemcpyHtoDAsync"), machine.count("cuMemcpyDtoDAsync")) == (0, 0)
-    assert machine.count("cuEventRecord") == 0  # version 3 without a stream: there is nothing to wait for
+    # Version 3 without a stream: there is nothing to wait for.
+    assert machine.count("cuEventRecord") == 0
     machine.backend.close()
 
 
@@ -97,7 +98,8 @@ def test_pending_work_on_the_callers_stream_completes_first() -> None:
         own = machine.cuda.stream()
     for how in ({"stream": own}, {"stream": None}, {"version": 2}):
         with machine.cuda.current():
-            machine.cuda.copy_to_device(view.pointer, batch, 1 if "version" in how else own)  # not done yet
+            # The copy is still pending when the batch runs.
+            machine.cuda.copy_to_device(view.pointer, batch, 1 if "version" in how else own)
         owner = Interface(shape=view.shape, data=(view.pointer, False), **how)
         (found,) = machine.backend.run(owner, stream=own if how == {"stream": None} else None)
         np.testing.assert_array_equal(found, means(batch))
@@ -164,7 +166,7 @@ def test_a_session_predicts_and_joins_requests() -> None:
         futures = [session.submit(images_of(float(number))) for number in range(40)]
         assert [future.result()[0, 0] for future in futures] == list(range(40))
         view, _memory = machine.on_gpu(images(1))
-        with pytest.raises(InputError, match="the images are on the GPU, but requests are joined in CPU memory; use run"):
+        with pytest.raises(InputError, match="requests are joined in CPU memory; use run"):
             session.submit(Interface(shape=view.shape, data=(view.pointer, False)))
         explained = session.explain()
     assert "batches: (1…8, 3, 4, 4); larger ones are split" in explained

@@ -10,7 +10,8 @@ from tests.support.stand_in_machine import Machine, images, means
 
 def test_a_shape_is_launched_then_captured_then_replayed() -> None:
     machine = Machine(contexts=1)
-    assert machine.trt.contexts == 3  # the optimal and the largest batch are captured in their own contexts
+    # The optimal and the largest batch are captured in their own contexts.
+    assert machine.trt.contexts == 3
     found = []
     for number in range(4):
         batch = images(2, seed=number)
@@ -65,7 +66,7 @@ def test_shapes_that_cannot_be_captured_run_without_a_graph(
 
 
 def test_memory_is_not_freed_during_a_capture() -> None:
-    """Garbage collection may run at any time, and freeing would invalidate the capture, as the stand-in asserts."""
+    """Garbage collection may run at any time, and freeing would invalidate the capture."""
     machine = Machine()
     kept = list(machine.on_gpu(images(1)))
     held = machine.cuda.allocated_bytes

@@ -1,4 +1,4 @@
-"""The names of cuda-bindings and TensorRT that the code for running engines uses exist in the installed packages."""
+"""The names that our code uses exist in the installed cuda-bindings and TensorRT-RTX."""
 
 import ast
 import inspect
