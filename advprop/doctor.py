@@ -24,7 +24,7 @@ class Finding:
     part: str
     """The checked part of the machine."""
     state: Literal["ok", "missing", "broken"]
-    """`missing` means that the part cannot be used, although nothing is wrong."""
+    """`missing`: the part is absent; `broken`: it is installed but does not work."""
     found: str
     """What was found."""
     fix: str = ""

@@ -30,8 +30,7 @@ from export.source import load_source
 from export.to_onnx import to_onnx
 from export.verify import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
-from runtime.engine.flavors import check_targets, choose_flavor
-from runtime.engine.options import BuildOptions, check_options
+from runtime.engine.options import BuildOptions, choose_builder
 from runtime.engine.sidecar import EngineInfo
 from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBuildError, ModelFileError
 from runtime.graph.collect import collect
@@ -268,9 +267,7 @@ def _check_forms(precision: str, input_form: str, output_form: str) -> None:
 def _check_wishes(flavor: str, sm: tuple[int, ...], options: BuildOptions, quantized: bool) -> None:
     """Refuses impossible targets and options before the work; a missing builder is told after the ONNX files."""
     try:
-        chosen = choose_flavor(flavor, sm)
-        check_targets(chosen, sm)
-        check_options(chosen, options, quantized=quantized)
+        choose_builder(flavor, sm, options, quantized=quantized)
     except BackendUnavailable:
         log.debug("no engine builder here")
 

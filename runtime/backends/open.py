@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 _ONNX_RUNTIME, _ORT_TENSORRT, _TENSORRT = "onnxruntime", "onnxruntime-tensorrt", "tensorrt"
 BACKENDS = ("auto", _ONNX_RUNTIME, _ORT_TENSORRT, _TENSORRT)
-"""Values of `backend`. `tensorrt` is the TensorRT library that built the engine, as its sidecar
-says. `onnxruntime-tensorrt` is TensorRT inside ONNX Runtime, for ONNX files."""
+"""Values of `backend`. `tensorrt` is the TensorRT library that the engine's sidecar names.
+`onnxruntime-tensorrt` is TensorRT inside ONNX Runtime, for ONNX files."""
 ENGINE_SUFFIXES = (".engine", ".plan")
 """Suffixes of files that TensorRT runs."""
 CHECKPOINT_SUFFIXES = (".pt", ".pth")

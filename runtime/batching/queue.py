@@ -65,7 +65,7 @@ class Part:
 
 
 class FairQueue:
-    """A first-in, first-out queue in which a request gives way after every `quantum` images.
+    """A first-in, first-out queue in which a request yields its turn after every `quantum` images.
 
     A request no larger than the quantum is never overtaken. A larger one lets every request behind
     it have a turn between two of its own turns.

@@ -17,10 +17,10 @@ from os import PathLike
 from pathlib import Path
 
 from runtime.engine.cache import EngineCache, engine_key
-from runtime.engine.flavors import Flavor, check_targets, choose_flavor, native_logger
+from runtime.engine.flavors import Flavor, native_logger
 from runtime.engine.int8 import LayerReport, int8_layers, warn_about_floats, warn_about_padding, warn_about_size
 from runtime.engine.layers import inspected_layers, layers_of_log
-from runtime.engine.options import BuildOptions, check_options, flag_names
+from runtime.engine.options import BuildOptions, choose_builder, flag_names
 from runtime.engine.plan import PlanRequest, make_plan
 from runtime.engine.progress import BuildProgress, ProgressCallback, run_interruptibly
 from runtime.engine.sidecar import EngineInfo, put_engine
@@ -81,23 +81,17 @@ def build(
     Raises:
         BackendUnavailable: no builder is installed.
         ConfigError: the batch sizes are invalid, or the builder does not support an `sm` or option.
-        EngineBuildError: the builder rejected the graph; the message has the node, the operator and
-            the reason.
+        EngineBuildError: the builder rejected the graph; the message has node, operator and reason.
         ModelFileError: the file is not an ONNX classifier, declares sizes that no builder supports,
             or has another precision than requested.
         OutputError: the engine's folder cannot be written.
     """
-    source = Path(onnx)
-    target = Path(engine) if engine is not None else source.with_suffix(".engine")
-    if target.is_dir() or target.resolve() == source.resolve() or target.suffix not in (".engine", ".plan"):
-        raise ConfigError(f"the engine must be a new file NAME.engine or NAME.plan; found {target}")
+    source, sms = Path(onnx), tuple(sm)
+    target = _target(source, engine)
     summary = summarize(source)
     _check_precision(source, summary, options.precision)
     profile = _profile(summary, batch, options.image_sizes)
-    sms = tuple(sm)
-    chosen = choose_flavor(flavor, sms)
-    check_targets(chosen, sms)
-    check_options(chosen, options, quantized=_is_quantized(summary))
+    chosen = choose_builder(flavor, sms, options, quantized=_is_quantized(summary))
     options = _prepare_folders(target, chosen, options)
     _warn_if_not_runnable(chosen, sms)
     log.info("building %s with %s %s", target.name, chosen.name, chosen.version)
@@ -110,6 +104,13 @@ def build(
         warn_about_padding(info.layers)
         warn_about_size(target.stat().st_size, sum(summary.weights.values()))
     return info
+
+
+def _target(source: Path, engine: str | PathLike[str] | None) -> Path:
+    target = Path(engine) if engine is not None else source.with_suffix(".engine")
+    if target.is_dir() or target.resolve() == source.resolve() or target.suffix not in (".engine", ".plan"):
+        raise ConfigError(f"the engine must be a new file NAME.engine or NAME.plan; found {target}")
+    return target
 
 
 def _prepare_folders(target: Path, flavor: Flavor, options: BuildOptions) -> BuildOptions:

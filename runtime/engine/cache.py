@@ -101,7 +101,7 @@ class EngineCache:
         try:
             info = read_sidecar(engine)
             if engine_key(info) != key:
-                raise ModelFileError(f"{engine} is another engine than its name says")
+                raise ModelFileError(f"{engine} does not match its name")
             os.utime(sidecar_path(engine))
         except (ModelFileError, SpecError) as error:
             log.warning("a cached engine is damaged and will be rebuilt: %s", error.message)

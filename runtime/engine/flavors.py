@@ -63,7 +63,7 @@ def choose_flavor(name: str, sms: tuple[int, ...]) -> Flavor:
         sms: requested compute capabilities, e.g. (86, 89); empty for the default.
 
     Raises:
-        BackendUnavailable: no suitable library is installed; the message says what to install.
+        BackendUnavailable: no suitable library is installed; the message lists what to install.
         ConfigError: the name is unknown.
     """
     if name not in ("auto", *_FLAVORS):

@@ -1,8 +1,8 @@
 """Report which quantized layers an engine computes in INT8, and why not the others.
 
 Q/DQ nodes in a graph are a request. A builder may dequantize the inputs and multiply in floating
-point, and still store the weights as int8 in the plan. Therefore neither the size nor the bytes of
-a plan show it, but the types that a kernel reads do.
+point, and still store the weights as int8 in the plan. The size and the bytes of a plan do not show
+it; the types that a kernel reads do.
 
 The behavior of TensorRT-RTX 1.7.1 was determined with engines of single layers and of whole
 networks: docs/results/int8_plans.md.

@@ -55,8 +55,7 @@ class EngineLayer:
     name: str
     """The engine's name for it."""
     kind: str
-    """TensorRT's type name: `correlation`, `gemm`, `kgen` (elementwise code), `CaskConvolution`,
-    …"""
+    """TensorRT's type name, such as `gemm`, `kgen` (elementwise code) or `CaskConvolution`."""
     inputs: tuple[EngineTensor, ...]
     """Input activations."""
     constants: tuple[EngineTensor, ...]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.engine.flavors import Flavor
+from runtime.engine.flavors import Flavor, check_targets, choose_flavor
 from runtime.errors import ConfigError
 from runtime.spec import ImageSizes
 from runtime.system.gpu import find_gpu
@@ -15,7 +15,15 @@ from runtime.system.gpu import find_gpu
 if TYPE_CHECKING:
     import tensorrt
 
-__all__ = ["HARDWARE_LEVELS", "HOST_CODE_FLAG", "BuildOptions", "apply_options", "check_options", "flag_names"]
+__all__ = [
+    "HARDWARE_LEVELS",
+    "HOST_CODE_FLAG",
+    "BuildOptions",
+    "apply_options",
+    "check_options",
+    "choose_builder",
+    "flag_names",
+]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +68,25 @@ class BuildOptions:
             )
 
 
+def choose_builder(flavor: str, sms: tuple[int, ...], options: BuildOptions, *, quantized: bool) -> Flavor:
+    """Choose the library that builds, and check that it supports the targets and options.
+
+    Args:
+        flavor: `auto`, `tensorrt` or `tensorrt_rtx`.
+        sms: target compute capabilities; empty for the default.
+        options: the requested options.
+        quantized: whether the graph has Q/DQ nodes.
+
+    Raises:
+        BackendUnavailable: no suitable library is installed.
+        ConfigError: the library does not support a target or option.
+    """
+    chosen = choose_flavor(flavor, sms)
+    check_targets(chosen, sms)
+    check_options(chosen, options, quantized=quantized)
+    return chosen
+
+
 def check_options(flavor: Flavor, options: BuildOptions, *, quantized: bool) -> None:
     """Check that `flavor` supports the options, and that they can be combined.
 
@@ -69,7 +96,7 @@ def check_options(flavor: Flavor, options: BuildOptions, *, quantized: bool) -> 
         quantized: whether the graph has Q/DQ nodes.
 
     Raises:
-        ConfigError: an option is not supported; the message says what to do instead.
+        ConfigError: an option is not supported; the message suggests an alternative.
     """
     refittable = options.refit or options.strip_weights
     if refittable and quantized:

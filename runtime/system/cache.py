@@ -121,7 +121,7 @@ def limit_bytes() -> int:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield the files of a folder and their status. Another process may remove files meanwhile."""
+    """Yield the files of a folder and their status, even if another process removes some."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():

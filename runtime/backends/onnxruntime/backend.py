@@ -59,11 +59,10 @@ class OnnxRuntimeBackend(Backend):
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA if a GPU and the provider are available.
             threads: CPU threads of one run.
-            exact: on a CPU, compute what a GPU computes. Q/DQ nodes run as written, in floating
-                point instead of INT8 kernels, and every FP16 or BF16 tensor is rounded, which ONNX
-                Runtime does not do on a CPU. It is slower. By default it is enabled for INT8 files
-                that advprop calibrated, which run fastest this way, and partly for others if the
-                CPU's INT8 sums saturate.
+            exact: on a CPU, compute what a GPU computes, although it is slower: Q/DQ nodes run in
+                floating point, and every FP16 or BF16 tensor is rounded. By default it is enabled
+                for INT8 files that advprop calibrated, which run fastest this way; for others, Q/DQ
+                nodes run in floating point if this CPU's INT8 sums saturate.
             tensorrt: use TensorRT inside ONNX Runtime, on a GPU.
             detect_gpu: returns the GPU of this machine.
 
@@ -82,8 +81,8 @@ class OnnxRuntimeBackend(Backend):
         failure, fix = providers.start_failure(session)
         if failure:
             if tensorrt or device == "cuda":
-                otherwise = "backend='onnxruntime'" if tensorrt else "device='cpu'"
-                raise BackendUnavailable(failure, fix=f"{fix}, or use {otherwise}")
+                fix += ", or use " + ("backend='onnxruntime'" if tensorrt else "device='cpu'")
+                raise BackendUnavailable(failure, fix=fix)
             log.warning("%s; %s. Running on the CPU", failure, fix)
             loading = _Loading.plan(path, cpu_providers(f"because {failure}; {fix}"), threads, exact)
             session = loading.open(ort)
@@ -96,8 +95,8 @@ class OnnxRuntimeBackend(Backend):
         name = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
         self.device = loading.providers.device
         self.reasons = (f"backend: {name} {ort.__version__}, which runs ONNX files", *loading.reasons())
-        text = metadata.get(METADATA_KEY)
-        self.spec = ModelSpec.from_json(text, where=str(path)) if text else None
+        spec = metadata.get(METADATA_KEY)
+        self.spec = ModelSpec.from_json(spec, where=str(path)) if spec else None
         expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
         (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)
         self.outputs = _tensors(session.get_outputs(), "output", path, expected, rank=2)

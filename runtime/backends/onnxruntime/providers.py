@@ -50,7 +50,7 @@ class Providers:
 
 
 def cpu_providers(reason: str) -> Providers:
-    """Return the providers for the CPU; `reason` says why it was chosen."""
+    """Return the providers for the CPU; `reason` is why it was chosen."""
     return Providers(device="cpu", reason=f"cpu, {reason}", main=_CPU, options=((_CPU, {}),))
 
 

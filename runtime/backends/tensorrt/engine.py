@@ -171,5 +171,5 @@ class LoadedEngine:
 
 
 def sizes_of(dims: Any) -> tuple[int, ...]:
-    """Return the sizes in a `Dims`, which is iterable, although its type stub does not say so."""
+    """Return the sizes in a `Dims`, which is iterable, although its type stub does not allow it."""
     return tuple(int(size) for size in dims)

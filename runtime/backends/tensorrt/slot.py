@@ -101,7 +101,7 @@ class Slot:
             self._mark(3)
             self._cuda.synchronize(self._stream)
         except BaseException:
-            # Until the stream is idle, nobody may use the slot or free the images.
+            # The slot and the images must stay untouched until the stream is idle.
             self._cuda.synchronize_after_failure(self._stream)
             raise
         return tuple(values.copy() for values in staged)
