@@ -10,7 +10,7 @@ from pathlib import Path
 from advprop.split import Split, split
 from calib.precision import REDUCED
 from export.pipeline import export_checkpoint
-from runtime.engine.record import read_record
+from export.record import read_record
 from runtime.errors import ConfigError, DataError, nearest
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.models import Model, load_model

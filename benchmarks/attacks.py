@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from advprop.cli import main as advprop
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from runtime.backends.threads import Threads
+from runtime.backends.options import Threads
 from runtime.evaluate.attacks.ball import rounded
 from runtime.evaluate.attacks.config import SQUARE
 from runtime.evaluate.attacks.draws import generator, seed_of

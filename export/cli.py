@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from calib.options import OPTION_NAMES, calibration_config, calibration_options
 from runtime.engine.command_line import ENGINE_OPTION_NAMES, build_arguments, engine_options, image_size_option
-from runtime.sizes import ImageSizes
+from runtime.spec import ImageSizes
 from runtime.system.console import cli_errors, engine_bar, set_up_logging
 
 if TYPE_CHECKING:
@@ -155,7 +155,6 @@ def main(
             batch=engine["batch"],
             sm=engine["sm"],
             flavor=engine["flavor"],
-            timing_cache=engine["timing_cache"],
             build_options=engine["options"],
             cache=engine["cache"],
             input_form=_INPUT_FORMS[input_form],

@@ -30,14 +30,13 @@ from export.source import load_source
 from export.to_onnx import to_onnx
 from export.verify import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare, require
 from runtime.engine.build import build
-from runtime.engine.flavors import check_targets, choose_flavor
-from runtime.engine.options import BuildOptions, check_options
+from runtime.engine.options import BuildOptions, choose_builder
 from runtime.engine.sidecar import EngineInfo
 from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBuildError, ModelFileError
 from runtime.graph.collect import collect
 from runtime.graph.model import save_onnx
 from runtime.graph.rounding import with_roundings
-from runtime.sizes import ImageSizes
+from runtime.spec import ImageSizes
 from runtime.system.files import output_dir
 from train.recipes import MAIN
 
@@ -80,7 +79,6 @@ def export_checkpoint(
     batch: tuple[int, int, int] = (1, 8, 32),
     sm: Sequence[int] = (),
     flavor: str = "auto",
-    timing_cache: Path | None = None,
     build_options: BuildOptions | None = None,
     cache: bool = False,
     arch: str | None = None,
@@ -108,7 +106,6 @@ def export_checkpoint(
         batch: smallest, most usual and largest batch size of the engine.
         sm: compute capabilities to build for; see `runtime.build`.
         flavor: engine builder; see `runtime.build`.
-        timing_cache: see `runtime.build`.
         build_options: `options` of `runtime.build`.
         cache: see `runtime.build`.
         arch: timm's name of the architecture, for a plain state dict.
@@ -214,13 +211,14 @@ def export_checkpoint(
             info = build(
                 last,
                 engine_path,
-                precision=precision,
                 batch=batch,
-                sizes=None if sizes is None or sizes.fixed else sizes,
                 sm=sm,
                 flavor=flavor,
-                timing_cache=timing_cache,
-                options=build_options or BuildOptions(),
+                options=dataclasses.replace(
+                    build_options or BuildOptions(),
+                    precision=precision,
+                    image_sizes=None if sizes is None or sizes.fixed else sizes,
+                ),
                 cache=cache,
                 progress=build_progress,
             )
@@ -269,9 +267,7 @@ def _check_forms(precision: str, input_form: str, output_form: str) -> None:
 def _check_wishes(flavor: str, sm: tuple[int, ...], options: BuildOptions, quantized: bool) -> None:
     """Refuses impossible targets and options before the work; a missing builder is told after the ONNX files."""
     try:
-        chosen = choose_flavor(flavor, sm)
-        check_targets(chosen, sm)
-        check_options(chosen, options, quantized=quantized)
+        choose_builder(flavor, sm, options, quantized=quantized)
     except BackendUnavailable:
         log.debug("no engine builder here")
 

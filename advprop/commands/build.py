@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
 from runtime.engine.command_line import build_arguments, engine_options, image_size_option
-from runtime.sizes import ImageSizes
+from runtime.spec import ImageSizes
 from runtime.system.console import cli_errors, engine_bar, set_up_logging
 
 EXAMPLES = """\b
@@ -44,8 +45,9 @@ def main(
     from runtime.engine.int8 import summary_of
 
     arguments = build_arguments(engine_values)
+    options = dataclasses.replace(arguments.pop("options"), image_sizes=image_sizes)
     with console.status("building") as status:
-        info = build(onnx, out, sizes=image_sizes, progress=engine_bar(status), **arguments)
+        info = build(onnx, out, options=options, progress=engine_bar(status), **arguments)
     engine = out or onnx.with_suffix(".engine")
     computed = f"; in INT8: {summary_of(info.layers)}" if info.layers else ""
     console.print(

@@ -59,8 +59,8 @@ def main(file: Path, as_json: bool) -> None:
 
 def _engine(file: Path) -> dict[str, Any]:
     from advprop.support import engine_support
+    from export.record import verification
     from runtime.engine.int8 import summary_of
-    from runtime.engine.record import verification
     from runtime.engine.sidecar import read_sidecar
 
     info = read_sidecar(file)
@@ -87,7 +87,7 @@ def _engine(file: Path) -> dict[str, Any]:
 
 def _onnx(file: Path) -> dict[str, Any]:
     from advprop.support import onnx_support
-    from runtime.engine.record import verification
+    from export.record import verification
     from runtime.graph.summary import summarize, work_of
 
     summary = summarize(file)

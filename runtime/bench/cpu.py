@@ -9,14 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Usage", "cpu_name", "cpu_state", "others_share", "usable_cores", "usage"]
+__all__ = ["Usage", "cpu_name", "cpu_state", "others_share", "usage"]
 
 _ROOT = Path("/")
-
-
-def usable_cores() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name(root: Path = _ROOT) -> str | None:

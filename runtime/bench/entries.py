@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.engine_options import EngineOptions
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.backends.open import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
-from runtime.backends.threads import Threads
+from runtime.backends.options import EngineOptions, Threads
 from runtime.bench.names import names_of, slug, unused
 from runtime.bench.peers import bare_onnxruntime, onnx_beside, torch_peers
 from runtime.bench.targets import Contestant, of_session

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from runtime.backends.threads import Threads
+from runtime.backends.options import Threads
 from runtime.bench.rounds import timed
 from runtime.bench.targets import HOST, Contestant, Work, backend_input, of_torch
 from runtime.engine.sidecar import read_sidecar

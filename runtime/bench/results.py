@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.cpu import cpu_name, cpu_state, others_share, usable_cores, usage
+from runtime.bench.cpu import cpu_name, cpu_state, others_share, usage
 from runtime.bench.quantities import QUANTITIES
 from runtime.bench.run import Bench
 from runtime.bench.warnings import warnings_of
+from runtime.system.cpu import usable_cores
 from runtime.system.gpu import find_gpu
 
 __all__ = ["BENCH_FORMAT", "RUN_FORMAT", "for_report", "result_of"]

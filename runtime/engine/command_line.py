@@ -10,7 +10,7 @@ import click
 
 from runtime.engine.options import HARDWARE_LEVELS, BuildOptions
 from runtime.errors import ConfigError
-from runtime.sizes import ImageSizes
+from runtime.spec import ImageSizes
 
 __all__ = [
     "ENGINE_OPTION_NAMES",
@@ -99,10 +99,10 @@ def build_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         "sm": [parse_sm(text) for text in values["sm"]],
         "batch": values["batch"],
         "flavor": values["builder"],
-        "timing_cache": values["timing_cache"],
         "cache": not values["no_cache"],
         "options": BuildOptions(
             workspace_mib=values["workspace_mib"],
+            timing_cache=values["timing_cache"],
             version_compatible=values["version_compatible"],
             hardware_compatible=(values["hardware_compatible"] or "").replace("-", "_"),
             refit=values["refit"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from runtime.evaluate.progress_log import Journal, Unit
 from runtime.evaluate.provenance import alike
 from runtime.evaluate.results import Result, finished
 from runtime.evaluate.suites import open_suite
+from runtime.system.cpu import usable_cores
 
 if TYPE_CHECKING:
     from runtime.evaluate.cluster import Cluster
@@ -33,10 +33,6 @@ Counting = Callable[[Measurement, set[Unit]], Generator[Counted, None, None]]
 """What counts units, here or elsewhere."""
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """How an evaluation is run. Only the batch size shows in its result."""
@@ -45,7 +41,7 @@ class RunConfig:
     """Folder of the journal, which is there until the evaluation is done."""
     batch_size: int = 8
     """Images a model sees at once. Twice as quick for each image as 32 on a CPU, whose caches hold so many."""
-    workers: int = max(1, min(8, _cores() - 1))
+    workers: int = max(1, min(8, usable_cores() - 1))
     """Processes that decode and corrupt; 0: this one."""
     shard: int = 1
     """Which part of the blocks this run does, from 1,"""

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import click
 
 from runtime.errors import AdvPropError, ConfigError, Interrupted
-from runtime.sizes import ImageSizes
+from runtime.spec import ImageSizes
 
 __all__ = [
     "CommaList",

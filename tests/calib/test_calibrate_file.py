@@ -46,7 +46,7 @@ def test_from_the_command_line_to_an_engine(exported: Path, digits: Path, tmp_pa
     assert record["agreement"] >= 0.95
     assert all(0 < node["threshold"] <= node["largest"] for node in record["nodes"])
     assert all(node["noise"] < 0.01 for node in record["nodes"])
-    info = runtime.build(target, precision="int8", sm=(89,))
+    info = runtime.build(target, options=runtime.BuildOptions(precision="int8"), sm=(89,))
     assert info.precision_shares == {"int8": 1.0}
     assert info.calibration_sha256 == calibration_set(digits).sha256
     paths = sorted(digits.iterdir())

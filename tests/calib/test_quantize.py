@@ -129,7 +129,7 @@ def test_the_graph_keeps_tensorrts_rules() -> None:
 def test_an_engine_can_be_built_of_it(tmp_path) -> None:
     quantized = quantize(residual(), points_of(residual()), {"input": 3.0, "r": 5.0})
     onnx.save(quantized, tmp_path / "m.onnx")
-    info = runtime.build(tmp_path / "m.onnx", precision="int8", sm=(89,))
+    info = runtime.build(tmp_path / "m.onnx", options=runtime.BuildOptions(precision="int8"), sm=(89,))
     assert (info.precision, info.precision_shares) == ("int8", {"int8": 1.0})
 
 

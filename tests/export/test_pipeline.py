@@ -90,10 +90,10 @@ def test_a_range_of_image_sizes_leaves_the_size_open(trained: FitResult, tmp_pat
         assert session.predict([np.zeros((70, 50, 3), np.uint8)])[0].probabilities.shape == (10,)
     with pytest.raises(ModelFileError, match=r"cannot run .*model\.bf16\.onnx.*TensorRT"):
         runtime.load(result.reduced_onnx)
-    with pytest.raises(ModelFileError, match=r"leaves its size open.*--img-size MIN:OPT:MAX"):
+    with pytest.raises(ModelFileError, match=r"has a dynamic size.*--img-size MIN:OPT:MAX"):
         runtime.build(result.onnx)
     with pytest.raises(ConfigError, match="fixed size"):
-        runtime.build(_at_48(trained, tmp_path / "fixed"), sizes=sizes)
+        runtime.build(_at_48(trained, tmp_path / "fixed"), options=runtime.BuildOptions(image_sizes=sizes))
 
 
 def _at_48(trained: FitResult, out: Path) -> Path:
@@ -230,11 +230,11 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
         ),
         (["CHECKPOINT", "--io", "fp16"], "--io fp16 is of FP16 files"),
         (["CHECKPOINT", "--img-size", "320:160:64"], "image sizes need 1 ≤ min ≤ opt ≤ max"),
-        (["CHECKPOINT", "--img-size", "big"], "an image size is N or HEIGHTxWIDTH"),
+        (["CHECKPOINT", "--img-size", "big"], "an image size is N, HEIGHTxWIDTH"),
         (["CHECKPOINT", "--trt", "fp16", "--sm", "ampere"], "--sm takes a compute capability such as 86"),
         (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
         (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "leave --precision fp32 out"),
-        (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not build for SM 90"),
+        (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not support SM 90"),
         (["CHECKPOINT", "--data", "/no/such"], "--data /no/such: no such folder"),
         (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],

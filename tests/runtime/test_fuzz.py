@@ -1,7 +1,7 @@
 """Damaged and hostile files: only our own errors come out of whatever reads them.
 
-`ADVPROP_FUZZ=2000 pytest tests/runtime/test_fuzz.py` tries more of them, and others each time;
-`benchmarks/fuzz.py` counts them.
+`ADVPROP_FUZZ=2000 pytest tests/runtime/test_fuzz.py` runs more cases, and different ones every
+time; `benchmarks/fuzz.py` counts their results.
 """
 
 import os
@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from fuzz import KINDS, MODEL, fuzz
 from onnx import TensorProto, helper, numpy_helper
 
 import runtime
@@ -20,6 +19,7 @@ from advprop.cli import main
 from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.guard import check_volumes
 from runtime.graph.summary import read_onnx, summarize
+from tests.support.fuzzing import KINDS, MODEL, fuzz
 from tests.support.networks import classifier, graph
 
 CASES = int(os.environ.get("ADVPROP_FUZZ", "0"))
@@ -30,7 +30,7 @@ def test_only_our_errors(kind: str, tmp_path: Path) -> None:
     counts = fuzz(kind, CASES or 120, tmp_path, seeded=not CASES)
     assert counts.total() >= 100
     if kind.startswith("ONNX"):
-        assert counts["passed"]  # not all are refused at the door
+        assert counts["passed"]  # some cases are valid files
 
 
 def save(model: onnx.ModelProto, path: Path) -> Path:
@@ -52,7 +52,7 @@ def save(model: onnx.ModelProto, path: Path) -> Path:
     ],
     ids=["empty", "png", "text", "cut", "length", "number", "no graph", "nodes"],
 )
-def test_bytes_that_are_no_model(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_bytes_that_are_not_a_model_are_rejected(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "a.onnx").write_bytes(content)
     with pytest.raises(ModelFileError, match=expected):
         runtime.build(tmp_path / "a.onnx")
@@ -66,8 +66,8 @@ def test_a_file_of_ten_gigabytes_is_not_read(tmp_path: Path) -> None:
         summarize(tmp_path / "a.onnx")
 
 
-def test_a_small_file_of_many_nodes_is_refused_without_reading_it(tmp_path: Path) -> None:
-    """20 million empty nodes: 40 MB that would become gigabytes of objects."""
+def test_a_small_file_with_many_nodes_is_rejected_without_parsing_it(tmp_path: Path) -> None:
+    """20 million empty nodes: 40 MB that would be parsed into gigabytes of objects."""
     body = b"\x0a\x00" * 20_000_000
     length = len(body)
     varint = bytearray()
@@ -75,10 +75,10 @@ def test_a_small_file_of_many_nodes_is_refused_without_reading_it(tmp_path: Path
         varint.append(length & 127 | (128 if length > 127 else 0))
         length >>= 7
     (tmp_path / "a.onnx").write_bytes(b"\x08\x09\x3a" + varint + body)
-    began = time.process_time()
+    start = time.process_time()
     with pytest.raises(ModelFileError, match="more than 100,000 nodes"):
         summarize(tmp_path / "a.onnx")
-    assert time.process_time() - began < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_small_file_of_many_nodes_is_refused_without_reading_it(tmp_path: Path
         ([1] * 65, TensorProto.FLOAT, b"abcd", "65 dimensions"),
     ],
 )
-def test_weights_that_are_not_there(
+def test_missing_weights_are_rejected(
     tmp_path: Path, dims: list[int], data_type: int, data: bytes | None, expected: str
 ) -> None:
     model = classifier()
@@ -106,8 +106,8 @@ def test_weights_that_are_not_there(
         runtime.build(save(model, tmp_path / "a.onnx"))
 
 
-def test_every_way_to_write_a_tensor_is_known(tmp_path: Path) -> None:
-    """Nothing that is right is refused: raw and typed data of every type that this onnx package has."""
+def test_every_encoding_of_a_tensor_is_accepted(tmp_path: Path) -> None:
+    """Raw and typed data of every element type that this onnx package has."""
     model = classifier()
     for name, value in TensorProto.DataType.items():
         if name in ("UNDEFINED", "STRING"):
@@ -133,7 +133,7 @@ def test_every_way_to_write_a_tensor_is_known(tmp_path: Path) -> None:
         ({}, "from outside its folder"),
     ],
 )
-def test_weights_in_other_files(tmp_path: Path, entries: dict[str, str], expected: str) -> None:
+def test_invalid_external_weights_are_rejected(tmp_path: Path, entries: dict[str, str], expected: str) -> None:
     (tmp_path / "w").write_bytes(bytes(100))
     (tmp_path / "link").symlink_to("/etc/hostname")
     model = classifier()
@@ -146,7 +146,7 @@ def test_weights_in_other_files(tmp_path: Path, entries: dict[str, str], expecte
         runtime.build(save(model, tmp_path / "a.onnx"))
 
 
-def test_weights_elsewhere_within_a_node(tmp_path: Path) -> None:
+def test_external_weights_inside_a_node_are_rejected(tmp_path: Path) -> None:
     model = graph("c = Constant<value: tensor = float[1] {1.0}>() logits = Mul(input, c)")
     tensor = model.graph.node[0].attribute[0].t
     tensor.data_location = TensorProto.EXTERNAL
@@ -166,7 +166,7 @@ def test_weights_elsewhere_within_a_node(tmp_path: Path) -> None:
     ],
     ids=["ConstantOfShape", "Range", "Expand"],
 )
-def test_shapes_that_nothing_can_hold(tmp_path: Path, body: str) -> None:
+def test_huge_shapes_are_rejected(tmp_path: Path, body: str) -> None:
     path = save(graph(body), tmp_path / "a.onnx")
     with pytest.raises(ModelFileError, match=r"has a shape of .* elements"):
         runtime.build(path)
@@ -174,7 +174,7 @@ def test_shapes_that_nothing_can_hold(tmp_path: Path, body: str) -> None:
         check_volumes(read_onnx(path), path)
 
 
-def test_inputs_that_are_no_images(tmp_path: Path) -> None:
+def test_inputs_that_are_not_images_are_rejected(tmp_path: Path) -> None:
     body = "p = GlobalAveragePool(input) logits = Flatten(p)"
     with pytest.raises(ConfigError, match="has more than 2,147,483,647 elements"):
         runtime.build(save(graph(body, 10**9, 10**9), tmp_path / "a.onnx"))
@@ -184,11 +184,11 @@ def test_inputs_that_are_no_images(tmp_path: Path) -> None:
         del shape.dim[:]
         for size in dims:
             shape.dim.add(dim_value=size)
-        with pytest.raises(ModelFileError, match="expected images: four sizes"):
+        with pytest.raises(ModelFileError, match="expected images: four dimensions"):
             runtime.build(save(model, tmp_path / "a.onnx"))
 
 
-def test_nodes_without_inputs_and_rings(tmp_path: Path) -> None:
+def test_nodes_without_inputs_and_cycles(tmp_path: Path) -> None:
     model = graph("a = Cast<to: int = 1>(b) b = Cast<to: int = 1>(a) logits = Conv(input, a)")
     assert summarize(save(model, tmp_path / "a.onnx")).weights == {}
     del model.graph.node[2].input[:]

@@ -168,7 +168,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, data: Path) -> None
     proto = onnx.load(bare)
     del proto.metadata_props[:]
     onnx.save(proto, bare)
-    with pytest.raises(SpecError, match=r"carries no advprop\.spec"):
+    with pytest.raises(SpecError, match=r"has no advprop\.spec"):
         load_model(bare, device="cpu")
     missing = run(tmp_path / "none.onnx", "--suite", "imagenet", "--data", data, "--out", tmp_path)
     assert missing.exit_code == 2

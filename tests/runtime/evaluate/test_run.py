@@ -260,7 +260,7 @@ def test_a_journal_is_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_told_before_work(data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OutputError, match="a file of that name is in the way"):
+    with pytest.raises(OutputError, match="a file with that name exists"):
         evaluate([toy()], config("imagenet", data), run_config(tmp_path / "out"))
 
 
