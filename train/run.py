@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from runtime.system.command import Command, Option
 from runtime.system.console import set_up_logging
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
@@ -49,7 +52,7 @@ OPTIONS = {  # option → field
 }
 
 
-def _option(group: str, *names: str, **attributes: Any) -> Any:
+def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function], _Function]:
     return click.option(*names, cls=Option, group=group, **attributes)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -13,6 +14,8 @@ from runtime.system.console import set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
@@ -30,7 +33,7 @@ With --from, INT8 is never calibrated on images that are evaluated. To resume, r
 _FROM = "Exporting and evaluating a checkpoint"
 
 
-def _from_option(*names: str, **attributes: Any) -> Any:
+def _from_option(*names: str, **attributes: Any) -> Callable[[_Function], _Function]:
     return click.option(*names, cls=Option, group=_FROM, **attributes)
 
 
