@@ -79,7 +79,7 @@ def main(
     config = calibration_config(calibration)
     preprocessing = _preprocessing(img_size, mean, std, interpolation, crop_pct)
     from calib.pipeline import calibrate_file
-    from calib.printing import print_calibration
+    from calib.report import print_calibration
 
     target = out or onnx.with_suffix(".int8.onnx")
     with counting_bars(console) as bars:

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a tar file, or an array. Each image has a name, by which it is read again."""
+"""Reads images by name from a folder, a tar file or an array."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 class ImageSource(ABC):
-    """Named images."""
+    """A collection of named images."""
 
     names: Sequence[str]
-    """Sorted, so that the same images come in the same order everywhere."""
+    """Names of the images, sorted: the order is the same on every machine."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | NDArray[np.uint8]:
-        """Returns an encoded image, or its pixels, uint8 (H, W, 3). Raises DataError where it cannot be read."""
+        """Return an encoded image, or its pixels, uint8 (H, W, 3). Raises DataError if it cannot be read."""
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing open
-        """Frees what is held open; nothing can be read afterwards."""
+    def close(self) -> None:  # noqa: B027  # most sources keep no file open
+        """Close open files; no image can be read afterward."""
 
     def __enter__(self) -> Self:
         return self
@@ -41,10 +41,10 @@ class ImageSource(ABC):
 
 
 class FolderSource(ImageSource):
-    """The image files below a folder, by their paths relative to it."""
+    """The image files in a folder and its subfolders, named by their relative paths."""
 
     def __init__(self, folder: Path) -> None:
-        """Lists `folder`."""
+        """List the images in `folder`."""
         self._folder = folder
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         self.names = [path.relative_to(folder).as_posix() for path in paths]
@@ -57,20 +57,20 @@ class FolderSource(ImageSource):
 
 
 class TarSource(ImageSource):
-    """The image files in a tar file, by their paths in it; nothing is unpacked."""
+    """The image files in a tar file, named by their paths in it; the file is not unpacked."""
 
     def __init__(self, path: Path) -> None:
-        """Lists `path`. Raises DataError where it is not a whole tar file."""
+        """List the images in `path`. Raises DataError if it is not a complete tar file."""
         self._path = path
         try:
-            self._tar = tarfile.open(path)  # noqa: SIM115  # `close` does it
+            self._tar = tarfile.open(path)  # noqa: SIM115  # `close` closes it
         except (OSError, EOFError, tarfile.TarError) as error:
             raise DataError(f"{path} is not a tar file ({error})") from error
         try:
             members = [member for member in self._tar.getmembers() if member.isfile()]
         except (OSError, EOFError, tarfile.TarError) as error:
             self.close()
-            raise DataError(f"{path} is not a whole tar file ({error})") from error
+            raise DataError(f"{path} is not a complete tar file ({error})") from error
         self._members = {member.name: member for member in members if _is_image(member.name)}
         self.names = sorted(self._members)
 
@@ -87,15 +87,15 @@ class TarSource(ImageSource):
 
 
 class ArraySource(ImageSource):
-    """The rows of an array file, `.npy` or the first fitting array of a `.npz`, by their numbers."""
+    """The images in a `.npy` file, or in the first array of a `.npz` file that has images, named by their numbers."""
 
     def __init__(self, path: Path) -> None:
-        """Opens `path`. Raises DataError where it has no uint8 array (N, H, W, 3)."""
+        """Open `path`. Raises DataError if it has no uint8 array of shape (N, H, W, 3)."""
         self._path = path
         try:
             arrays = _arrays(path)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is not a whole NumPy file of pixels ({error})") from error
+            raise DataError(f"{path} is not a complete NumPy file of images ({error})") from error
         fitting = [array for array in arrays if _is_pixels(array)]
         if not fitting:
             found = ", ".join(f"{array.dtype} {array.shape}" for array in arrays) or "nothing"
@@ -110,10 +110,10 @@ class ArraySource(ImageSource):
 
 
 def open_source(path: Path) -> ImageSource:
-    """Opens a folder, a tar file (`.tar`, `.tar.gz`, …) or a NumPy file (`.npy`, `.npz`).
+    """Open a folder, a tar file (`.tar`, `.tar.gz`, …) or a NumPy file (`.npy`, `.npz`).
 
     Raises:
-        DataError: none of these, or damaged.
+        DataError: `path` is none of these, or is damaged.
     """
     if path.is_dir():
         return FolderSource(path)
@@ -121,10 +121,10 @@ def open_source(path: Path) -> ImageSource:
         return TarSource(path)
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
         return ArraySource(path)
-    found = "a file of another kind" if path.exists() else "nothing of that name"
+    found = "a file of another kind" if path.exists() else "nothing at this path"
     raise DataError(
-        f"{path}: expected a folder, a tar or a NumPy file of images; found {found}. Calibration wants some hundred "
-        "photographs such as the model will see"
+        f"{path}: expected a folder, a tar file or a NumPy file of images; found {found}. Calibration needs a few "
+        "hundred photographs like those that the model will see"
     )
 
 

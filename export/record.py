@@ -11,7 +11,7 @@ from pathlib import Path
 from calib.precision import LIMIT, Decision
 from export.verify import Parity
 from runtime.engine.record import RECORD, RECORD_FORMAT, read_record
-from runtime.graph.summary import sha256_onnx
+from runtime.graph.read import sha256_onnx
 from runtime.system.files import write_text
 
 __all__ = ["save_decisions", "save_record"]

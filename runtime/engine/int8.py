@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.engine.layers import EngineLayer
-from runtime.graph.summary import WEIGHTED_OPS, node_macs, read_onnx
+from runtime.graph.read import read_onnx
+from runtime.graph.structure import WEIGHTED_OPS, node_macs
 
 __all__ = ["LayerReport", "int8_layers", "summary_of", "warn_of_floats", "warn_of_padding", "warn_of_size"]
 
