@@ -5,7 +5,7 @@ every backend.
 
 ONNX Runtime's own converter accepts a list of nodes to keep in FP32, but it rounds every tensor between two of them to
 FP16, so a tensor that overflows still does. Here a tensor has the type of the node that computes it, and is cast only
-where a node of another type reads it.
+for readers of another type.
 """
 
 from __future__ import annotations

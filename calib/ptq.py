@@ -76,13 +76,6 @@ class _Ranges(NamedTuple):
     histograms: dict[str, Histogram]
 
 
-class _Rounding(NamedTuple):
-    """What is corrected in the quantized layers; see `quantize`."""
-
-    biases: dict[str, NDArray[np.float64]]
-    weights: dict[str, NDArray[np.int8]]
-
-
 def calibrate(
     model: onnx.ModelProto,
     batches: Batches,
@@ -117,11 +110,11 @@ def calibrate(
     ranges = _measure_ranges(model, points, batches, config, images_sha256, track)
     points = ranges.points
     thresholds, layers = _choose_thresholds(model, ranges, batches, config, track)
-    rounding = _correct_rounding(model, points, thresholds, layers, batches, config, track)
+    weights, biases = _correct_rounding(model, points, thresholds, layers, batches, config, track)
 
     def quantize_points(some: Sequence[Point]) -> onnx.ModelProto:
         residuals = set(residual_inputs(model, some)) & set(ranges.residuals)
-        return quantize(model, some, thresholds, biases=rounding.biases, weights=rounding.weights, residuals=residuals)
+        return quantize(model, some, thresholds, biases=biases, weights=weights, residuals=residuals)
 
     fallback = None
     if config.budget is not None and held:
@@ -253,7 +246,7 @@ def _candidates(histogram: Histogram, method: str) -> list[float]:
 
 
 def _pick(tried: Collection[LayerError]) -> tuple[dict[str, float], list[LayerError]]:
-    """Pick the threshold of each tensor for which its readers have the least noise in total."""
+    """Pick the threshold of each tensor with the smallest total noise of its readers."""
     noise: dict[str, dict[float, float]] = {}
     for layer in tried:
         totals = noise.setdefault(layer.tensor, {})
@@ -270,12 +263,11 @@ def _correct_rounding(
     batches: Batches,
     config: CalibrationConfig,
     track: _Tracker,
-) -> _Rounding:
+) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]]:
+    """Return learned int8 weights and corrections of biases, as `quantize` expects them."""
     if not config.reconstruct:
-        return _Rounding({layer.node: -layer.shift for layer in layers} if config.correct_bias else {}, {})
+        return {}, {layer.node: -layer.shift for layer in layers} if config.correct_bias else {}
     from calib.reconstruct import reconstruct  # imports torch
 
-    weights, biases = reconstruct(
-        model, points, thresholds, batches(TRIAL_IMAGES), config.seed, progress=track.stage("rounding")
-    )
-    return _Rounding(biases, weights)
+    trials = batches(TRIAL_IMAGES)
+    return reconstruct(model, points, thresholds, trials, config.seed, progress=track.stage("rounding"))

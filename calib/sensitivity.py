@@ -1,4 +1,4 @@
-"""Meets an accuracy budget: finds the layers to keep in floating point, so that all others can be INT8.
+"""Meets an accuracy budget: finds the layers that must stay in floating point for all others to be INT8.
 
 The images need no labels. The cost of INT8 is estimated with the float32 network's own probabilities p: an image whose
 top-1 class changes from a to b costs p(a) − p(b), the expected loss of top-1 accuracy if p is calibrated. This

@@ -1,4 +1,4 @@
-"""Folds BatchNorms with graph passes, in float64 so that folding adds no error.
+"""Folds BatchNorms with graph passes, in float64 to keep rounding errors out of the weights.
 
     y = γ (Wx + b − μ) / √(σ² + ε) + β  =  (sW) x + s (b − μ) + β,   s = γ / √(σ² + ε)
 
@@ -60,9 +60,8 @@ class BatchNormToAffine(ir.passes.InPlacePass):
                 continue
             dtype = array_of(node.inputs[1]).dtype
             names = (f"{node.name}_scale", f"{node.name}_shift")
-            shape = (-1, *[1] * (len(data.shape) - 2))
             scale, shift = (
-                add_initializer(model.graph, name, value.reshape(shape).astype(dtype))
+                add_initializer(model.graph, name, along(value, 0, len(data.shape) - 1).astype(dtype))
                 for name, value in zip(names, parameters, strict=True)
             )
             product = make_node("Mul", [data, scale], name=f"{node.name}_mul", like=output)

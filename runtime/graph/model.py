@@ -129,7 +129,7 @@ def run_batches(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> NDAr
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, limit: int = LIMIT_BYTES) -> None:
-    """Write the model atomically; equal models give equal bytes.
+    """Write the model atomically; equal models produce equal bytes.
 
     Weights of more than `limit` bytes go to an external file next to it, `NAME.onnx.data`.
 

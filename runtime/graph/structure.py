@@ -1,6 +1,7 @@
 """Looks up parts of an ONNX model: inputs, attributes, shapes, and the layers that have weights.
 
-Imports neither `onnx` nor `onnx_ir`, and takes `onnx` objects as `Any`, so that `import runtime` stays light.
+`onnx` is imported only inside functions and its classes appear as `Any`, because modules that must work without the
+package use these functions.
 """
 
 from __future__ import annotations

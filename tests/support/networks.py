@@ -8,7 +8,10 @@ from onnx import numpy_helper
 
 
 def graph(body: str, height: int = 8, width: int = 8, **weights: np.ndarray) -> onnx.ModelProto:
-    """Build a graph from float32 `input` (batch, 3, height, width) to `logits` (batch, 4). Nodes are named OP_NUMBER."""
+    """Build a graph from float32 `input` (batch, 3, height, width) to `logits` (batch, 4), with nodes named OP_NUMBER.
+
+    `weights` are the initializers.
+    """
     text = f"""<ir_version: 9, opset_import: ["" : 20]>
     g (float[batch, 3, {height}, {width}] input) => (float[batch, 4] logits) {{ {body} }}"""
     model = onnx.parser.parse_model(text)
