@@ -34,7 +34,8 @@ from calib.images import Adversary, CalibrationImage, CalibrationSet
 from calib.ptq import calibrate
 from runtime.errors import BackendUnavailable
 from runtime.graph.model import open_session
-from runtime.graph.summary import node_macs, summarize
+from runtime.graph.structure import node_macs
+from runtime.graph.summary import summarize
 from runtime.preprocessing import SUFFIXES, fit_all, normalize, spread
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file

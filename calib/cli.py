@@ -110,7 +110,7 @@ def main(
     """
     console = set_up_logging()
     from calib.pipeline import calibrate_file
-    from calib.printing import print_calibration
+    from calib.report import print_calibration
 
     target = out or onnx.with_suffix(".int8.onnx")
     with counting_bars(console) as bars:

@@ -204,7 +204,7 @@ def _show(console: Console, result: ExportResult) -> None:
         soft_wrap=True,
     )
     if result.calibrated and result.reduced_onnx:
-        from calib.printing import print_calibration
+        from calib.report import print_calibration
 
         print_calibration(console, result.onnx.name, result.reduced_onnx, result.calibrated)
     for decision in result.kept_fp32:

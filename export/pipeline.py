@@ -8,34 +8,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
 from calib.config import CalibrationConfig
 from calib.pipeline import CalibratedFile, calibrate_file
 from calib.precision import REDUCED, Decision, deciding_tensors
 from export.adversary import adversary_of
-from export.checks import (
-    batches,
-    check_file,
-    check_size,
-    first_module,
-    first_tensor,
-    graph_logits,
-    torch_logits,
-)
+from export.bisect import first_module, first_tensor
 from export.io_forms import with_forms
 from export.record import save_decisions, save_record
 from export.reduce import reduce_precision
 from export.source import load_source
 from export.to_onnx import to_onnx
-from export.verify import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare, require
+from export.verify import (
+    FEW_IMAGES,
+    MIN_INT8_AGREEMENT,
+    TOLERANCE,
+    Parity,
+    batches,
+    check_file,
+    check_size,
+    compare,
+    graph_logits,
+    require,
+    torch_logits,
+)
 from runtime.engine.build import build
 from runtime.engine.options import BuildOptions, choose_builder
 from runtime.engine.sidecar import EngineInfo
 from runtime.errors import BackendUnavailable, ConfigError, DataError, EngineBuildError, ModelFileError
 from runtime.graph.collect import collect
 from runtime.graph.model import save_onnx
-from runtime.graph.rounding import with_roundings
 from runtime.spec import ImageSizes
 from runtime.system.files import output_dir
 from train.recipes import MAIN
@@ -43,9 +44,6 @@ from train.recipes import MAIN
 __all__ = ["ExportResult", "default_folder", "export_checkpoint"]
 
 log = logging.getLogger(__name__)
-
-_FEW = 2
-"""Images that show whether a file is the network that was verified on all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +156,7 @@ def export_checkpoint(
     if sizes is not None:
         for size in {sizes.smallest, sizes.largest} - {sizes.usual}:
             check_size(source, model, size)
-    check_file(onnx_path, source, logits_NK[:_FEW])
+    check_file(onnx_path, source, logits_NK[:FEW_IMAGES])
     stages = [(onnx_path, "the checkpoint", onnx_parity)]
     result = ExportResult(onnx=onnx_path, onnx_parity=onnx_parity)
 
@@ -180,7 +178,7 @@ def export_checkpoint(
         first = first_tensor(source, model, reduced.rounded, TOLERANCE[precision]) if bisect else None
         require(reduced.parity, TOLERANCE[precision], str(path), onnx_path.name, first)
         if precision == "fp16":
-            few = dataclasses.replace(source, images_NHWC=source.images_NHWC[:_FEW])
+            few = dataclasses.replace(source, images_NHWC=source.images_NHWC[:FEW_IMAGES])
             check_file(path, source, graph_logits(reduced.model, few), 1e-2 if io == "fp16" else TOLERANCE["fp32"])
         stages.append((path, onnx_path.name, reduced.parity))
         result = dataclasses.replace(
@@ -198,8 +196,8 @@ def export_checkpoint(
             adversary=adversary_of(source),
             progress=lambda stage, done, _: progress(f"calibrating: {stage} {done}"),
         )
-        parity = compare(logits_NK, graph_logits(with_roundings(onnx.load(path)), source))
-        require(parity, TOLERANCE["int8"], str(path), onnx_path.name, least_agreement=LEAST_INT8_AGREEMENT)
+        parity = compare(logits_NK, graph_logits(calibrated.rounded, source))
+        require(parity, TOLERANCE["int8"], str(path), onnx_path.name, min_agreement=MIN_INT8_AGREEMENT)
         stages.append((path, onnx_path.name, parity))
         result = dataclasses.replace(result, reduced_onnx=path, reduced_parity=parity, calibrated=calibrated)
     save_record(folder, spec.checkpoint_sha256, stages)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.graph.summary import sha256_onnx
+from runtime.graph.read import sha256_onnx
 from runtime.system.files import write_text
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from runtime.bench.rounds import timed
 from runtime.bench.targets import HOST, Contestant, Work, backend_input, of_torch
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import ModelFileError
-from runtime.graph.summary import sha256_onnx
+from runtime.graph.read import sha256_onnx
 from runtime.preprocessing import normalize
 from runtime.spec import ModelSpec
 from runtime.system.lazy import elsewhere

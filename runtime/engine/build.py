@@ -25,8 +25,9 @@ from runtime.engine.plan import PlanRequest, make_plan
 from runtime.engine.progress import BuildProgress, ProgressCallback, run_interruptibly
 from runtime.engine.sidecar import EngineInfo, put_engine
 from runtime.errors import ConfigError, ModelFileError
-from runtime.graph.guard import check_volumes
-from runtime.graph.summary import OnnxSummary, read_onnx, sha256_onnx, summarize
+from runtime.graph.read import read_onnx, sha256_onnx
+from runtime.graph.summary import OnnxSummary, summarize
+from runtime.graph.validation import check_volumes
 from runtime.spec import ImageSizes
 from runtime.system.files import output_dir, write_bytes
 from runtime.system.gpu import find_gpu

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.engine.layers import EngineLayer
-from runtime.graph.summary import WEIGHTED_OPS, node_macs, read_onnx
+from runtime.graph.read import read_onnx
+from runtime.graph.structure import WEIGHTED_OPS, node_macs
 
 __all__ = [
     "LayerReport",

@@ -28,8 +28,9 @@ from advprop.cli import main as advprop
 from runtime.engine.int8 import LayerReport, Reason, int8_layers
 from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
 from runtime.errors import AdvPropError
-from runtime.graph.guard import check_volumes
-from runtime.graph.summary import read_onnx, summarize, work_of
+from runtime.graph.read import read_onnx
+from runtime.graph.summary import summarize, work_of
+from runtime.graph.validation import check_volumes
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 from runtime.system.files import write_bytes
 

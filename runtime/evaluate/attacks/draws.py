@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 import numpy as np
+
+from runtime.system.seeding import seed_from
 
 __all__ = ["generator", "seed_of"]
 
@@ -19,8 +18,7 @@ def seed_of(seed: int, name: str, attack: str, epsilon: float) -> int:
         attack: its name.
         epsilon: in 1/255.
     """
-    key = json.dumps([int(seed), name, attack, float(epsilon)])
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
+    return seed_from(int(seed), name, attack, float(epsilon))
 
 
 def generator(seed: int) -> np.random.Generator:
