@@ -88,6 +88,7 @@ def main() -> None:
 
 def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, Path, Path]:
     """The checkpoint, its ONNX file and the INT8 file, made where they are not there yet."""
+    from export.config import ExportConfig
     from export.pipeline import export_checkpoint
     from runtime.graph.summary import summarize
     from train.checkpoint import save_checkpoint
@@ -97,7 +98,7 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
     int8, folder = apart / "model.int8.onnx", apart / "images"
     if not checkpoint.exists():
         weights = save_lite0(work / "lite0.pth")
-        spec = summarize(export_checkpoint(SOURCE, weights=weights, data=data, out=work).onnx).spec
+        spec = summarize(export_checkpoint(SOURCE, ExportConfig(weights=weights, data=data, out=work)).onnx).spec
         assert spec is not None
         content = {"arch": ARCH, "model_kwargs": {"num_classes": len(spec.classes)}, "recipe": "pretrained"}
         sample = {"images": torch.zeros(4, 224, 224, 3, dtype=torch.uint8), "labels": torch.zeros(4, dtype=torch.long)}
@@ -105,7 +106,7 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
         save_checkpoint(checkpoint, content | {"ema_state_dict": None, "epoch": 0, "step": 0})
         plain.unlink()
     if not plain.exists():
-        export_checkpoint(checkpoint, out=work, data=data)
+        export_checkpoint(checkpoint, ExportConfig(out=work, data=data))
     if not int8.exists():
         spec = summarize(plain).spec
         assert spec is not None

@@ -22,6 +22,7 @@ import timm
 import torch
 from torch import nn
 
+from export.config import EngineConfig, ExportConfig
 from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
 from export.verify import Parity, batches, compare, graph_logits, torch_logits
@@ -80,7 +81,7 @@ def measure(arch: str, data: Path, folder: Path) -> None:
     else:
         save_random(arch, data, weights)
     result = export_checkpoint(
-        weights, arch=arch, data=data, out=folder / arch, precision="fp16", engine=True, sm=(86,)
+        weights, ExportConfig(arch=arch, data=data, out=folder / arch, precision="fp16", engine=EngineConfig(sm=(86,)))
     )
     parities = (result.onnx_parity, result.reduced_parity)
     if real:

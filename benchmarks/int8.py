@@ -91,13 +91,14 @@ def main() -> None:
 
 
 def export(arguments: argparse.Namespace, folder: Path) -> ModelSpec:
+    from export.config import ExportConfig
     from export.pipeline import export_checkpoint
 
     if arguments.net is None:
         weights = save_lite0(folder / "lite0.pth")
-        source = export_checkpoint(SOURCE, weights=weights, data=arguments.val, out=folder).onnx
+        source = export_checkpoint(SOURCE, ExportConfig(weights=weights, data=arguments.val, out=folder)).onnx
     else:
-        source = export_checkpoint(arguments.net, out=folder).onnx
+        source = export_checkpoint(arguments.net, ExportConfig(out=folder)).onnx
     spec = summarize(source).spec
     assert spec is not None
     return spec

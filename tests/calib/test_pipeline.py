@@ -14,6 +14,7 @@ from calib.config import CalibrationConfig
 from calib.images import calibration_set
 from calib.pipeline import calibrate_file
 from calib.prepare import read_float_model
+from export.config import EngineConfig, ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.errors import ConfigError
 from runtime.graph.model import run_batches, tensor_types
@@ -33,7 +34,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_checkpoint(trained.last, out=tmp_path_factory.mktemp("int8")).onnx
+    return export_checkpoint(trained.last, ExportConfig(out=tmp_path_factory.mktemp("int8"))).onnx
 
 
 @pytest.mark.slow
@@ -72,7 +73,9 @@ def test_a_budget_is_met_and_recorded(exported: Path, digits: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_from_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, tmp_path: Path) -> None:
-    result = export_checkpoint(trained.last, out=tmp_path, precision="int8", calib_data=digits, engine=True, sm=(89,))
+    result = export_checkpoint(
+        trained.last, ExportConfig(out=tmp_path, precision="int8", calib_data=digits, engine=EngineConfig(sm=(89,)))
+    )
     assert result.engine_info.precision == "int8"
     assert result.reduced_parity.agreement >= 0.95
     assert {path.name for path in tmp_path.iterdir()} == {

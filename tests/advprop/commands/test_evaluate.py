@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from advprop.cli import main
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.errors import CheckpointError, SpecError
 from runtime.evaluate.models import load_model
@@ -128,7 +129,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_through_either_route_beside_its_onnx_file(tmp_path: Path, checkpoint: Path, data: Path) -> None:
-    out, file = tmp_path / "out", export_checkpoint(checkpoint, out=tmp_path / "model").onnx
+    out, file = tmp_path / "out", export_checkpoint(checkpoint, ExportConfig(out=tmp_path / "model")).onnx
     options = ["--suite", "imagenet", "--data", data, "--out", out]
     result = run(checkpoint, file, "--route", "main", "--route", "adv", "--reference", checkpoint, *options)
     assert result.exit_code == 0, result.output

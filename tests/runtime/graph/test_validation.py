@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from fuzz import MODEL
 from onnx import TensorProto, helper, numpy_helper
 
 import runtime
@@ -16,6 +15,7 @@ from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.read import read_onnx
 from runtime.graph.summary import summarize
 from runtime.graph.validation import check_volumes
+from tests.support.fuzzing import MODEL
 from tests.support.networks import classifier, graph
 
 
