@@ -1,7 +1,7 @@
-"""The `advprop` command: a group whose subcommands are imported when they are called.
+"""The `advprop` command: a group that imports a subcommand only when it is called.
 
-`advprop --help` therefore needs click and nothing heavier, and a command works wherever
-the libraries that it itself uses are installed.
+`advprop --help` needs click and nothing heavier, and a subcommand works wherever the libraries that
+it uses are installed.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import importlib
 import click
 
 from runtime.errors import nearest
+from runtime.system.command import version_option
 
 COMMANDS = {
     "train": ("train.run:main", "Train a classifier with AdvProp."),
-    "export": ("export.cli:main", "Checkpoint → ONNX → TensorRT engine (advprop-export)."),
-    "calibrate": ("calib.cli:main", "Float32 ONNX → INT8, by real images."),
-    "build": ("advprop.commands.build:main", "ONNX → TensorRT engine."),
+    "export": ("export.cli:main", "Export a checkpoint to ONNX and TensorRT (advprop-export)."),
+    "calibrate": ("calib.cli:main", "Quantize a float32 ONNX classifier to INT8."),
+    "build": ("advprop.commands.build:main", "Build a TensorRT engine from an ONNX file."),
     "predict": ("advprop.commands.predict:main", "Classify images with an exported model."),
     "bench": ("advprop.commands.bench:main", "Measure latency and throughput."),
     "eval": ("advprop.commands.evaluate:main", "Measure accuracy and robustness."),
-    "eval-merge": ("advprop.commands.merge:main", "Put the parts of an evaluation together."),
+    "eval-merge": ("advprop.commands.merge:main", "Merge the shards of an evaluation."),
     "attack": ("advprop.commands.attack:main", "Measure accuracy under attack: PGD, APGD, Square, noise."),
-    "report": ("advprop.commands.report:main", "Results, or a checkpoint, as a page."),
-    "inspect": ("advprop.commands.inspect:main", "Say what a model file or engine is."),
-    "cache": ("advprop.commands.cache:main", "List what is cached, and make room."),
-    "doctor": ("advprop.commands.doctor:main", "Say which backends work here, and what mends the others."),
+    "report": ("advprop.commands.report:main", "Build an HTML or Markdown report from results or a checkpoint."),
+    "inspect": ("advprop.commands.inspect:main", "Describe a model file, checkpoint or engine."),
+    "cache": ("advprop.commands.cache:main", "List and prune cached engines and histograms."),
+    "doctor": ("advprop.commands.doctor:main", "Check which backends work here and how to fix the rest."),
 }
 """Command → (module:attribute, one line of help)."""
 
@@ -38,7 +39,7 @@ Examples:
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by name and imports one when it is used."""
+    """A group that imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -54,7 +55,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"no command {args[0]!r}. {nearest(args[0], COMMANDS)}".rstrip())
+            ctx.fail(f"no such command: {args[0]!r}. {nearest(args[0], COMMANDS)}".rstrip())
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -62,10 +63,14 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, epilog=EXAMPLES)
-@click.version_option(package_name="advprop")
+@click.group(
+    cls=LazyGroup,
+    epilog=EXAMPLES,
+    params=[version_option()],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 def main() -> None:
-    """From images to a robust classifier in a TensorRT engine."""
+    """Train robust image classifiers with AdvProp and deploy them as TensorRT engines."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What works on this machine, what does not, why, and the command that mends it."""
+"""Check what works on this machine, what does not work and why, and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Literal
 
 from runtime.engine.flavors import choose_flavor
 from runtime.errors import BackendUnavailable, first_line
 from runtime.system.cpu import has_exact_int8
 from runtime.system.gpu import find_gpu
 
-__all__ = ["Finding", "examine", "look"]
+__all__ = ["Finding", "check", "run_checks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One part of the machine."""
+    """The result of one check."""
 
     part: str
-    """What was looked at."""
-    state: str
-    """`ok`, `missing` (nothing wrong, but this part cannot be used) or `broken`."""
+    """The checked part of the machine."""
+    state: Literal["ok", "missing", "broken"]
+    """`missing`: the part is absent; `broken`: it is installed but does not work."""
     found: str
-    """In words."""
-    mend: str = ""
-    """The command that mends it, where one does."""
+    """What was found."""
+    fix: str = ""
+    """Command that fixes it; empty if there is none."""
 
 
-def examine() -> list[Finding]:
-    """Looks at the GPU and tries every library that runs or builds models."""
-    return [look(name) for name in _LOOKS]
+def run_checks() -> dict[str, Finding]:
+    """Check the CPU, the GPU and every library for models. Return the finding for each name."""
+    return {name: check(name) for name in _CHECKS}
 
 
-def look(name: str) -> Finding:
-    """Looks at one part: a key of the table at the end, such as `onnxruntime` or `tensorrt_rtx`."""
-    return _LOOKS[name]()
+def check(name: str) -> Finding:
+    """Check one part of the machine, such as `onnxruntime` or `tensorrt_rtx`."""
+    return _CHECKS[name]()
 
 
-def _machine() -> Finding:
+def _check_machine() -> Finding:
     return Finding(
         part="machine",
         state="ok",
@@ -48,102 +49,99 @@ def _machine() -> Finding:
     )
 
 
-def _gpu() -> Finding:
+def _check_gpu() -> Finding:
     gpu = find_gpu()
     if gpu is None:
-        return Finding(part="GPU", state="missing", found="no NVIDIA driver, or no GPU that it shows")
+        return Finding(part="GPU", state="missing", found="no NVIDIA driver, or no visible GPU")
     return Finding(part="GPU", state="ok", found=f"{gpu.name}, SM {gpu.sm}")
 
 
-def _onnxruntime() -> Finding:
+def _check_onnxruntime() -> Finding:
     part = "ONNX Runtime"
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
-    versions = " and ".join(f"{name} {_version(name)}" for name in both)
-    if len(both) == 2:
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    if len(installed) == 2:
+        versions = " and ".join(f"{name} {_version(name)}" for name in installed)
         return Finding(
             part=part,
             state="broken",
             found=f"{versions} overwrite each other's files",
-            mend="pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+            fix="pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
         )
     try:
         runtime = importlib.import_module("onnxruntime")
         providers = [name.removesuffix("ExecutionProvider") for name in runtime.get_available_providers()]
     except (ImportError, OSError, AttributeError) as error:
-        package = both[0] if both else "onnxruntime-gpu"
+        package = installed[0] if installed else "onnxruntime-gpu"
         return Finding(
             part=part,
-            state="broken" if both else "missing",
+            state="broken" if installed else "missing",
             found=first_line(error),
-            mend=f"pip install --force-reinstall {package}" if both else f"pip install {package}",
+            fix=f"pip install --force-reinstall {package}" if installed else f"pip install {package}",
         )
     return Finding(part=part, state="ok", found=f"{runtime.__version__}, providers {', '.join(providers)}")
 
 
-def _onnxruntime_on_the_gpu() -> Finding:
+def _check_onnxruntime_gpu() -> Finding:
     part = "ONNX Runtime on the GPU"
     if find_gpu() is None:
-        return Finding(part=part, state="missing", found="there is no GPU to run on; models run on the CPU")
+        return Finding(part=part, state="missing", found="there is no GPU; models run on the CPU")
     try:
         runtime = importlib.import_module("onnxruntime")
     except (ImportError, OSError) as error:
-        return Finding(part=part, state="missing", found=first_line(error), mend="pip install onnxruntime-gpu")
+        return Finding(part=part, state="missing", found=first_line(error), fix="pip install onnxruntime-gpu")
     if "CUDAExecutionProvider" not in runtime.get_available_providers():
-        mend = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
-        return Finding(part=part, state="broken", found="this ONNX Runtime was built without CUDA", mend=mend)
-    return Finding(part=part, state="ok", found="the CUDA provider is there; it is tried when a model is loaded")
+        fix = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+        return Finding(part=part, state="broken", found="this ONNX Runtime was built without CUDA", fix=fix)
+    return Finding(part=part, state="ok", found="the CUDA provider is available; it starts when a model is loaded")
 
 
-def _builder(name: str, mend: str) -> Finding:
-    part = {"tensorrt": "TensorRT (builds engines)", "tensorrt_rtx": "TensorRT-RTX (builds engines)"}[name]
+def _check_builder(name: str, part: str, fix: str) -> Finding:
     try:
         flavor = choose_flavor(name, ())
     except BackendUnavailable as error:
-        reason = first_line(error).removeprefix("no engine builder can be used here: ")
-        return Finding(part=part, state="missing", found=reason, mend=mend)
+        return Finding(part=part, state="missing", found=error.reason, fix=fix)
     return Finding(part=part, state="ok", found=flavor.version)
 
 
-def _package(part: str, module: str, package: str, extra: str = "") -> Finding:
-    version = _version(package)
-    mend = f"pip install {extra or package}"
+def _check_package(part: str, module: str, requirement: str = "") -> Finding:
+    version = _version(module)
+    fix = f"pip install {requirement or module}"
     if version is None:
-        return Finding(part=part, state="missing", found="not installed", mend=mend)
+        return Finding(part=part, state="missing", found="not installed", fix=fix)
     try:
         importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
-        return Finding(part=part, state="broken", found=f"{version} cannot be imported: {first_line(error)}", mend=mend)
+        return Finding(part=part, state="broken", found=f"{version} cannot be imported: {first_line(error)}", fix=fix)
     return Finding(part=part, state="ok", found=version)
 
 
-def _torch() -> Finding:
-    finding = _package("torch (trains, exports)", "torch", "torch")
+def _check_torch() -> Finding:
+    finding = _check_package("torch (trains, exports)", "torch")
     if finding.state != "ok":
         return finding
     torch = importlib.import_module("torch")
-    if find_gpu() is not None and not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if find_gpu() is not None and not has_cuda:
         return Finding(
             part=finding.part,
             state="broken",
-            found=f"{finding.found} does not see the GPU: it was built for CUDA {torch.version.cuda or '(none)'}",
-            mend="pip install --force-reinstall torch",
+            found=f"{finding.found}, built for CUDA {torch.version.cuda or '(none)'}, cannot use the GPU",
+            fix="pip install --force-reinstall torch",
         )
-    return Finding(
-        part=finding.part, state="ok", found=f"{finding.found}, {'CUDA' if torch.cuda.is_available() else 'on the CPU'}"
-    )
+    return Finding(part=finding.part, state="ok", found=f"{finding.found}, {'CUDA' if has_cuda else 'CPU only'}")
 
 
-def _vnni() -> Finding:
+def _check_cpu_int8() -> Finding:
     part = "CPU for INT8"
     exact = has_exact_int8()
     if exact is None:
-        return Finding(part=part, state="missing", found="cannot be told on this system")
+        return Finding(part=part, state="missing", found="unknown on this system")
     if exact:
-        return Finding(part=part, state="ok", found="ONNX Runtime's INT8 kernels are exact here (VNNI or the like)")
+        return Finding(part=part, state="ok", found="ONNX Runtime's INT8 kernels are exact (VNNI or similar)")
     return Finding(
         part=part,
         state="missing",
-        found="no VNNI: ONNX Runtime's INT8 kernels saturate here; sessions run INT8 files in floating point instead",
+        found="no VNNI: ONNX Runtime's INT8 kernels saturate, so sessions run INT8 files in floating point",
     )
 
 
@@ -154,15 +152,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-_LOOKS: dict[str, Callable[[], Finding]] = {
-    "machine": _machine,
-    "gpu": _gpu,
-    "onnxruntime": _onnxruntime,
-    "onnxruntime_gpu": _onnxruntime_on_the_gpu,
-    "tensorrt": lambda: _builder("tensorrt", "pip install 'advprop[tensorrt]'"),
-    "tensorrt_rtx": lambda: _builder("tensorrt_rtx", "pip install tensorrt-rtx"),
-    "torch": _torch,
-    "timm": lambda: _package("timm (trains, exports)", "timm", "timm"),
-    "pycuda": lambda: _package("pycuda (GPUArray inputs)", "pycuda", "pycuda", "'advprop[pycuda]'"),
-    "vnni": _vnni,
+_CHECKS: dict[str, Callable[[], Finding]] = {
+    "machine": _check_machine,
+    "gpu": _check_gpu,
+    "onnxruntime": _check_onnxruntime,
+    "onnxruntime_gpu": _check_onnxruntime_gpu,
+    "tensorrt": lambda: _check_builder("tensorrt", "TensorRT (builds engines)", "pip install 'advprop[tensorrt]'"),
+    "tensorrt_rtx": lambda: _check_builder("tensorrt_rtx", "TensorRT-RTX (builds engines)", "pip install tensorrt-rtx"),
+    "torch": _check_torch,
+    "timm": lambda: _check_package("timm (trains, exports)", "timm"),
+    "pycuda": lambda: _check_package("pycuda (GPUArray inputs)", "pycuda", "'advprop[pycuda]'"),
+    "vnni": _check_cpu_int8,
 }
+"""Name → check, in the order of the report."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from advprop.checkpoints import load_predictor
 from advprop.split import Split, split
-from calib.precision import REDUCED
+from export.config import PRECISIONS, ExportConfig
 from export.pipeline import export_checkpoint
-from runtime.engine.record import read_record
+from export.record import read_record
 from runtime.errors import ConfigError, DataError, nearest
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.models import Model, load_model
@@ -21,11 +21,9 @@ from runtime.evaluate.suites import open_suite
 from runtime.graph.summary import summarize
 from runtime.system.files import output_dir
 
-__all__ = ["PRECISIONS", "MeasureConfig", "measure_checkpoint"]
+__all__ = ["MeasureConfig", "measure_checkpoint"]
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = ("fp32", *REDUCED, "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +109,7 @@ def _exported(
         chosen.save(manifest)
     export_checkpoint(
         checkpoint,
-        out=folder,
-        precision=precision,
-        calib_data=manifest,
+        ExportConfig(out=folder, precision=precision, calib_data=manifest),
         progress=lambda stage: progress(f"{precision}: {stage}"),
     )
     return file

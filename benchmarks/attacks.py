@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from advprop.cli import main as advprop
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from runtime.backends.threads import Threads
+from runtime.backends.options import Threads
 from runtime.evaluate.attacks.config import INITIAL_SHARE, SQUARE
 from runtime.evaluate.attacks.methods import image_generator, image_seed, square
 from runtime.evaluate.attacks.target import AttackTarget, evaluate_images, rounded
@@ -85,6 +85,7 @@ def main() -> None:
 
 def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, Path, Path]:
     """Return the checkpoint, its ONNX file and the INT8 file. Missing files are created."""
+    from export.config import ExportConfig
     from export.pipeline import export_checkpoint
     from runtime.graph.summary import summarize
     from train.checkpoint import save_checkpoint
@@ -94,7 +95,7 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
     int8, folder = separate / "model.int8.onnx", separate / "images"
     if not checkpoint.exists():
         weights = save_lite0(work / "lite0.pth")
-        spec = summarize(export_checkpoint(SOURCE, weights=weights, data=data, out=work).onnx).spec
+        spec = summarize(export_checkpoint(SOURCE, ExportConfig(weights=weights, data=data, out=work)).onnx).spec
         assert spec is not None
         content = {"arch": ARCH, "model_kwargs": {"num_classes": len(spec.classes)}, "recipe": "pretrained"}
         sample = {"images": torch.zeros(4, 224, 224, 3, dtype=torch.uint8), "labels": torch.zeros(4, dtype=torch.long)}
@@ -102,7 +103,7 @@ def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, P
         save_checkpoint(checkpoint, content | {"ema_state_dict": None, "epoch": 0, "step": 0})
         plain.unlink()
     if not plain.exists():
-        export_checkpoint(checkpoint, out=work, data=data)
+        export_checkpoint(checkpoint, ExportConfig(out=work, data=data))
     if not int8.exists():
         spec = summarize(plain).spec
         assert spec is not None

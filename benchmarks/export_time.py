@@ -25,6 +25,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from export.source import timm_spec
 from train.checkpoint import save_checkpoint
@@ -92,7 +93,7 @@ def measure(arch: str, rounds: int, folder: Path) -> None:
         exported = time.perf_counter()
         bare_passes(model, size, folder / "bare.onnx")
         passed = time.perf_counter()
-        export_checkpoint(checkpoint, out=folder / "ours", precision="fp16")
+        export_checkpoint(checkpoint, ExportConfig(out=folder / "ours", precision="fp16"))
         ended = time.perf_counter()
         peer.append(exported - began)
         bound.append(passed - began)

@@ -22,10 +22,10 @@ import timm
 import torch
 from torch import nn
 
-from export import checks
+from export.config import EngineConfig, ExportConfig
 from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
-from export.verify import Parity, compare
+from export.verify import Parity, batches, compare, graph_logits, torch_logits
 from runtime.graph.rounding import with_roundings
 from tests.support.real_weights import ARCH, save_lite0
 
@@ -59,7 +59,7 @@ def save_random(arch: str, data: Path, path: Path) -> None:
         source = load_source(path, arch, data=data)
         model.train()
         with torch.no_grad():
-            images = torch.cat([torch.from_numpy(batch) for batch in checks.batches(source)])
+            images = torch.cat([torch.from_numpy(batch) for batch in batches(source)])
             for batch in images.split(32):
                 model(batch)
         torch.save(model.state_dict(), path)
@@ -68,9 +68,9 @@ def save_random(arch: str, data: Path, path: Path) -> None:
 def on_all_images(result: ExportResult, weights: Path, arch: str, data: Path) -> tuple[Parity, Parity]:
     """The parities of `result` once more, on every image of `data`."""
     source = load_source(weights, arch, data=data, images=1_000_000)
-    full = checks.graph_logits(onnx.load(result.onnx), source)
-    half = checks.graph_logits(with_roundings(onnx.load(result.reduced_onnx)), source)
-    return compare(checks.torch_logits(source), full), compare(full, half)
+    full = graph_logits(onnx.load(result.onnx), source)
+    half = graph_logits(with_roundings(onnx.load(result.reduced_onnx)), source)
+    return compare(torch_logits(source), full), compare(full, half)
 
 
 def measure(arch: str, data: Path, folder: Path) -> None:
@@ -81,7 +81,7 @@ def measure(arch: str, data: Path, folder: Path) -> None:
     else:
         save_random(arch, data, weights)
     result = export_checkpoint(
-        weights, arch=arch, data=data, out=folder / arch, precision="fp16", engine=True, sm=(86,)
+        weights, ExportConfig(arch=arch, data=data, out=folder / arch, precision="fp16", engine=EngineConfig(sm=(86,)))
     )
     parities = (result.onnx_parity, result.reduced_parity)
     if real:

@@ -1,298 +1,37 @@
-"""Damaged and hostile files against everything that reads them: only our own errors may come out.
+"""Feed damaged and hostile files to everything that reads them: only our own errors may come out.
 
     python benchmarks/fuzz.py                      500 cases of each of five kinds, about a minute
-    python benchmarks/fuzz.py --native             and what passes goes to TensorRT-RTX, in a child process
+    python benchmarks/fuzz.py --native             also pass valid ONNX files to TensorRT-RTX, in a child process
 
-ONNX files have bytes changed, cut, repeated and inserted, or parts of their graph set to nonsense; sidecars and plans
-likewise; options are any text. `tests/runtime/test_fuzz.py` runs a few cases of each kind.
+The generators are in `tests/support/fuzzing.py`; `tests/runtime/test_fuzz.py` runs a few cases of each kind.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx
-from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from onnx import numpy_helper
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from advprop.cli import main as advprop
-from runtime.engine.int8 import int8_layers
-from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_sidecar
-from runtime.errors import AdvPropError
-from runtime.graph.guard import check_volumes
-from runtime.graph.summary import read_onnx, summarize, work_of
-from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
-from runtime.system.files import write_bytes
-
-SPEC = ModelSpec(
-    arch="resnet10t",
-    classes=("a", "b", "c", "d"),
-    preprocessing=Preprocessing(
-        height=8, width=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0
-    ),
-    input_form="float32 NCHW",
-)
-NUMBERS = st.sampled_from([0, 1, -1, 2, 7, 10**9, 2**31, 2**62, -(2**63), 2**63 - 1]) | st.integers(-(2**63), 2**63 - 1)
-TEXTS = st.text(max_size=12) | st.sampled_from(["", "../w", "/etc/hostname", "a\0b", ".", "input", "logits", "1:2:3"])
-PLAIN = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.floats() | TEXTS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
-    max_leaves=8,
-)
-
-
-def sample_onnx() -> onnx.ModelProto:
-    """A quantized convolution, a float one and a Gemm, with a spec, a subgraph and a constant."""
-    text = """<ir_version: 9, opset_import: ["" : 20]>
-    g (float[n, 3, 8, 8] input) => (float[n, 4] logits) {
-        q = QuantizeLinear(input, s, z) d = DequantizeLinear(q, s, z) w = DequantizeLinear(wq, s, z)
-        a = Conv(d, w) r = Relu(a) h = Cast<to: int = 1>(v) b = Conv(r, h)
-        c = Constant<value: tensor = float[1] {1.0}>()
-        e = If(t) <then_branch: graph = y () => (float[1] o) { o = Identity(c) },
-                   else_branch: graph = y () => (float[1] u) { u = Constant<value: tensor = float[1] {2.0}>() }>
-        m = Mul(b, e) p = GlobalAveragePool(m) f = Flatten(p) logits = Gemm<transB: int = 1>(f, g)
-    }"""
-    model = onnx.parser.parse_model(text)
-    random = np.random.default_rng(0)
-    weights = {
-        "s": np.float32(0.1), "z": np.int8(0), "t": np.bool_(True),
-        "wq": random.integers(-9, 9, (4, 3, 3, 3)).astype(np.int8),
-        "v": random.normal(size=(4, 4, 3, 3)).astype(np.float32), "g": random.normal(size=(4, 4)).astype(np.float32),
-    }  # fmt: skip
-    for name, array in weights.items():
-        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
-    model.metadata_props.add(key=METADATA_KEY, value=SPEC.to_json())
-    return model
-
-
-MODEL = sample_onnx()
-PLAN = np.random.default_rng(1).bytes(4000)
-INFO = EngineInfo(
-    plan_sha256="0" * 64, onnx_sha256="1" * 64, flavor="tensorrt_rtx", version="1.7.1",
-    compute_capabilities=("sm_89",), gpu="",
-    profiles=({"input": {"min": [1, 3, 8, 8], "opt": [1, 3, 8, 8], "max": [1, 3, 8, 8]}},),
-    flags=("STRONGLY_TYPED",), precision="int8", precision_shares={"int8": 1.0}, calibration_sha256="", spec=SPEC,
-)  # fmt: skip
-
-
-@st.composite
-def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Some bytes changed, cut away, repeated or inserted."""
-    result = bytearray(content)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(len(result) - 1, 0)))
-        span = draw(st.integers(1, 64))
-        kind = draw(st.sampled_from(["flip", "cut", "drop", "repeat", "insert", "set"]))
-        if kind == "flip" and result:
-            result[place] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "cut":
-            del result[place:]
-        elif kind == "drop":
-            del result[place : place + span]
-        elif kind == "repeat":
-            result[place:place] = result[place : place + span] * draw(st.integers(1, 50))
-        elif kind == "insert":
-            result[place:place] = draw(st.binary(max_size=16))
-        else:
-            result[place : place + 4] = draw(st.sampled_from([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"]))
-    return bytes(result)
-
-
-@st.composite
-def nonsense(draw: st.DrawFn) -> bytes:
-    """A file that protobuf reads, whose graph makes no sense."""
-    model = onnx.ModelProto()
-    model.CopyFrom(MODEL)
-    graph = model.graph
-    for _ in range(draw(st.integers(1, 5))):
-        node = draw(st.sampled_from(list(graph.node)))
-        tensor = draw(st.sampled_from(list(graph.initializer)))
-        what = draw(st.integers(0, 12))
-        if what == 0 and node.input:
-            node.input[draw(st.integers(0, len(node.input) - 1))] = draw(TEXTS | st.sampled_from(["a", "m", "w", "h"]))
-        elif what == 1:
-            del node.input[draw(st.integers(0, 2)) :]
-        elif what == 2:
-            del node.output[:]
-        elif what == 3:
-            del node.attribute[:]
-        elif what == 4:
-            node.op_type = draw(
-                TEXTS | st.sampled_from(["Conv", "Gemm", "Loop", "Range", "ConstantOfShape", "Reshape"])
-            )
-        elif what == 5:
-            tensor.dims[:] = draw(st.lists(NUMBERS, max_size=6))
-        elif what == 6:
-            tensor.data_type = draw(st.integers(-1, 40))
-        elif what == 7:
-            tensor.raw_data = draw(st.binary(max_size=40))
-        elif what == 8:
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            for key in ("location", "offset", "length"):
-                tensor.external_data.add(key=key, value=draw(TEXTS | NUMBERS.map(str) | st.just("weights")))
-        elif what == 9:
-            value = draw(st.sampled_from([*graph.input, *graph.output]))
-            value.type.tensor_type.elem_type = draw(st.integers(-1, 30))
-            del value.type.tensor_type.shape.dim[:]
-            for size in draw(st.lists(NUMBERS | st.none(), max_size=6)):
-                dim = value.type.tensor_type.shape.dim.add()
-                if size is not None:
-                    dim.dim_value = size
-        elif what == 10:
-            model.metadata_props[0].value = draw(TEXTS | PLAIN.map(json.dumps))
-        elif what == 11:
-            node.attribute.add(name=draw(TEXTS | st.just("group")), i=draw(NUMBERS), type=onnx.AttributeProto.INT)
-        else:
-            other = draw(st.sampled_from(list(graph.node)))
-            if node.input and other.output:
-                node.input[0] = other.output[0]
-    return model.SerializeToString()
-
-
-@st.composite
-def sidecars(draw: st.DrawFn) -> bytes:
-    """A sidecar with fields set to nonsense, or damaged bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_sidecar(Path(folder) / "a.engine", INFO)
-        text = sidecar_path(Path(folder) / "a.engine").read_bytes()
-    if draw(st.booleans()):
-        return draw(damaged(text))
-    content: Any = json.loads(text)
-    for _ in range(draw(st.integers(1, 3))):
-        holder = draw(st.sampled_from([content, content["spec"], content["profiles"][0]]))
-        if isinstance(holder, dict) and holder:
-            name = draw(st.sampled_from(sorted(holder)))
-            if holder is content and name in ("spec", "profiles"):
-                return json.dumps({**content, name: draw(PLAIN)}).encode()
-            holder[name] = draw(PLAIN)
-    return json.dumps(content).encode()
-
-
-def only_our_errors(work: Callable[[], object]) -> str:
-    """Runs `work`; an error of ours is fine. Returns its kind, or `passed`."""
-    try:
-        work()
-    except AdvPropError as error:
-        return type(error).__name__
-    return "passed"
-
-
-def try_onnx(content: bytes, folder: Path, native: bool = False) -> str:
-    """Everything that reads an ONNX file before a builder does."""
-    path = folder / "a.onnx"
-    path.write_bytes(content)
-
-    def read() -> None:
-        summarize(path)
-        work_of(path)
-        int8_layers(path, [])
-        check_volumes(read_onnx(path), path)
-
-    result = only_our_errors(read)
-    if result == "passed" and native:
-        program = "import sys, runtime; runtime.build(sys.argv[1], sys.argv[2], sm=(89,), flavor='tensorrt_rtx')"
-        command = [sys.executable, "-c", program, str(path), str(folder / "a.engine")]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        last = (run.stderr.strip().splitlines() or [""])[-1]
-        result = "built" if run.returncode == 0 else last.split(":")[0].split(".")[-1]
-        if run.returncode not in (0, 1) or (run.returncode == 1 and "runtime.errors." not in last):
-            (folder.parent / f"crash-{time.time_ns()}.onnx").write_bytes(content)
-            result = f"native crash, exit {run.returncode}: {last[:100]}"
-    return result
-
-
-def try_sidecar(content: bytes, folder: Path) -> str:
-    """A plan whose sidecar is `content`."""
-    engine = folder / "a.engine"
-    engine.write_bytes(PLAN)
-    sidecar_path(engine).write_bytes(content)
-    try_command(["inspect", str(engine)])
-    return only_our_errors(lambda: read_sidecar(engine))
-
-
-def try_plan(content: bytes, folder: Path) -> str:
-    """A damaged plan beside its true sidecar."""
-    engine = folder / "a.engine"
-    write_bytes(engine, content)
-    write_sidecar(engine, INFO)
-    return only_our_errors(lambda: read_sidecar(engine))
-
-
-def try_command(arguments: list[str]) -> str:
-    """A command line: exit codes of our errors, and no traceback."""
-    result = CliRunner().invoke(advprop, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code in (0, 2, 3), result.output
-    return f"exit {result.exit_code}"
-
-
-def try_options(values: list[str], folder: Path) -> str:
-    """`advprop build` with such values."""
-    names = ("--sm", "--batch", "--img-size", "--workspace-mib", "--hardware-compatible")
-    options = [part for pair in zip(names, values, strict=False) for part in pair]
-    return try_command(["build", str(folder / "none.onnx"), *options])
-
-
-KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., str]]] = {
-    "ONNX bytes": (damaged(MODEL.SerializeToString()), try_onnx),
-    "ONNX graphs": (nonsense(), try_onnx),
-    "sidecars": (sidecars(), try_sidecar),
-    "plans": (damaged(PLAN), try_plan),
-    "options": (st.lists(TEXTS | st.from_regex(r"[-0-9:x.]{1,9}"), min_size=1, max_size=5), try_options),
-}
-"""Kind of file → how it is made, what reads it."""
-
-
-def fuzz(kind: str, cases: int, folder: Path, *, seeded: bool, native: bool = False) -> Counter[str]:
-    """Runs so many cases of a kind, `seeded` the same ones each time; counts the errors that came.
-
-    Raises what is not ours, with the smallest case that raises it.
-    """
-    strategy, attempt = KINDS[kind]
-    counts: Counter[str] = Counter()
-
-    @settings(
-        max_examples=cases,
-        deadline=None,
-        database=None,
-        derandomize=seeded,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def run(content: Any) -> None:
-        counts[attempt(content, folder, *([True] if native and attempt is try_onnx else []))] += 1
-
-    run()
-    return counts
+from tests.support.fuzzing import KINDS, fuzz
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=500, help="of each kind")
-    parser.add_argument("--native", action="store_true", help="let TensorRT-RTX read the ONNX files that pass")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--crashes", type=Path, default=Path(), help="where files that crash TensorRT-RTX go")
+    parser.add_argument("--cases", type=int, default=500, help="cases per kind (default: 500)")
+    parser.add_argument("--native", action="store_true", help="pass valid ONNX files to TensorRT-RTX")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="kinds of input")
+    parser.add_argument("--crashes", type=Path, default=Path(), help="folder for files that crash TensorRT-RTX")
     arguments = parser.parse_args()
     for kind in arguments.kinds:
         with tempfile.TemporaryDirectory(dir=arguments.crashes) as folder:
-            began = time.monotonic()
+            start = time.monotonic()
             counts = fuzz(kind, arguments.cases, Path(folder), seeded=False, native=arguments.native)
         results = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        print(f"{kind}: {counts.total()} cases in {time.monotonic() - began:.0f} s: {results}", flush=True)
+        print(f"{kind}: {counts.total()} cases in {time.monotonic() - start:.0f} s: {results}", flush=True)
 
 
 if __name__ == "__main__":

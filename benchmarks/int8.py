@@ -34,7 +34,8 @@ from calib.images import Adversary, CalibrationImage, CalibrationSet
 from calib.ptq import calibrate
 from runtime.errors import BackendUnavailable
 from runtime.graph.model import open_session
-from runtime.graph.summary import node_macs, summarize
+from runtime.graph.structure import node_macs
+from runtime.graph.summary import summarize
 from runtime.preprocessing import SUFFIXES, fit_all, normalize, spread
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
@@ -90,13 +91,14 @@ def main() -> None:
 
 
 def export(arguments: argparse.Namespace, folder: Path) -> ModelSpec:
+    from export.config import ExportConfig
     from export.pipeline import export_checkpoint
 
     if arguments.net is None:
         weights = save_lite0(folder / "lite0.pth")
-        source = export_checkpoint(SOURCE, weights=weights, data=arguments.val, out=folder).onnx
+        source = export_checkpoint(SOURCE, ExportConfig(weights=weights, data=arguments.val, out=folder)).onnx
     else:
-        source = export_checkpoint(arguments.net, out=folder).onnx
+        source = export_checkpoint(arguments.net, ExportConfig(out=folder)).onnx
     spec = summarize(source).spec
     assert spec is not None
     return spec

@@ -164,7 +164,7 @@ def built(model: onnx.ModelProto, folder: Path, sm: int, batch: tuple[int, int, 
         plan=len(plan),
         zipped=len(zlib.compress(plan)),
         weights=sum(tensor.bytes for layer in layers for tensor in layer.constants),
-        moved=sum(layer.moved for layer in layers) // (batch[0] if batch[0] == batch[2] else 1),
+        moved=sum(layer.moved_bytes for layer in layers) // (batch[0] if batch[0] == batch[2] else 1),
         kernels=sum(layer.kind not in ("signal", "wait", "shape_call") for layer in layers),
         layers=list(int8_layers(path, layers, sms=(sm,))),
     )

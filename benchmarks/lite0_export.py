@@ -23,6 +23,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import runtime
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.graph.rounding import with_roundings
 from runtime.preprocessing import fit_all, network_input, normalize
@@ -70,8 +71,10 @@ def measure(data: Path, folder: Path, images: int | None = None) -> dict[str, ND
     paths, _ = labeled_images(data)
     paths = paths[: images or len(paths)]
     weights = save_lite0(folder / "lite0.pth")
-    plain = export_checkpoint(SOURCE, weights=weights, data=data, out=folder / "plain", precision="fp16")
-    pixels = export_checkpoint(SOURCE, weights=weights, data=data, out=folder / "uint8", input_form="uint8 NHWC")
+    plain = export_checkpoint(SOURCE, ExportConfig(weights=weights, data=data, out=folder / "plain", precision="fp16"))
+    pixels = export_checkpoint(
+        SOURCE, ExportConfig(weights=weights, data=data, out=folder / "uint8", input_form="uint8 NHWC")
+    )
     return {
         "torch": torch_logits(weights, paths),
         "ONNX FP32": session_logits(plain.onnx, paths),

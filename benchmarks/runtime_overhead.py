@@ -38,6 +38,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import runtime
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 
 CLIENTS = 64
@@ -209,7 +210,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint("efficientnet_b0", folder / "checkpoint.pt")
-        path = export_checkpoint(folder / "checkpoint.pt", out=folder).onnx
+        path = export_checkpoint(folder / "checkpoint.pt", ExportConfig(out=folder)).onnx
         if not arguments.only_batcher:
             measure_overhead(path, arguments.threads, 60 if arguments.quick else 400)
         measure_batcher(path, arguments.threads, 128 if arguments.quick else 512, 3 if arguments.quick else 7)

@@ -1,6 +1,6 @@
-"""What a network's tensors hold on real images, and the precision each gets: FP16, BF16 or INT8.
+"""Chooses the precision of a network's tensors, FP16, BF16 or INT8, from their values on real images.
 
-`advprop calibrate model.onnx --data photos/` makes an INT8 file; `calibrate_file` is the same in Python.
+`advprop calibrate model.onnx --data photos/` writes an INT8 file; `calibrate_file` does the same in Python.
 """
 
 from __future__ import annotations

@@ -1,21 +1,25 @@
-"""`advprop calibrate`: float32 ONNX classifier → INT8."""
+"""`advprop calibrate`: quantize a float32 ONNX classifier to INT8."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from calib.options import calibration_config, calibration_options
+from calib.options import calibration_options
 from runtime.spec import INTERPOLATIONS, Preprocessing
-from runtime.system.console import cli_errors, counting_bars, set_up_logging
+from runtime.system.command import Command, Option, as_config
+from runtime.system.console import counting_bars, set_up_logging
+
+if TYPE_CHECKING:
+    from calib.config import CalibrationConfig
 
 EXAMPLES = """\b
 Examples:
-  advprop calibrate model.onnx --data photos/                  model.int8.onnx beside it
-  advprop calibrate model.onnx --data photos.tar --budget 0.5  at most half a point of top-1
-  advprop calibrate model.onnx --data calib.json               the very images of an earlier run
+  advprop calibrate model.onnx --data photos/                  writes model.int8.onnx
+  advprop calibrate model.onnx --data photos.tar --budget 0.5  loses at most half a point of top-1
+  advprop calibrate model.onnx --data calib.json               the images of an earlier run
   advprop calibrate model.onnx --data photos/ --calib-mix clean,corrupted
   advprop calibrate model.onnx --data photos/ --method mse --keep node_conv2d_3
   advprop calibrate other.onnx --data photos/ --img-size 224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
@@ -39,47 +43,74 @@ class _Triple(click.ParamType):  # type: ignore[type-arg]  # generic from click 
         return red, green, blue
 
 
-@click.command("calibrate", epilog=EXAMPLES)
+def _preprocessing_option(*names: str, **attributes: Any) -> Option:
+    return Option(list(names), group="Preprocessing, for files that advprop did not write", **attributes)
+
+
+_PREPROCESSING = (
+    _preprocessing_option("--img-size", type=click.IntRange(min=1), metavar="N", help="Input size, in pixels."),
+    _preprocessing_option("--mean", type=_Triple(), metavar="R,G,B", help="Mean of the pixels, which are in [0, 1]."),
+    _preprocessing_option("--std", type=_Triple(), metavar="R,G,B", help="Standard deviation of the pixels."),
+    _preprocessing_option(
+        "--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter for resizing (default: bicubic)."
+    ),
+    _preprocessing_option(
+        "--crop-pct", type=float, metavar="SHARE", help="Input size ÷ size of the resized image (default: 0.875)."
+    ),
+)
+
+
+def _preprocessing(given: dict[str, Any]) -> Preprocessing | None:
+    if all(value is None for value in given.values()):
+        return None
+    if given["img_size"] is None or given["mean"] is None or given["std"] is None:
+        raise click.UsageError("a file without a spec needs at least --img-size, --mean and --std")
+    return Preprocessing(
+        height=given["img_size"],
+        width=given["img_size"],
+        mean=given["mean"],
+        std=given["std"],
+        interpolation=given["interpolation"] or "bicubic",
+        crop_pct=given["crop_pct"] or 0.875,
+    )
+
+
+@click.command("calibrate", cls=Command, epilog=EXAMPLES)
 @click.argument("onnx", type=click.Path(path_type=Path))
 @click.option(
     "--data",
     required=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Real images such as the model will see: a folder, a tar or NumPy file, or a calib.json.",
+    help="Images like those that the model will see: a folder, a tar or NumPy file, or a calib.json.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: NAME.int8.onnx]")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="INT8 file to write (default: NAME.int8.onnx).",
+)
+@click.option("--no-cache", is_flag=True, help="Do not keep histograms for later runs.")
 @calibration_options
-@click.option("--no-cache", is_flag=True, help="Keep no histograms for the next run.")
-@click.option("--img-size", type=click.IntRange(min=1), metavar="N", help="Of a file without a spec: its input size.")
-@click.option("--mean", type=_Triple(), metavar="R,G,B", help="Likewise: the mean of pixels in [0, 1].")
-@click.option("--std", type=_Triple(), metavar="R,G,B", help="Likewise: their standard deviation.")
-@click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Likewise.  [default: bicubic]")
-@click.option("--crop-pct", type=float, metavar="SHARE", help="Likewise: crop ÷ resized image.  [default: 0.875]")
-@cli_errors
+@as_config("preprocessing", _PREPROCESSING, _preprocessing)
 def main(
     onnx: Path,
     data: Path,
     out: Path | None,
     no_cache: bool,
-    img_size: int | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    interpolation: str | None,
-    crop_pct: float | None,
-    **calibration: Any,
+    calibration: CalibrationConfig,
+    preprocessing: Preprocessing | None,
 ) -> None:
-    """Quantize the float32 classifier ONNX to INT8 by real images.
+    """Quantize the float32 classifier ONNX to INT8, with calibration images.
 
-    Convolutions and matrix products become INT8, everything else FP16. Also written: calib.json, the
-    images it was done with; NAME.int8.json, each layer's threshold and error; and pictures of the ranges
-    and, with --budget, of accuracy against the share in INT8.
+    Convolutions and matrix products become INT8, everything else FP16. The command also writes calib.json
+    (the images it used), NAME.int8.json (threshold and error of each layer), a plot of the ranges and, with
+    --budget, a plot of accuracy against the share of work in INT8.
     """
     console = set_up_logging()
-    config = calibration_config(calibration)
-    preprocessing = _preprocessing(img_size, mean, std, interpolation, crop_pct)
     from calib.pipeline import calibrate_file
-    from calib.printing import print_calibration
+    from calib.report import print_calibration
 
     target = out or onnx.with_suffix(".int8.onnx")
     with counting_bars(console) as bars:
@@ -91,30 +122,9 @@ def main(
             bars.update(tasks[stage], completed=done)
 
         result = calibrate_file(
-            onnx, data, target, config, preprocessing=preprocessing, cache=not no_cache, progress=show
+            onnx, data, target, calibration, preprocessing=preprocessing, cache=not no_cache, progress=show
         )
     print_calibration(console, onnx.name, target, result)
-
-
-def _preprocessing(
-    img_size: int | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    interpolation: str | None,
-    crop_pct: float | None,
-) -> Preprocessing | None:
-    if (img_size, mean, std, interpolation, crop_pct) == (None,) * 5:
-        return None
-    if img_size is None or mean is None or std is None:
-        raise click.UsageError("a file without a spec needs at least --img-size, --mean and --std")
-    return Preprocessing(
-        height=img_size,
-        width=img_size,
-        mean=mean,
-        std=std,
-        interpolation=interpolation or "bicubic",
-        crop_pct=crop_pct or 0.875,
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can be wished of a calibration."""
+"""Settings of a calibration."""
 
 from __future__ import annotations
 
@@ -7,54 +7,60 @@ from dataclasses import dataclass
 from calib.thresholds import METHODS
 from runtime.errors import ConfigError
 
-__all__ = ["KINDS_LEFT", "METHOD_NAMES", "CalibrationConfig"]
+__all__ = ["LAYER_KINDS", "METHOD_NAMES", "CalibrationConfig"]
 
-KINDS_LEFT = ("depthwise", "gates", "first", "last")
-"""Kinds of layers that can be left out: depthwise convolutions, the layers of squeeze-and-excitation and other gates
-(they see one number a channel), the first convolution, the last matrix product."""
+LAYER_KINDS = ("depthwise", "gates", "first", "last")
+"""Kinds of layers that can be kept in floating point: depthwise convolutions; the layers of squeeze-and-excitation
+and other gates, whose input has one value per channel; the first layer; the last layer."""
 
 METHOD_NAMES = ("auto", *METHODS)
-"""How thresholds can be chosen."""
+"""Methods of choosing the clipping thresholds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
-    """How a classifier is quantized."""
+    """How a classifier is quantized to INT8.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
 
     images: int = 256
-    """The most images to take from a folder, tar or array for thresholds."""
+    """Maximum number of calibration images to take from a folder, tar file or array."""
     method: str = "auto"
-    """One of METHOD_NAMES. `auto`: for each tensor, of several thresholds from the one of least squared error to
-    the largest magnitude, that whose layers' outputs come out nearest."""
+    """How clipping thresholds are chosen, one of METHOD_NAMES. `auto` tries several thresholds per tensor, between
+    the one with the smallest squared error and the largest magnitude, and picks the one with which the outputs of
+    the layers that read the tensor have the smallest error."""
     correct_bias: bool = True
-    """Take the mean error of each output channel off its bias."""
+    """Subtract the mean quantization error of each output channel from its bias."""
     equalize: bool = False
-    """Move range between the channels of an activation and the weights that read it, where that is exact."""
+    """Rescale the channels of activations and, inversely, the weights that read them, if that is exact."""
     reconstruct: bool = False
-    """Learn how each weight is rounded (AdaRound)."""
+    """Learn whether each weight is rounded up or down (AdaRound)."""
     budget: float | None = None
-    """Points of top-1 accuracy that INT8 may cost on held-out images: layers go back to floating point until
-    it holds. None: no images are held out."""
+    """Maximum loss of top-1 accuracy on held-out images, in percentage points. Layers are kept in floating point
+    until the loss is within the budget. None: no limit, and no images are held out."""
     mix: tuple[str, ...] = ("clean",)
-    """What each image is used as: `calib.images.KINDS`."""
+    """Variants of each image to calibrate on; see `calib.images.KINDS`."""
     keep: tuple[str, ...] = ()
-    """Names of nodes that stay in floating point."""
+    """Names of nodes to keep in floating point."""
     leave: tuple[str, ...] = ()
-    """Kinds of layers that stay in floating point, of KINDS_LEFT."""
+    """Kinds of layers to keep in floating point, from LAYER_KINDS."""
     residuals: bool = False
-    """Quantize the other input of each Add behind a quantized convolution, so that TensorRT can do both at once."""
+    """Also quantize the second input of each Add that follows a quantized convolution, which lets TensorRT fuse
+    the two."""
     half: bool = True
-    """Make everything FP16 that is not INT8."""
+    """Convert everything that is not INT8 to FP16."""
     seed: int = 0
-    """Of the corruptions in the mix, and of the images a reconstruction step takes."""
+    """Seed of the corruptions in the mix and of the image order in reconstruction."""
 
     def __post_init__(self) -> None:
         if self.method not in METHOD_NAMES:
-            raise ConfigError(f"method must be {', '.join(METHOD_NAMES)}; found {self.method!r}")
+            raise ConfigError(f"method must be one of {', '.join(METHOD_NAMES)}; found {self.method!r}")
         for kind in self.leave:
-            if kind not in KINDS_LEFT:
-                raise ConfigError(f"layers can be left out by {', '.join(KINDS_LEFT)}; found {kind!r}")
+            if kind not in LAYER_KINDS:
+                raise ConfigError(f"kinds of layers are {', '.join(LAYER_KINDS)}; found {kind!r}")
         if self.images < 1:
             raise ConfigError(f"images must be at least 1; found {self.images}")
         if self.budget is not None and not 0 <= self.budget <= 100:
-            raise ConfigError(f"a budget is in points of top-1 accuracy, 0 to 100; found {self.budget}")
+            raise ConfigError(f"budget must be 0 to 100 percentage points of top-1 accuracy; found {self.budget}")

@@ -1,4 +1,4 @@
-"""The calibration set: which images, by their content, so that a result can be traced and repeated."""
+"""The calibration set: images identified by their content, which makes a calibration reproducible."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.sources import ImageSource, open_source
 from runtime.errors import ConfigError, DataError, nearest
-from runtime.preprocessing import decode, fit_to_input, normalize, spread
+from runtime.preprocessing import Preprocessor, decode, fit_to_input
 from runtime.spec import Preprocessing
 from runtime.system.files import write_text
+from runtime.system.image_sources import ImageSource, open_source, spread
 
 __all__ = ["BATCH", "KINDS", "Adversary", "CalibrationImage", "CalibrationSet", "calibration_set", "check_mix"]
 
@@ -25,43 +25,43 @@ log = logging.getLogger(__name__)
 
 FORMAT = "advprop.calib/1"
 BATCH = 4
-"""Images at once: few enough that a layer's output is still in the caches when it is counted."""
+"""Batch size: small enough for a layer's output to stay in the CPU caches until it is counted."""
 KINDS = ("clean", "corrupted", "adversarial")
-"""What an image can be made into: left as it is, corrupted by noise, blur, spatter or saturation (the
-corruptions that ImageNet-C keeps for validation, so that its mCE stays a test), or attacked."""
+"""Variants of an image: unchanged; corrupted by noise, blur, spatter or saturation (the corruptions that ImageNet-C
+reserves for validation, so its mCE remains a fair test); or adversarial."""
 
 Adversary: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Normalized images, float32 (N, 3, H, W), → the same, attacked."""
+"""Returns adversarial versions of normalized images, float32 (N, 3, H, W)."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationImage:
-    """One image."""
+    """One calibration image."""
 
     name: str
-    """What its source calls it."""
+    """Name within its source."""
     sha256: str
-    """SHA-256 of its file, or of its pixels."""
+    """SHA-256 of its file or, for an array, of its pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSet:
-    """Images, in the order in which they are used, and what is made of them."""
+    """The images of a calibration, in the order of use, and the variants of each."""
 
     source: Path
-    """Folder, tar file or array that they are in."""
+    """Folder, tar file or array that contains the images."""
     images: tuple[CalibrationImage, ...]
-    """Those that thresholds are chosen on."""
+    """Images on which thresholds are chosen."""
     held: tuple[CalibrationImage, ...] = ()
-    """Others, on which a budget is kept."""
+    """Held-out images, on which the budget is measured."""
     mix: tuple[str, ...] = ("clean",)
-    """KINDS; each image is used once as each."""
+    """Variants, from KINDS; each image is used once per variant."""
     seed: int = 0
-    """Of the corruptions, which are drawn for each image by its hash."""
+    """Seed of the corruptions. The corruption of an image depends on this seed and on the image's hash."""
 
     @property
     def sha256(self) -> str:
-        """Hash of the set: of its images' hashes in order, the mix and its seed."""
+        """Hash of the set: its images' hashes in order and, unless the mix is clean only, the mix and the seed."""
         digest = hashlib.sha256("".join(image.sha256 for image in (*self.images, *self.held)).encode())
         if self.mix != ("clean",):
             digest.update(f"{self.mix} {self.seed}".encode())
@@ -77,15 +77,15 @@ class CalibrationSet:
         adversary: Adversary | None = None,
         size: int = BATCH,
     ) -> Iterator[NDArray[np.float32]]:
-        """Yields normalized images, float32 (N, 3, H, W), N up to `size`.
+        """Yield batches of normalized images, float32 (N, 3, H, W), with N up to `size`.
 
         Args:
             spec: how an image becomes the network's input.
-            count: of the set's images only so many in all, spread over it; 0 for all.
-            kinds: of the mix only these; default: all.
-            held: the images that a budget is kept on.
-            adversary: attacks the images of the kind `adversarial`.
-            size: images at once.
+            count: maximum number of images, all variants together, evenly spaced over the set; 0 for all.
+            kinds: variants to yield; default: the whole mix.
+            held: yield the held-out images instead.
+            adversary: attacks the images of the variant `adversarial`.
+            size: batch size.
         """
         kinds = kinds or self.mix
         images = self.held if held else self.images
@@ -98,11 +98,11 @@ class CalibrationSet:
                     pixels = fitted
                     if kind == "corrupted":
                         pixels = [_corrupted(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
-                    batch = normalize(np.stack(pixels), spec)
+                    batch = Preprocessor(spec).convert(np.stack(pixels))
                     yield adversary(batch) if kind == "adversarial" and adversary else batch
 
     def save(self, path: Path) -> None:
-        """Writes the manifest. Raises OutputError."""
+        """Write the manifest, from which `calibration_set` restores this set. Raises OutputError."""
         content = {
             "format": FORMAT,
             "source": str(self.source),
@@ -116,16 +116,20 @@ class CalibrationSet:
 
 
 def check_mix(mix: Sequence[str], adversary: Adversary | None) -> None:
-    """Raises ConfigError where a kind is unknown, twice there, or needs an adversary that is not there."""
+    """Raise ConfigError if a kind is unknown, repeated, or needs an adversary that is missing."""
     for kind in mix:
         if kind not in KINDS:
-            raise ConfigError(f"a calibration mix is of {', '.join(KINDS)}; found {kind!r}; {nearest(kind, KINDS)}")
+            raise ConfigError(
+                f"the kinds of a calibration mix are {', '.join(KINDS)}; found {kind!r}; {nearest(kind, KINDS)}"
+            )
     if not mix or len(set(mix)) < len(mix):
-        raise ConfigError(f"a calibration mix names each kind once, at least one; found {','.join(mix) or 'none'}")
+        raise ConfigError(
+            f"a calibration mix needs at least one kind, and each kind once; found {','.join(mix) or 'none'}"
+        )
     if "adversarial" in mix and adversary is None:
         raise ConfigError(
-            "adversarial images need gradients, which an ONNX file does not give; calibrate with "
-            "advprop-export CHECKPOINT --trt int8, or leave adversarial out of the mix"
+            "adversarial images need gradients, which an ONNX file cannot provide; calibrate with "
+            "advprop-export CHECKPOINT --trt int8, or remove adversarial from the mix"
         )
 
 
@@ -138,19 +142,20 @@ def calibration_set(
     mix: Sequence[str] = ("clean",),
     seed: int = 0,
 ) -> CalibrationSet:
-    """Chooses calibration images.
+    """Choose calibration images.
 
     Args:
         source: a folder, a tar file, an array (see `open_source`), or the manifest (`calib.json`) of an
-            earlier set, which is then taken as it is.
-        count: the most images to take, spread evenly over the sorted names.
-        spec: the network's input; images that cannot be fitted to it are left out too.
-        held: hold images out for a budget: up to `count` more, or, where there are no more, a quarter.
-        mix: KINDS to use.
-        seed: of the corruptions.
+            earlier set, which is then used unchanged.
+        count: maximum number of images, evenly spaced over the sorted names.
+        spec: the network's preprocessing; images that it cannot be applied to are skipped too.
+        held: also hold out images for a budget: up to `count` more, or a quarter of all images if there are
+            not enough.
+        mix: variants of each image, from KINDS.
+        seed: seed of the corruptions.
 
     Raises:
-        DataError: no images, only copies of one, or ones that are not those of the manifest.
+        DataError: there are no usable images, all are copies of one, or they differ from those in the manifest.
     """
     if source.suffix == ".json":
         return _from_manifest(source)
@@ -160,11 +165,11 @@ def calibration_set(
         found = _readable(reader, spread(reader.names, total), spec)
     if not found:
         raise DataError(
-            f"{source}: found {available} images, none of which can be used; give some hundred photographs "
-            "such as the model will see"
+            f"{source}: found {available} images, none of which can be used; pass a few hundred photographs "
+            "like those that the model will see"
         )
     if len(found) > 1 and len({image.sha256 for image in found}) == 1:
-        raise DataError(f"{source}: all {len(found)} images are copies of one; give some hundred different ones")
+        raise DataError(f"{source}: all {len(found)} images are copies of one; pass a few hundred different images")
     apart = spread(range(len(found)), max(len(found) - count, len(found) // 4)) if held else []
     return CalibrationSet(
         source=source.resolve(),
@@ -185,7 +190,7 @@ def _readable(reader: ImageSource, names: Sequence[str], spec: Preprocessing | N
             if spec is not None:
                 pixels = fit_to_input(image, spec)
                 if (pixels == pixels[0, 0]).all():
-                    raise DataError("it is of one color")
+                    raise DataError("all its pixels have the same color")
                 small += 2 * min(image.size) < min(spec.height, spec.width)
         except DataError as error:
             log.warning("skipped %s: %s", name, error)
@@ -193,8 +198,8 @@ def _readable(reader: ImageSource, names: Sequence[str], spec: Preprocessing | N
         found.append(CalibrationImage(name, _sha256(content)))
     if small and spec is not None:
         log.warning(
-            "%d of %d images are less than half as large as the network's input (%d x %d): enlarged, they lack "
-            "the detail that the model will see",
+            "%d of %d images are less than half as large as the network's input (%d x %d); enlarged, they lack "
+            "the detail of the images that the model will see",
             *(small, len(found), spec.height, spec.width),
         )
     return found
@@ -207,7 +212,7 @@ def _sha256(content: bytes | NDArray[np.uint8]) -> str:
 
 
 def _corrupted(image_HWC: NDArray[np.uint8], image: CalibrationImage, seed: int) -> NDArray[np.uint8]:
-    """One of the validation corruptions at one of five severities, both drawn from the image's hash."""
+    """Apply a validation corruption at a severity of 1 to 5, both chosen by the seed and the image's hash."""
     from runtime.evaluate.corruptions import EXTRAS, corrupt
 
     draw = int.from_bytes(hashlib.sha256(f"{seed} {image.sha256}".encode()).digest()[:4])
@@ -228,20 +233,21 @@ def _from_manifest(path: Path) -> CalibrationSet:
             seed=int(content["seed"]),
         )
     except FileNotFoundError as error:
-        raise DataError(f"no such manifest of a calibration set: {path}") from error
+        raise DataError(f"no such calibration manifest: {path}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not the manifest of a calibration set ({error})") from error
+        raise DataError(f"{path} is not a calibration manifest ({error})") from error
     if not chosen.images:
-        raise DataError(f"{path} names no images")
+        raise DataError(f"{path} lists no images")
     with open_source(chosen.source) as reader:
         there = set(reader.names)
         for image in (*chosen.images, *chosen.held):
             if image.name not in there:
-                raise DataError(f"{path} names an image that is not there: {image.name} in {chosen.source}")
+                raise DataError(f"{path} lists an image that does not exist: {image.name} in {chosen.source}")
             if _sha256(reader.read(image.name)) != image.sha256:
                 raise DataError(
-                    f"{image.name} is not the image that {path} names: its content has changed; calibrate anew"
+                    f"{image.name} is not the image that {path} lists: its content has changed. Calibrate again with "
+                    f"--data {chosen.source}"
                 )
     return chosen

@@ -1,32 +1,30 @@
-"""`calibrate_file`: an ONNX file and images → an INT8 ONNX file, with its record and pictures beside it."""
+"""`calibrate_file`: writes an INT8 ONNX file from a float32 ONNX file and images, with a record and plots."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from calib.config import CalibrationConfig
 from calib.images import BATCH, Adversary, CalibrationSet, calibration_set, check_mix
-from calib.placement import Point
-from calib.plots import plot_fallback, plot_ranges
 from calib.precision import deciding_tensors, overflows, to_reduced
-from calib.prepare import prepared
-from calib.ptq import TRIED, Calibrated, calibrate
+from calib.prepare import read_float_model
+from calib.ptq import TRIAL_IMAGES, Batches, Calibrated, calibrate
 from calib.quantize import dequantized_names
-from calib.record import save_record
-from runtime.errors import ConfigError, ModelFileError, VerificationError
+from calib.report import plot_fallback, plot_ranges, save_record
+from runtime.errors import ConfigError, VerificationError
 from runtime.graph.collect import collect
-from runtime.graph.model import open_session, save_onnx
+from runtime.graph.model import first_output, open_session, save_onnx
 from runtime.graph.rounding import with_roundings
-from runtime.graph.summary import CALIBRATION_KEY, summarize
+from runtime.graph.structure import initializers_of
+from runtime.graph.summary import CALIBRATION_KEY
 from runtime.spec import Preprocessing
 from runtime.system.files import output_dir
 
@@ -34,26 +32,26 @@ __all__ = ["CalibratedFile", "calibrate_file"]
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 64
-"""Images on which the INT8 graph is compared with the float32 one."""
-_POOR = 0.95
-"""Agreement below this is warned of."""
-
-_Batches = Callable[[int], Iterator[NDArray[np.float32]]]
+_COMPARED_IMAGES = 64
+"""Number of images on which the INT8 graph is compared with the float32 graph."""
+_LOW_AGREEMENT = 0.95
+"""A warning is logged if the agreement is lower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedFile:
-    """What was written."""
+    """What `calibrate_file` wrote."""
 
     calibrated: Calibrated
-    """Points, thresholds, histograms."""
+    """Points, thresholds and histograms."""
     images: CalibrationSet
-    """What it was calibrated on."""
+    """The calibration images."""
+    rounded: onnx.ModelProto
+    """The written graph with every rounding that a GPU does, for ONNX Runtime on a CPU."""
     parity_images: int
-    """Images compared."""
+    """Number of images on which the graphs were compared."""
     agreement: float
-    """Share of them with the float32 graph's top-1 class, 0 to 1."""
+    """Share of them on which `rounded` has the same top-1 class as the float32 graph, 0 to 1."""
 
 
 def calibrate_file(
@@ -67,152 +65,164 @@ def calibrate_file(
     cache: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CalibratedFile:
-    """Quantizes the file `source`.
+    """Quantize the ONNX file `source` and write `target`.
 
-    Beside `target` go `calib.json` (the images), `NAME.json` (every layer), `NAME.ranges.png` and, with a
-    budget, `NAME.budget.png`.
+    Also writes, next to `target`: `calib.json` (the images), `NAME.json` (every layer), `NAME.ranges.png` and, with
+    a budget, `NAME.budget.png`.
 
     Args:
-        source: a float32 ONNX classifier of float32 input and logits.
-        data: real images: a folder, a tar file, an array, or the manifest of an earlier set.
-        target: the INT8 file.
-        config: how; see there.
-        preprocessing: how an image becomes the input of a file that carries no spec.
-        adversary: attacks images, where the mix has adversarial ones.
-        cache: keep histograms, so that a run that was cut off goes on and another one is quick.
-        progress: called with a stage's name, what is done of it, and how much it is; 0: unknown.
+        source: a float32 ONNX classifier with float32 input and logits.
+        data: real images: a folder, a tar file, an array, or the `calib.json` of an earlier run.
+        target: the INT8 file to write.
+        config: settings; default: `CalibrationConfig()`.
+        preprocessing: how an image becomes the input; required if and only if `source` has no spec.
+        adversary: attacks images; required if the mix has adversarial images.
+        cache: cache histograms, so an interrupted run resumes and another run with the same images is faster.
+        progress: called with the stage, the number of images or layers done, and their total (0 if unknown).
 
     Raises:
-        AdvPropError: see `calibrate`, `calibration_set`, `prepared`.
-        ConfigError: `target` is in the way of something, or the mix wants what is not there.
-        ModelFileError: no spec and no preprocessing, another form of input, or not float32.
-        VerificationError: the INT8 graph gives logits that are not finite.
+        AdvPropError: see `calibrate`, `calibration_set` and `read_float_model`.
+        ConfigError: `target` cannot be used, the mix is not possible, or there are no held-out images for the budget.
+        VerificationError: the INT8 graph outputs logits that are not finite; nothing is written.
     """
     config = config or CalibrationConfig()
-    if target.resolve() == source.resolve() or target.suffix != ".onnx" or target.stem == "calib":
-        raise ConfigError(f"the INT8 file is one of its own, NAME.onnx beside NAME.json and calib.json; found {target}")
+    _check_target(source, target)
     check_mix(config.mix, adversary)
-    model, preprocessing = _read(source, preprocessing)
+    model, preprocessing = read_float_model(source, preprocessing)
     output_dir(target.parent)
-    chosen = calibration_set(
-        data, config.images, preprocessing, held=config.budget is not None, mix=config.mix, seed=config.seed
-    )
-    if chosen.mix != config.mix:
-        check_mix(chosen.mix, adversary)
-    config = dataclasses.replace(config, mix=chosen.mix, seed=chosen.seed)
-    if config.budget is not None and not chosen.held:
-        raise ConfigError(f"{data} holds no images out for a budget; calibrate from the folder itself, or without one")
-    batches = functools.partial(chosen.batches, preprocessing, adversary=adversary, size=_batch_size(model))
-    held = {kind: functools.partial(batches, kinds=(kind,), held=True) for kind in chosen.mix}
+    images = _choose_images(data, config, preprocessing, adversary)
+    config = dataclasses.replace(config, mix=images.mix, seed=images.seed)  # a manifest has its own
+    batches = functools.partial(images.batches, preprocessing, adversary=adversary, size=_batch_size(model))
+    held = {kind: functools.partial(batches, kinds=(kind,), held=True) for kind in images.mix}
     calibrated = calibrate(
         model,
         batches,
         config,
         held=held if config.budget is not None else None,
-        images_sha256=chosen.sha256 if cache else "",
-        progress=None if progress is None else _with_totals(progress, len(chosen.images) * len(chosen.mix)),
+        images_sha256=images.sha256 if cache else "",
+        progress=_with_totals(progress, len(images.images) * len(images.mix)) if progress else None,
     )
-    quantized = _rest_in_fp16(calibrated, batches) if config.half else calibrated.model
-    onnx.helper.set_model_props(
-        quantized, {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: chosen.sha256}
+    quantized = _reduce_rest(calibrated, batches) if config.half else calibrated.model
+    metadata = {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: images.sha256}
+    onnx.helper.set_model_props(quantized, metadata)
+    result = _compare(source, model, quantized, calibrated, images, batches)
+    _log_outcome(source, result)
+    _write(target, quantized, result, config)
+    return result
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"the output path must differ from the input; found {target} for both")
+    if target.suffix != ".onnx" or target.stem == "calib":
+        raise ConfigError(
+            f"the output path must be NAME.onnx, with a NAME other than calib, since calib.json lists the images; "
+            f"found {target}"
+        )
+
+
+def _choose_images(
+    data: Path, config: CalibrationConfig, preprocessing: Preprocessing, adversary: Adversary | None
+) -> CalibrationSet:
+    images = calibration_set(
+        data, config.images, preprocessing, held=config.budget is not None, mix=config.mix, seed=config.seed
     )
-    agreement, compared = _agreement(model, with_roundings(quantized), batches)
-    if not compared:
-        raise VerificationError(f"the INT8 graph of {source.name} gives logits that are not finite; nothing written")
-    _warn(source, calibrated, agreement)
-    # A stop in between must leave no new record beside an old model.
-    target.with_suffix(".json").unlink(missing_ok=True)
-    save_onnx(quantized, target)
-    save_record(target.with_suffix(".json"), calibrated, config, agreement, compared)
-    chosen.save(target.with_name("calib.json"))
-    plot_ranges(calibrated, target.with_suffix(".ranges.png"))
-    if calibrated.fallback:
-        plot_fallback(calibrated.fallback, target.with_suffix(".budget.png"))
-    return CalibratedFile(calibrated=calibrated, images=chosen, parity_images=compared, agreement=agreement)
+    if images.mix != config.mix:
+        check_mix(images.mix, adversary)
+    if config.budget is not None and not images.held:
+        raise ConfigError(
+            f"{data} has no held-out images, which a budget needs; calibrate from the folder itself, or remove the "
+            "budget"
+        )
+    return images
 
 
 def _batch_size(model: onnx.ModelProto) -> int:
-    """Images at once: one, where the graph takes no more."""
+    """Return the batch size: 1 if the graph fixes it to 1."""
     return 1 if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1 else BATCH
 
 
-def _read(source: Path, preprocessing: Preprocessing | None) -> tuple[onnx.ModelProto, Preprocessing]:
-    """The float32 graph, ours or another's, and how images become its input."""
-    summary = summarize(source)
-    if set(summary.weights) - {"fp32"}:
-        raise ModelFileError(
-            f"{source} computes in {', '.join(summary.weights)}; calibrate the float32 file (model.onnx)"
-        )
-    spec = summary.spec
-    if spec is None:
-        if preprocessing is None:
-            raise ModelFileError(
-                f"{source} carries no advprop.spec, so its preprocessing is unknown; export it with advprop-export, or "
-                "say what it was trained with: --img-size, --mean, --std, --interpolation, --crop-pct"
-            )
-        return prepared(source, preprocessing), preprocessing
-    if preprocessing is not None:
-        raise ConfigError(f"{source} carries its preprocessing; leave --mean, --std and the like out")
-    if (spec.input_form, spec.output_form) != ("float32 NCHW", "logits"):
-        raise ModelFileError(
-            f"{source} takes {spec.input_form} and gives {spec.output_form}; calibrate a file of float32 input and "
-            "logits (advprop-export without --input and --output)"
-        )
-    return onnx.load(source), spec.preprocessing
-
-
 def _with_totals(progress: Callable[[str, int, int], None], images: int) -> Callable[[str, int], None]:
-    totals = {"ranges": images, "layers": min(images, TRIED)}
+    totals = {"ranges": images, "layers": min(images, TRIAL_IMAGES)}
     return lambda stage, done: progress(stage, done, totals.get(stage, 0))
 
 
-def _warn(source: Path, calibrated: Calibrated, agreement: float) -> None:
-    if agreement < _POOR:
-        log.warning("the INT8 graph agrees with %s on only %.1f %% of the images", source.name, 100 * agreement)
-    fallback = calibrated.fallback
-    if fallback and not fallback.met:
-        log.warning(
-            "the budget of %.2f points cannot be met: the best of %d choices loses %.2f, with %.1f %% of the MACs in "
-            "INT8. FP16 costs nothing (--trt fp16)",
-            *(100 * fallback.budget, len(fallback.trials), 100 * fallback.chosen.loss, 100 * calibrated.int8_share),
-        )
-    elif fallback and fallback.chosen.floating:
-        log.info(
-            "%d layers are given back to floating point for the budget, %.1f %% of the MACs",
-            *(len(fallback.chosen.floating), 100 * (fallback.trials[0].int8_share - calibrated.int8_share)),
-        )
-
-
-def _rest_in_fp16(calibrated: Calibrated, batches: _Batches) -> onnx.ModelProto:
-    """FP16 wherever it is not INT8, but for nodes that would overflow."""
+def _reduce_rest(calibrated: Calibrated, batches: Batches) -> onnx.ModelProto:
+    """Convert everything that is not INT8 to FP16, except nodes that would overflow."""
     model = calibrated.source
-    amax = collect(model, batches(_COMPARED), tensors=deciding_tensors(model)).amax
+    amax = collect(model, batches(_COMPARED_IMAGES), tensors=deciding_tensors(model)).amax
     if overflows(model, amax):
-        amax = collect(model, batches(_COMPARED)).amax
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for point in calibrated.points:
-        if point.int8:
-            activation, weight = dequantized_names(point)
-            amax[activation] = calibrated.thresholds[point.tensor]
-            amax[weight] = _largest(point, constants)
-    kept = overflows(calibrated.model, amax)
+        amax = collect(model, batches(_COMPARED_IMAGES)).amax
+    kept = overflows(calibrated.model, amax | _dequantized_ranges(calibrated))
     for decision in kept:
         log.info("%s %s stays in FP32: %s reaches %.3g", decision.op, decision.node, decision.tensor, decision.amax)
     return to_reduced(calibrated.model, "fp16", kept)
 
 
-def _largest(point: Point, constants: dict[str, onnx.TensorProto]) -> float:
-    return float(np.abs(onnx.numpy_helper.to_array(constants[point.weight])).max())
+def _dequantized_ranges(calibrated: Calibrated) -> dict[str, float]:
+    """Return the largest magnitude of each dequantized activation and weight."""
+    constants = initializers_of(calibrated.source.graph)
+    amax = {}
+    for point in calibrated.points:
+        if point.int8:
+            activation, weight = dequantized_names(point)
+            amax[activation] = calibrated.thresholds[point.tensor]
+            amax[weight] = float(np.abs(onnx.numpy_helper.to_array(constants[point.weight])).max())
+    return amax
 
 
-def _agreement(model: onnx.ModelProto, quantized: onnx.ModelProto, batches: _Batches) -> tuple[float, int]:
-    reference, candidate = open_session(model), open_session(quantized)
-    name = model.graph.input[0].name
-    same, count = 0, 0
-    for batch in batches(_COMPARED):
-        expected, found = (session.run(None, {name: batch})[0] for session in (reference, candidate))
+def _compare(
+    source: Path,
+    model: onnx.ModelProto,
+    quantized: onnx.ModelProto,
+    calibrated: Calibrated,
+    images: CalibrationSet,
+    batches: Batches,
+) -> CalibratedFile:
+    """Compare the top-1 classes of the INT8 graph with those of the float32 graph."""
+    rounded = with_roundings(quantized)
+    reference, candidate = open_session(model), open_session(rounded)
+    same = count = 0
+    for batch in batches(_COMPARED_IMAGES):  # both in one pass: images may be attacked, which is slow
+        expected, found = first_output(reference, batch), first_output(candidate, batch)
         if not np.isfinite(found).all():
-            return 0.0, 0
+            raise VerificationError(
+                f"the INT8 graph of {source.name} outputs logits that are not finite; nothing was written"
+            )
         same += int(np.sum(expected.argmax(1) == found.argmax(1)))
         count += len(batch)
-    return same / count, count
+    return CalibratedFile(
+        calibrated=calibrated, images=images, rounded=rounded, parity_images=count, agreement=same / count
+    )
+
+
+def _log_outcome(source: Path, result: CalibratedFile) -> None:
+    calibrated = result.calibrated
+    if result.agreement < _LOW_AGREEMENT:
+        log.warning(
+            "the INT8 graph has the same top-1 class as %s on only %.1f %% of the images",
+            *(source.name, 100 * result.agreement),
+        )
+    fallback = calibrated.fallback
+    if fallback and not fallback.met:
+        log.warning(
+            "the budget of %.2f points cannot be met: the best of %d choices of layers loses %.2f points, with %.1f %% "
+            "of the MACs in INT8. FP16 loses no accuracy (--trt fp16)",
+            *(100 * fallback.budget, len(fallback.trials), 100 * fallback.chosen.loss, 100 * calibrated.int8_share),
+        )
+    elif fallback and fallback.chosen.floating:
+        log.info(
+            "%d layers, %.1f %% of the MACs, are kept in floating point for the budget",
+            *(len(fallback.chosen.floating), 100 * (fallback.trials[0].int8_share - calibrated.int8_share)),
+        )
+
+
+def _write(target: Path, quantized: onnx.ModelProto, result: CalibratedFile, config: CalibrationConfig) -> None:
+    # Remove the old record first: an interruption must not leave a record next to a model that it does not describe.
+    target.with_suffix(".json").unlink(missing_ok=True)
+    save_onnx(quantized, target)
+    save_record(target.with_suffix(".json"), result, config)
+    result.images.save(target.with_name("calib.json"))
+    plot_ranges(result.calibrated, target.with_suffix(".ranges.png"))
+    if result.calibrated.fallback:
+        plot_fallback(result.calibrated.fallback, target.with_suffix(".budget.png"))

@@ -1,17 +1,18 @@
-"""FP32 graph → FP16 or BF16 graph, except where that would overflow or lose too much.
+"""Converts a float32 graph to FP16 or BF16, except for nodes that would overflow or lose too much accuracy.
 
-Precision lives in the graph: TensorRT 11 and TensorRT-RTX have no FP16 flag, and the same
-file then runs on every backend.
+The precision is part of the graph, because TensorRT 11 and TensorRT-RTX have no FP16 flag. The same file then runs on
+every backend.
 
-ONNX Runtime's own converter takes a list of nodes to keep in FP32, but rounds every tensor
-between two of them to FP16, so a tensor that overflows still does. Here a tensor has the
-type of the node that makes it, and is cast only where a node of the other type reads it.
+ONNX Runtime's own converter accepts a list of nodes to keep in FP32, but it rounds every tensor between two of them to
+FP16, so a tensor that overflows still does. Here a tensor has the type of the node that computes it, and is cast only
+for readers of another type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from runtime.graph.compare import TensorError
-from runtime.graph.edit import add_initializer
+from runtime.graph.edit import add_initializer, array_of, constant_of, make_cast
 from runtime.graph.model import check
 
 __all__ = [
@@ -34,78 +35,78 @@ __all__ = [
 ]
 
 REDUCED = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-"""The types a float32 graph can be converted to, by name."""
+"""The precisions that a float32 graph can be converted to, by name."""
 
 LIMIT = float(np.finfo(np.float16).max) / 2
-"""Tensors above this on the measured images stay in FP32: half of FP16's 65504, since
-other images reach further than the measured ones."""
+"""Tensors that exceed this on the measured images stay in FP32. It is half of FP16's maximum of 65504, because other
+images can have larger values."""
 
 _BF16_OPSET = 22
-"""The first whose convolutions may be BF16. Of the operators here, nothing else changed since 20."""
+"""First opset in which convolutions can be BF16. The other operators used here are the same as in opset 20."""
 
 _FP32_OPS = frozenset({"Resize", "Upsample", "CumSum", "RandomNormalLike", "RandomUniformLike", "Range"})
-"""Operators that have no FP16 form in ONNX or TensorRT, or float32 inputs by definition."""
-_TYPE_MAKERS = frozenset({"Cast", "CastLike", "Constant", "ConstantOfShape"})
-"""Operators whose output type is not that of their inputs: left as they are."""
+"""Operators that have no FP16 version in ONNX or TensorRT, or require float32 inputs."""
+_TYPE_SETTING_OPS = frozenset({"Cast", "CastLike", "Constant", "ConstantOfShape"})
+"""Operators whose output type does not follow from their inputs; they are not changed."""
 _AT_MOST_ONE = frozenset({"HardSigmoid", "Sigmoid", "Softmax", "Tanh"})
-_NO_LARGER = _AT_MOST_ONE | {
+_NOT_LARGER = _AT_MOST_ONE | {
     *("AveragePool", "Flatten", "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool", "ReduceMax"),
     *("ReduceMean", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
-"""Operators whose output reaches no further than their inputs, or than 1."""
+"""Operators whose output magnitude is at most that of their inputs, or at most 1."""
 _CLIPPING = frozenset({"Clip", "Relu"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Why a node stays in FP32."""
+    """A node that stays in FP32, and why."""
 
     node: str
     """Name of the node."""
     op: str
     """Its operator."""
-    reason: str
-    """`overflow`: a tensor passes LIMIT. `loss`: the node, or a reader of it, loses more than others do."""
+    reason: Literal["overflow", "loss"]
+    """`overflow`: a tensor exceeds LIMIT. `loss`: the node, or a node that reads it, has one of the largest errors."""
     tensor: str
     """The tensor that decided."""
     amax: float
     """Its largest magnitude on the measured images."""
     error: float = 0.0
-    """Of `loss`: its error in the reduced precision, as a share of its largest magnitude."""
+    """For `loss`: the error of the tensor in the reduced precision, relative to its largest magnitude."""
 
 
 def deciding_tensors(model: onnx.ModelProto) -> set[str]:
-    """Returns the tensors whose ranges tell whether any other may pass LIMIT: about a third of all."""
+    """Return the tensors, about a third of all, whose ranges show whether any tensor may exceed LIMIT."""
     nodes = model.graph.node
     producers = {name: node for node in nodes for name in node.output}
-    readers: dict[str, list[str]] = {}
+    readers: dict[str, set[str]] = {}
     for node in nodes:
         for name in node.input:
-            readers.setdefault(name, []).append(node.op_type)
+            readers.setdefault(name, set()).add(node.op_type)
     tensors = {value.name for value in model.graph.input}
     for node in nodes:
-        gate = node.op_type == "Mul" and any(
+        gated = node.op_type == "Mul" and any(
             name in producers and producers[name].op_type in _AT_MOST_ONE for name in node.input
         )
-        if node.op_type in _CLIPPING or not (gate or node.op_type in _NO_LARGER):
+        if node.op_type in _CLIPPING or not (gated or node.op_type in _NOT_LARGER):
             tensors |= set(node.output)
-    # Behind a lone Relu only what it lets pass matters: what overflows below zero is zero after it.
-    return {name for name in tensors if not (len(set(readers.get(name, ()))) == 1 and readers[name][0] in _CLIPPING)}
+    # If only a Relu reads a tensor, its output decides: negative values that overflow are zero behind it.
+    return {name for name in tensors if not (len(readers.get(name, ())) == 1 and readers[name] <= _CLIPPING)}
 
 
 def overflows(model: onnx.ModelProto, amax: Mapping[str, float]) -> list[Decision]:
-    """Names the nodes that read or write a tensor beyond LIMIT, or one that is not finite.
+    """Return the nodes that read or write a tensor that exceeds LIMIT or is not finite.
 
     Args:
         model: a float32 graph.
-        amax: largest magnitudes of all tensors. Those of the deciding ones alone tell whether there
-            are any such nodes, but not all of them.
+        amax: largest magnitude of each tensor. If only the deciding tensors are measured, the result shows whether
+            there are such nodes, but does not list all of them.
     """
     graph = ir.from_proto(model).graph
     ranges = {name: value if np.isfinite(value) else float("inf") for name, value in amax.items()}
     for name, value in graph.initializers.items():
-        if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
-            array = value.const_value.numpy()
+        array = constant_of(value)
+        if value.dtype == ir.DataType.FLOAT and array is not None:
             ranges[name] = float(np.abs(array).max()) if array.size else 0.0
     decisions = []
     for node in graph:
@@ -121,15 +122,16 @@ def overflows(model: onnx.ModelProto, amax: Mapping[str, float]) -> list[Decisio
 def losses(
     model: onnx.ModelProto, errors: Iterable[TensorError], amax: Mapping[str, float], count: int
 ) -> list[Decision]:
-    """Names the `count` nodes that add most error, and those that make what they read.
+    """Return the `count` nodes that add the largest errors, and the nodes whose outputs they read.
 
-    A difference of two large numbers is lost when they are rounded, not when it is taken.
+    The latter matter because a difference of two large numbers loses accuracy when the numbers are rounded, not when
+    they are subtracted.
 
     Args:
         model: the float32 graph.
-        errors: of its tensors in the reduced precision; see `runtime.graph.compare.graph_errors`.
+        errors: errors of its tensors in the reduced precision; see `runtime.graph.compare.graph_errors`.
         amax: largest magnitudes, for the record.
-        count: nodes to choose by their own error.
+        count: number of nodes to choose by their own error.
     """
     producers = {name: node for node in model.graph.node for name in node.output}
     decisions: dict[str, Decision] = {}
@@ -152,12 +154,12 @@ def losses(
 
 
 def to_reduced(model: onnx.ModelProto, precision: str, keep: Iterable[Decision] = ()) -> onnx.ModelProto:
-    """Converts a float32 graph to FP16 or BF16 with float32 input and output.
+    """Convert a float32 graph to FP16 or BF16; its input and output stay float32.
 
     Args:
         model: not changed.
         precision: a key of REDUCED.
-        keep: what stays in FP32.
+        keep: nodes that stay in FP32.
     """
     graph_model = ir.from_proto(model)
     ToReduced(REDUCED[precision], keep=[decision.node for decision in keep])(graph_model)
@@ -169,10 +171,10 @@ def to_reduced(model: onnx.ModelProto, precision: str, keep: Iterable[Decision] 
 
 
 class ToReduced(ir.passes.InPlacePass):
-    """Makes every node compute in a reduced precision that can and need not be kept; graph ends stay float32."""
+    """Converts every node that can compute in a reduced precision; the graph's inputs and outputs stay float32."""
 
     def __init__(self, kind: ir.DataType = ir.DataType.FLOAT16, keep: Iterable[str] = ()) -> None:
-        """Converts to `kind`, FLOAT16 or BFLOAT16; keeps the nodes named in `keep` in FP32."""
+        """Convert to `kind`, FLOAT16 or BFLOAT16, and keep the nodes named in `keep` in FP32."""
         super().__init__()
         self._kind = kind
         self._keep = frozenset(keep)
@@ -180,18 +182,20 @@ class ToReduced(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        narrowed: dict[ir.Value, ir.Value] = {}
+        converted: dict[ir.Value, ir.Value] = {}
         for node in list(graph):
-            kind = self._kind if self._convertible(node) else ir.DataType.FLOAT
+            kind = self._kind if self._is_convertible(node) else ir.DataType.FLOAT
             for position, value in enumerate(node.inputs):
-                if value is None or not _is_float(value) or value.dtype == kind or node.op_type in _TYPE_MAKERS:
+                if value is None or not _is_float(value) or value.dtype == kind or node.op_type in _TYPE_SETTING_OPS:
                     continue
                 if value.is_initializer():
-                    replacement = narrowed.get(value) or narrowed.setdefault(value, _narrow(graph, value, kind))
+                    if value not in converted:
+                        converted[value] = _convert_initializer(graph, value, kind)
+                    replacement = converted[value]
                 else:
-                    replacement = casts.get((value, kind)) or casts.setdefault(
-                        (value, kind), _cast(graph, node, value, kind)
-                    )
+                    if (value, kind) not in casts:
+                        casts[value, kind] = _insert_cast(graph, node, value, kind)
+                    replacement = casts[value, kind]
                 node.replace_input_with(position, replacement)
             if kind == self._kind:
                 for value in node.outputs:
@@ -199,16 +203,15 @@ class ToReduced(ir.passes.InPlacePass):
                         value.dtype = kind
         for position, value in enumerate(graph.outputs):
             if value.dtype == self._kind:
-                graph.outputs[position] = _float_output(graph, value)
-        RemoveUnusedNodesPass()(model)  # and with them the float32 originals of weights
-        return ir.passes.PassResult(model, modified=bool(narrowed or casts))
+                graph.outputs[position] = _append_float_cast(graph, value)
+        RemoveUnusedNodesPass()(model)  # also removes the float32 originals of the weights
+        return ir.passes.PassResult(model, modified=bool(converted or casts))
 
-    def _convertible(self, node: ir.Node) -> bool:
-        """Float nodes, except the kept ones and those that have none."""
+    def _is_convertible(self, node: ir.Node) -> bool:
         return (
             node.name not in self._keep
             and node.domain == ""
-            and node.op_type not in _FP32_OPS | _TYPE_MAKERS
+            and node.op_type not in _FP32_OPS | _TYPE_SETTING_OPS
             and (node.op_type == "QuantizeLinear" or any(_is_float(value) for value in node.outputs))
         )
 
@@ -220,28 +223,23 @@ def _is_float(value: ir.Value) -> bool:
     return value.dtype in _SUFFIX
 
 
-def _narrow(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
-    assert value.const_value is not None
-    return add_initializer(graph, f"{value.name}_{_SUFFIX[kind]}", value.const_value.numpy().astype(kind.numpy()))
+def _convert_initializer(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    return add_initializer(graph, f"{value.name}_{_SUFFIX[kind]}", array_of(value).astype(kind.numpy()))
 
 
-def _cast(graph: ir.Graph, reader: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
-    """Casts `value` once for all its readers of the other type, `reader` being the first."""
+def _insert_cast(graph: ir.Graph, reader: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    """Cast `value` once for all its readers of type `kind`; `reader` is the first of them."""
     name = f"{value.name}_{_SUFFIX[kind]}"
-    node = ir.node("Cast", [value], {"to": int(kind)}, name=f"{name}_cast")
-    output = node.outputs[0]
-    output.name, output.type, output.shape = name, ir.TensorType(kind), value.shape
+    node = make_cast(value, kind, name=f"{name}_cast", output=name)
     graph.insert_before(reader, node)
-    return output
+    return node.outputs[0]
 
 
-def _float_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """A float32 copy of a graph output that takes over its name."""
+def _append_float_cast(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Cast a graph output to float32; the result takes over the output's name."""
     name = value.name
     assert value.dtype is not None
     value.name = f"{name}_{_SUFFIX[value.dtype]}"
-    node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{name}_cast")
-    output = node.outputs[0]
-    output.name, output.type, output.shape = name, ir.TensorType(ir.DataType.FLOAT), value.shape
+    node = make_cast(value, ir.DataType.FLOAT, name=f"{name}_cast", output=name)
     graph.append(node)
-    return output
+    return node.outputs[0]

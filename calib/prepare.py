@@ -1,4 +1,7 @@
-"""Any float32 ONNX classifier → one that can be quantized: named nodes, constants in place, BatchNorm folded."""
+"""Reads float32 ONNX classifiers for calibration, and prepares those of other tools.
+
+A prepared model has unique node names, weights as initializers, and its BatchNorms folded.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +12,84 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, version_converter
 
-from runtime.errors import ModelFileError, first_line
-from runtime.graph.model import tensor_types
+from runtime.errors import ConfigError, ModelFileError, first_line
+from runtime.graph.model import MIN_OPSET, OPSET, tensor_types
+from runtime.graph.structure import graph_inputs, opset_of, shape_of
+from runtime.graph.summary import summarize
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
-__all__ = ["prepared"]
+__all__ = ["prepare_model", "read_float_model"]
 
-_OPSET = 20
-"""Older graphs are converted to it: FP16 scales are legal from 19 on."""
-_LEAST_OPSET = 19
 _LOG_ERRORS_ONLY = 3
 
 
-def prepared(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
-    """Reads a file that is not ours.
+def read_float_model(source: Path, preprocessing: Preprocessing | None) -> tuple[onnx.ModelProto, Preprocessing]:
+    """Read a float32 classifier, and return it with the preprocessing of its images.
 
-    ONNX Runtime's basic optimizations fold BatchNorm and constants; they leave standard operators only.
+    Args:
+        source: an ONNX file, written by advprop or by another tool.
+        preprocessing: how an image becomes the input; required if and only if the file has no spec.
+
+    Raises:
+        ConfigError: `preprocessing` is given, but the file has a spec.
+        ModelFileError: the file is not a float32 classifier with float32 input and logits, or it has no
+            spec and `preprocessing` is missing.
+    """
+    summary = summarize(source)
+    if set(summary.weights) - {"fp32"}:
+        raise ModelFileError(
+            f"{source} computes in {', '.join(summary.weights)}; calibrate the float32 file (model.onnx)"
+        )
+    spec = summary.spec
+    if spec is None:
+        if preprocessing is None:
+            raise ModelFileError(
+                f"{source} has no advprop.spec, so its preprocessing is unknown. Export the model with "
+                "advprop-export, or pass the preprocessing: --img-size, --mean, --std, --interpolation, --crop-pct"
+            )
+        return prepare_model(source, preprocessing), preprocessing
+    if preprocessing is not None:
+        raise ConfigError(
+            f"{source} specifies its preprocessing; remove --img-size, --mean, --std, --interpolation and --crop-pct"
+        )
+    if (spec.input_form, spec.output_form) != ("float32 NCHW", "logits"):
+        raise ModelFileError(
+            f"{source} has {spec.input_form} input and outputs {spec.output_form}; calibrate a file with float32 input "
+            "and logits (advprop-export without --input and --output)"
+        )
+    return onnx.load(source), spec.preprocessing
+
+
+def prepare_model(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """Read and prepare a file of another tool.
+
+    ONNX Runtime's basic optimizations fold BatchNorms and constants; the result has standard operators only.
 
     Args:
         path: a float32 ONNX classifier of images.
-        preprocessing: how an image becomes its input; goes into the spec of the result, with numbers for classes.
+        preprocessing: how an image becomes its input. It goes into the spec of the result, in which the classes
+            are named by their numbers.
 
     Raises:
-        ModelFileError: not such a file, of another image size, or an operator that ONNX Runtime does not have.
+        ModelFileError: the file is not such a classifier, expects another image size, or uses an operator that
+            ONNX Runtime does not have.
     """
     model = onnx.load(path)
-    inputs, outputs = _ends(model)
+    inputs, outputs = graph_inputs(model.graph), model.graph.output
     if len(inputs) != 1 or len(outputs) != 1:
         raise ModelFileError(
-            f"{path} has {len(inputs)} inputs and {len(outputs)} outputs; expected one of images and one of logits"
+            f"{path} has {len(inputs)} inputs and {len(outputs)} outputs; expected one image input and one logits "
+            "output"
         )
     _check_input(path, inputs[0], preprocessing)
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < _LEAST_OPSET:
+    opset = opset_of(model)
+    if opset < MIN_OPSET:
         try:
-            model = version_converter.convert_version(model, _OPSET)
+            model = version_converter.convert_version(model, OPSET)
         except (RuntimeError, ValueError) as error:
             raise ModelFileError(
-                f"{path} is of opset {opset} and cannot be converted to {_OPSET} ({first_line(error)}); "
-                f"export it with opset {_OPSET}"
+                f"{path} has opset {opset} and cannot be converted to {OPSET} ({first_line(error)}); "
+                f"export it with opset {OPSET}"
             ) from error
     model = _optimized(path, model)
     _name_nodes(model)
@@ -55,21 +97,16 @@ def prepared(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
     return model
 
 
-def _ends(model: onnx.ModelProto) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-    constants = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in constants], list(model.graph.output)
-
-
 def _check_input(path: Path, value: onnx.ValueInfoProto, preprocessing: Preprocessing) -> None:
     kind = value.type.tensor_type
-    sizes = [size.dim_value if size.HasField("dim_value") else -1 for size in kind.shape.dim]
-    wanted = (3, preprocessing.height, preprocessing.width)
-    fits = len(sizes) == 4 and all(size in (-1, want) for size, want in zip(sizes[1:], wanted, strict=True))
+    sizes = list(shape_of(kind))
+    expected = (3, preprocessing.height, preprocessing.width)
+    fits = len(sizes) == 4 and all(size in (-1, want) for size, want in zip(sizes[1:], expected, strict=True))
     if kind.elem_type != TensorProto.FLOAT or not fits or sizes[0] not in (-1, 1):
         name = TensorProto.DataType.Name(kind.elem_type).lower()
         raise ModelFileError(
-            f"{path} takes {name} {sizes}; expected float [any or 1, {wanted[0]}, {wanted[1]}, {wanted[2]}]: "
-            "normalized images, channels first. Is --img-size right?"
+            f"{path} has {name} input {sizes}; expected float [any or 1, {expected[0]}, {expected[1]}, {expected[2]}]: "
+            "normalized images, channels first. Check --img-size"
         )
 
 
@@ -83,13 +120,13 @@ def _optimized(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         try:
             ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base but this
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base
             raise ModelFileError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
         return onnx.load(options.optimized_model_filepath)
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
-    """Gives every node a name of its own, where one has none or shares it."""
+    """Rename nodes whose name is empty or not unique."""
     names = Counter(node.name for node in model.graph.node)
     for number, node in enumerate(model.graph.node):
         if not node.name or names[node.name] > 1:
@@ -97,8 +134,8 @@ def _name_nodes(model: onnx.ModelProto) -> None:
 
 
 def _spec(path: Path, model: onnx.ModelProto, preprocessing: Preprocessing) -> ModelSpec:
-    shape = tensor_types(model)[model.graph.output[0].name].shape.dim
-    classes = shape[1].dim_value if len(shape) == 2 else 0
+    shape = shape_of(tensor_types(model)[model.graph.output[0].name])
+    classes = shape[1] if len(shape) == 2 else 0
     if classes < 2:
-        raise ModelFileError(f"{path} gives {len(shape)} dimensions, {classes} classes; expected logits (N, classes)")
+        raise ModelFileError(f"{path} has an output of shape {list(shape)}; expected logits [N, classes]")
     return ModelSpec(arch=path.stem, classes=tuple(map(str, range(classes))), preprocessing=preprocessing)

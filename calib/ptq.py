@@ -1,67 +1,65 @@
-"""`calibrate`: float32 ONNX classifier and real images → INT8 graph."""
+"""`calibrate`: quantizes a float32 ONNX classifier to INT8 with real images, without training."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calib.cache import cache_file
 from calib.config import CalibrationConfig
-from calib.counting import collect_histograms
-from calib.equalize import ALPHAS, equalizable, equalized
-from calib.histograms import Histogram
-from calib.layers import LayerError, layer_errors
+from calib.equalize import ALPHAS, equalizable_tensors, equalize
+from calib.histograms import Histogram, cache_file, collect_histograms
+from calib.layer_errors import LayerError, layer_errors
 from calib.placement import Point, int8_share, points_of, residual_inputs
 from calib.quantize import quantize
-from calib.sensitivity import Fallback, Held, keep_budget
+from calib.sensitivity import Fallback, HeldOut, meet_budget
 from calib.thresholds import METHODS, minmax, mse, percentile
 from runtime.errors import DataError
 from runtime.graph.collect import collect_channel_amax
 
-__all__ = ["FEWEST", "TRIED", "Batches", "Calibrated", "calibrate"]
+__all__ = ["MIN_IMAGES", "TRIAL_IMAGES", "Batches", "Calibrated", "calibrate"]
 
 log = logging.getLogger(__name__)
 
-FEWEST = 32
-"""Fewer images than this are warned of."""
-TRIED = 64
-"""Images on which candidate thresholds, compromises and channel means are compared."""
-_WORTH_IT = 0.9
-"""Equalization must lower a tensor's noise to this share: it may cost a multiplication."""
+MIN_IMAGES = 32
+"""A warning is logged if there are fewer images than this."""
+TRIAL_IMAGES = 64
+"""Number of images on which candidate thresholds, equalizations and channel means are measured."""
+_EQUALIZED_NOISE = 0.9
+"""Equalization must reduce a tensor's noise to this share to be applied, because it can cost a multiplication."""
 
 Batches: TypeAlias = Callable[[int], Iterator[NDArray[np.float32]]]
-"""Given a number of images, 0 for all: the normalized images, float32 (N, 3, H, W), a few at a time."""
+"""Takes a number of images, 0 for all, and yields batches of them: normalized, float32 (N, 3, H, W)."""
 Progress: TypeAlias = Callable[[str, int], None]
-"""Called with a stage's name and its images, layers or steps so far."""
+"""Called with a stage and the number of images, layers or steps done so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """An INT8 graph and how it came about."""
+    """An INT8 graph and how it was made."""
 
     model: onnx.ModelProto
-    """Q/DQ nodes where INT8 is wanted, float32 everywhere else."""
+    """The graph: Q/DQ nodes around INT8 layers, float32 everywhere else."""
     source: onnx.ModelProto
-    """The float32 graph that was quantized: the given one, or it equalized."""
+    """The float32 graph that was quantized: the given one, or its equalized version."""
     points: tuple[Point, ...]
     """Every convolution and matrix product, and whether it is quantized."""
     thresholds: dict[str, float]
-    """Tensor → what 127 stands for."""
+    """Tensor → clipping threshold (amax)."""
     histograms: dict[str, Histogram]
-    """Tensor → magnitudes on the calibration images."""
+    """Tensor → its magnitudes on the calibration images."""
     layers: tuple[LayerError, ...]
-    """Each quantized layer at the threshold it got; empty where none was measured."""
+    """Error of each quantized layer at its threshold; empty if it was not measured."""
     equalized: dict[str, float]
-    """Tensor whose channels were scaled → its compromise."""
+    """Equalized tensor → α; see `calib.equalize`."""
     fallback: Fallback | None
-    """How the budget was kept, where there was one."""
+    """How the budget was met; None if there was no budget."""
 
     @property
     def int8_share(self) -> float:
@@ -69,81 +67,73 @@ class Calibrated:
         return int8_share(self.points)
 
 
+class _Ranges(NamedTuple):
+    """What the pass over all images measured, without the layers and tensors that are always zero."""
+
+    points: list[Point]
+    residuals: list[tuple[str, str]]
+    """(Add node, tensor) pairs from `residual_inputs`."""
+    histograms: dict[str, Histogram]
+
+
 def calibrate(
     model: onnx.ModelProto,
     batches: Batches,
     config: CalibrationConfig | None = None,
     *,
-    held: Held | None = None,
+    held: HeldOut | None = None,
     images_sha256: str = "",
     progress: Progress | None = None,
 ) -> Calibrated:
-    """Quantizes a classifier after training.
+    """Quantize a classifier after training.
 
     Args:
         model: a float32 graph with unique node names.
         batches: the calibration images.
-        config: what is wished; its `images` and `mix` are the caller's affair.
-        held: with a budget: the images it is kept on.
-        images_sha256: hash of the images; where given, histograms are kept in the user's cache.
-        progress: called as work goes on.
+        config: settings; `images` and `mix` have no effect here, because the caller provides the images.
+        held: held-out images, on which the budget is measured.
+        images_sha256: hash of the images. If given, histograms are cached in the user's cache folder.
+        progress: called as the work proceeds.
 
     Raises:
-        ConfigError: a node to keep is not there.
-        DataError: no images, images that are all the same, or values that are not finite.
-        ModelFileError: the model is quantized already, or has nothing to quantize.
+        ConfigError: a node to keep does not exist.
+        DataError: there are no images, every tensor is zero on them, or a value is not finite.
+        ModelFileError: the model is already quantized, or has nothing to quantize.
     """
     config = config or CalibrationConfig()
-    count = _Counter(progress)
+    track = _Tracker(progress)
     points = points_of(model, config.keep, config.leave)
     alphas: dict[str, float] = {}
     if config.equalize:
-        model, alphas = _equalized(model, points, batches, count)
+        model, alphas = _equalize(model, points, batches, track)
         points = points_of(model, config.keep, config.leave)
-    residuals = residual_inputs(model, points) if config.residuals else []
-    added = [tensor for _, tensor in residuals]
-    cache = cache_file(model, images_sha256) if images_sha256 else None
-    histograms = collect_histograms(model, batches(0), [*_tensors(points), *added], count.of("ranges"), cache=cache)
-    if count.total("ranges") < FEWEST:
-        log.warning("%d calibration images are few: at least %d, better 256", count.total("ranges"), FEWEST)
-    points = _alive(points, histograms)
-    residuals = [(node, tensor) for node, tensor in residuals if histograms[tensor].amax]
-    read = {name: histograms[name] for name in _tensors(points)}
-    thresholds, layers = _thresholds(model, points, read, batches, config, count)
-    for _, tensor in residuals:
-        if tensor not in thresholds:  # no layer reads it, by whose output a threshold could be chosen
-            thresholds[tensor] = METHODS.get(config.method, mse)(histograms[tensor])
-    biases = {layer.node: -layer.shift for layer in layers} if config.correct_bias else {}
-    weights: dict[str, NDArray[np.int8]] = {}
-    if config.reconstruct:
-        from calib.reconstruct import reconstruct  # torch
+    ranges = _measure_ranges(model, points, batches, config, images_sha256, track)
+    points = ranges.points
+    thresholds, layers = _choose_thresholds(model, ranges, batches, config, track)
+    weights, biases = _correct_rounding(model, points, thresholds, layers, batches, config, track)
 
-        weights, biases = reconstruct(
-            model, points, thresholds, batches(TRIED), config.seed, progress=count.of("rounding")
-        )
-
-    def quantized(some: Sequence[Point]) -> onnx.ModelProto:
-        still = set(residual_inputs(model, some)) & set(residuals)
-        return quantize(model, some, thresholds, biases=biases, weights=weights, residuals=still)
+    def quantize_points(some: Sequence[Point]) -> onnx.ModelProto:
+        residuals = set(residual_inputs(model, some)) & set(ranges.residuals)
+        return quantize(model, some, thresholds, biases=biases, weights=weights, residuals=residuals)
 
     fallback = None
     if config.budget is not None and held:
-        fallback = keep_budget(model, quantized, points, config.budget / 100, held, count)
+        fallback = meet_budget(model, quantize_points, points, config.budget / 100, held, track)
         points = list(fallback.points)
     return Calibrated(
-        model=quantized(points),
+        model=quantize_points(points),
         source=model,
         points=tuple(points),
         thresholds=thresholds,
-        histograms={name: histograms[name] for name in thresholds},
+        histograms={name: ranges.histograms[name] for name in thresholds},
         layers=tuple(layers),
         equalized=alphas,
         fallback=fallback,
     )
 
 
-class _Counter:
-    """Counts what is done of each stage, and tells."""
+class _Tracker:
+    """Adds up the progress of each stage and reports it."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._done: dict[str, int] = {}
@@ -154,93 +144,130 @@ class _Counter:
         if self._progress:
             self._progress(stage, self._done[stage])
 
-    def of(self, stage: str) -> Callable[[int], None]:
-        return lambda more: self(stage, more)
+    def stage(self, name: str) -> Callable[[int], None]:
+        return lambda more: self(name, more)
 
     def total(self, stage: str) -> int:
         return self._done.get(stage, 0)
 
 
-def _tensors(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(point.tensor for point in points if point.int8))
-
-
-def _thresholds(
-    model: onnx.ModelProto,
-    points: Sequence[Point],
-    histograms: dict[str, Histogram],
-    batches: Batches,
-    config: CalibrationConfig,
-    count: _Counter,
-) -> tuple[dict[str, float], list[LayerError]]:
-    """What 127 stands for in each tensor, and what that does to each layer where it was measured."""
-    if config.method == "auto":
-        candidates = {name: _candidates(histogram) for name, histogram in histograms.items()}
-    else:
-        candidates = {name: [METHODS[config.method](histogram)] for name, histogram in histograms.items()}
-    if config.method != "auto" and not config.correct_bias:
-        return {name: values[0] for name, values in candidates.items()}, []
-    return _choose(layer_errors(model, points, candidates, batches(TRIED), count.of("layers")))
-
-
-def _equalized(
-    model: onnx.ModelProto, points: Sequence[Point], batches: Batches, count: _Counter
+def _equalize(
+    model: onnx.ModelProto, points: Sequence[Point], batches: Batches, track: _Tracker
 ) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The graph with those tensors equalized that are worth it, and how far each."""
-    names = equalizable(model, _tensors(points))
+    """Return the graph with those tensors equalized whose noise decreases enough, and the α of each."""
+    names = equalizable_tensors(model, _int8_tensors(points))
     if not names:
         log.info("no activation of this network can be equalized exactly")
         return model, {}
-    maxima = collect_channel_amax(model, batches(TRIED), names, count.of("channels"))
-    before = _noise(model, points, names, batches, count)
+    maxima = collect_channel_amax(model, batches(TRIAL_IMAGES), names, track.stage("channels"))
+    before = _noise_per_tensor(model, points, names, batches, track)
     best: dict[str, float] = {}
-    least = {name: _WORTH_IT * noise for name, noise in before.items()}
+    lowest = {name: _EQUALIZED_NOISE * noise for name, noise in before.items()}
     for alpha in ALPHAS:
-        tried = equalized(model, maxima, dict.fromkeys(names, alpha))
-        noises = _noise(tried, points_of(tried), names, batches, count)
+        tried = equalize(model, maxima, dict.fromkeys(names, alpha))
+        noises = _noise_per_tensor(tried, points_of(tried), names, batches, track)
         for name, noise in noises.items():
-            if noise < least[name]:
-                best[name], least[name] = alpha, noise
-    return (equalized(model, maxima, best), best) if best else (model, best)
+            if noise < lowest[name]:
+                best[name], lowest[name] = alpha, noise
+    return (equalize(model, maxima, best), best) if best else (model, best)
 
 
-def _noise(
-    model: onnx.ModelProto, points: Sequence[Point], names: Sequence[str], batches: Batches, count: _Counter
+def _noise_per_tensor(
+    model: onnx.ModelProto, points: Sequence[Point], names: Sequence[str], batches: Batches, track: _Tracker
 ) -> dict[str, float]:
-    """The noise that the layers reading each tensor get, at its threshold of least squared error."""
-    histograms = collect_histograms(model, batches(TRIED), names, count.of("channels"))
-    alive = {name: [mse(histogram)] for name, histogram in histograms.items() if histogram.amax}
-    some = [point for point in points if point.int8 and point.tensor in alive]
-    found: dict[str, float] = {}
-    for layer in layer_errors(model, some, alive, batches(TRIED), count.of("channels")):
-        found[layer.tensor] = found.get(layer.tensor, 0.0) + layer.noise
-    return found
+    """Return the total noise of the layers that read each tensor, at the threshold of the smallest squared error."""
+    histograms = collect_histograms(model, batches(TRIAL_IMAGES), names, track.stage("channels"))
+    thresholds = {name: [mse(histogram)] for name, histogram in histograms.items() if histogram.amax}
+    some = [point for point in points if point.int8 and point.tensor in thresholds]
+    noise: dict[str, float] = {}
+    for layer in layer_errors(model, some, thresholds, batches(TRIAL_IMAGES), track.stage("channels")):
+        noise[layer.tensor] = noise.get(layer.tensor, 0.0) + layer.noise
+    return noise
 
 
-def _alive(points: Sequence[Point], histograms: dict[str, Histogram]) -> list[Point]:
-    """Keeps layers in floating point that read nothing but zeros: no range can be told from that."""
+def _measure_ranges(
+    model: onnx.ModelProto,
+    points: Sequence[Point],
+    batches: Batches,
+    config: CalibrationConfig,
+    images_sha256: str,
+    track: _Tracker,
+) -> _Ranges:
+    """Collect the histograms of all quantized tensors, and drop layers and residuals whose input is always zero."""
+    residuals = residual_inputs(model, points) if config.residuals else []
+    tensors = [*_int8_tensors(points), *(tensor for _, tensor in residuals)]
+    cache = cache_file(model, images_sha256) if images_sha256 else None
+    histograms = collect_histograms(model, batches(0), tensors, track.stage("ranges"), cache=cache)
+    images = track.total("ranges")
+    if images < MIN_IMAGES:
+        log.warning("%d calibration images are few; use at least %d, better 256", images, MIN_IMAGES)
     if not any(histogram.amax for histogram in histograms.values()):
-        raise DataError("every tensor is zero on the calibration images; are they real photographs?")
-    return [
-        dataclasses.replace(point, int8=False, reason=f"{point.tensor} is zero on every calibration image")
-        if point.int8 and not histograms[point.tensor].amax
-        else point
-        for point in points
-    ]
+        raise DataError("every tensor is zero on the calibration images; check that they are real photographs")
+    return _Ranges(
+        points=[_without_zeros(point, histograms) for point in points],
+        residuals=[(node, tensor) for node, tensor in residuals if histograms[tensor].amax],
+        histograms=histograms,
+    )
 
 
-def _candidates(histogram: Histogram) -> list[float]:
-    """Thresholds worth trying, from the one of least squared error to the largest magnitude."""
-    best = mse(histogram)
-    found = (best, percentile(histogram, 99.99), percentile(histogram, 99.999), minmax(histogram))
+def _without_zeros(point: Point, histograms: Mapping[str, Histogram]) -> Point:
+    """Keep a layer in floating point if its input is always zero: that does not determine a range."""
+    if not point.int8 or histograms[point.tensor].amax:
+        return point
+    return dataclasses.replace(point, int8=False, reason=f"{point.tensor} is zero on every calibration image")
+
+
+def _int8_tensors(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.tensor for point in points if point.int8))
+
+
+def _choose_thresholds(
+    model: onnx.ModelProto, ranges: _Ranges, batches: Batches, config: CalibrationConfig, track: _Tracker
+) -> tuple[dict[str, float], list[LayerError]]:
+    """Return the threshold of each quantized tensor, and the error of each layer if it was measured."""
+    tensors = _int8_tensors(ranges.points)
+    candidates = {name: _candidates(ranges.histograms[name], config.method) for name in tensors}
+    thresholds, layers = {name: values[0] for name, values in candidates.items()}, list[LayerError]()
+    if config.method == "auto" or config.correct_bias:
+        trials = batches(TRIAL_IMAGES)
+        thresholds, layers = _pick(layer_errors(model, ranges.points, candidates, trials, track.stage("layers")))
+    for _, tensor in ranges.residuals:
+        if tensor not in thresholds:  # no quantized layer reads it whose output could decide
+            thresholds[tensor] = METHODS.get(config.method, mse)(ranges.histograms[tensor])
+    return thresholds, layers
+
+
+def _candidates(histogram: Histogram, method: str) -> list[float]:
+    """Return the thresholds to try; for `auto`, from that of the smallest squared error to the largest magnitude."""
+    if method != "auto":
+        return [METHODS[method](histogram)]
+    found = (mse(histogram), percentile(histogram, 99.99), percentile(histogram, 99.999), minmax(histogram))
     return [value for value in dict.fromkeys(found) if value > 0] or [0.0]
 
 
-def _choose(tried: list[LayerError]) -> tuple[dict[str, float], list[LayerError]]:
-    """The threshold of each tensor that leaves its readers the least noise together."""
+def _pick(tried: Collection[LayerError]) -> tuple[dict[str, float], list[LayerError]]:
+    """Pick the threshold of each tensor with the smallest total noise of its readers."""
     noise: dict[str, dict[float, float]] = {}
     for layer in tried:
-        of_tensor = noise.setdefault(layer.tensor, {})
-        of_tensor[layer.threshold] = of_tensor.get(layer.threshold, 0.0) + layer.noise
-    chosen = {tensor: min(options, key=lambda value: options[value]) for tensor, options in noise.items()}
+        totals = noise.setdefault(layer.tensor, {})
+        totals[layer.threshold] = totals.get(layer.threshold, 0.0) + layer.noise
+    chosen = {tensor: min(totals, key=lambda value: totals[value]) for tensor, totals in noise.items()}
     return chosen, [layer for layer in tried if chosen[layer.tensor] == layer.threshold]
+
+
+def _correct_rounding(
+    model: onnx.ModelProto,
+    points: Sequence[Point],
+    thresholds: dict[str, float],
+    layers: Sequence[LayerError],
+    batches: Batches,
+    config: CalibrationConfig,
+    track: _Tracker,
+) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]]:
+    """Return learned int8 weights and corrections of biases, as `quantize` expects them."""
+    if not config.reconstruct:
+        return {}, {layer.node: -layer.shift for layer in layers} if config.correct_bias else {}
+    from calib.reconstruct import reconstruct  # imports torch
+
+    trials = batches(TRIAL_IMAGES)
+    return reconstruct(model, points, thresholds, trials, config.seed, progress=track.stage("rounding"))

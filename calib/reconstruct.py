@@ -1,12 +1,12 @@
-"""Weights rounded so that each layer's output comes out right, not each weight (AdaRound).
+"""Learns whether each weight is rounded up or down, to minimize the error of the layer's output (AdaRound).
 
-Layer by layer, from the input on: the layer reads what the network quantized so far gives it and is to give what
-the float32 one does. Which of its weights are rounded up and which down is learned by gradient descent on a soft
-choice that is pressed towards 0 or 1. The mean error that is left goes into the bias.
+Layers are processed from the input on. Each layer reads the output of the network quantized so far, and its target is
+the output of the float32 layer. Gradient descent optimizes a soft rounding choice that a regularizer pushes toward 0
+or 1. The remaining mean error is corrected in the bias.
 
-Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2004.10568), whose
-rectified sigmoid, regulariser and schedule are used; the asymmetric form, in which a layer reads quantized
-activations, is theirs too.
+Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2004.10568). The rectified
+sigmoid, the regularizer, the schedule and the asymmetric form, in which a layer reads quantized activations, are
+theirs.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor
 
+from calib.layer_errors import output_channels
 from calib.placement import Point
-from calib.quantize import along, dequantized_names, quantize, quantize_weight
+from calib.quantize import dequantized_names, quantize, quantize_weight
 from calib.thresholds import LEVELS
+from runtime.graph.edit import along
 from runtime.graph.model import open_session, with_outputs
-from runtime.preprocessing import spread
+from runtime.graph.structure import initializers_of
+from runtime.system.image_sources import spread
 
 __all__ = ["reconstruct"]
 
 _BATCH = 8
-_IMAGES = 32
+_MAX_IMAGES = 32
 _LEARNING_RATE = 1e-2
-_PRESSURE = 0.01
+_REGULARIZATION = 0.01
 _SHARPNESS = (20.0, 2.0)
-"""β of the regulariser, from the first step that has it to the last."""
-_FREE = 0.2
-"""Share of the steps without the regulariser."""
+"""β of the regularizer in its first and in its last step."""
+_WARMUP = 0.2
+"""Share of the steps without the regularizer."""
 _LOW, _HIGH = -0.1, 1.1
-"""Ends of the sigmoid before it is clipped to [0, 1]."""
+"""Range of the sigmoid before it is clipped to [0, 1]."""
 
 
 class _Layer(NamedTuple):
-    """One layer and what it reads and should give."""
+    """A layer, its quantized inputs and its target outputs."""
 
     node: onnx.NodeProto
     point: Point
@@ -52,7 +55,7 @@ class _Layer(NamedTuple):
     inputs: Tensor
     """From the network quantized so far."""
     targets: Tensor
-    """Of the float32 network."""
+    """From the float32 network."""
 
 
 def reconstruct(
@@ -64,49 +67,51 @@ def reconstruct(
     steps: int = 400,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]]:
-    """Learns how the weights of every quantized layer are rounded.
+    """Learn the rounding of the weights of each quantized layer.
 
     Args:
         model: the float32 graph.
-        points: from `points_of`; those that are `int8` are reconstructed, unless they share their weights or are
-            of a rare kind (ConvTranspose, automatic padding, a Gemm with factors).
-        thresholds: tensor → what 127 stands for.
-        batches: images; at most 32 are used, spread over them.
-        seed: of the order in which images are taken.
-        steps: of gradient descent on each layer.
+        points: from `points_of`. Those that are `int8` are reconstructed, except layers that share their weights,
+            ConvTranspose, convolutions with automatic padding, and Gemm with factors.
+        thresholds: tensor → clipping threshold (amax).
+        batches: images; at most 32 are used, evenly spaced.
+        seed: seed of the order of the images.
+        steps: gradient descent steps per layer.
         progress: called after each layer with 1.
 
     Returns:
-        Node → int8 weights, and node → what is added to its bias, (channels,), as `quantize` takes them.
+        Node → int8 weights, and node → correction of its bias, (channels,), as `quantize` expects them.
     """
-    images = _spread(np.concatenate(list(batches)))
+    images = np.stack(spread(list(np.concatenate(list(batches))), _MAX_IMAGES))
     nodes = {node.name: node for node in model.graph.node}
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = initializers_of(model.graph)
     readers = [name for node in model.graph.node for name in node.input]
-    exact = _Tap(model, [nodes[point.node].output[0] for point in points if point.int8])
+    exact = _Probe(model, [nodes[point.node].output[0] for point in points if point.int8])
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, NDArray[np.int8]] = {}
     biases: dict[str, NDArray[np.float64]] = {}
     for point in points:
         node = nodes[point.node]
-        if point.int8 and readers.count(point.weight) == 1 and _can_run(node):
+        if point.int8 and readers.count(point.weight) == 1 and _is_supported(node):
+            activation, _ = dequantized_names(point)
             before = quantize(model, points, thresholds, biases=biases, weights=weights)
+            bias = constants.get(node.input[2]) if len(node.input) > 2 else None
             layer = _Layer(
                 node=node,
                 point=point,
                 weight=np.array(numpy_helper.to_array(constants[point.weight])),
-                bias=_constant(node, constants),
-                inputs=_Tap(before, [dequantized_names(point)[0]]).of(images, dequantized_names(point)[0]),
-                targets=exact.of(images, node.output[0]),
+                bias=None if bias is None else np.array(numpy_helper.to_array(bias)),
+                inputs=_Probe(before, [activation]).values(images, activation),
+                targets=exact.values(images, node.output[0]),
             )
-            weights[point.node], biases[point.node] = _learned(layer, steps, generator)
+            weights[point.node], biases[point.node] = _learn_rounding(layer, steps, generator)
         if point.int8 and progress:
             progress(1)
     return weights, biases
 
 
-class _Tap:
-    """Gives inner tensors of a graph, computing no more than they need."""
+class _Probe:
+    """Reads inner tensors of a graph and computes only what they depend on."""
 
     def __init__(self, model: onnx.ModelProto, tensors: Iterable[str]) -> None:
         import onnxruntime as ort
@@ -115,17 +120,19 @@ class _Tap:
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True
 
-    def of(self, images: NDArray[np.float32], tensor: str) -> Tensor:
+    def values(self, images: NDArray[np.float32], tensor: str) -> Tensor:
         name = self._session.get_inputs()[0].name
-        few = [
+        parts = [
             self._session.run([tensor], {name: images[start : start + _BATCH]}, self._options)[0]
             for start in range(0, len(images), _BATCH)
         ]
-        return torch.from_numpy(np.concatenate(few))
+        return torch.from_numpy(np.concatenate(parts))
 
 
-def _learned(layer: _Layer, steps: int, generator: torch.Generator) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-    """The layer's int8 weights, and the correction of its bias."""
+def _learn_rounding(
+    layer: _Layer, steps: int, generator: torch.Generator
+) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """Return the layer's int8 weights and the correction of its bias."""
     _, scales = quantize_weight(layer.weight, layer.point.axis)
     scale = torch.from_numpy(along(scales, layer.point.axis, layer.weight.ndim))
     ratio = torch.from_numpy(layer.weight) / scale
@@ -134,68 +141,65 @@ def _learned(layer: _Layer, steps: int, generator: torch.Generator) -> tuple[NDA
     choice = torch.log(start / (1 - start)).requires_grad_(True)
     optimizer = torch.optim.Adam([choice], lr=_LEARNING_RATE)
     power = layer.targets.square().mean().clamp_min(1e-12)
-    free = int(_FREE * steps)
+    warmup = int(_WARMUP * steps)
     for step in range(steps):
         rows = torch.randperm(len(layer.inputs), generator=generator)[:_BATCH]
-        up = _chosen(choice)
+        up = _round_up(choice)
         output = _run(layer, layer.inputs[rows], scale * (floor + up).clamp(-LEVELS, LEVELS))
         loss = (output - layer.targets[rows]).square().mean() / power
-        if step >= free:
-            done = (step - free) / (steps - free)
+        if step >= warmup:
+            done = (step - warmup) / (steps - warmup)
             sharpness = _SHARPNESS[1] + 0.5 * (_SHARPNESS[0] - _SHARPNESS[1]) * (1 + np.cos(np.pi * done))
-            loss = loss + _PRESSURE / choice.numel() * (1 - (2 * up - 1).abs().pow(sharpness)).sum()
+            loss = loss + _REGULARIZATION / choice.numel() * (1 - (2 * up - 1).abs().pow(sharpness)).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
-        learned = (floor + (_chosen(choice) >= 0.5)).clamp(-LEVELS, LEVELS)
+        learned = (floor + (_round_up(choice) >= 0.5)).clamp(-LEVELS, LEVELS)
         nearest = ratio.round().clamp(-LEVELS, LEVELS)
-        tried = [(integers, _error(layer, scale * integers)) for integers in (nearest, learned)]
+        tried = [(integers, _output_error(layer, scale * integers)) for integers in (nearest, learned)]
         integers, error = min(tried, key=lambda pair: float(pair[1].square().mean()))
-    channels = 1 if layer.point.op in ("Conv", "ConvTranspose") else error.ndim - 1
+    channels = output_channels(layer.point.op, error.ndim)
     shift = error.double().mean([axis for axis in range(error.ndim) if axis != channels])
     return integers.to(torch.int8).numpy(), -shift.numpy()
 
 
-def _chosen(choice: Tensor) -> Tensor:
+def _round_up(choice: Tensor) -> Tensor:
+    """Return how far each weight is rounded up, 0 to 1: the rectified sigmoid."""
     return (torch.sigmoid(choice) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
 
-def _error(layer: _Layer, weight: Tensor) -> Tensor:
-    few = [
+def _output_error(layer: _Layer, weight: Tensor) -> Tensor:
+    parts = [
         _run(layer, layer.inputs[start : start + _BATCH], weight) - layer.targets[start : start + _BATCH]
         for start in range(0, len(layer.inputs), _BATCH)
     ]
-    return torch.cat(few)
+    return torch.cat(parts)
 
 
-def _can_run(node: onnx.NodeProto) -> bool:
-    options = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    plain = options.get("auto_pad", b"NOTSET") == b"NOTSET" and not options.get("transA")
-    return node.op_type != "ConvTranspose" and plain and options.get("alpha", 1.0) == options.get("beta", 1.0) == 1.0
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+
+
+def _is_supported(node: onnx.NodeProto) -> bool:
+    """Return whether `_run` computes this node."""
+    attributes = _attributes(node)
+    plain = attributes.get("auto_pad", b"NOTSET") == b"NOTSET" and not attributes.get("transA")
+    factors = (attributes.get("alpha", 1.0), attributes.get("beta", 1.0))
+    return node.op_type != "ConvTranspose" and plain and factors == (1.0, 1.0)
 
 
 def _run(layer: _Layer, inputs: Tensor, weight: Tensor) -> Tensor:
-    """The node in torch, with float32 `weight`."""
+    """Compute the node in torch with float32 `weight`."""
     bias = None if layer.bias is None else torch.from_numpy(layer.bias)
-    options = {item.name: helper.get_attribute_value(item) for item in layer.node.attribute}
+    attributes = _attributes(layer.node)
     if layer.point.op in ("Gemm", "MatMul"):
-        product = inputs @ (weight.T if options.get("transB") else weight)
+        product = inputs @ (weight.T if attributes.get("transB") else weight)
         return product if bias is None else product + bias
     rank = weight.ndim - 2
-    pads = options.get("pads") or [0] * (2 * rank)
-    stride, dilation = options.get("strides") or [1] * rank, options.get("dilations") or [1] * rank
+    pads = attributes.get("pads") or [0] * (2 * rank)
+    stride, dilation = attributes.get("strides") or [1] * rank, attributes.get("dilations") or [1] * rank
     padded = F.pad(inputs, [pad for axis in reversed(range(rank)) for pad in (pads[axis], pads[axis + rank])])
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    output: Tensor = convolve(padded, weight, bias, stride, 0, dilation, options.get("group", 1))
+    output: Tensor = convolve(padded, weight, bias, stride, 0, dilation, attributes.get("group", 1))
     return output
-
-
-def _constant(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> NDArray[np.float32] | None:
-    if len(node.input) < 3 or node.input[2] not in constants:
-        return None
-    return np.array(numpy_helper.to_array(constants[node.input[2]]))
-
-
-def _spread(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.stack(spread(list(images), _IMAGES))

@@ -1,34 +1,36 @@
-"""Histogram → the magnitude that INT8's 127 stands for. Pure functions.
+"""Chooses a clipping threshold (amax) from a histogram of magnitudes, with pure functions.
 
-A value x becomes round(x / s) clipped to ±127, s = threshold / 127. A lower threshold has finer steps
-and clips more.
+INT8 represents x as round(x / s), clipped to ±127, with the scale s = threshold / 127. A lower threshold makes the
+steps finer and clips more values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.histograms import BINS, Histogram
+if TYPE_CHECKING:
+    from calib.histograms import Histogram
 
 __all__ = ["LEVELS", "METHODS", "entropy", "minmax", "mse", "percentile", "quantization_errors"]
 
 LEVELS = 127
-"""Steps on each side of zero."""
+"""Quantization steps on each side of zero."""
 _CANDIDATES = 256
-_FIRST = 128
-"""The narrowest range that `entropy` tries, in bins: one a level."""
+_ENTROPY_LEVELS = 128
+"""Levels of the quantized distribution, and the smallest number of bins that `entropy` tries."""
 
 
 def minmax(histogram: Histogram) -> float:
-    """The largest magnitude: nothing is clipped."""
+    """Return the largest magnitude, which clips nothing."""
     return histogram.amax
 
 
 def percentile(histogram: Histogram, share: float = 99.99) -> float:
-    """The lower of the largest magnitude and the upper edge of the bin that reaches `share` percent of all values."""
+    """Return the upper edge of the bin that reaches `share` percent of all values, at most the largest magnitude."""
     total = histogram.counts.sum()
     if not total:
         return 0.0
@@ -37,19 +39,20 @@ def percentile(histogram: Histogram, share: float = 99.99) -> float:
 
 
 def entropy(histogram: Histogram) -> float:
-    """The threshold whose quantized distribution is nearest to the clipped one, by KL divergence.
+    """Return the threshold with the smallest KL divergence between the clipped and the quantized distribution.
 
-    As published (Migacz, "8-bit Inference with TensorRT", GTC 2017): for each number of bins from 128 up,
-    P is the histogram cut off there with the rest added to its last bin, Q the same bins without the rest,
-    merged into 128 levels and spread again over those that were not empty. Zeros, which any threshold keeps
-    exactly, count as little as their neighbors, as in NVIDIA's pytorch-quantization.
+    The algorithm is the published one (Migacz, "8-bit Inference with TensorRT", GTC 2017). For each number of bins
+    from 128 up, P is the histogram cut off there, with the remaining values added to its last bin. Q is made of the
+    same bins without the remaining values: merged into 128 levels, then spread evenly over the bins of each level
+    that are not empty. The first bin counts as many values as the second, as in NVIDIA's pytorch-quantization,
+    because every threshold represents zeros exactly.
     """
     counts = histogram.counts.astype(np.float64)
     counts[0] = counts[1]
-    used = _used(histogram)
-    if used <= _FIRST:
+    used = _used_bins(histogram)
+    if used <= _ENTROPY_LEVELS:
         return histogram.amax
-    sizes = np.unique(np.linspace(_FIRST, used, _CANDIDATES).astype(int))
+    sizes = np.unique(np.linspace(_ENTROPY_LEVELS, used, _CANDIDATES).astype(int))
     best = min(sizes, key=lambda size: _divergence(counts[:used], int(size)))
     return min(histogram.amax, float(best) * histogram.width)
 
@@ -58,10 +61,10 @@ def _divergence(counts: NDArray[np.float64], size: int) -> float:
     p = counts[:size].copy()
     kept = p.copy()
     p[-1] += counts[size:].sum()
-    level = np.arange(size) * _FIRST // size
+    level = np.arange(size) * _ENTROPY_LEVELS // size
     filled = kept > 0
-    totals = np.bincount(level, kept, minlength=_FIRST)
-    numbers = np.bincount(level, filled, minlength=_FIRST)
+    totals = np.bincount(level, kept, minlength=_ENTROPY_LEVELS)
+    numbers = np.bincount(level, filled, minlength=_ENTROPY_LEVELS)
     q = np.where(filled, (totals / np.maximum(numbers, 1))[level], 0.0)
     filled = p > 0
     if q.sum() == 0 or not q[filled].all():
@@ -71,7 +74,10 @@ def _divergence(counts: NDArray[np.float64], size: int) -> float:
 
 
 def mse(histogram: Histogram) -> float:
-    """The threshold with the least mean squared error, of 256 between a hundredth of the largest magnitude and it."""
+    """Return the threshold with the smallest mean squared error.
+
+    Tries 256 thresholds from 1 % to 100 % of the largest magnitude.
+    """
     if not histogram.amax:
         return 0.0
     candidates = np.geomspace(histogram.amax / 100, histogram.amax, _CANDIDATES)
@@ -79,8 +85,8 @@ def mse(histogram: Histogram) -> float:
 
 
 def quantization_errors(histogram: Histogram, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the mean squared error of each threshold, (len(thresholds),), each value taken as its bin's center."""
-    used = _used(histogram)
+    """Return the mean squared error of each threshold, (len(thresholds),), with every value at its bin's center."""
+    used = _used_bins(histogram)
     counts, x = histogram.counts[:used].astype(np.float64), histogram.centers[:used]
     filled = counts > 0
     counts, x = counts[filled], x[filled]
@@ -90,9 +96,9 @@ def quantization_errors(histogram: Histogram, thresholds: NDArray[np.float64]) -
     return errors
 
 
-def _used(histogram: Histogram) -> int:
-    """Bins up to the one of the largest magnitude."""
-    return min(BINS, int(histogram.amax / histogram.width) + 1) if histogram.top else 0
+def _used_bins(histogram: Histogram) -> int:
+    """Return the number of bins up to that of the largest magnitude."""
+    return min(len(histogram.counts), int(histogram.amax / histogram.width) + 1) if histogram.top else 0
 
 
 METHODS: dict[str, Callable[[Histogram], float]] = {
@@ -101,4 +107,4 @@ METHODS: dict[str, Callable[[Histogram], float]] = {
     "entropy": entropy,
     "mse": mse,
 }
-"""What `--method` can be, but for `auto`."""
+"""The methods that `--method` accepts, besides `auto`."""

@@ -14,7 +14,7 @@ import contextlib
 import json
 
 import runtime
-from runtime.errors import AdvPropError, InputError, NotAnswered, SessionClosed
+from runtime.errors import AdvPropError, InputError, RequestNotServed, SessionClosed
 
 LARGEST_BODY = 20_000_000  # bytes
 TIMEOUT_S = 10.0
@@ -32,7 +32,7 @@ async def answer(method: str, path: str, body: bytes) -> tuple[int, object]:
         return 404, "POST an image to /predict, or GET /live or /ready"
     try:
         (prediction,) = await session.apredict([body], timeout_s=TIMEOUT_S)
-    except (NotAnswered, SessionClosed) as error:
+    except (RequestNotServed, SessionClosed) as error:
         return 503, str(error)
     except InputError as error:
         return 400, str(error)

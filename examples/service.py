@@ -8,7 +8,7 @@ import json
 import sys
 
 import runtime
-from runtime.errors import InputError, NotAnswered
+from runtime.errors import InputError, RequestNotServed
 
 
 async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -21,7 +21,7 @@ async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: 
         status, content = 200, {"label": best.label, "probability": best.probability}
     except InputError as error:  # no image
         status, content = 400, {"error": str(error)}
-    except NotAnswered as error:  # too many wait, or it took too long
+    except RequestNotServed as error:  # too many wait, or it took too long
         status, content = 503, {"error": str(error)}
     data = json.dumps(content).encode()
     writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))

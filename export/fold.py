@@ -1,10 +1,10 @@
-"""BatchNorm folding as graph passes, computed in float64 so that folding adds no error.
+"""Folds BatchNorms with graph passes, in float64 to keep rounding errors out of the weights.
 
     y = γ (Wx + b − μ) / √(σ² + ε) + β  =  (sW) x + s (b − μ) + β,   s = γ / √(σ² + ε)
 
-`FoldBatchNorm` folds into a Conv (plain, depthwise, grouped), ConvTranspose or Gemm whose
-output only the BatchNorm reads. `BatchNormToAffine` turns those that are left (BN before
-the convolution, as in DenseNet) into Mul and Add.
+`FoldBatchNorm` folds a BatchNorm into a Conv (plain, depthwise or grouped), ConvTranspose or Gemm whose output only
+the BatchNorm reads. `BatchNormToAffine` replaces the remaining ones, such as those before a convolution in DenseNet,
+by Mul and Add.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from runtime.graph.edit import add_initializer
+from runtime.graph.edit import add_initializer, along, array_of, constant_of, make_node, replace_node
+from runtime.graph.structure import output_channel_axis
 
 __all__ = ["BatchNormToAffine", "FoldBatchNorm"]
 
@@ -27,8 +28,8 @@ _FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
 class FoldBatchNorm(ir.passes.InPlacePass):
     """Folds each BatchNormalization into the linear node before it.
 
-    A weight that several nodes share is folded into a copy. What cannot be folded stays
-    as it is, and its name and the reason are logged.
+    If several nodes share a weight, it is folded into a copy. A BatchNormalization that cannot be folded is not
+    changed; its name and the reason are logged.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -45,7 +46,7 @@ class FoldBatchNorm(ir.passes.InPlacePass):
 
 
 class BatchNormToAffine(ir.passes.InPlacePass):
-    """Replaces each BatchNormalization by a Mul and an Add, channel by channel."""
+    """Replaces each BatchNormalization by a Mul and an Add per channel."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         replaced = 0
@@ -55,25 +56,23 @@ class BatchNormToAffine(ir.passes.InPlacePass):
             parameters = _scale_and_shift(node)
             data, output = node.inputs[0], node.outputs[0]
             if parameters is None or data is None or data.shape is None:
-                log.warning("BatchNorm %s stays: its parameters or shape are not constant", node.name)
+                log.warning("BatchNorm %s is not replaced: its parameters or shape are not constant", node.name)
                 continue
-            dtype = _array(node.inputs[1]).dtype
-            shape = (-1, *[1] * (len(data.shape) - 2))
+            dtype = array_of(node.inputs[1]).dtype
             names = (f"{node.name}_scale", f"{node.name}_shift")
             scale, shift = (
-                add_initializer(model.graph, name, value.reshape(shape).astype(dtype))
+                add_initializer(model.graph, name, along(value, 0, len(data.shape) - 1).astype(dtype))
                 for name, value in zip(names, parameters, strict=True)
             )
-            product = ir.node("Mul", [data, scale], name=f"{node.name}_mul")
-            product.outputs[0].type, product.outputs[0].shape = output.type, output.shape
-            total = ir.node("Add", [product.outputs[0], shift], name=f"{node.name}_add")
-            _replace(model.graph, node, [product, total])
+            product = make_node("Mul", [data, scale], name=f"{node.name}_mul", like=output)
+            total = make_node("Add", [product.outputs[0], shift], name=f"{node.name}_add", like=output)
+            replace_node(model.graph, node, [product, total])
             replaced += 1
         return ir.passes.PassResult(model, modified=replaced > 0)
 
 
 def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
-    """Folds `batch_norm`; returns why not where it cannot be."""
+    """Fold `batch_norm` and return an empty string, or return why it cannot be folded."""
     parameters = _scale_and_shift(batch_norm)
     if parameters is None:
         return "its parameters are not constant"
@@ -84,13 +83,13 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
     assert data is not None
     if len(data.uses()) != 1 or data.is_graph_output():
         return f"{linear.op_type} {linear.name} has other readers"
-    weight = _constant(linear.inputs[1])
+    weight = constant_of(linear.inputs[1])
     bias_value = linear.inputs[2] if len(linear.inputs) > 2 else None
-    bias = _constant(bias_value) if bias_value is not None else None
+    bias = constant_of(bias_value)
     if weight is None or (bias_value is not None and bias is None):
         return f"the weights of {linear.op_type} {linear.name} are not constant"
     scale, shift = parameters
-    new_weight = _scaled(linear, weight.astype(np.float64), scale)
+    new_weight = _scaled_weight(linear, weight.astype(np.float64), scale)
     if new_weight is None:
         return f"{linear.op_type} {linear.name} has scalar factors"
     new_bias = shift if bias is None else scale * bias.astype(np.float64) + shift
@@ -107,47 +106,31 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
         name=linear.name,
         metadata_props=dict(linear.metadata_props),
     )
-    _replace(graph, batch_norm, [replacement])
+    replace_node(graph, batch_norm, [replacement])
     graph.remove(linear, safe=True)
     return ""
 
 
-def _scaled(node: ir.Node, weight: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """Multiplies each output channel of `weight` by its scale; None where that is not exact."""
-    if node.op_type == "Conv":  # (out, in / groups, kernel…)
-        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    if node.op_type == "ConvTranspose":  # (in, out / groups, kernel…); outputs are group-major
+def _scaled_weight(
+    node: ir.Node, weight: NDArray[np.float64], scale: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """Multiply each output channel of `weight` by its scale; None if that is not exact."""
+    if node.op_type == "ConvTranspose":  # (in, out / groups, kernel…); output channels are ordered by group
         groups = node.attributes.get_int("group", 1)
         per_group = weight.reshape(groups, -1, *weight.shape[1:])
         factors = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
         return (per_group * factors).reshape(weight.shape)
     if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
         return None
-    transposed = node.attributes.get_int("transB", 0)  # (out, in) where set, else (in, out)
-    return weight * (scale.reshape(-1, 1) if transposed else scale)
+    transposed = bool(node.attributes.get_int("transB", 0))
+    return weight * along(scale, output_channel_axis(node.op_type, weight.ndim, transposed=transposed), weight.ndim)
 
 
 def _scale_and_shift(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    constants = [_constant(value) for value in node.inputs[1:5]]
+    """Return s and β − s μ of a BatchNormalization; None if a parameter is not constant."""
+    constants = [constant_of(value) for value in node.inputs[1:5]]
     if any(value is None for value in constants) or len(constants) != 4:
         return None
     gamma, beta, mean, variance = (np.asarray(value, np.float64) for value in constants)
     scale = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     return scale, beta - scale * mean
-
-
-def _constant(value: ir.Value | None) -> NDArray[np.floating] | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def _array(value: ir.Value | None) -> NDArray[np.floating]:
-    array = _constant(value)
-    assert array is not None
-    return array
-
-
-def _replace(graph: ir.Graph, node: ir.Node, replacements: list[ir.Node]) -> None:
-    """Puts `replacements` where `node` is; the last one's output takes over its readers."""
-    old, new = node.outputs[0], replacements[-1].outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    ir.convenience.replace_nodes_and_values(graph, node, [node], replacements, [old], [new])

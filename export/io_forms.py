@@ -1,8 +1,10 @@
-"""What goes in and out of the exported graph: pixels or FP16 instead of normalized float32,
-probabilities or the most probable classes instead of logits.
+"""Changes the inputs and outputs of an exported graph.
 
-Passes over a graph of float32 NCHW `input` and float32 `logits`; computed in float32
-whatever the precision of the network between.
+The input can be uint8 pixels or FP16 instead of normalized float32. The output can be probabilities, or the most
+probable classes, instead of logits.
+
+The passes edit a graph with float32 NCHW `input` and float32 `logits`. They compute in float32, whatever the
+precision of the network.
 """
 
 from __future__ import annotations
@@ -13,27 +15,26 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from runtime.graph.edit import add_initializer
+from runtime.graph.edit import add_initializer, make_cast, make_node
 from runtime.graph.model import check
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 __all__ = ["TOP", "HalfInput", "HalfOutput", "PixelInput", "ProbabilityOutput", "TopKOutput", "with_forms"]
 
 TOP = 5
-"""Classes that a `topk` file gives, or all where it has fewer."""
+"""Number of classes that a `topk` file outputs; all classes if the model has fewer."""
 
 _PREFIX = "advprop/"
-"""Names of the nodes made here begin with it."""
+"""Prefix of the names of new nodes."""
 
 
 def with_forms(model: onnx.ModelProto, spec: ModelSpec, *, half_output: bool = False) -> onnx.ModelProto:
-    """Returns a graph that takes `spec.input_form` and gives `spec.output_form`.
+    """Return a graph with the input form `spec.input_form` and the output form `spec.output_form`.
 
     Args:
-        model: a graph of float32 NCHW input and float32 logits, of any precision between;
-            not changed.
-        spec: goes into the result's metadata.
-        half_output: give FP16 instead of float32.
+        model: a graph with float32 NCHW input and float32 logits that computes in any precision; not changed.
+        spec: stored in the metadata of the result.
+        half_output: output FP16 instead of float32.
     """
     if (spec.input_form, spec.output_form, half_output) == ("float32 NCHW", "logits", False):
         described = onnx.ModelProto()
@@ -59,10 +60,10 @@ def with_forms(model: onnx.ModelProto, spec: ModelSpec, *, half_output: bool = F
 
 
 class PixelInput(ir.passes.InPlacePass):
-    """Makes the graph take uint8 RGB pixels at the network's size and normalize them itself."""
+    """Changes the input to uint8 RGB pixels at the network's size, which the graph normalizes."""
 
     def __init__(self, spec: Preprocessing, layout: str) -> None:
-        """`layout`: NCHW or NHWC."""
+        """Set the normalization and the layout of the pixels, `NCHW` or `NHWC`."""
         super().__init__()
         self._spec, self._layout = spec, layout
 
@@ -72,20 +73,20 @@ class PixelInput(ir.passes.InPlacePass):
         assert image.shape is not None
         batch, _, height, width = image.shape
         nhwc = self._layout == "NHWC"
-        given = ir.Shape([batch, height, width, 3] if nhwc else [batch, 3, height, width])
-        pixels = ir.Value(name=image.name, shape=given, type=ir.TensorType(ir.DataType.UINT8))
-        wide = ir.Shape([batch, 3, height, width])
+        pixel_shape = ir.Shape([batch, height, width, 3] if nhwc else [batch, 3, height, width])
+        pixels = ir.Value(name=image.name, shape=pixel_shape, type=ir.TensorType(ir.DataType.UINT8))
         nodes: list[ir.Node] = []
-        # Cast first: TensorRT knows uint8 at the edge of a network only.
-        value = _append(nodes, "Cast", [pixels], given, ir.DataType.FLOAT, {"to": int(ir.DataType.FLOAT)})
+        # The Cast comes first because TensorRT supports uint8 only at the input of a network.
+        value = _append(nodes, "Cast", [pixels], like=pixels, attributes={"to": int(ir.DataType.FLOAT)})
         if nhwc:
-            value = _append(nodes, "Transpose", [value], wide, ir.DataType.FLOAT, {"perm": [0, 3, 1, 2]})
-        # The same three steps as runtime.preprocessing.normalize, so that the bits are the same.
+            value = _append(nodes, "Transpose", [value], like=value, attributes={"perm": [0, 3, 1, 2]})
+            value.shape = ir.Shape([batch, 3, height, width])
+        # The same steps as in runtime.preprocessing.normalize, which makes the results bit-identical.
         steps = (("Div", [255.0]), ("Sub", list(self._spec.mean)), ("Div", list(self._spec.std)))
         for number, (op, numbers) in enumerate(steps):
             array = np.asarray(numbers, np.float32).reshape(1, -1, 1, 1)
             constant = add_initializer(graph, f"{_PREFIX}normalize_{number}", array)
-            value = _append(nodes, op, [value, constant], wide, ir.DataType.FLOAT)
+            value = _append(nodes, op, [value, constant], like=value)
         for node, position in list(image.uses()):
             node.replace_input_with(position, value)
         value.name = f"{_PREFIX}normalized"
@@ -95,14 +96,13 @@ class PixelInput(ir.passes.InPlacePass):
 
 
 class ProbabilityOutput(ir.passes.InPlacePass):
-    """Makes the graph give probabilities, `probs`."""
+    """Changes the output to probabilities, `probs`."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         logits = graph.outputs[0]
-        assert logits.shape is not None
         nodes: list[ir.Node] = []
-        probabilities = _append(nodes, "Softmax", [logits], logits.shape, ir.DataType.FLOAT, {"axis": -1})
+        probabilities = _append(nodes, "Softmax", [logits], like=logits, attributes={"axis": -1})
         probabilities.name = "probs"
         graph.extend(nodes)
         graph.outputs[0] = probabilities
@@ -110,7 +110,7 @@ class ProbabilityOutput(ir.passes.InPlacePass):
 
 
 class TopKOutput(ir.passes.InPlacePass):
-    """Makes a graph of `probs` give the `k` largest, and `classes`, their int64 indices."""
+    """Changes the output from all `probs` to the `k` largest, and adds `classes`, their int64 indices."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -134,28 +134,28 @@ class TopKOutput(ir.passes.InPlacePass):
 
 
 class HalfInput(ir.passes.InPlacePass):
-    """Makes the graph take FP16; a Cast to FP16 right behind the input falls away."""
+    """Changes the input to FP16 and removes the Casts to FP16 that read it."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         image = graph.inputs[0]
-        given = ir.Value(name=image.name, shape=image.shape, type=ir.TensorType(ir.DataType.FLOAT16))
+        half = ir.Value(name=image.name, shape=image.shape, type=ir.TensorType(ir.DataType.FLOAT16))
         image.name = f"{_PREFIX}wide_input"
-        graph.inputs[0] = given
+        graph.inputs[0] = half
         for node, _ in list(image.uses()):
             if node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.FLOAT16:
-                ir.convenience.replace_all_uses_with(node.outputs[0], given)
+                ir.convenience.replace_all_uses_with(node.outputs[0], half)
                 graph.remove(node, safe=True)
         if image.uses():
             nodes: list[ir.Node] = []
-            wide = _append(nodes, "Cast", [given], image.shape, ir.DataType.FLOAT, {"to": int(ir.DataType.FLOAT)})
+            wide = _append(nodes, "Cast", [half], like=half, attributes={"to": int(ir.DataType.FLOAT)})
             ir.convenience.replace_all_uses_with(image, wide)
             graph.insert_before(next(iter(graph)), nodes)
         return ir.passes.PassResult(model, modified=True)
 
 
 class HalfOutput(ir.passes.InPlacePass):
-    """Makes the graph's float32 outputs FP16; a Cast to float32 right before one falls away."""
+    """Changes float32 outputs to FP16 and removes Casts to float32 right before them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -170,11 +170,9 @@ class HalfOutput(ir.passes.InPlacePass):
                 source.name = name
                 continue
             value.name = f"{_PREFIX}wide_{name}"
-            nodes: list[ir.Node] = []
-            half = _append(nodes, "Cast", [value], value.shape, ir.DataType.FLOAT16, {"to": int(ir.DataType.FLOAT16)})
-            nodes[0].name, half.name = f"{_PREFIX}half_{name}", name
-            graph.extend(nodes)
-            graph.outputs[position] = half
+            node = make_cast(value, ir.DataType.FLOAT16, name=f"{_PREFIX}half_{name}", output=name)
+            graph.append(node)
+            graph.outputs[position] = node.outputs[0]
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -182,12 +180,14 @@ def _append(
     nodes: list[ir.Node],
     op: str,
     inputs: list[ir.Value],
-    shape: ir.Shape | None,
-    kind: ir.DataType,
+    *,
+    like: ir.Value,
     attributes: Mapping[str, int | list[int]] | None = None,
 ) -> ir.Value:
-    node = ir.node(op, inputs, attributes or {}, name=f"{_PREFIX}{op.lower()}_{len(nodes)}")
-    output = node.outputs[0]
-    output.name, output.shape, output.type = f"{node.name}_out", shape, ir.TensorType(kind)
+    """Append a node to `nodes` and return its output: float32, with the shape of `like`."""
+    name = f"{_PREFIX}{op.lower()}_{len(nodes)}"
+    node = make_node(
+        op, inputs, name=name, output=f"{name}_out", like=like, dtype=ir.DataType.FLOAT, attributes=attributes
+    )
     nodes.append(node)
-    return output
+    return node.outputs[0]

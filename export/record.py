@@ -7,18 +7,25 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from calib.precision import LIMIT, Decision
-from export.verify import Parity
-from runtime.engine.record import RECORD, RECORD_FORMAT, read_record
-from runtime.graph.summary import sha256_onnx
+from runtime.graph.read import sha256_onnx
 from runtime.system.files import write_text
 
-__all__ = ["save_decisions", "save_record"]
+if TYPE_CHECKING:
+    from calib.precision import Decision
+    from export.verify import Parity
+
+__all__ = ["read_record", "save_decisions", "save_record", "verification"]
+
+RECORD = "export.json"
+RECORD_FORMAT = "advprop.export/1"
 
 
 def save_decisions(path: Path, decisions: Sequence[Decision], amax: Mapping[str, float], parity: Parity) -> None:
     """Writes which nodes stay in FP32 and why, and every measured range, the largest first."""
+    from calib.precision import LIMIT
+
     content = {
         "format": "advprop.reduced/1",
         "limit": LIMIT,
@@ -46,6 +53,31 @@ def save_record(folder: Path, checkpoint_sha256: str, stages: Sequence[tuple[Pat
         },
     }
     write_text(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record in `folder`, or {} if there is no valid one."""
+    try:
+        content = json.loads((folder / RECORD).read_text())
+        valid = content["format"] == RECORD_FORMAT and isinstance(content["files"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(content) if valid else {}
+
+
+def verification(folder: Path, sha256: str) -> str:
+    """Return how the file with that hash was verified, as text; "" if `folder` has no record of it."""
+    try:
+        for entry in read_record(folder).get("files", {}).values():
+            if entry["sha256"] == sha256:
+                parity = entry["parity"]
+                return (
+                    f"against {entry['against']} on {parity['images']} images: max |Δlogit| {parity['max_abs']:.1e}, "
+                    f"top-1 agreement {parity['agreement']:.1%}, KL {parity['kl']:.1e}"
+                )
+    except (ValueError, KeyError, TypeError):  # the record was edited
+        return ""
+    return ""
 
 
 def _plain(parity: Parity) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
-"""FP32 ONNX → reduced precision that agrees with it: convert, verify, give back to FP32 what it takes.
+"""Converts an FP32 graph to FP16 or BF16 such that it agrees with the original: convert, verify, keep nodes in FP32.
 
-Nodes that would overflow stay in FP32 from the start. Where the logits still do not agree, the
-nodes that add most error follow, a few more each time.
+Nodes that would overflow stay in FP32 from the start. While the logits do not agree, the nodes that add the largest
+errors are kept in FP32 too, more of them in each attempt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from calib.precision import Decision, losses, overflows, to_reduced
-from export.verify import TOLERANCE, Parity, agrees, compare
+from export.verify import FEW_IMAGES, TOLERANCE, Parity, agrees, compare
 from runtime.graph.collect import collect
 from runtime.graph.compare import graph_errors
 from runtime.graph.rounding import rounded_name, with_roundings
@@ -27,10 +27,8 @@ log = logging.getLogger(__name__)
 Batches = Callable[[], Iterator[NDArray[np.float32]]]
 Run = Callable[[onnx.ModelProto], NDArray[np.float32]]
 
-_STEPS = (4, 8, 16, 32, 64)
-"""How many nodes are given back to FP32 for their loss, attempt by attempt."""
-_FEW = 2
-"""Images that errors are measured on, tensor by tensor."""
+_ATTEMPTS = (4, 8, 16, 32, 64)
+"""Number of nodes that are kept in FP32 because of their error, for each attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +36,13 @@ class Reduced:
     """A graph in reduced precision."""
 
     model: onnx.ModelProto
-    """float32 at its ends."""
+    """The graph; its input and output are float32."""
     rounded: onnx.ModelProto
-    """The same with its roundings done in float32, for a CPU."""
+    """The same graph in float32 with all roundings, for a CPU."""
     decisions: tuple[Decision, ...]
-    """What stays in FP32."""
+    """Nodes that stay in FP32."""
     parity: Parity
-    """Against the float32 graph."""
+    """Comparison with the float32 graph."""
 
 
 def reduce_precision(
@@ -56,31 +54,32 @@ def reduce_precision(
     batches: Batches,
     run: Run,
 ) -> Reduced:
-    """Converts `model`, keeping in FP32 what overflows or loses too much on real images.
+    """Convert `model`, and keep nodes in FP32 that overflow or lose too much accuracy on real images.
 
     Args:
         model: the float32 graph.
         precision: `fp16` or `bf16`.
-        amax: largest magnitudes of at least the deciding tensors; completed where one overflows.
-        logits_NK: of `model` on all images.
-        batches: the images, from the start each time.
-        run: runs a float32 graph on all of them.
+        amax: largest magnitude of at least the deciding tensors. If one overflows, all tensors are measured and
+            added to it.
+        logits_NK: logits of `model` for all images.
+        batches: returns an iterator over all images.
+        run: returns the logits of a float32 graph for all images.
     """
     kept: list[Decision] = []
     if precision == "fp16" and overflows(model, amax):
         amax.update(collect(model, batches()).amax)
         kept = overflows(model, amax)
     reduced = _attempt(model, precision, kept, logits_NK, run)
-    for count in _STEPS:
+    for count in _ATTEMPTS:
         if agrees(reduced.parity, TOLERANCE[precision]):
             break
-        few = next(batches())[:_FEW]
+        few = next(batches())[:FEW_IMAGES]
         errors = graph_errors(model, reduced.rounded, few, rounded_name)
         names = {decision.node for decision in kept}
         more = [decision for decision in losses(model, errors, amax, count) if decision.node not in names]
         if not more:
             break
-        log.info("%s does not agree yet; %d more nodes stay in FP32", precision, len(more))
+        log.info("the %s graph does not agree yet; %d more nodes stay in FP32", precision.upper(), len(more))
         kept += more
         reduced = _attempt(model, precision, kept, logits_NK, run)
     return reduced

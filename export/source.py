@@ -21,9 +21,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, DataError
-from runtime.preprocessing import SUFFIXES, decode, fit_to_input, spread
+from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
+from runtime.system.image_sources import image_paths, spread
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
 from train.data import class_names, class_wnids
 from train.dual_bn import select_route
@@ -55,7 +56,7 @@ def load_source(
     arch: str | None = None,
     *,
     weights: Path | None = None,
-    bn: str = MAIN,
+    route: str = MAIN,
     ema: bool = True,
     data: Path | None = None,
     size: tuple[int, int] | None = None,
@@ -69,7 +70,7 @@ def load_source(
             whose weights timm downloads.
         arch: timm's name of the architecture; for one of ours, only checked against it.
         weights: a file of the weights of `timm:NAME`, where they are not to be downloaded.
-        bn: the BatchNorm route to export: an auxiliary one on purpose, for robustness studies.
+        route: the BatchNorm route to export: an auxiliary one on purpose, for robustness studies.
         ema: prefer the moving average of the weights.
         data: folder of images, searched recursively, to verify on instead of the
             checkpoint's own sample.
@@ -78,14 +79,14 @@ def load_source(
 
     Raises:
         CheckpointError: not a checkpoint, or its weights do not fit the architecture.
-        ConfigError: there is no route `bn`, or arguments that do not go together.
+        ConfigError: there is no such route, or arguments that do not go together.
         ArchError: timm does not have the architecture.
         BackendUnavailable: timm could not download the weights.
         DataError: `data` has no image that can be decoded.
     """
     name = str(source)
     if name.startswith(_TIMM):
-        model, spec, sha256 = _from_timm(name.removeprefix(_TIMM), arch, weights, bn)
+        model, spec, sha256 = _from_timm(name.removeprefix(_TIMM), arch, weights, route)
         sample_NHWC = _no_images(spec)
     else:
         if weights is not None:
@@ -94,11 +95,11 @@ def load_source(
         content = read_torch_file(path)
         sha256 = sha256_file(path)
         if isinstance(content, Mapping) and content.get("format") == FORMAT:
-            model, spec, sample_NHWC = _from_ours(path, check_checkpoint(content, path), arch, bn, ema)
+            model, spec, sample_NHWC = _from_ours(path, check_checkpoint(content, path), arch, route, ema)
         else:
-            model, spec = _from_state_dict(path, content, arch, bn)
+            model, spec = _from_state_dict(path, content, arch, route)
             sample_NHWC = _no_images(spec)
-    spec = dataclasses.replace(spec, checkpoint_sha256=sha256, route=bn)
+    spec = dataclasses.replace(spec, checkpoint_sha256=sha256, route=route)
     if size is not None:
         height, width = size
         preprocessing = dataclasses.replace(spec.preprocessing, height=height, width=width)
@@ -110,38 +111,38 @@ def load_source(
 
 
 def _from_ours(
-    path: Path, checkpoint: dict[str, Any], arch: str | None, bn: str, ema: bool
+    path: Path, checkpoint: dict[str, Any], arch: str | None, route: str, ema: bool
 ) -> tuple[nn.Module, ModelSpec, NDArray[np.uint8]]:
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
     if arch is not None and arch != spec.arch:
         raise CheckpointError(f"{path} holds {spec.arch}, but --arch {arch} was given; leave --arch out")
-    return restore_model(checkpoint, path, bn=bn, ema=ema), spec, checkpoint["sample"]["images"].numpy()
+    return restore_model(checkpoint, path, bn=route, ema=ema), spec, checkpoint["sample"]["images"].numpy()
 
 
-def _from_state_dict(path: Path, content: Any, arch: str | None, bn: str) -> tuple[nn.Module, ModelSpec]:
+def _from_state_dict(path: Path, content: Any, arch: str | None, route: str) -> tuple[nn.Module, ModelSpec]:
     if arch is None:
         raise CheckpointError(
             f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}, or a plain "
             "state_dict together with --arch NAME"
         )
-    weights = select_route(_state_dict(path, content), bn)
+    weights = select_route(_state_dict(path, content), route)
     model = create_model(arch, num_classes=_classes(arch, weights, path))
     load_weights(model, weights, path, arch)
     log.warning("%s does not say how it was trained: preprocessing is timm's for %s", path, arch)
     return model, timm_spec(model, arch)
 
 
-def _from_timm(name: str, arch: str | None, weights: Path | None, bn: str) -> tuple[nn.Module, ModelSpec, str]:
+def _from_timm(name: str, arch: str | None, weights: Path | None, route: str) -> tuple[nn.Module, ModelSpec, str]:
     """timm's pretrained model, its spec, and the SHA-256 of the weights' file (of the weights themselves,
     where timm downloads them)."""
     if arch is not None:
         raise ConfigError(f"{_TIMM}{name} names the architecture; leave --arch out")
     if weights is None:
-        if bn != MAIN:
+        if route != MAIN:
             raise ConfigError(f"timm's weights have one BatchNorm route, {MAIN}; leave --route out")
         model = create_model(name, pretrained=True)
         return model, timm_spec(model, name), _sha256_of_weights(model)
-    state = select_route(_state_dict(weights, read_torch_file(weights)), bn)
+    state = select_route(_state_dict(weights, read_torch_file(weights)), route)
     model = create_model(name, num_classes=_classes(name, state, weights))
     load_weights(model, state, weights, name)
     return model, timm_spec(model, name), sha256_file(weights)
@@ -212,9 +213,7 @@ def _classes(arch: str, weights: Mapping[str, torch.Tensor], path: Path) -> int:
 
 
 def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
-    if not folder.is_dir():
-        raise DataError(f"--data {folder}: no such folder")
-    paths = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    paths = image_paths(folder)
     fitted = []
     for path in spread(paths, count):
         try:

@@ -1,4 +1,4 @@
-"""nn.Module → ONNX: traced with BatchNorms kept, folded by our passes, optimized, described."""
+"""Exports a network to ONNX: traces it, folds its BatchNorms, optimizes the graph and adds the spec."""
 
 from __future__ import annotations
 
@@ -15,38 +15,37 @@ from torch import nn
 
 from export.fold import BatchNormToAffine, FoldBatchNorm
 from runtime.errors import ArchError
-from runtime.graph.model import check
+from runtime.graph.model import OPSET, check
 from runtime.spec import METADATA_KEY, ModelSpec
 
-__all__ = ["INPUT", "OPSET", "OUTPUT", "module_tensors", "to_onnx"]
+__all__ = ["INPUT", "OUTPUT", "module_tensors", "to_onnx"]
 
 log = logging.getLogger(__name__)
 
-OPSET = 20
-"""FP16 scales of Q/DQ are legal from 19; ONNX Runtime's INT8 tooling fails from 21."""
 INPUT, OUTPUT = "input", "logits"
-_ALL = 1 << 40
+_NO_LIMIT = 1 << 40
 _SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key under which the exporter stores the path of a node's module, as the text of a Python list."""
 
 
 def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> onnx.ModelProto:
-    """Exports `model` with its spec inside.
+    """Export a network with its spec.
 
     Args:
-        model: in eval mode, on the CPU; (N, 3, H, W) float32 → (N, K) logits.
-        spec: gives the input size, and goes into the file's metadata.
-        free_size: leave the height and the width of images open, as `height` and `width`.
+        model: in eval mode, on the CPU; maps float32 (N, 3, H, W) to logits (N, K).
+        spec: provides the input size and is stored in the model's metadata.
+        free_size: leave height and width of the input open, as the dimensions `height` and `width`.
 
     Returns:
-        An ONNX model of opset 20: input `input`, output `logits`, batch dimension named
-        `batch`, no BatchNormalization node, checked by onnx.checker.
+        An ONNX model of opset `OPSET` with input `input`, output `logits` and batch dimension `batch`. It has no
+        BatchNormalization nodes and passes onnx.checker.
 
     Raises:
         ArchError: torch.export cannot trace the architecture.
     """
     graph_model = _trace(model, spec, free_size)
-    # Without the limits that spare large tensors: standardized weights (NF-nets, BiT) are computed in the trace.
-    optimizer.fold_constants(graph_model, input_size_limit=_ALL, output_size_limit=_ALL)
+    # No size limits: standardized weights (NF-Nets, BiT) are computed in the traced graph.
+    optimizer.fold_constants(graph_model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
     FoldBatchNorm()(graph_model)
     BatchNormToAffine()(graph_model)
     optimizer.optimize(graph_model)
@@ -57,11 +56,11 @@ def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> on
 
 
 def module_tensors(model: nn.Module, spec: ModelSpec) -> dict[str, str]:
-    """Traces `model` once more and returns which tensor of the graph each module's output is.
+    """Trace `model` again and return the name of each module's output tensor.
 
     Returns:
-        Module path, e.g. `blocks.0.conv` → name of the tensor, in the order of computation. A module
-        that runs more than once is left out.
+        Module path, such as `blocks.0.conv` → tensor name, in the order of computation. Modules that run more than
+        once are omitted.
     """
     last: dict[str, str] = {}
     done: set[str] = set()
@@ -73,7 +72,7 @@ def module_tensors(model: nn.Module, spec: ModelSpec) -> dict[str, str]:
         twice |= scopes & done
         inside = scopes
         for scope in scopes:
-            last.pop(scope, None)  # to the end: in the order in which modules finish
+            last.pop(scope, None)  # move to the end: modules are listed in the order in which they finish
             last[scope] = str(node.outputs[0].name)
     return {path: name for path, name in last.items() if path and path not in twice}
 
@@ -84,8 +83,8 @@ def _trace(model: nn.Module, spec: ModelSpec, free_size: bool) -> ir.Model:
     if free_size:
         free |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch's own deprecations, nothing a user can act on
-        loud = logging.getLogger("torch.onnx").level
+        warnings.simplefilter("ignore")  # deprecations inside torch, which users cannot act on
+        level = logging.getLogger("torch.onnx").level
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
@@ -101,16 +100,16 @@ def _trace(model: nn.Module, spec: ModelSpec, free_size: bool) -> ir.Model:
             )
         except torch.onnx.OnnxExporterError as error:
             reason = str(error).strip().splitlines()[-1]
-            hint = "; a fixed size (--img-size N) may go" if free_size else ""
+            hint = "; try a fixed image size (--img-size N)" if free_size else ""
             raise ArchError(f"torch cannot export {spec.arch} to ONNX: {reason}{hint}") from error
         finally:
-            logging.getLogger("torch.onnx").setLevel(loud)
+            logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
     return program.model
 
 
 def _clean(model: ir.Model, spec: ModelSpec, free_size: bool) -> ir.Model:
-    """Removes what only the tracer needed: its notes on nodes, stack traces, docstrings."""
+    """Remove the tracer's metadata, stack traces and docstrings, add the spec, and name the open dimensions."""
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "advprop", None
     model.metadata_props.clear()

@@ -1,7 +1,7 @@
-"""Runs exported classifiers: `import runtime; runtime.load("model.onnx").predict(["a.jpg"])`.
+"""Run exported classifiers: `import runtime; runtime.load("model.onnx").predict(["a.jpg"])`.
 
-Importing this package loads NumPy and nothing heavier; a backend's library is imported
-when a session or a build first needs it.
+Importing this package loads NumPy and nothing heavier. The libraries of a backend are imported when
+a session or a build first needs them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from runtime import errors
-from runtime.backends.engine_options import EngineOptions
-from runtime.backends.threads import Threads
+from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
 from runtime.device.arrays import DeviceArray
 from runtime.loading import load
 from runtime.session import Prediction, Session, SessionStats
-from runtime.sizes import ImageSizes
-from runtime.spec import ModelSpec, Preprocessing
+from runtime.spec import ImageSizes, ModelSpec, Preprocessing
 from runtime.system.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -40,5 +38,5 @@ __all__ = [
     "load",
 ]
 
-# A service that runs models need not load what builds engines.
+# A service that only runs models does not load the code that builds engines.
 __getattr__ = lazy_names(__name__, {"BuildOptions": "runtime.engine.options", "build": "runtime.engine.build"})

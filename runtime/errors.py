@@ -1,26 +1,26 @@
-"""Every error that advprop raises on purpose.
+"""The errors that advprop raises on purpose.
 
     AdvPropError                      exit code 1
-    ├── InputError (ValueError)       2  what the user gave is wrong
-    │   ├── ArchError                    unknown, or without the layers the recipe needs
-    │   ├── ConfigError                  an option or field with an impossible value
-    │   ├── DataError                    image folders and image files
-    │   ├── CheckpointError              not ours, truncated, unsafe
-    │   ├── ModelFileError               ONNX files, engines and their sidecars
-    │   ├── SessionClosed                asked after `close`, or still waiting then
-    │   └── SpecError                    the description inside a model file
-    ├── OutputError (OSError)         2  a place that cannot be written
+    ├── InputError (ValueError)       2  the input is invalid
+    │   ├── ArchError                    an unknown or unsuitable architecture
+    │   ├── ConfigError                  an invalid option or configuration field
+    │   ├── DataError                    an image folder or image file that cannot be used
+    │   ├── CheckpointError              a foreign, truncated or unsafe checkpoint
+    │   ├── ModelFileError               an ONNX file, engine or sidecar that cannot be used
+    │   ├── SessionClosed                the session was closed before the request ran
+    │   └── SpecError                    a missing or invalid model spec
+    ├── OutputError (OSError)         2  the output cannot be written
     ├── BackendUnavailable            3  a library, driver or GPU is missing
-    ├── EngineBuildError              3  the builder refused the graph
-    ├── RunFailed                     3  the backend failed while running the model
-    ├── VerificationError             4  a stage does not agree with the one before
-    ├── TrainingDiverged              5  loss or weights are not finite
-    ├── NotAnswered                   6  nothing is wrong with the request; there is too much to do
-    │   ├── QueueFull                    refused: as many images wait as may
-    │   └── DeadlineExceeded             the answer came, or would come, too late
-    └── Interrupted                 130  Ctrl-C (143: SIGTERM), work saved
+    ├── EngineBuildError              3  the engine builder rejected the graph
+    ├── RunFailed                     3  the backend failed while it ran the model
+    ├── VerificationError             4  a stage disagrees with the previous stage
+    ├── TrainingDiverged              5  the loss or the weights are not finite
+    ├── RequestNotServed              6  the server is overloaded; retry the request later
+    │   ├── QueueFull                    the queue has no room for the request
+    │   └── DeadlineExceeded             the deadline passed before the result was ready
+    └── Interrupted                 130  stopped by Ctrl-C (SIGTERM: 143); progress is saved
 
-A message says what was found, what was expected, and how to put it right.
+A message states what was found, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ __all__ = [
     "InputError",
     "Interrupted",
     "ModelFileError",
-    "NotAnswered",
     "OutputError",
     "QueueFull",
+    "RequestNotServed",
     "RunFailed",
     "SessionClosed",
     "SpecError",
@@ -54,97 +54,119 @@ __all__ = [
 
 
 class AdvPropError(Exception):
-    """Root of the tree. `exit_code` is what a command line returns for it."""
+    """Base class of all errors that advprop raises on purpose.
+
+    Attributes:
+        message: what is wrong, without the fix.
+        fix: how to fix it, often a command; empty if there is no general advice.
+        exit_code: the exit code of a command that ends with this error.
+    """
 
     exit_code = 1
 
+    def __init__(self, message: str = "", *, fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.fix}" if self.fix else self.message
+
 
 class InputError(AdvPropError, ValueError):
-    """What the user gave is wrong."""
+    """The input is invalid."""
 
     exit_code = 2
 
 
 class ArchError(InputError):
-    """An architecture that timm does not have, or that the recipe cannot use."""
+    """The architecture is unknown to timm, or the recipe cannot train it."""
 
 
 class ConfigError(InputError):
-    """An option or configuration field with an impossible value."""
+    """An option or configuration field has an invalid value."""
 
 
 class DataError(InputError):
-    """An image folder or image file that cannot be used."""
+    """An image folder or image file cannot be used."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is not ours, is damaged, or holds code."""
+    """A checkpoint is foreign, damaged, or contains code."""
 
 
 class ModelFileError(InputError):
-    """An ONNX file, engine or sidecar that cannot be used."""
+    """An ONNX file, engine or sidecar cannot be used."""
 
 
 class SessionClosed(InputError):
-    """A session or batcher was asked after its `close`, or closed before it came to this request."""
+    """The session or batcher was closed before the request ran."""
 
 
 class SpecError(InputError):
-    """A model description that is missing or does not make sense."""
+    """A model spec is missing or invalid."""
 
 
 class OutputError(AdvPropError, OSError):
-    """A place that cannot be written; nothing half-written is left."""
+    """The output cannot be written. No incomplete file is left behind."""
 
     exit_code = 2
 
 
 class BackendUnavailable(AdvPropError):
-    """A library, driver or GPU that this step needs is missing."""
+    """A required library, driver or GPU is missing.
+
+    Attributes:
+        reason: what is missing, as a phrase that fits into another message.
+    """
 
     exit_code = 3
 
+    def __init__(self, message: str = "", *, reason: str = "", fix: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.reason = reason or message
+
 
 class EngineBuildError(AdvPropError):
-    """The engine builder refused the graph."""
+    """The engine builder rejected the graph."""
 
     exit_code = 3
 
 
 class RunFailed(AdvPropError):
-    """The backend failed while it ran the model on input that it had accepted."""
+    """The backend failed while it ran the model on valid input."""
 
     exit_code = 3
 
 
 class VerificationError(AdvPropError):
-    """A stage's output does not agree with the stage before; files are kept."""
+    """The output of a stage disagrees with the previous stage. The files are kept."""
 
     exit_code = 4
 
 
 class TrainingDiverged(AdvPropError):
-    """The loss or the weights stopped being finite."""
+    """The loss or the weights are no longer finite."""
 
     exit_code = 5
 
 
-class NotAnswered(AdvPropError):
-    """Too much was asked at once; the same request may be answered later."""
+class RequestNotServed(AdvPropError):
+    """The server is overloaded. The same request may succeed later."""
 
     exit_code = 6
 
 
-class QueueFull(NotAnswered):
-    """The request was refused: as many images wait already as may."""
+class QueueFull(RequestNotServed):
+    """The request queue has no room for the request."""
 
 
-class DeadlineExceeded(NotAnswered, TimeoutError):
-    """The answer was not there in the time that the request gave."""
+class DeadlineExceeded(RequestNotServed, TimeoutError):
+    """The deadline passed before the result was ready."""
 
 
 class Interrupted(AdvPropError):
-    """The run was asked to stop (SIGINT or SIGTERM) and saved its state first."""
+    """The run was stopped by SIGINT or SIGTERM and saved its state first."""
 
     exit_code = 130
 
@@ -154,12 +176,12 @@ class Interrupted(AdvPropError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, shortened, or the name of its kind."""
+    """Return the first 200 characters of an error's first line, or its type if it is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Returns "did you mean …?" for a misspelled `name`, or "" where nothing is near."""
+    """Return "did you mean …?" with up to `count` similar names, or "" if no name is similar."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"did you mean {' or '.join(matches)}?" if matches else ""

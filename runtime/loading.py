@@ -1,4 +1,4 @@
-"""`load`: a model file becomes a session."""
+"""`load`, which opens a model file as a session."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from runtime.backends.engine_options import EngineOptions
 from runtime.backends.open import open_backend, open_folder
-from runtime.backends.open import warm_up as run_first
-from runtime.backends.threads import Threads
+from runtime.backends.open import warm_up as run_warm_up
+from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
 from runtime.session import Session
 
@@ -26,39 +25,41 @@ def load(
     batching: Batching | None = None,
     engine: EngineOptions = EngineOptions(),  # noqa: B008  # frozen
 ) -> Session:
-    """Loads a model file.
+    """Load a model file.
 
     Args:
-        path: an ONNX file that `advprop-export` wrote, or an engine that `advprop build` made of one, with its sidecar.
-            Other ONNX files load too, without `predict`. Or the folder of an export, for the file in it that is best
-            here: an engine where one runs, INT8 before FP16 before FP32, else the FP32 ONNX file; `explain` says which
-            and why. Name the file where it must be that one.
-        backend: `auto`, by the kind of file; `onnxruntime`; `onnxruntime-tensorrt`, TensorRT inside ONNX Runtime, which
-            builds its engine at the first run; or `tensorrt`, whichever TensorRT built the engine.
-        device: `auto` (a GPU where it can be used), `cpu` or `cuda`. Engines run on a GPU only.
-        threads: CPU threads inside one run, or a `Threads`; 0 leaves it to the backend.
-        warm_up: batch sizes that are run before `load` returns, so that no request pays for the first run. Of an
-            engine, the usual and the largest of each profile are run in any case.
-        batching: how `submit`, `arun` and their like make batches; default: `Batching()`.
-        engine: how an engine is run.
+        path: an ONNX file that `advprop-export` wrote, or an engine that `advprop build` built,
+            with its sidecar. Other ONNX files load too, but cannot `predict`. A folder written by
+            `advprop-export` loads its best file that runs here: INT8 before FP16 before FP32
+            engines, then the FP32 ONNX file. `Session.explain` reports which file was chosen and
+            why. Pass the file itself to load exactly that one.
+        backend: `auto` decides by the type of file. `onnxruntime`, or `onnxruntime-tensorrt`, which
+            runs TensorRT inside ONNX Runtime and builds its engine during the first run. `tensorrt`
+            uses the TensorRT library that built the engine.
+        device: `auto` (a GPU if one can be used), `cpu` or `cuda`. Engines run on a GPU only.
+        threads: CPU threads for one run, or a `Threads`; 0 lets the backend decide.
+        warm_up: batch sizes to run before `load` returns, which keeps the cost of the first run
+            away from requests. An engine always runs the optimal and largest batch of each profile.
+        batching: how `submit`, `arun` and related methods form batches; default: `Batching()`.
+        engine: how to run an engine.
 
     Raises:
-        ModelFileError: no such file, not a model that this version runs, or an engine that was changed, or is for
-            another GPU or another release of TensorRT.
+        ModelFileError: the file is missing, is not a supported model, was modified, or is an engine
+            for another GPU or another TensorRT release.
         BackendUnavailable: the backend's library or the device is missing.
-        RunFailed: the GPU has not enough memory.
-        ConfigError: an argument with an impossible value.
+        RunFailed: the GPU is out of memory.
+        ConfigError: an argument has an invalid value.
     """
     file = Path(path)
     cpu_threads = threads if isinstance(threads, Threads) else Threads(intra=threads)
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     if file.is_dir():
-        opened, file, passed_over = open_folder(file, backend, device, cpu_threads, engine)
+        opened, file, skipped = open_folder(file, backend, device, cpu_threads, engine)
     else:
         opened = open_backend(file, backend, device, cpu_threads, engine)
     try:
-        run_first(opened, warm_up, file)
+        run_warm_up(opened, warm_up, file)
     except BaseException:
         opened.close()
         raise
-    return Session(opened, file, batching, passed_over)
+    return Session(opened, file, batching, skipped)

@@ -1,4 +1,4 @@
-"""`Prediction`: what a model's outputs say about an image.
+"""`Prediction`, the classes and probabilities of one image.
 
 Shape suffixes: N images, K classes.
 """
@@ -19,34 +19,34 @@ __all__ = ["Prediction", "predictions_of", "softmax"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one image."""
+    """The result for one image."""
 
     label: str
     """Name of the most probable class."""
     probability: float
-    """Its probability, in [0, 1]."""
+    """Probability of that class, in [0, 1]."""
     index: int
-    """Its position among the model's classes."""
+    """Index of that class."""
     probabilities: NDArray[np.float32]
-    """All probabilities, (K,), in the order of `Session.spec.classes`; of a `topk` file the
-    largest few, the largest first."""
+    """(K,) probabilities in the order of `Session.spec.classes`. A `topk` file returns only the
+    largest ones, sorted in decreasing order."""
     indices: NDArray[np.int64]
-    """The classes that the probabilities belong to: 0 to K − 1 but for a `topk` file."""
+    """(K,) class index of each probability: 0 to K − 1, except for a `topk` file."""
 
     def top(self, count: int) -> list[tuple[int, float]]:
-        """Returns the `count` most probable classes, or as many as there are: index and probability."""
+        """Return the index and probability of the `count` most probable classes, or of all."""
         best = (-self.probabilities).argsort(kind="stable")[:count]
         return [(int(self.indices[place]), float(self.probabilities[place])) for place in best]
 
 
 def predictions_of(outputs: tuple[NDArray[Any], ...], spec: ModelSpec) -> list[Prediction]:
-    """Reads a model's outputs, (N, K) each, as `spec.output_form` says.
+    """Interpret a model's outputs, (N, K) each, according to `spec.output_form`.
 
     Raises:
-        SpecError: the spec names another number of classes.
+        SpecError: the spec has another number of classes.
     """
-    answers_NK, *classes = outputs
-    probabilities_NK = softmax(answers_NK) if spec.output_form == "logits" else answers_NK.astype(np.float32)
+    first_NK, *classes = outputs
+    probabilities_NK = softmax(first_NK) if spec.output_form == "logits" else first_NK.astype(np.float32)
     if classes:
         indices_NK = classes[0]
     else:
@@ -56,9 +56,9 @@ def predictions_of(outputs: tuple[NDArray[Any], ...], spec: ModelSpec) -> list[P
 
 
 def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float32]:
-    """Returns probabilities, (N, K), computed in float64 so that they sum to one."""
+    """Return probabilities, (N, K). They are computed in float64, which makes them sum to one."""
     logits_NK = logits_NK.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # inf − inf: the probabilities are nan, as they should be
+    with np.errstate(invalid="ignore"):  # inf − inf is NaN, the correct result
         odds_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
     probabilities_NK: NDArray[np.float32] = (odds_NK / odds_NK.sum(axis=1, keepdims=True)).astype(np.float32)
     return probabilities_NK

@@ -12,39 +12,32 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
-from runtime.spec import Preprocessing
+from runtime.spec import ModelSpec, Preprocessing
+from runtime.system.image_sources import SUFFIXES, spread  # noqa: F401
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "SUFFIXES",
     "ImageLike",
+    "Preprocessor",
     "decode",
-    "fit_all",
     "fit_to_input",
     "image_size",
-    "network_input",
     "normalize",
-    "preprocess",
-    "spread",
 ]
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""What image files are called, in lower case."""
 
 _MOST_PIXELS = 100_000_000
 """Bound on an intermediate image: a strip of one pixel's width would fill the memory."""
-
-_Item = TypeVar("_Item")
 
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
 """A path, an encoded file's bytes, a uint8 HWC-RGB or HW-gray array, or a PIL image."""
@@ -193,49 +186,60 @@ def normalize(images_NHWC: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np
     return images_NCHW
 
 
+@dataclass(frozen=True, slots=True)
+class Preprocessor:
+    """Turns images of any kind and size into the input of a network or model file."""
+
+    spec: Preprocessing
+    """Input size, crop, interpolation, mean and standard deviation."""
+    input_form: str = "float32 NCHW"
+    """One of `runtime.spec.INPUT_FORMS`."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Preprocessor:
+        """Return the preprocessor of a model file."""
+        return cls(spec.preprocessing, spec.input_form)
+
+    def __call__(self, images: Sequence[ImageLike]) -> NDArray[Any]:
+        """Decode, resize, crop and convert images.
+
+        Returns:
+            The model's input for all images, N = len(images); dtype and layout are those of `input_form`.
+
+        Raises:
+            DataError: an image cannot be decoded; the message names it.
+        """
+        return self.convert(self.fit(images))
+
+    def fit(self, images: Sequence[ImageLike]) -> NDArray[np.uint8]:
+        """Decode, resize and crop images.
+
+        Returns:
+            uint8 RGB, (len(images), spec.height, spec.width, 3).
+
+        Raises:
+            DataError: an image cannot be decoded; the message names it.
+        """
+        fitted = [fit_to_input(decode(image), self.spec) for image in images]
+        return np.stack(fitted) if fitted else np.empty((0, self.spec.height, self.spec.width, 3), np.uint8)
+
+    def convert(self, images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
+        """Convert uint8 RGB images of the network's size, (N, H, W, 3), to the model's input."""
+        if self.input_form == "uint8 NHWC":
+            return images_NHWC
+        if self.input_form == "uint8 NCHW":
+            return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
+        images_NCHW = normalize(images_NHWC, self.spec)
+        return images_NCHW.astype(np.float16) if self.input_form == "float16 NCHW" else images_NCHW
+
+
 def fit_all(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.uint8]:
-    """Decodes, resizes and crops images of any kind and size.
-
-    Returns:
-        uint8 RGB, (len(images), spec.height, spec.width, 3).
-
-    Raises:
-        DataError: an image cannot be decoded; the message names it.
-    """
-    fitted = [fit_to_input(decode(image), spec) for image in images]
-    return np.stack(fitted) if fitted else np.empty((0, spec.height, spec.width, 3), np.uint8)
+    return Preprocessor(spec).fit(images)
 
 
 def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.float32]:
-    """Turns images of any kind and size into one network input.
-
-    Returns:
-        float32, (len(images), 3, spec.height, spec.width).
-
-    Raises:
-        DataError: an image cannot be decoded; the message names it.
-    """
-    return normalize(fit_all(images, spec), spec)
+    return Preprocessor(spec)(images)
 
 
 def network_input(images_NHWC: NDArray[np.uint8], spec: Preprocessing, form: str) -> NDArray[Any]:
-    """Makes what a model file of the given input form takes of fitted images.
-
-    Args:
-        images_NHWC: uint8 RGB at the network's size.
-        spec: mean and standard deviation.
-        form: one of `runtime.spec.INPUT_FORMS`.
-    """
-    if form == "uint8 NHWC":
-        return images_NHWC
-    if form == "uint8 NCHW":
-        return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
-    images_NCHW = normalize(images_NHWC, spec)
-    return images_NCHW.astype(np.float16) if form == "float16 NCHW" else images_NCHW
-
-
-def spread(items: Sequence[_Item], count: int) -> list[_Item]:
-    """Returns `count` of the items (all, where there are fewer), spread evenly from first to last."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(position)] for position in np.linspace(0, len(items) - 1, count)]
+    return Preprocessor(spec, form).convert(images_NHWC)

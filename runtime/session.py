@@ -1,4 +1,4 @@
-"""`Session`: a model file, ready to answer. The object that services embed.
+"""`Session`, a loaded model file. Services embed this object.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -25,232 +25,243 @@ from runtime.errors import ConfigError, InputError, SessionClosed, SpecError
 from runtime.prediction import Prediction, predictions_of, softmax
 from runtime.preprocessing import ImageLike, fit_all, network_input
 from runtime.spec import ModelSpec
-from runtime.system.calls import Gate, in_own_thread
+from runtime.system.calls import CallTracker, in_worker_thread
 
 __all__ = ["Prediction", "Session", "SessionStats", "softmax"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionStats:
-    """What a session has done since it was loaded."""
+    """Counts since the session was loaded."""
 
     calls: int
-    """Calls of `run`, `run_outputs` and `predict` that were answered."""
+    """Completed calls of `run`, `run_outputs`, `run_on_device` and `predict`."""
     images: int
-    """Their images."""
+    """Images of these calls."""
     failed: int
-    """Such calls that raised an error, of whatever kind."""
+    """Such calls that raised an error."""
     running: int
-    """Such calls that are not finished."""
+    """Such calls in flight."""
     device_bytes: int
-    """GPU memory that an engine's contexts and the outputs left there hold; of other backends, and of an engine's
-    weights, TensorRT's and ONNX Runtime's own affair, 0."""
+    """GPU memory of an engine's contexts and of outputs on the GPU, in bytes. It does not include
+    the engine's weights, which TensorRT allocates. 0 for other backends."""
     batcher: BatcherStats
-    """The same of `submit`, `submit_predict`, `arun` and `apredict`."""
+    """Counts for `submit`, `submit_predict`, `arun` and `apredict`."""
 
 
-_Answer = TypeVar("_Answer", NDArray[Any], DeviceArray)
+_Output = TypeVar("_Output", NDArray[Any], DeviceArray)
 
 
 class Session:
-    """A loaded classifier. `load` makes one; usable as a context manager.
+    """A loaded classifier. `load` returns one; usable as a context manager.
 
-    Safe to share by threads: `run` and `predict` run in the thread that calls; `submit`, `arun` and their like
-    join the requests of all threads and tasks into batches. `close` lets calls that are inside finish, and later
-    ones get SessionClosed. A process forked after `load` gets an InputError: load the model in the child.
+    It is thread-safe: `run` and `predict` run in the calling thread; `submit`, `arun` and related
+    methods join the requests of all threads and tasks into batches. `close` waits for calls in
+    flight, and later calls raise SessionClosed. In a process forked after `load`, calls raise
+    InputError: load the model in the child process.
     """
 
     def __init__(
-        self, backend: Backend, source: Path, batching: Batching | None = None, passed_over: Sequence[str] = ()
+        self, backend: Backend, source: Path, batching: Batching | None = None, skipped: Sequence[str] = ()
     ) -> None:
-        """Wraps a loaded `backend`.
+        """Wrap a loaded `backend`.
 
         Args:
-            backend: what runs the model.
-            source: the file it came from, for messages.
-            batching: as of `load`.
-            passed_over: why other files were not taken, for `explain`.
+            backend: runs the model.
+            source: the model file, for messages.
+            batching: see `load`.
+            skipped: why other files were not loaded, one line each, for `explain`.
         """
         self._source = source
-        self._passed_over = tuple(passed_over)
+        self._skipped = tuple(skipped)
         self._backend = backend
-        self._gate = Gate(f"the session on {source}")
+        self._calls = CallTracker(f"the session on {source}")
         self._batcher = Batcher(backend, batching or Batching())
         self._decoder = Decoder(self._batcher)
 
     @property
     def backend(self) -> Backend:
-        """The backend. Raises SessionClosed once the session is closed."""
-        if self._gate.closed:
-            raise SessionClosed(f"the session on {self._source} is closed; load it again")
+        """The backend. Raises SessionClosed after `close`."""
+        if self._calls.closed:
+            raise SessionClosed(f"the session on {self._source} is closed", fix="load it again")
         return self._backend
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's description of itself. Raises SpecError where the file has none."""
+        """The spec inside the model file. Raises SpecError if the file has none."""
         spec = self.backend.spec
         if spec is None:
             raise SpecError(
-                f"{self._source} carries no advprop.spec, so its preprocessing and classes are unknown; "
-                "export it with advprop-export, or preprocess yourself and use run"
+                f"{self._source} has no advprop.spec, so its preprocessing and classes are unknown",
+                fix="export it with advprop-export, or preprocess the images yourself and use run",
             )
         return spec
 
     @property
     def batching(self) -> Batching:
-        """How `submit`, `arun` and their like make batches, with the largest batch as it is for this model here."""
+        """How `submit`, `arun` and related methods form batches, with the actual largest batch."""
         return self._batcher.config
 
     @property
     def stats(self) -> SessionStats:
-        """What was done so far."""
-        gate = self._gate
+        """Counts since the session was loaded."""
+        calls = self._calls
         return SessionStats(
-            calls=gate.calls,
-            images=gate.images,
-            failed=gate.failed,
-            running=gate.inside,
+            calls=calls.completed,
+            images=calls.images,
+            failed=calls.failed,
+            running=calls.in_flight,
             device_bytes=self._backend.device_bytes,
             batcher=self._batcher.stats,
         )
 
     def explain(self) -> str:
-        """Returns why this backend, device and kernels were chosen, a line each."""
+        """Return which backend, device and kernels were chosen and why, one line each."""
         chosen = f"{self._backend.name} on {self._backend.device}: {self._source}"
-        return "\n".join((chosen, *self._passed_over, *self._backend.reasons))
+        return "\n".join((chosen, *self._skipped, *self._backend.reasons))
 
     def run(self, images_NCHW: Any, *, stream: object = None) -> NDArray[Any]:
-        """Runs the network on a preprocessed batch.
+        """Run the network on a preprocessed batch.
 
         Args:
-            images_NCHW: normalized float32, (N, 3, H, W), or pixels; `spec.input_form` says which. Of a file whose
-                batch size is fixed, any N too: it is split and padded. A NumPy array, or one of torch, CuPy, pycuda or
-                another library that has `__dlpack__` or `__cuda_array_interface__`, read where it lies; one on the
-                GPU where the model runs there, and whose values are not looked at.
-            stream: of an array on the GPU, the CUDA stream whose work writes it, where the array does not tell:
-                pycuda's tell of none but the default one. A stream of these libraries, or its number.
+            images_NCHW: normalized float32, (N, 3, H, W), or pixels, according to
+                `spec.input_form`. If the file has a fixed batch size, the batch is split and padded
+                to it. A NumPy array, or an array of torch, CuPy, pycuda or another library with
+                `__dlpack__` or `__cuda_array_interface__`, which is read in place. An array on the
+                GPU is accepted if the model runs there; its values are not validated.
+            stream: CUDA stream whose work writes an array on the GPU, if the array does not report
+                it. pycuda's arrays only report the default stream. A stream of one of these
+                libraries, or its handle.
 
         Returns:
-            logits or probabilities, as `spec.output_form` says, (N, K); of a `topk` file the largest
-            probabilities, whose classes `run_outputs` gives too.
+            (N, K) logits or probabilities, according to `spec.output_form`. For a `topk` file the
+            largest probabilities; `run_outputs` returns their classes too.
 
         Raises:
-            InputError: wrong dtype, shape or layout, an empty batch, NaN, or a closed session.
+            InputError: wrong dtype, shape or layout, an empty batch, NaN or infinity, or a closed
+                session.
             RunFailed: the backend failed.
         """
         return self._run(self._backend.run, images_NCHW, stream)[0]
 
     def run_outputs(self, images_NCHW: Any, *, stream: object = None) -> dict[str, NDArray[Any]]:
-        """Does what `run` does, and returns every output of the file by its name."""
-        answers = self._run(self._backend.run, images_NCHW, stream)
-        return {output.name: answer for output, answer in zip(self._backend.outputs, answers, strict=True)}
+        """Run the network like `run`, and return every output by its name."""
+        outputs = self._run(self._backend.run, images_NCHW, stream)
+        return {info.name: output for info, output in zip(self._backend.outputs, outputs, strict=True)}
 
     def run_on_device(self, images_NCHW: Any, *, stream: object = None) -> dict[str, DeviceArray]:
-        """Does what `run_outputs` does, and leaves the outputs on the GPU, for a model that runs there.
+        """Run the network like `run_outputs`, and keep the outputs on the GPU.
 
-        Returns when they are written, so that no stream need wait; `torch.from_dlpack`, `cupy.asarray` and others take
-        them without a copy. Raises InputError for a model that runs on the CPU.
+        The outputs are completely written, so no stream needs to wait. `torch.from_dlpack`,
+        `cupy.asarray` and similar functions use them without a copy.
+
+        Raises:
+            InputError: the model runs on the CPU, or as in `run`.
+            RunFailed: the backend failed.
         """
-        answers = self._run(self._backend.run_on_device, images_NCHW, stream)
-        return {output.name: answer for output, answer in zip(self._backend.outputs, answers, strict=True)}
+        outputs = self._run(self._backend.run_on_device, images_NCHW, stream)
+        return {info.name: output for info, output in zip(self._backend.outputs, outputs, strict=True)}
 
     def predict(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> list[Prediction]:
-        """Classifies images of any size; the model file says how to preprocess them.
+        """Classify images of any size, with the preprocessing that the model file describes.
 
         Args:
-            images: paths, encoded bytes, uint8 arrays (H, W, 3) in RGB or (H, W) in gray,
-                or PIL images; kinds may be mixed.
-            batch_size: images the network sees at once.
+            images: paths, encoded bytes, uint8 arrays (RGB of shape (H, W, 3), or gray of shape (H,
+                W)) or PIL images, in any combination.
+            batch_size: images per run of the network.
 
         Returns:
-            One Prediction an image, in order; none for no images.
+            One Prediction per image, in their order.
 
         Raises:
             DataError: an image cannot be decoded; the message names it.
             SpecError: the model file does not describe its preprocessing.
-            InputError: not a list, or a closed session.
+            InputError: `images` is not a list, or the session is closed.
         """
         _check_list(images)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1; found {batch_size}")
         spec = self.spec
         predictions: list[Prediction] = []
-        self._gate.enter()
-        failed = True
-        try:
+        with self._calls.track() as call:
             for start in range(0, len(images), batch_size):
-                batch_NCHW = self._prepared(images[start : start + batch_size], spec)
+                batch_NCHW = self._prepare(images[start : start + batch_size], spec)
                 predictions += predictions_of(self._backend.run_checked(batch_NCHW), spec)
-            failed = False
-        finally:
-            self._gate.leave(len(images), failed=failed)
+            call.images = len(images)
         return predictions
 
     def submit(self, images_NCHW: Any, *, timeout_s: float = math.inf) -> Future[NDArray[Any]]:
-        """Does what `run` does, in a batch with other requests; returns at once.
+        """Submit a batch for `run`, to be joined with other requests, and return at once.
 
         Args:
-            images_NCHW: as `run` takes them, in the CPU's memory; not to be changed before the answer is there.
+            images_NCHW: a batch for `run`, in CPU memory. Do not change it before the result is
+                ready.
             timeout_s: seconds after which the future fails with DeadlineExceeded.
 
         Returns:
-            A future of what `run` returns. `cancel` works until the answer is there.
+            A future of the result of `run`. It can be cancelled until the result is ready.
 
         Raises:
-            InputError: as `run`, and for more images than may wait.
-            QueueFull: no room; ask again later.
+            InputError: as in `run`, or there are more images than the queue can hold.
+            QueueFull: the queue has no room; retry later.
         """
-        _ = self.backend  # raises once the session is closed
-        return self._batcher.submit(images_NCHW, timeout_s=timeout_s, finish=lambda answers: answers[0])
+        _ = self.backend  # raises SessionClosed after `close`
+        return self._batcher.submit(images_NCHW, timeout_s=timeout_s, finish=lambda outputs: outputs[0])
 
     def submit_predict(self, images: Sequence[ImageLike], *, timeout_s: float = math.inf) -> Future[list[Prediction]]:
-        """Does what `predict` does, in a batch with other requests; returns at once.
+        """Submit images for `predict`, to be joined with other requests, and return at once.
 
-        Room in the queue is taken before the images are decoded, in threads of the session.
+        The request takes its place in the queue before its images are decoded by threads of the
+        session.
 
         Args:
-            images: as `predict` takes them; at least one.
+            images: at least one image, as in `predict`.
             timeout_s: seconds after which the future fails with DeadlineExceeded.
 
         Returns:
-            A future of what `predict` returns; an image that cannot be decoded is its DataError.
+            A future of the result of `predict`. It fails with DataError if an image cannot be
+            decoded.
 
         Raises:
-            InputError: as `submit`; SpecError: as `predict`; QueueFull: no room; ask again later.
+            InputError: `images` is not a list or is empty, as in `submit`, or the session is
+                closed.
+            SpecError: the model file does not describe its preprocessing.
+            QueueFull: the queue has no room; retry later.
         """
         _check_list(images)
         if len(images) == 0:
             raise InputError("no images; expected at least one")
         spec = self.spec
         request, future = self._batcher.reserve(
-            len(images), timeout_s=timeout_s, finish=lambda answers: predictions_of(answers, spec)
+            len(images), timeout_s=timeout_s, finish=lambda outputs: predictions_of(outputs, spec)
         )
-        self._decoder.start(request, images, lambda some: self._prepared(some, spec))
+        self._decoder.start(request, images, lambda some: self._prepare(some, spec))
         return future
 
     async def arun(self, images_NCHW: Any, *, timeout_s: float = math.inf) -> NDArray[Any]:
-        """Awaits what `submit` returns; cancelling the task cancels the request. Blocks no thread meanwhile."""
+        """Await `submit`, without blocking a thread. Cancelling the task cancels the request."""
         import asyncio
 
         return await asyncio.wrap_future(self.submit(images_NCHW, timeout_s=timeout_s))
 
     async def apredict(self, images: Sequence[ImageLike], *, timeout_s: float = math.inf) -> list[Prediction]:
-        """Awaits what `submit_predict` returns; cancelling the task cancels the request."""
+        """Await `submit_predict`, without blocking a thread. Cancelling the task cancels it."""
         import asyncio
 
         return await asyncio.wrap_future(self.submit_predict(images, timeout_s=timeout_s))
 
     def close(self, *, drain: bool = True) -> None:
-        """Frees the model, after the calls that are inside. Closing twice is fine.
+        """Wait for calls in flight, and free the model. Closing twice is allowed.
+
+        In the callback of a future it returns at once, and the model is freed once all requests
+        have ended.
 
         Args:
-            drain: answer the submitted requests that wait; otherwise they fail with SessionClosed.
-
-        Called by a future's callback it returns at once, and the model is freed when the rest is done.
+            drain: complete the submitted requests. Otherwise they fail with SessionClosed.
         """
-        if not self._gate.close():
+        if not self._calls.close():
             return
-        if in_own_thread():
+        if in_worker_thread():
             threading.Thread(target=self._free, args=(drain,), name="advprop-close").start()
         else:
             self._free(drain)
@@ -267,20 +278,16 @@ class Session:
         self.close(drain=kind is None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._gate.closed else f"{self._backend.name} on {self._backend.device}"
+        state = "closed" if self._calls.closed else f"{self._backend.name} on {self._backend.device}"
         return f"<Session {self._source} ({state})>"
 
-    def _run(self, run: Callable[..., tuple[_Answer, ...]], images_NCHW: Any, stream: object) -> tuple[_Answer, ...]:
-        self._gate.enter()
-        count, failed = 0, True
-        try:
-            answers = run(images_NCHW, stream=stream)
-            count, failed = len(answers[0]), False
-        finally:
-            self._gate.leave(count, failed=failed)
-        return answers
+    def _run(self, run: Callable[..., tuple[_Output, ...]], images_NCHW: Any, stream: object) -> tuple[_Output, ...]:
+        with self._calls.track() as call:
+            outputs = run(images_NCHW, stream=stream)
+            call.images = len(outputs[0])
+        return outputs
 
-    def _prepared(self, images: Sequence[ImageLike], spec: ModelSpec) -> NDArray[Any]:
+    def _prepare(self, images: Sequence[ImageLike], spec: ModelSpec) -> NDArray[Any]:
         fitted_NHWC = fit_all(images, spec.preprocessing)
         batch = network_input(fitted_NHWC, spec.preprocessing, spec.input_form)
         batch = batch.astype(self._backend.input.dtype, copy=False)
@@ -294,6 +301,6 @@ class Session:
 
 
 def _check_list(images: Any) -> None:
-    many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-    if not many and not (isinstance(images, np.ndarray) and images.ndim == 4):
-        raise InputError("predict takes a list of images; put the one image in [ ]")
+    is_list = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    if not is_list and not (isinstance(images, np.ndarray) and images.ndim == 4):
+        raise InputError("predict takes a list of images", fix="put a single image in a list: [image]")

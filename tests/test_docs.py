@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from tests.support import ROOT
 from tests.support.evaluation_sets import labeled_folder, toy_onnx
@@ -45,7 +46,7 @@ def test_evaluating_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 def test_embedding(trained: FitResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = export_checkpoint(trained.last, out=tmp_path, precision="fp16")
+    result = export_checkpoint(trained.last, ExportConfig(out=tmp_path, precision="fp16"))
     Image.fromarray(np.full((9, 9), 128, np.uint8)).save(tmp_path / "photo.jpg")
     code = block("README.md", "import runtime").replace(
         '"runs/efficientnet_b3/model.fp16.onnx"', repr(str(result.reduced_onnx))

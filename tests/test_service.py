@@ -164,7 +164,7 @@ def test_overload_is_503_and_passes(start: Start) -> None:
         statuses = [status for status, _ in answers]
         assert set(statuses) == {200, 503}
         assert all(content["label"] == "green" for status, content in answers if status == 200)
-        assert any("images wait and at most 3 may" in content for status, content in answers if status == 503)
+        assert any("of at most 3 images wait" in content for status, content in answers if status == 503)
         assert (await ask(port, "/predict", jpeg((0, 200, 0))))[0] == 200
 
     port = start(serving_model(body), "--max-queued", "3", "--max-batch", "1")

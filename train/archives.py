@@ -13,16 +13,15 @@ tar files can be read so: a compressed one has no places to jump to.
 from __future__ import annotations
 
 import logging
-import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, overload
+from typing import overload
 
 from timm.utils.misc import natural_key
 
 from runtime.errors import DataError
-from runtime.preprocessing import SUFFIXES
+from runtime.system.image_sources import TarMember, is_image_name, tar_members
 from train.data import ImageData, ImageSet, by_class, class_names, median_short_side
 
 __all__ = ["find_archives", "image_archives"]
@@ -32,35 +31,10 @@ log = logging.getLogger(__name__)
 _PARTS = {"train": ("train",), "val": ("val", "validation")}
 
 
-class Member(NamedTuple):
-    """A file in a tar file."""
-
-    archive: str
-    """Path of the tar file."""
-    name: str
-    """Path within."""
-    offset: int
-    """Where its bytes begin."""
-    size: int
-    """How many they are."""
-
-    def read(self) -> bytes:
-        """Returns the file's bytes. Raises DataError where there are fewer."""
-        try:
-            with Path(self.archive).open("rb") as file:  # anew each time: loader processes share no file
-                file.seek(self.offset)
-                content = file.read(self.size)
-        except OSError as error:
-            raise DataError(f"cannot read {self.archive}: {error.strerror}") from error
-        if len(content) != self.size:
-            raise DataError(f"{self.archive} is truncated at {self.name}")
-        return content
-
-
 class TarImages:
     """Encoded images in tar files."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[TarMember]) -> None:
         self._members = members
 
     def __len__(self) -> int:
@@ -103,7 +77,7 @@ def image_archives(root: Path) -> ImageData:
     for part, files in archives.items():
         if not files:
             raise DataError(f"{root}: found no tar files of {part}; expected {part}.tar, {part}/*.tar or *{part}*.tar")
-    members = {part: [member for file in files for member in _members(file)] for part, files in archives.items()}
+    members = {part: [member for file in files for member in tar_members(file)] for part, files in archives.items()}
     if any(member.name.endswith(".cls") for member in members["train"]):
         train, val = _shards(members["train"], root / "train"), _shards(members["val"], root / "val")
         count = 1 + max(max(train.labels), max(val.labels))
@@ -118,38 +92,25 @@ def image_archives(root: Path) -> ImageData:
     return by_class(root, _classes(members["train"]), _classes(members["val"]), TarImages)
 
 
-def _members(archive: Path) -> list[Member]:
-    log.info("reading the headers of %s", archive)
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            return [Member(str(archive), file.name, file.offset_data, file.size) for file in tar if file.isreg()]
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"cannot read {archive} as a plain tar file: {error}; a compressed one is unpacked first"
-        ) from error
-
-
-def _is_image(member: Member) -> bool:
-    return member.name.lower().endswith(SUFFIXES)
-
-
-def _classes(members: Sequence[Member]) -> dict[str, list[Member]]:
+def _classes(members: Sequence[TarMember]) -> dict[str, list[TarMember]]:
     """By the folder within the tar file, or else by the tar file's own name."""
-    found: dict[str, list[Member]] = defaultdict(list)
-    for member in filter(_is_image, members):
+    found: dict[str, list[TarMember]] = defaultdict(list)
+    for member in members:
+        if not is_image_name(member.name):
+            continue
         folder = PurePosixPath(member.name).parent.name
         found[folder or Path(member.archive).stem].append(member)
     return {name: sorted(files, key=lambda file: natural_key(file.name)) for name, files in found.items()}
 
 
-def _shards(members: Sequence[Member], where: Path) -> ImageSet:
+def _shards(members: Sequence[TarMember], where: Path) -> ImageSet:
     """WebDataset samples: consecutive files that share the name up to the first dot."""
-    images: dict[tuple[str, str], Member] = {}
+    images: dict[tuple[str, str], TarMember] = {}
     labels: dict[tuple[str, str], int] = {}
     for member in members:
         path = PurePosixPath(member.name)
         key = (member.archive, str(path.parent / path.name.split(".", 1)[0]))
-        if _is_image(member):
+        if is_image_name(member.name):
             images[key] = member
         elif path.name.endswith(".cls"):
             text = member.read().decode("ascii", "replace").strip()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
 from runtime.errors import ConfigError, DataError
-from runtime.preprocessing import SUFFIXES, ImageLike, image_size, spread
+from runtime.preprocessing import ImageLike, image_size
 from runtime.spec import Preprocessing
+from runtime.system.image_sources import SUFFIXES, class_folders, find_images, spread
 from train.config import DataConfig
 
 __all__ = [
@@ -222,18 +222,9 @@ def by_class(
 
 
 def _labeled_files(folder: Path) -> dict[str, list[str]]:
-    """Image files by the name of the class folder, whatever is below it; hidden folders are left out."""
-    found: dict[str, list[str]] = {}
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.name.startswith("."):
-            files = (
-                str(Path(where, name))
-                for where, _, names in os.walk(entry, followlinks=True)
-                for name in names
-                if name.lower().endswith(SUFFIXES)
-            )
-            found[entry.name] = sorted(files, key=natural_key)
-    return found
+    """Return the image files by class folder, in natural order, as timm sorts them."""
+    found = find_images(folder, class_folders(folder))
+    return {name: sorted((str(folder / file) for file in files), key=natural_key) for name, files in found.items()}
 
 
 def _imagenet_names(wnids: Sequence[str]) -> tuple[str, ...]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from runtime.system.console import cli_errors, set_up_logging
+from runtime.system.command import Command, Option
+from runtime.system.console import set_up_logging
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
-  python -m train.run --arch efficientnet_b3                  the embedded digits
-  python -m train.run --arch resnet50 --data ~/imagenet       train/CLASS/*, val/CLASS/*
+  python -m train.run --arch efficientnet_b3                  the digits of scikit-learn
+  python -m train.run --arch resnet50 --data ~/imagenet       train/CLASS/IMAGE, val/CLASS/IMAGE
   python -m train.run --arch resnet50 --data ~/imagenet --resume
   python -m train.run --arch resnet18 --dataset torch/cifar10 --data ~/cifar --set data.download=true
   python -m train.run --arch efficientnet_b3 --data ~/imagenet --preset paper
@@ -22,8 +26,8 @@ Examples:
   torchrun --nproc-per-node 4 -m train.run --arch resnet50 --data ~/imagenet
 
 \b
-Settings without an option of their own are fields of train/config.py: --set FIELD=VALUE,
-or a TOML file. Order of precedence: options, --set, --config, --preset, defaults.
+All other settings are fields of TrainConfig (train/config.py): use --set FIELD=VALUE or a TOML file.
+Precedence: options, then --set, --config, --preset and the defaults.
 """
 
 OPTIONS = {  # option → field
@@ -48,76 +52,97 @@ OPTIONS = {  # option → field
 }
 
 
-@click.command("train", epilog=EXAMPLES)
-@click.option("--arch", metavar="NAME", help="timm's name of the architecture.")
-@click.option(
+def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function], _Function]:
+    return click.option(*names, cls=Option, group=group, **attributes)
+
+
+@click.command("train", cls=Command, epilog=EXAMPLES)
+@_option("", "--arch", metavar="NAME", help="Architecture, by its timm name.")
+@_option(
+    "",
     "--data",
     "root",
     metavar="DIR",
-    help="Folder with train/CLASS/ and val/CLASS/, or tar files of them.  [default: the embedded digits]",
+    help="Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or their tar files (default: the digits of scikit-learn).",
 )
-@click.option(
-    "--dataset", metavar="NAME", help="A data set by timm's name, e.g. torch/cifar10; --data is where it is kept."
+@_option(
+    "",
+    "--dataset",
+    metavar="NAME",
+    help="Dataset by its timm name, such as torch/cifar10; --data is the folder that holds it.",
 )
-@click.option(
+@_option(
+    "",
     "--recipe",
     metavar="NAME",
-    help="advprop, vanilla, adversarial, shared-bn, finetune, fine-grained or fast.  [default: advprop]",
+    help="Recipe: advprop, vanilla, adversarial, shared-bn, finetune, fine-grained or fast (default: advprop).",
 )
-@click.option(
+@_option(
+    "",
     "--preset",
     type=click.Choice(["paper"]),
-    help="The published settings of EfficientNet-B0…B8, ResNet-50/101/152/200.",
+    help="Published settings of EfficientNet-B0 to B8 and ResNet-50/101/152/200.",
 )
-@click.option("--epsilon", type=float, help="Attack strength, in 1/255.  [default: 1]")
-@click.option("--attack-steps", type=int, help="PGD steps.  [default: ε + 1, one at ε = 1]")
-@click.option("--epochs", type=int, help="Passes over the data.  [default: 8 on the digits, else 100]")
-@click.option(
+@_option("", "-o", "--out", metavar="DIR", help="Folder for checkpoints (default: runs/ARCH, or runs/ARCH-RECIPE).")
+@_option("Training", "--epsilon", type=float, help="Attack strength, in 1/255 (default: 1).")
+@_option("Training", "--attack-steps", type=int, help="PGD steps (default: ε + 1, but 1 if ε = 1).")
+@_option("Training", "--epochs", type=int, help="Passes over the training images (default: 100; 8 on the digits).")
+@_option(
+    "Training",
     "--batch-size",
     type=int,
-    help="Clean images a step and process.  [default: 32 on the digits, 128 up to 64 px, else 64]",
+    help="Clean images per step and process (default: 64; 128 up to 64 px; 32 on the digits).",
 )
-@click.option(
-    "--img-size", type=int, metavar="PIXELS", help="Input size.  [default: the model's, less for small images]"
+@_option(
+    "Training",
+    "--img-size",
+    type=int,
+    metavar="PIXELS",
+    help="Input size (default: the architecture's own, or less if the images are smaller).",
 )
-@click.option("--lr", type=float, help="Peak learning rate.  [default: 3e-3]")
-@click.option("--seed", type=int, help="Seeds everything.  [default: 0]")
-@click.option("--workers", type=int, help="Loader processes.  [default: by cores]")
-@click.option("--amp", type=click.Choice(["none", "bf16", "fp16"]), help="Mixed precision.  [default: none]")
-@click.option("--pretrained", is_flag=True, default=None, help="Start from timm's pretrained weights (a download).")
-@click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where it is]")
-@click.option(
-    "--out", metavar="DIR", help="Where checkpoints go.  [default: runs/ARCH, runs/ARCH-RECIPE for another recipe]"
-)
-@click.option(
+@_option("Training", "--lr", type=float, help="Peak learning rate (default: 3e-3).")
+@_option("Training", "--seed", type=int, help="Seed of all random numbers (default: 0).")
+@_option("Training", "--pretrained", is_flag=True, default=None, help="Download timm's pretrained weights.")
+@_option("Execution", "--workers", type=int, help="Processes that load images (default: by number of cores).")
+@_option("Execution", "--amp", type=click.Choice(["none", "bf16", "fp16"]), help="Mixed precision (default: none).")
+@_option("Execution", "--device", help="Device: cpu, cuda, cuda:1, … (default: the GPU if there is one).")
+@_option(
+    "Execution",
     "--resume",
     is_flag=False,
     flag_value="auto",
     type=click.Choice(["auto", "never"]),
-    help="Continue from last.pt in the output folder, where there is one.",
+    help="Continue from last.pt in the output folder, if it exists.",
 )
-@click.option("--overwrite", is_flag=True, default=None, help="Start anew where another run's last.pt is, and lose it.")
-@click.option(
+@_option(
+    "Execution",
+    "--overwrite",
+    is_flag=True,
+    default=None,
+    help="Start again in a folder that holds another run, and delete that run.",
+)
+@_option(
+    "Settings",
     "--config",
     "config_path",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Settings as TOML; config.toml of a run repeats it.",
+    help="TOML file of settings; the config.toml of a run repeats it.",
 )
-@click.option(
+@_option(
+    "Settings",
     "--set",
     "settings",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="Any setting, e.g. optim.weight_decay=1e-5. Repeatable.",
+    help="Any field of TrainConfig, such as optim.weight_decay=1e-5. Repeatable.",
 )
-@cli_errors
 def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...], **options: Any) -> None:
     """Train a classifier on clean and adversarial images together (AdvProp).
 
-    Each kind goes through its own BatchNorm; the clean one is used afterwards. Writes
-    last.pt, best.pt, metrics.csv, curves.png and config.toml. Ctrl-C saves first; --resume goes on
-    from there.
+    Clean and adversarial images have a BatchNorm each; only the clean one is used for inference. Writes
+    last.pt, best.pt, metrics.csv, curves.png and config.toml. Ctrl-C saves the state first; --resume continues
+    from it.
     """
     console = set_up_logging()
     from train.config_file import from_mapping, merge, parse_setting, read_toml

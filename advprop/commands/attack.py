@@ -1,7 +1,9 @@
-"""`advprop attack`: how accurate model files are on images that were changed to fool them."""
+"""`advprop attack`: measure accuracy under adversarial attack."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -9,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.engine.command_line import cpu_kernels_option, device_option
-from runtime.system.console import cli_errors, counting_bars, set_up_logging
+from runtime.system.command import CommaList, Command, Option, as_config, device_option
+from runtime.system.console import counting_bars, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,128 +31,199 @@ Examples:
   advprop report evaluation/*.json -o report.html      with the results of advprop eval: accuracy against ε
 
 \b
-pgd, apgd  by the gradient of --checkpoint, then shown to every MODEL (transfer)
-square     by each MODEL's own logits
-noise      the control: random noise of the same size
-A run that was stopped goes on when the same command is given again.
+Attacks:
+  pgd, apgd  use the gradient of --checkpoint; the images are then shown to every MODEL (transfer)
+  square     uses each MODEL's own logits
+  noise      is the control: random noise with the same ε
+
+\b
+To resume an interrupted run, repeat its command.
 """
 
+_ATTACKS = (
+    Option(
+        ["--attacks"],
+        type=CommaList(str),
+        metavar="NAMES",
+        group="Attacks",
+        help="Attacks to run: pgd, apgd, square, noise (default: all that are possible).",
+    ),
+    Option(
+        ["--eps", "epsilons"],
+        type=CommaList(float, "numbers such as 1,2,4"),
+        metavar="E,...",
+        group="Attacks",
+        help="Maximum change of a pixel, in 1/255 (default: 4; 8 for networks up to 64 px).",
+    ),
+    Option(
+        ["--queries"],
+        default=1000,
+        show_default=True,
+        type=click.IntRange(min=1),
+        group="Attacks",
+        help="Square attack: queries per image.",
+    ),
+    Option(
+        ["--initial-share"],
+        default=0.8,
+        show_default=True,
+        group="Attacks",
+        help="Square attack: share of the image that the first square covers, 0 to 1.",
+    ),
+    Option(
+        ["--draws"],
+        default=10,
+        show_default=True,
+        type=click.IntRange(min=1),
+        group="Attacks",
+        help="Noise draws per image; the worst is reported.",
+    ),
+    Option(
+        ["--steps"],
+        default=20,
+        show_default=True,
+        type=click.IntRange(min=1),
+        group="Attacks",
+        help="PGD and APGD: number of steps.",
+    ),
+    Option(
+        ["--restarts"],
+        default=1,
+        show_default=True,
+        type=click.IntRange(min=1),
+        group="Attacks",
+        help="PGD and APGD: number of random restarts.",
+    ),
+)
 
-class _Several(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """Values with commas between them."""
 
-    def __init__(self, name: str, of: type) -> None:
-        self.name, self._of = name, of
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self._of(part.strip()) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            return self.fail(f"expected {self.name} such as 1,2,4; found {value!r}", param, ctx)
-
-
-@click.command("attack", epilog=EXAMPLES)
+@click.command("attack", cls=Command, epilog=EXAMPLES)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Labeled images, CLASS/IMAGE."
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of labeled images, CLASS/IMAGE.",
 )
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Whose gradient PGD and APGD use.")
-@click.option("--attacks", type=_Several("names", str), metavar="NAMES", help="pgd,apgd,square,noise.  [default: all]")
 @click.option(
-    "--eps",
-    "epsilons",
-    type=_Several("numbers", float),
-    metavar="E,E,…",
-    help="Largest change of a pixel, in 1/255.  [default: 4; up to 64 px: 8]",
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Checkpoint whose gradient PGD and APGD follow.",
 )
-@click.option("--queries", default=1000, show_default=True, type=click.IntRange(min=1), help="Of Square, an image.")
-@click.option("--initial-share", default=0.8, show_default=True, help="Share of the pixels in Square's first squares.")
-@click.option("--draws", default=10, show_default=True, type=click.IntRange(min=1), help="Noises; the worst counts.")
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(min=1), help="Of PGD and APGD.")
-@click.option("--restarts", default=1, show_default=True, type=click.IntRange(min=1), help="Of PGD and APGD.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Images, from all classes in proportion.")
-@click.option("--seed", default=0, show_default=True, help="Of the limit and of the attacks.")
-@click.option("--out", default=Path("evaluation"), show_default=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Images at once.")
-@click.option("--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores.")
-@device_option("Where models run.")
-@cpu_kernels_option
-@cli_errors
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Maximum number of images, sampled from all classes in proportion.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed for sampling and attacks.")
+@click.option(
+    "-o",
+    "--out",
+    default=Path("evaluation"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for results.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON instead of a table.")
+@as_config("attacks", _ATTACKS, dict)
+@click.option(
+    "--batch-size",
+    cls=Option,
+    group="Execution",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Images per batch.",
+)
+@click.option(
+    "--threads",
+    cls=Option,
+    group="Execution",
+    default=0,
+    show_default=True,
+    help="CPU threads of ONNX Runtime; 0 uses all cores.",
+)
+@device_option(group="Execution")
+@click.option(
+    "--gpu-kernels/--cpu-kernels",
+    cls=Option,
+    group="Execution",
+    default=True,
+    help="Round as a GPU does, also on a CPU. With --cpu-kernels, attack what services on this CPU compute.",
+)
 def main(
     models: tuple[Path, ...],
     data: Path,
     checkpoint: Path | None,
-    attacks: tuple[str, ...] | None,
-    epsilons: tuple[float, ...] | None,
-    queries: int,
-    initial_share: float,
-    draws: int,
-    steps: int,
-    restarts: int,
     limit: int | None,
     seed: int,
     out: Path,
-    batch_size: int,
-    threads: int,
-    device: str,
-    cpu_kernels: bool,
+    as_json: bool,
+    attacks: dict[str, Any],
+    **execution: Any,
 ) -> None:
-    """Attack MODELs: ONNX files, engines and checkpoints, in the L-inf ball, with images rounded to uint8.
+    """Attack MODELs (ONNX files, engines and checkpoints) inside the L-inf ball, with images rounded to uint8.
 
-    Prints a table, and writes OUT/MODEL.attack.json, which advprop report draws as accuracy against ε.
+    Prints a table and writes OUT/MODEL.attack.json, which advprop report plots as accuracy against ε.
     """
     console = set_up_logging()
     from advprop import checkpoints
-    from runtime.evaluate import AttackConfig, AttackedModel, SuiteConfig, load_attacker, load_model, load_models
-    from runtime.evaluate.attacks.config import default_attacks, default_epsilon
+    from runtime.evaluate import SuiteConfig, load_attacker, load_model, load_models
     from runtime.system.files import output_dir
 
-    def config(width: float) -> AttackConfig:
-        return AttackConfig(
-            attacks=default_attacks(checkpoint is not None) if attacks is None else attacks,
-            epsilons=(width,) if epsilons is None else epsilons,
-            queries=queries,
-            initial_share=initial_share,
-            draws=draws,
-            steps=steps,
-            restarts=restarts,
-            seed=seed,
-        )
-
-    asked = config(1)  # what is wrong with the options is said before models are loaded
-    asked.check_gradient(checkpoint is not None)
+    asked = _attack_config(attacks, seed, checkpoint)  # reports bad options before models are loaded
     output_dir(out)
     attacker = None
     if checkpoint is not None and asked.gradient:
-        attacker = load_attacker(checkpoint, checkpoint_loader=checkpoints.load_attacker, device=device)
+        attacker = load_attacker(checkpoint, checkpoint_loader=checkpoints.load_attacker, device=execution["device"])
     elif checkpoint is not None:
-        log.warning("--checkpoint has no effect: neither pgd nor apgd is asked for")
+        log.warning("--checkpoint has no effect: neither pgd nor apgd was requested")
     load = partial(
         load_model,
-        device=device,
-        threads=threads,
-        exact=not cpu_kernels,
+        device=execution["device"],
+        threads=execution["threads"],
+        exact=execution["gpu_kernels"],
         checkpoint_loader=checkpoints.load_predictor,
     )
     loaded, white_box = load_models(load, models, checkpoint if attacker else None)
-    asked = config(default_epsilon(loaded[0].spec))
-    targets = [AttackedModel(model=model, attacks=asked.attacks) for model in loaded]
-    if white_box is not None and all(white_box is not model for model in loaded):
-        # Square attack costs most, and is on the files' logits: those of the checkpoint too where it is a MODEL.
-        cheap = tuple(name for name in asked.attacks if name != "square")
+    if attacks["epsilons"] is None:
+        from runtime.evaluate.attacks.config import default_epsilon
+
+        asked = dataclasses.replace(asked, epsilons=(default_epsilon(loaded[0].spec),))
+    suite = SuiteConfig(name="imagenet", data=data, limit=limit, seed=seed)
+    targets = _targets(loaded, white_box, asked)
+    results = _attack(console, targets, suite, asked, out, attacker, execution["batch_size"])
+    _show(console, results, out, as_json)
+
+
+def _attack_config(attacks: dict[str, Any], seed: int, checkpoint: Path | None) -> AttackConfig:
+    """Return the settings, with ε = 1/255 if none was given."""
+    from runtime.evaluate.attacks.config import AttackConfig, default_attacks
+
+    values = dict(attacks)
+    if values["attacks"] is None:
+        values["attacks"] = default_attacks(checkpoint is not None)
+    if values["epsilons"] is None:
+        values["epsilons"] = (1.0,)
+    config = AttackConfig(seed=seed, **values)
+    config.check_gradient(checkpoint is not None)
+    return config
+
+
+def _targets(models: Sequence[Any], white_box: Any, config: AttackConfig) -> list[AttackedModel]:
+    from runtime.evaluate import AttackedModel
+    from runtime.evaluate.attacks.config import SQUARE
+
+    targets = [AttackedModel(model=model, attacks=config.attacks) for model in models]
+    if white_box is not None and all(white_box is not model for model in models):
+        # Square attack is the most expensive one. It attacks the checkpoint only if that is a MODEL too.
+        cheap = tuple(name for name in config.attacks if name != SQUARE)
         targets.append(AttackedModel(model=white_box, attacks=cheap))
-    results = _attack(
-        console,
-        targets,
-        SuiteConfig(name="imagenet", data=data, limit=limit, seed=seed),
-        asked,
-        out,
-        attacker,
-        batch_size,
-    )
-    _write(console, results, out)
+    return targets
 
 
 def _attack(
@@ -173,9 +246,7 @@ def _attack(
         return attack(targets, data, config, out=out, attacker=attacker, batch_size=batch_size, progress=show)
 
 
-def _write(console: Console, results: list[AttackResult], out: Path) -> None:
-    import json
-
+def _show(console: Console, results: list[AttackResult], out: Path, as_json: bool) -> None:
     from runtime.evaluate import attack_notes, attack_table, result_path
     from runtime.system.files import write_text
 
@@ -184,6 +255,9 @@ def _write(console: Console, results: list[AttackResult], out: Path) -> None:
         path = result_path(result["model"], out, "attack.json")
         write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         written.append(str(path))
+    if as_json:
+        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+        return
     console.print(attack_table(results))
     for line in (*attack_notes(results), f"wrote {', '.join(written)}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

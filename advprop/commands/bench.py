@@ -1,109 +1,206 @@
-"""`advprop bench`: how fast model files are, side by side."""
+"""`advprop bench`: measure the latency and throughput of models."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.engine.command_line import device_option
-from runtime.system.console import cli_errors, counting_bars, set_up_logging
+from runtime.system.command import CommaList, Command, Option, as_config
+from runtime.system.console import counting_bars, set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from runtime.bench import Bench
+    from runtime.bench import Bench, BenchConfig, LoadOptions
 
 EXAMPLES = """\b
 Examples:
   advprop bench model.fp16.engine --against torch,ort
-  advprop bench model.onnx model.int8.onnx --batch 1,8 --threads 4
-  advprop bench model.fp16.engine --batch 8 --concurrency 1,2,4,8
-  advprop bench model.onnx best.pt --images photos/ --duration-s 10
+  advprop bench model.onnx model.int8.onnx --batch-sizes 1,8 --threads 4
+  advprop bench model.fp16.engine --batch-sizes 8 --concurrency 1,2,4,8
+  advprop bench model.onnx best.pt --data photos/ --duration-s 10
   advprop report evaluation/*.json bench/*.batch1.json -o report.html
 
 \b
-All take turns in short rounds; ratios are of the same round, to the first FILE.
-Ctrl-C keeps the points that are finished.
+Models take turns in short rounds. Ratios compare turns of the same round with the first FILE.
+Ctrl-C keeps the measurements that are finished.
 """
 
-
-class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """`1,8,32`."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(word) for word in str(value).split(","))
-        except ValueError:
-            self.fail(f"expected numbers such as 1,8,32; found {value!r}", param, ctx)
+_NUMBERS = CommaList(int, "whole numbers such as 1,8,32")
 
 
-@click.command("bench", epilog=EXAMPLES)
+def _bench_config(values: dict[str, Any]) -> BenchConfig:
+    from runtime.bench import BenchConfig
+
+    return BenchConfig(batch_sizes=values.pop("batch_sizes") or (), **values)
+
+
+_MEASUREMENT = (
+    Option(
+        ["--batch-sizes"],
+        former=["--batch"],
+        type=_NUMBERS,
+        metavar="N,...",
+        group="Measurement",
+        help="Batch sizes to measure (default: those of 1,8,32 that every FILE accepts).",
+    ),
+    Option(
+        ["--concurrency"],
+        default="1",
+        show_default=True,
+        type=_NUMBERS,
+        metavar="N,...",
+        group="Measurement",
+        help="Numbers of threads that call the model at once.",
+    ),
+    Option(
+        ["--warm-up-ms"],
+        default=200.0,
+        show_default=True,
+        group="Measurement",
+        help="Warm-up before each measurement, in milliseconds.",
+    ),
+    Option(
+        ["--duration-s"],
+        default=3.0,
+        show_default=True,
+        group="Measurement",
+        help="Seconds per metric, file and batch size.",
+    ),
+    Option(
+        ["--iterations"],
+        default=10,
+        show_default=True,
+        group="Measurement",
+        help="Minimum number of calls per measurement.",
+    ),
+    Option(["--rounds"], default=10, show_default=True, group="Measurement", help="Interleaved rounds per file."),
+    Option(
+        ["--seed"],
+        default=0,
+        show_default=True,
+        group="Measurement",
+        help="Seed for the order of turns and for generated images.",
+    ),
+)
+
+
+def _load_options(values: dict[str, Any]) -> LoadOptions:
+    from runtime.bench import LoadOptions
+
+    return LoadOptions(cuda_graphs=values.pop("graphs"), **values)
+
+
+_EXECUTION = (
+    Option(
+        ["--threads"],
+        default=0,
+        show_default=True,
+        group="Execution",
+        help="CPU threads per run; 0 leaves the choice to each library.",
+    ),
+    Option(
+        ["--spin/--no-spin"],
+        default=None,
+        group="Execution",
+        help="Let ONNX Runtime's idle threads spin (default: spin).",
+    ),
+    Option(
+        ["--graphs/--no-graphs"],
+        default=None,
+        group="Execution",
+        help="Let engines replay CUDA graphs (default: graphs).",
+    ),
+    Option(
+        ["--contexts"],
+        type=click.IntRange(min=1),
+        group="Execution",
+        help="Execution contexts per engine, that is, batches in flight (default: one per calling thread).",
+    ),
+    Option(
+        ["--device"],
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        group="Execution",
+        help="Device to run on; auto uses the GPU if a model can run there.",
+    ),
+)
+
+
+@click.command("bench", cls=Command, epilog=EXAMPLES)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--against", default="", metavar="PEERS", help="torch, ort or torch,ort: compare with them too.")
 @click.option(
-    "--batch", type=_Numbers(), metavar="N,...", help="Batch sizes.  [default: those of 1,8,32 that all take]"
+    "--against",
+    default="",
+    type=CommaList(str),
+    metavar="PEERS",
+    help="Peers to measure as well: torch, ort or torch,ort.",
 )
 @click.option(
-    "--concurrency", default="1", show_default=True, type=_Numbers(), metavar="N,...", help="Calling threads."
+    "--data",
+    cls=Option,
+    former=["--images"],
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of images for the metric predict (default: generated images).",
 )
-@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Images of predict.  [default: made]")
-@click.option("--out", default=Path("bench"), show_default=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--warm-up-ms", default=200.0, show_default=True, help="Before each point, of each FILE.")
-@click.option("--duration-s", default=3.0, show_default=True, help="Of each quantity, FILE and point.")
-@click.option("--iterations", default=10, show_default=True, help="Calls at the least, likewise.")
-@click.option("--rounds", default=10, show_default=True, help="Turns that each FILE gets.")
-@click.option("--seed", default=0, show_default=True, help="Of the order of turns, and of images.")
-@device_option("Where all run.")
-@click.option("--threads", default=0, show_default=True, help="CPU threads of one run; 0: as each library likes.")
-@click.option("--spin/--no-spin", default=None, help="ONNX Runtime's idle threads spin.  [default: spin]")
-@click.option("--graphs/--no-graphs", default=None, help="Engines replay CUDA graphs.  [default: graphs]")
-@click.option("--contexts", type=click.IntRange(min=1), help="Batches at once in an engine.  [default: callers]")
-@cli_errors
-def main(files: tuple[Path, ...], against: str, out: Path, images: Path | None, **options: Any) -> None:
+@click.option(
+    "-o",
+    "--out",
+    default=Path("bench"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for results.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
+@as_config("config", _MEASUREMENT, _bench_config)
+@as_config("load", _EXECUTION, _load_options)
+def main(
+    files: tuple[Path, ...],
+    against: tuple[str, ...],
+    data: Path | None,
+    out: Path,
+    as_json: bool,
+    config: BenchConfig,
+    load: LoadOptions,
+) -> None:
     """Measure latency and throughput of FILEs: ONNX files, engines and checkpoints.
 
-    Prints a table, and writes it to OUT with a plot, all numbers as JSON and CSV, and files for advprop report.
+    Prints a table and writes it to OUT, with a plot, all numbers as JSON and CSV, and files for advprop report.
     """
     console = set_up_logging()
     from advprop.checkpoints import open_torch_peer
-    from runtime.bench import SYNTHETIC, Bench, BenchConfig, LoadOptions, open_targets
+    from runtime.bench import SYNTHETIC, Bench, open_targets
     from runtime.system.files import output_dir
 
-    config = BenchConfig(
-        batch_sizes=options["batch"] or (),
-        **{name: options[name] for name in ("concurrency", "warm_up_ms", "duration_s", "iterations", "rounds", "seed")},
-    )
-    load = LoadOptions(
-        cuda_graphs=options["graphs"], **{name: options[name] for name in ("device", "threads", "spin", "contexts")}
-    )
     output_dir(out)
-    peers = [word.strip() for word in against.split(",") if word.strip()]
     with console.status("loading"):
-        targets = open_targets(files, peers, load, max_callers=max(config.concurrency), torch_opener=open_torch_peer)
+        targets = open_targets(files, against, load, max_callers=max(config.concurrency), torch_opener=open_torch_peer)
     try:
-        with console.status("making images"):
-            bench = Bench(targets, config, images)
-        _measure(console, bench, out, str(images) if images else SYNTHETIC)
+        bench = Bench(targets, config, data)
+        _measure(console, bench, out, str(data) if data else SYNTHETIC, as_json)
     finally:
         for target in targets:
             target.close()
 
 
-def _measure(console: Console, bench: Bench, out: Path, images: str) -> None:
+def _measure(console: Console, bench: Bench, out: Path, images: str, as_json: bool) -> None:
     from runtime.bench import measure_and_write, notes_of, table_of
 
     def show(result: dict[str, Any], written: list[Path]) -> None:
+        if as_json:
+            click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+            return
         console.print(table_of(result))
         for line in (*notes_of(result), f"wrote {', '.join(path.name for path in written)} to {out}"):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    # Bars are drawn between rounds only: a thread that draws would compete with what is measured.
+    # Drawn between rounds only: a drawing thread would compete with the model that is being measured.
     with counting_bars(console, auto_refresh=False) as bars:
         task = bars.add_task("", total=None)
 

@@ -1,51 +1,47 @@
-"""`advprop build`: ONNX → TensorRT engine."""
+"""`advprop build`: build a TensorRT engine from an ONNX file."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
-from runtime.engine.command_line import build_arguments, engine_options, image_size_option
-from runtime.sizes import ImageSizes
-from runtime.system.console import cli_errors, engine_bar, set_up_logging
+from runtime.engine.command_line import ENGINE_OPTIONS, build_arguments
+from runtime.spec import ImageSizes
+from runtime.system.command import Command, as_config, image_size_option
+from runtime.system.console import engine_bar, set_up_logging
 
 EXAMPLES = """\b
 Examples:
   advprop build model.fp16.onnx
   advprop build model.fp16.onnx --sm 86 --sm 89 --batch 1:16:64
-  advprop build open.onnx --img-size 160:224:320          where the file leaves the size open
+  advprop build dynamic.onnx --img-size 160:224:320
   advprop build model.onnx --no-cache --workspace-mib 512
 """
 
 
-@click.command("build", epilog=EXAMPLES)
+@click.command("build", cls=Command, epilog=EXAMPLES)
 @click.argument("onnx", type=click.Path(path_type=Path))
 @click.option(
+    "-o",
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The engine.  [default: the ONNX file's name, .engine]",
+    help="Engine to write (default: the ONNX file's name with .engine).",
 )
-@engine_options
-@image_size_option("MIN:OPT:MAX of a file whose image size is open.")
-@cli_errors
-def main(
-    onnx: Path,
-    out: Path | None,
-    image_sizes: ImageSizes | None,
-    verbose: bool,
-    **engine_values: Any,
-) -> None:
-    """Build a TensorRT engine from ONNX, of the precision that the ONNX graph has."""
-    console = set_up_logging(verbose)
+@image_size_option("Image sizes MIN:OPT:MAX of the engine, if the ONNX file accepts any size.")
+@as_config("arguments", ENGINE_OPTIONS, build_arguments)
+def main(onnx: Path, out: Path | None, image_sizes: ImageSizes | None, arguments: dict[str, Any]) -> None:
+    """Build a TensorRT engine from the file ONNX, in the precision of its graph."""
+    console = set_up_logging()
     from runtime.engine.build import build
     from runtime.engine.int8 import summary_of
 
-    arguments = build_arguments(engine_values)
+    arguments["options"] = dataclasses.replace(arguments["options"], image_sizes=image_sizes)
     with console.status("building") as status:
-        info = build(onnx, out, sizes=image_sizes, progress=engine_bar(status), **arguments)
+        info = build(onnx, out, progress=engine_bar(status), **arguments)
     engine = out or onnx.with_suffix(".engine")
     computed = f"; in INT8: {summary_of(info.layers)}" if info.layers else ""
     console.print(
@@ -53,6 +49,7 @@ def main(
         f"{info.precision}, for {', '.join(info.compute_capabilities)}{computed}",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
 
 

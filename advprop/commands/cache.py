@@ -1,7 +1,8 @@
-"""`advprop cache`: what is kept from earlier builds and calibrations, and making room."""
+"""`advprop cache`: list and prune cached engines and calibration histograms."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import TYPE_CHECKING
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from runtime.errors import OutputError
-from runtime.system.console import cli_errors, set_up_logging
+from runtime.system.command import Command
+from runtime.system.console import set_up_logging
 
 if TYPE_CHECKING:
     from runtime.system.cache import CacheEntry
@@ -17,23 +19,24 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   advprop cache ls
-  advprop cache prune                     down to ADVPROP_CACHE_GB, the oldest first
+  advprop cache prune                     down to ADVPROP_CACHE_GB, oldest first
   advprop cache prune --max-gb 2
   advprop cache prune --all
   du -sh "$(advprop cache path)"
 """
 
 
-@click.group("cache", epilog=EXAMPLES)
+@click.group("cache", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """List what is cached (engines, calibration histograms), and make room.
+    """List and prune cached engines and calibration histograms.
 
-    The folder is ADVPROP_CACHE, else advprop below XDG_CACHE_HOME or ~/.cache. Each kind is kept up to ADVPROP_CACHE_GB
-    gigabytes (10), what was used longest ago going first; 0 keeps nothing.
+    The cache is in ADVPROP_CACHE, or else in the folder advprop below XDG_CACHE_HOME or ~/.cache. Each kind of
+    entry may take ADVPROP_CACHE_GB gigabytes (default: 10); the least recently used entries are removed first. 0 turns
+    the cache off.
     """
 
 
-@main.command(epilog="\b\nExamples:\n  advprop cache path")
+@main.command(cls=Command, epilog="\b\nExamples:\n  advprop cache path")
 def path() -> None:
     """Print the cache's folder."""
     from runtime.system.files import cache_folder
@@ -41,43 +44,48 @@ def path() -> None:
     click.echo(cache_folder(""))
 
 
-@main.command(epilog="\b\nExamples:\n  advprop cache ls")
-@cli_errors
-def ls() -> None:
-    """List what is kept, the last used first."""
+@main.command(cls=Command, epilog="\b\nExamples:\n  advprop cache ls\n  advprop cache ls --json")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per entry.")
+def ls(as_json: bool) -> None:
+    """List cached entries, most recently used first."""
     found = _entries()
+    if as_json:
+        rows = [dataclasses.asdict(entry) | {"content": _content(entry)} for entry in found]
+        click.echo(json.dumps(rows, indent=1, default=str))
+        return
     if not found:
-        click.echo("nothing is cached")
+        click.echo("the cache is empty")
         return
     console = set_up_logging()
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("kind", "key", "what", "MB", "last used")
+    table = Table("kind", "key", "content", "MB", "last used")
     for entry in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_s))
-        table.add_row(entry.kind, entry.key[:12], _what(entry), f"{entry.bytes / 1e6:.1f}", used)
+        table.add_row(entry.kind, entry.key[:12], escape(_content(entry)), f"{entry.bytes / 1e6:.1f}", used)
     console.print(table)
     console.print(f"{len(found)} entries, {sum(entry.bytes for entry in found) / 1e6:.1f} MB", highlight=False)
 
 
 @main.command(
-    epilog="\b\nExamples:\n  advprop cache prune\n  advprop cache prune --max-gb 2\n  advprop cache prune --all"
+    cls=Command,
+    epilog="\b\nExamples:\n  advprop cache prune\n  advprop cache prune --max-gb 2\n  advprop cache prune --all",
 )
 @click.option(
     "--max-gb",
     type=click.FloatRange(min=0),
     metavar="GB",
-    help="Size of the whole cache that may stay.  [default: ADVPROP_CACHE_GB, or 10]",
+    help="Size to shrink the cache to, in gigabytes (default: ADVPROP_CACHE_GB, or 10).",
 )
-@click.option("--all", "everything", is_flag=True, help="Leave nothing.")
-@cli_errors
+@click.option("--all", "everything", is_flag=True, help="Remove all entries.")
 def prune(max_gb: float | None, everything: bool) -> None:
-    """Remove what was used longest ago, and what killed processes left behind."""
+    """Remove the least recently used entries, and what killed processes left behind."""
     from runtime.system import cache
     from runtime.system.files import cache_folder
 
     if everything and max_gb is not None:
-        raise click.UsageError("--all leaves nothing; leave --max-gb out")
+        raise click.UsageError("--all removes every entry; remove --max-gb")
     limit = 0 if everything else cache.limit_bytes() if max_gb is None else int(max_gb * 1e9)
     try:
         for kind in cache.kinds():
@@ -88,7 +96,7 @@ def prune(max_gb: float | None, everything: bool) -> None:
     left = _entries()
     click.echo(
         f"removed {len(removed)} entries, {sum(entry.bytes for entry in removed) / 1e6:.1f} MB; "
-        f"{len(left)} are left, {sum(entry.bytes for entry in left) / 1e6:.1f} MB"
+        f"{len(left)} remain, {sum(entry.bytes for entry in left) / 1e6:.1f} MB"
     )
 
 
@@ -100,14 +108,14 @@ def _entries() -> list[CacheEntry]:
     return sorted(found, key=lambda entry: -entry.used_s)
 
 
-def _what(entry: CacheEntry) -> str:
-    """An engine in a few words; its bytes are not checked."""
+def _content(entry: CacheEntry) -> str:
+    """Describe an engine by its sidecar, without checking its bytes."""
     sidecar = next((file for file in entry.files if file.name.endswith(".engine.json")), None)
     if sidecar is None:
-        return "unfinished" if entry.kind == "engines" else ""
+        return "incomplete" if entry.kind == "engines" else ""
     try:
         content = json.loads(sidecar.read_text())
-        arch = content["spec"]["arch"] if content["spec"] else "a network"
+        arch = content["spec"]["arch"] if content["spec"] else "network without a spec"
         targets = ", ".join(content["compute_capabilities"])
         return f"{arch} {content['precision']}, {content['flavor']} {content['version']}, {targets}"
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""`advprop doctor`: what works on this machine."""
+"""`advprop doctor`: check what works on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 
 import click
 
-from runtime.system.console import cli_errors, set_up_logging
+from runtime.system.command import Command
+from runtime.system.console import set_up_logging
 
 EXAMPLES = """\b
 Examples:
@@ -16,33 +17,32 @@ Examples:
   advprop doctor --json
 
 \b
-Exit codes: 0 models can be run here; 3 they cannot.
+Exit codes: 0 models can run here; 3 they cannot.
 """
 
+_COLORS = {"ok": "green", "missing": "yellow", "broken": "red"}
 
-@click.command("doctor", epilog=EXAMPLES)
-@click.option("--json", "as_json", is_flag=True, help="A JSON array, one object a part.")
-@cli_errors
+
+@click.command("doctor", cls=Command, epilog=EXAMPLES)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per check.")
 def main(as_json: bool) -> None:
-    """Say which backends work on this machine, why the others do not, and what mends it."""
+    """Check which backends work on this machine, why the others do not, and how to fix them."""
     console = set_up_logging()
-    from advprop.doctor import examine
+    from advprop.doctor import run_checks
 
-    findings = examine()
+    findings = run_checks()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings.values()], indent=1))
     else:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table("part", "state", "found", "what mends it")
-        colors = {"ok": "green", "missing": "yellow", "broken": "red"}
-        for finding in findings:
-            state = f"[{colors[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.part, state, escape(finding.found), escape(finding.mend))
+        table = Table("part", "state", "found", "fix")
+        for finding in findings.values():
+            state = f"[{_COLORS[finding.state]}]{finding.state}[/]"
+            table.add_row(finding.part, state, escape(finding.found), escape(finding.fix))
         console.print(table)
-    runs = next(finding for finding in findings if finding.part == "ONNX Runtime")
-    sys.exit(0 if runs.state == "ok" else 3)
+    sys.exit(0 if findings["onnxruntime"].state == "ok" else 3)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""`advprop eval`: how accurate and robust a model file or checkpoint is."""
+"""`advprop eval`: measure the accuracy and robustness of models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.engine.command_line import cpu_kernels_option, device_option
 from runtime.errors import ConfigError
-from runtime.system.console import cli_errors, counting_bars, set_up_logging
+from runtime.system.command import Command, Option, as_config, device_option
+from runtime.system.console import counting_bars, set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from runtime.evaluate import Cluster, Model, RunConfig, SuiteConfig
+    from runtime.evaluate import Cluster, ClusterConfig, Model, RunConfig, SuiteConfig
     from runtime.evaluate.results import Result
 
 EXAMPLES = """\b
@@ -26,14 +27,16 @@ Examples:
   advprop eval model.onnx model.int8.onnx --reference model.onnx --suite corruptions --data photos/val --limit 500
   advprop eval best.pt --route main --route adv --suite imagenet-a --data imagenet-a --clean imagenet/val
   advprop eval model.onnx --suite imagenet-c --data imagenet-c --only fog --only frost/3
-  advprop eval model.onnx --suite corruptions --data photos/val --shard 1/4     then advprop eval-merge
+  advprop eval model.onnx --suite corruptions --data photos/val --shard 1/4     merge with advprop eval-merge
   advprop eval model.onnx --suite corruptions --data photos/val --ray auto      on all machines of a Ray cluster
 
 \b
-Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagenet-c, cifar10, cifar10-c: the released
-files, unpacked. corruptions: made on the fly from any CLASS/IMAGE folder.
-A run that was stopped goes on when the same command is given again.
+Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagenet-c, cifar10 and cifar10-c
+read the unpacked releases. corruptions makes corrupted images on the fly from any CLASS/IMAGE folder.
+To resume an interrupted run, repeat its command.
 """
+
+_GPU_KERNELS = "Round as a GPU does, also on a CPU. With --cpu-kernels, measure what services on this CPU compute."
 
 
 class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -51,120 +54,216 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return place, count
 
 
-@click.command("eval", epilog=EXAMPLES)
+def suite_config(values: dict[str, Any]) -> SuiteConfig:
+    """Return the SuiteConfig that the options of `_SUITE` describe."""
+    from runtime.evaluate import SuiteConfig
+
+    return SuiteConfig(**values)
+
+
+_SUITE = (
+    Option(["--suite", "name"], required=True, metavar="NAME", help="Test set to measure; see Suites below."),
+    Option(["--data"], required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the test set."),
+    Option(
+        ["--clean"],
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder of clean images, CLASS/IMAGE, to measure as well.",
+    ),
+    Option(
+        ["--only"],
+        multiple=True,
+        metavar="CELL",
+        help="Cell to measure: fog, fog/3, clean (default: all). Repeatable.",
+    ),
+    Option(
+        ["--limit"],
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Maximum number of images per cell, sampled from all classes in proportion.",
+    ),
+    Option(["--seed"], default=0, show_default=True, help="Seed for sampling and corruptions."),
+    Option(
+        ["--table"],
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "imagenet", "tiny", "cifar"]),
+        help="Severity table of the suite corruptions; auto chooses by the network's input size.",
+    ),
+    Option(
+        ["--resize"],
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "fit", "none"]),
+        help="Resizing of images; auto never resizes the released ImageNet-C and Stylized-ImageNet.",
+    ),
+)
+
+
+def _cluster_config(values: dict[str, Any]) -> ClusterConfig | None:
+    address, workers = values["ray"], values["ray_workers"]
+    cpus, gpus = values["ray_cpus"], values["ray_gpus"]
+    if address is None:
+        if (workers, gpus, cpus) != (None, None, 1.0):
+            raise ConfigError("--ray-workers, --ray-cpus and --ray-gpus require --ray ADDRESS")
+        return None
+    from runtime.evaluate import ClusterConfig
+
+    return ClusterConfig(address=address, workers=workers, cpus=cpus, gpus=gpus)
+
+
+_RAY = (
+    Option(
+        ["--ray"],
+        metavar="ADDRESS",
+        group="Ray cluster",
+        help="Address of a Ray cluster, HOST:PORT; auto finds one, local starts one.",
+    ),
+    Option(
+        ["--ray-workers"],
+        type=click.IntRange(min=1),
+        metavar="N",
+        group="Ray cluster",
+        help="Number of Ray workers (default: as many as fit).",
+    ),
+    Option(["--ray-cpus"], default=1.0, show_default=True, metavar="X", group="Ray cluster", help="CPUs per worker."),
+    Option(
+        ["--ray-gpus"],
+        type=float,
+        metavar="X",
+        group="Ray cluster",
+        help="GPUs per worker, such as 0.25 (default: 1 if the cluster has GPUs).",
+    ),
+)
+
+
+@click.command("eval", cls=Command, epilog=EXAMPLES)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
-@click.option("--suite", required=True, metavar="NAME", help="The test set; see below.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Its folder.")
+@as_config("suite", _SUITE, suite_config)
 @click.option(
-    "--clean", type=click.Path(path_type=Path), metavar="DIR", help="Clean images, CLASS/IMAGE, measured too."
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="Model to compare with, image by image.",
 )
-@click.option("--reference", type=click.Path(path_type=Path), metavar="MODEL", help="Compare image by image with it.")
 @click.option(
-    "--route", "routes", multiple=True, metavar="NAME", help="BatchNorm route of checkpoints.  [default: main]"
+    "--route",
+    "routes",
+    multiple=True,
+    metavar="NAME",
+    help="BatchNorm route of checkpoints (default: main).",
 )
-@click.option("--only", multiple=True, metavar="CELL", help="fog, fog/3, clean, … Repeatable.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Images a cell, from all classes in proportion.")
-@click.option("--seed", default=0, show_default=True, help="Of the limit and of corruptions.")
 @click.option(
-    "--table",
-    default="auto",
+    "-o",
+    "--out",
+    default=Path("evaluation"),
     show_default=True,
-    type=click.Choice(["auto", "imagenet", "tiny", "cifar"]),
-    help="Severities of --suite corruptions; auto goes by the network's input size.",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for results.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON instead of a table.")
+@click.option(
+    "--shard",
+    cls=Option,
+    group="Execution",
+    default="1/1",
+    type=_Shard(),
+    metavar="I/N",
+    help="Shard to measure, I of N.",
 )
 @click.option(
-    "--resize",
-    default="auto",
+    "--cache",
+    cls=Option,
+    group="Execution",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to keep corrupted images in, for later runs.",
+)
+@click.option(
+    "--batch-size",
+    cls=Option,
+    group="Execution",
+    default=8,
     show_default=True,
-    type=click.Choice(["auto", "fit", "none"]),
-    help="auto: as the set is meant; released ImageNet-C and Stylized are not resized.",
-)
-@click.option("--out", default=Path("evaluation"), show_default=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--shard", default="1/1", type=_Shard(), metavar="I/N", help="Do a part; eval-merge puts all together.")
-@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep corrupted images there.")
-@click.option(
-    "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Images at once; on a GPU, try 64."
-)
-@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode and corrupt.  [default: cores − 1]")
-@click.option(
-    "--ray", "address", metavar="ADDRESS", help="Run over a Ray cluster: HOST:PORT, auto, or local to start one."
+    type=click.IntRange(min=1),
+    help="Images per batch. On a GPU, try 64.",
 )
 @click.option(
-    "--ray-workers", type=click.IntRange(min=1), metavar="N", help="Its processes.  [default: what it has room for]"
+    "--workers",
+    cls=Option,
+    group="Execution",
+    type=click.IntRange(min=0),
+    help="Processes that decode and corrupt images (default: number of cores − 1).",
 )
-@click.option("--ray-cpus", default=1.0, show_default=True, metavar="X", help="CPUs of each.")
-@click.option("--ray-gpus", type=float, metavar="X", help="GPUs of each, such as 0.25.  [default: 1 if there are any]")
 @click.option(
-    "--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0: all cores, or --ray-cpus."
+    "--threads",
+    cls=Option,
+    group="Execution",
+    default=0,
+    show_default=True,
+    help="CPU threads of ONNX Runtime; 0 uses all cores, or --ray-cpus.",
 )
-@device_option("Where models run.")
-@cpu_kernels_option
-@cli_errors
+@device_option(group="Execution")
+@click.option("--gpu-kernels/--cpu-kernels", cls=Option, group="Execution", default=True, help=_GPU_KERNELS)
+@as_config("cluster", _RAY, _cluster_config)
 def main(
     models: tuple[Path, ...],
-    suite: str,
-    data: Path,
-    clean: Path | None,
+    suite: SuiteConfig,
     reference: Path | None,
     routes: tuple[str, ...],
-    only: tuple[str, ...],
-    limit: int | None,
-    seed: int,
-    table: str,
-    resize: str,
-    out: Path,
-    shard: tuple[int, int],
-    cache: Path | None,
-    batch_size: int,
-    workers: int | None,
-    address: str | None,
-    ray_workers: int | None,
-    ray_cpus: float,
-    ray_gpus: float | None,
-    threads: int,
-    device: str,
-    cpu_kernels: bool,
+    as_json: bool,
+    cluster: ClusterConfig | None,
+    **execution: Any,
 ) -> None:
     """Measure the accuracy and robustness of MODELs: ONNX files, engines and checkpoints.
 
-    Prints a table, and writes OUT/MODEL.SUITE.json with counts, intervals and how it was measured.
+    Prints a table and writes OUT/MODEL.SUITE.json with counts, confidence intervals and provenance.
     """
     console = set_up_logging()
     from advprop.checkpoints import load_predictor
-    from runtime.evaluate import RunConfig, SuiteConfig, load_model, load_models
+    from runtime.evaluate import load_model, load_models
 
-    config = SuiteConfig(
-        name=suite, data=data, clean=clean, only=only, limit=limit, seed=seed, table=table, resize=resize
-    )
-    default = RunConfig(out=out)
-    run = RunConfig(
-        out=out,
-        batch_size=batch_size,
-        workers=default.workers if workers is None else workers,
-        shard=shard[0],
-        shards=shard[1],
-        cache=cache,
-    )
-    if address is None and (ray_workers, ray_gpus, ray_cpus) != (None, None, 1.0):
-        raise ConfigError("--ray-workers, --ray-cpus and --ray-gpus go with --ray ADDRESS")
-    if address is not None and workers is not None:
-        raise ConfigError("--workers is of runs on this machine; over Ray, --ray-workers decode and corrupt themselves")
-    with _cluster(address, ray_workers, ray_cpus, ray_gpus) as cluster:
-        loader = load_model if cluster is None else cluster.load_model
-        load = partial(loader, device=device, threads=threads, exact=not cpu_kernels, checkpoint_loader=load_predictor)
+    if cluster is not None and execution["workers"] is not None:
+        raise ConfigError("--workers cannot be combined with --ray; use --ray-workers")
+    run = _run_config(execution)
+    with _connected(cluster) as connected:
+        loader = load_model if connected is None else connected.load_model
+        load = partial(
+            loader,
+            device=execution["device"],
+            threads=execution["threads"],
+            exact=execution["gpu_kernels"],
+            checkpoint_loader=load_predictor,
+        )
         loaded, compared = load_models(load, models, reference, routes or ("main",))
-        results = _evaluate(console, loaded, compared, config, run, cluster)
-    _write(console, results, config, run)
+        results = _evaluate(console, loaded, compared, suite, run, connected)
+    show_results(console, results, _write(results, suite, run), as_json)
+
+
+def _run_config(execution: dict[str, Any]) -> RunConfig:
+    from runtime.evaluate import RunConfig
+
+    workers = {} if execution["workers"] is None else {"workers": execution["workers"]}
+    shard, shards = execution["shard"]
+    return RunConfig(
+        out=execution["out"],
+        batch_size=execution["batch_size"],
+        shard=shard,
+        shards=shards,
+        cache=execution["cache"],
+        **workers,
+    )
 
 
 @contextmanager
-def _cluster(address: str | None, workers: int | None, cpus: float, gpus: float | None) -> Iterator[Cluster | None]:
-    if address is None:
+def _connected(config: ClusterConfig | None) -> Iterator[Cluster | None]:
+    if config is None:
         yield None
         return
-    from runtime.evaluate import Cluster, ClusterConfig
+    from runtime.evaluate import Cluster
 
-    with Cluster(ClusterConfig(address=address, workers=workers, cpus=cpus, gpus=gpus)) as cluster:
+    with Cluster(config) as cluster:
         yield cluster
 
 
@@ -172,33 +271,43 @@ def _evaluate(
     console: Console,
     models: list[Model],
     reference: Model | None,
-    config: SuiteConfig,
+    suite: SuiteConfig,
     run: RunConfig,
     cluster: Cluster | None,
 ) -> list[Result]:
     from runtime.evaluate import evaluate
 
     with counting_bars(console) as bars:
-        task = bars.add_task(f"{config.name}, blocks of {run.batch_size}", total=None)
+        task = bars.add_task(f"{suite.name}, batches of {run.batch_size}", total=None)
 
         def show(done: int, total: int) -> None:
             bars.update(task, completed=done, total=total)
 
-        return evaluate(models, config, run, reference=reference, progress=show, cluster=cluster)
+        return evaluate(models, suite, run, reference=reference, progress=show, cluster=cluster)
 
 
-def _write(console: Console, results: list[Result], config: SuiteConfig, run: RunConfig) -> None:
-    from runtime.evaluate import result_notes, result_path, result_table, write_result
+def _write(results: Sequence[Result], suite: SuiteConfig, run: RunConfig) -> list[Path]:
+    from runtime.evaluate import result_path, write_result
 
-    only = ["+".join(config.only).replace("/", "-")] if config.only else []
+    only = ["+".join(suite.only).replace("/", "-")] if suite.only else []
     part = [f"{run.shard}of{run.shards}"] if run.shards > 1 else []
     written = []
     for result in results:
-        path = result_path(result["model"], run.out, ".".join([config.name, *only, *part, "json"]))
+        path = result_path(result["model"], run.out, ".".join([suite.name, *only, *part, "json"]))
         write_result(path, result)
-        written.append(str(path))
+        written.append(path)
+    return written
+
+
+def show_results(console: Console, results: list[Result], written: Sequence[Path], as_json: bool) -> None:
+    """Print results of evaluations as a table with notes, or as a JSON array."""
+    from runtime.evaluate import result_notes, result_table
+
+    if as_json:
+        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+        return
     console.print(result_table(results))
-    for line in (*result_notes(results), f"wrote {', '.join(written)}"):
+    for line in (*result_notes(results), f"wrote {', '.join(map(str, written))}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

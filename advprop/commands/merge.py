@@ -1,4 +1,4 @@
-"""`advprop eval-merge`: shards of an evaluation put together."""
+"""`advprop eval-merge`: merge the shards of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from runtime.system.console import cli_errors, set_up_logging
+from advprop.commands.evaluate import show_results
+from runtime.system.command import Command
+from runtime.system.console import set_up_logging
 
 EXAMPLES = """\b
 Examples:
@@ -14,23 +16,23 @@ Examples:
 """
 
 
-@click.command("eval-merge", epilog=EXAMPLES)
+@click.command("eval-merge", cls=Command, epilog=EXAMPLES)
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULT...")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The whole result.")
-@cli_errors
-def main(results: tuple[Path, ...], out: Path) -> None:
-    """Put RESULTs of the same model and suite together: shards, or cells that were measured apart.
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Merged result to write."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the merged result as JSON instead of a table.")
+def main(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Merge RESULTs of one model and suite: shards, or cells that were measured separately.
 
-    The whole has the very bytes that one run would have written.
+    The merged file is identical, byte for byte, to the result of a single run.
     """
     console = set_up_logging()
-    from runtime.evaluate import merge, read_result, result_notes, result_table, write_result
+    from runtime.evaluate import merge, read_result, write_result
 
     whole = merge([read_result(path) for path in results])
     write_result(out, whole)
-    console.print(result_table([whole]))
-    for line in (*result_notes([whole]), f"wrote {out}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    show_results(console, [whole], [out], as_json)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import click
 
-from runtime.engine.command_line import device_option
 from runtime.errors import DataError
 from runtime.loading import load
-from runtime.preprocessing import SUFFIXES
 from runtime.session import Prediction, Session
-from runtime.system.console import cli_errors, set_up_logging
+from runtime.system.command import Command, device_option
+from runtime.system.console import set_up_logging
+from runtime.system.image_sources import image_paths
 
 EXAMPLES = """\b
 Examples:
@@ -24,18 +24,20 @@ Examples:
 """
 
 
-@click.command("predict", epilog=EXAMPLES)
+@click.command("predict", cls=Command, epilog=EXAMPLES)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--top", default=1, show_default=True, type=click.IntRange(min=1), help="Classes to list an image.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images at once.")
-@device_option("Where it runs.")
-@cli_errors
+@click.option("--top", default=1, show_default=True, type=click.IntRange(min=1), help="Classes to list per image.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images per batch.")
+@device_option()
 def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_size: int, device: str) -> None:
-    """Classify IMAGES (files, or folders of them) with the exported MODEL."""
+    """Classify IMAGES with the exported MODEL.
+
+    IMAGES are files, or folders that are searched at any depth. MODEL is an ONNX file or an engine.
+    """
     set_up_logging()
-    paths = _files(images)
+    paths = [path for given in images for path in (image_paths(given) if given.is_dir() else [given])]
     failed = 0
     with load(model, device=device) as session:
         for path, answer in _answers(session, paths, batch_size):
@@ -54,21 +56,8 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
         sys.exit(DataError.exit_code)
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise DataError(f"{path} holds no image files ({', '.join(SUFFIXES)})")
-            files += found
-        else:
-            files.append(path)
-    return files
-
-
 def _answers(session: Session, paths: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, Prediction | DataError]]:
-    """Predicts batch by batch; a batch with a bad image is done one by one."""
+    """Predict batch by batch. The images of a batch that holds a damaged one are predicted one by one."""
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         try:

@@ -1,21 +1,21 @@
-"""`advprop report`: results as a page, or the whole way from a checkpoint to that page.
-
-It lives here because the second form exports and calibrates, which `runtime` may not.
-"""
+"""`advprop report`: build a report from results, or from a checkpoint that is exported and evaluated first."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from runtime.engine.command_line import device_option
-from runtime.system.console import cli_errors, set_up_logging
+from runtime.system.command import CommaList, Command, Option
+from runtime.system.console import set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
@@ -25,69 +25,106 @@ Examples:
   advprop report --from best.pt --data photos/val --calib-data photos/train --limit 500 -o report.html
 
 \b
-RESULTS are what advprop eval wrote, of any models and suites; shards of one are put together. Latencies
-(advprop.bench/1) and attacks (advprop.attack/1) may be among them; docs/evaluation.md has their formats.
---from: INT8 is never calibrated on images that are evaluated. The same command goes on where it was stopped.
+RESULTS are files that advprop eval wrote, for any models and suites; shards are merged. Latencies
+(advprop.bench/1) and attacks (advprop.attack/1) may be among them; docs/evaluation.md describes the formats.
+With --from, INT8 is never calibrated on images that are evaluated. To resume, repeat the command.
 """
 
-_OF_FROM = (
-    *("data", "precisions", "suite", "limit", "seed", "calib_data", "calib_images", "work"),
-    *("workers", "batch_size", "threads", "device"),
-)
-"""Options that say something with --from only."""
+_FROM = "Exporting and evaluating a checkpoint"
 
 
-@click.command("report", epilog=EXAMPLES)
+def _from_option(*names: str, **attributes: Any) -> Callable[[_Function], _Function]:
+    return click.option(*names, cls=Option, group=_FROM, **attributes)
+
+
+@click.command("report", cls=Command, epilog=EXAMPLES)
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="[RESULTS]...")
 @click.option(
     "-o",
-    "--output",
+    "--out",
     "outputs",
+    cls=Option,
+    former=["--output"],
     multiple=True,
     required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="What to write: a page (.html), Markdown (.md), the raw cells (.csv). Repeatable.",
+    help="File to write: a page (.html), Markdown (.md) or the raw cells (.csv). Repeatable.",
 )
-@click.option("--from", "checkpoint", type=click.Path(path_type=Path), metavar="CKPT", help="Make the results first.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="--from: the suite's folder.")
-@click.option(
-    "--precisions", default="fp32,fp16,int8", show_default=True, metavar="LIST", help="--from: files to make."
+@_from_option(
+    "--from",
+    "checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Checkpoint to export and evaluate; the other options of this group require it.",
 )
-@click.option("--suite", default="corruptions", show_default=True, metavar="NAME", help="--from: the test set.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="--from: images a cell, of all classes.")
-@click.option("--seed", default=0, show_default=True, help="--from: of the limit and of corruptions.")
-@click.option(
+@_from_option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the test set.")
+@_from_option(
+    "--precisions",
+    default="fp32,fp16,int8",
+    show_default=True,
+    type=CommaList(str),
+    metavar="LIST",
+    help="Precisions to export: fp32, fp16, bf16, int8.",
+)
+@_from_option("--suite", default="corruptions", show_default=True, metavar="NAME", help="Test set to measure.")
+@_from_option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Maximum number of images per cell, sampled from all classes in proportion.",
+)
+@_from_option("--seed", default=0, show_default=True, help="Seed for sampling and corruptions.")
+@_from_option(
     "--calib-data",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="--from: INT8's calibration images.  [default: images of --data that are not evaluated]",
+    help="Images to calibrate INT8 on (default: images of --data that are not evaluated).",
 )
-@click.option("--calib-images", default=256, show_default=True, type=click.IntRange(min=1), help="--from: the most.")
-@click.option(
+@_from_option(
+    "--calib-images",
+    default=256,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Maximum number of calibration images.",
+)
+@_from_option(
     "--work",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="--from: where files and results go.  [default: the first FILE without its ending]",
+    help="Folder for models and results (default: the first output file without its suffix).",
 )
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="--from: images at once.")
-@click.option("--workers", type=click.IntRange(min=0), help="--from: processes that corrupt.  [default: cores − 1]")
-@click.option("--threads", default=0, show_default=True, help="--from: CPU threads of ONNX Runtime; 0: all cores.")
-@device_option("--from: where models run.")
-@cli_errors
+@_from_option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Images per batch.")
+@_from_option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Processes that decode and corrupt images (default: number of cores − 1).",
+)
+@_from_option("--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0 uses all cores.")
+@_from_option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Device to run on; auto uses the GPU if a model can run there.",
+)
 def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path | None, **options: Any) -> None:
-    """Make one page of RESULTS, or of a checkpoint: how accurate and robust each precision is.
+    """Build one report of RESULTS, or of a checkpoint: how accurate and robust each model is.
 
-    The page needs no network: it can be mailed, archived and opened anywhere.
+    The HTML page is a single file that needs no network.
     """
-    given = click.get_current_context().get_parameter_source
-    misplaced = [name for name in _OF_FROM if given(name) is ParameterSource.COMMANDLINE]
+    context = click.get_current_context()
+    misplaced = [
+        option.opts[-1]
+        for option in context.command.params
+        if option.name in options and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    ]
     if checkpoint is None and misplaced:
-        raise click.UsageError(f"--{misplaced[0].replace('_', '-')} goes with --from CKPT")
+        raise click.UsageError(f"{misplaced[0]} requires --from CHECKPOINT")
     if checkpoint is None and not results:
-        raise click.UsageError("give results of advprop eval, or --from CKPT --data DIR")
+        raise click.UsageError("expected results of advprop eval, or --from CHECKPOINT --data DIR")
     if checkpoint is not None and options["data"] is None:
-        raise click.UsageError("--from needs --data DIR: labeled images, CLASS/IMAGE")
+        raise click.UsageError("--from requires --data DIR, a folder of labeled images (CLASS/IMAGE)")
     console = set_up_logging()
     from runtime.evaluate import check_outputs, write_report
 
@@ -101,23 +138,14 @@ def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path 
 def _make(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:
     from runtime.evaluate import SuiteConfig
 
+    names = ("precisions", "calib_data", "calib_images", "workers", "batch_size", "device", "threads")
     suite = SuiteConfig(name=options["suite"], data=options["data"], limit=options["limit"], seed=options["seed"])
     with console.status("importing torch") as status:
         from advprop.measure_checkpoint import MeasureConfig, measure_checkpoint
 
-        config = MeasureConfig(
-            precisions=tuple(word.strip() for word in options["precisions"].split(",") if word.strip()),
-            suite=suite,
-            folder=options["work"] or folder,
-            calib_data=options["calib_data"],
-            calib_images=options["calib_images"],
-            workers=options["workers"],
-            batch_size=options["batch_size"],
-            device=options["device"],
-            threads=options["threads"],
-        )
-        paths, words = measure_checkpoint(checkpoint, config, status.update)
-    for line in (words, f"files and results are in {config.folder}"):
+        config = MeasureConfig(suite=suite, folder=options["work"] or folder, **{name: options[name] for name in names})
+        paths, description = measure_checkpoint(checkpoint, config, status.update)
+    for line in (description, f"models and results are in {config.folder}"):
         if line:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     return paths

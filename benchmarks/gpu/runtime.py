@@ -83,10 +83,11 @@ def report_times(rows: Rows, part: str, batch: int, calls: dict[str, Callable[[]
 def files_of(arch: str, folder: Path) -> dict[str, Path]:
     from export_time import write_checkpoint
 
+    from export.config import ExportConfig
     from export.pipeline import export_checkpoint
 
     write_checkpoint(arch, folder / "checkpoint.pt")
-    result = export_checkpoint(folder / "checkpoint.pt", out=folder, precision="fp16")
+    result = export_checkpoint(folder / "checkpoint.pt", ExportConfig(out=folder, precision="fp16"))
     return {"fp32": result.onnx, "fp16": result.reduced_onnx}
 
 

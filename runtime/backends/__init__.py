@@ -1,1 +1,1 @@
-"""What can run a model file: one module a library, all checks in `base`."""
+"""Backends, which run a model file: one package per library, with the shared checks in `base`."""

@@ -1,4 +1,4 @@
-"""`open_backend`: the backend for a model file.
+"""Open the backend for a model file or for the best file in an export folder.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -12,78 +12,82 @@ from pathlib import Path
 import numpy as np
 
 from runtime.backends.base import Backend
-from runtime.backends.engine_options import EngineOptions
-from runtime.backends.threads import Threads
+from runtime.backends.options import EngineOptions, Threads
 from runtime.errors import BackendUnavailable, ConfigError, ModelFileError, first_line
 
 __all__ = ["BACKENDS", "CHECKPOINT_SUFFIXES", "ENGINE_SUFFIXES", "open_backend", "open_folder", "warm_up"]
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
-"""What `backend` takes. `tensorrt` is whichever TensorRT built the engine: its sidecar says which.
-`onnxruntime-tensorrt` is the one inside ONNX Runtime, for ONNX files."""
+_ONNX_RUNTIME, _ORT_TENSORRT, _TENSORRT = "onnxruntime", "onnxruntime-tensorrt", "tensorrt"
+BACKENDS = ("auto", _ONNX_RUNTIME, _ORT_TENSORRT, _TENSORRT)
+"""Values of `backend`. `tensorrt` is the TensorRT library that the engine's sidecar names.
+`onnxruntime-tensorrt` is TensorRT inside ONNX Runtime, for ONNX files."""
 ENGINE_SUFFIXES = (".engine", ".plan")
-"""Files that TensorRT runs."""
+"""Suffixes of files that TensorRT runs."""
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
-"""Files that PyTorch runs, and that are exported."""
-_QUICKEST = ("int8", "fp16", "bf16", "fp32")
-"""Engines of an export by the precision in their names, the quickest first."""
+"""Suffixes of files that PyTorch runs and that can be exported."""
+_FASTEST_FIRST = ("int8", "fp16", "bf16", "fp32")
+"""Precisions in the names of an export's files, fastest engine first."""
 
 
 def open_backend(file: Path, backend: str, device: str, threads: Threads, engine: EngineOptions) -> Backend:
-    """Opens a model file; arguments and errors are those of `runtime.load`."""
-    _check(backend, device)
+    """Open a model file. Arguments and errors are those of `runtime.load`."""
+    _check_options(backend, device)
     if file.suffix in ENGINE_SUFFIXES:
         return _open_engine(file, backend, device, threads, engine)
     if file.suffix in CHECKPOINT_SUFFIXES:
-        raise ModelFileError(f"{file} is a checkpoint; export it first: advprop-export {file}")
-    if backend == "tensorrt":
-        raise ConfigError(f"TensorRT runs engines; make one of {file} first: advprop build {file}")
+        raise ModelFileError(f"{file} is a checkpoint", fix=f"export it first: advprop-export {file}")
+    if backend == _TENSORRT:
+        raise ConfigError("TensorRT runs engines, not ONNX files", fix=f"build an engine first: advprop build {file}")
     if engine != EngineOptions():
-        log.warning("EngineOptions have no effect on %s, which is no engine", file)
+        log.warning("EngineOptions have no effect on %s, which is not an engine", file)
     from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(file, device, threads, tensorrt=backend == "onnxruntime-tensorrt")
+    return OnnxRuntimeBackend(file, device, threads, tensorrt=backend == _ORT_TENSORRT)
 
 
 def open_folder(
     folder: Path, backend: str, device: str, threads: Threads, engine: EngineOptions
 ) -> tuple[Backend, Path, tuple[str, ...]]:
-    """Opens the best file of an export's folder that works here: the quickest engine, else the FP32 ONNX file.
+    """Open the best file of an export folder: the fastest engine that runs here, or FP32 ONNX.
 
     Args:
-        folder: with files that are called as `advprop-export` calls them, `model.fp16.engine`.
-        backend: and the rest, as of `runtime.load`.
+        folder: a folder whose files are named as `advprop-export` names them, e.g.
+            `model.fp16.engine`.
+        backend: see `runtime.load`.
+        device: see `runtime.load`.
+        threads: see `runtime.load`.
+        engine: see `runtime.load`.
 
     Returns:
-        The backend, its file, and a line for each file that would have been better and why it was passed over.
+        The backend, its file, and one line for each better file that was skipped and why.
 
     Raises:
-        ModelFileError: nothing in the folder can be run; the message says what of each.
+        ModelFileError: no file in the folder can be run; the message lists the reasons.
     """
-    _check(backend, device)
+    _check_options(backend, device)
     files = sorted(folder.iterdir(), key=lambda file: (_rank(file), file.name))
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for file in files:
         if file.suffix not in (*ENGINE_SUFFIXES, ".onnx"):
             continue
         try:
-            return open_backend(file, backend, device, threads, engine), file, tuple(passed_over)
+            return open_backend(file, backend, device, threads, engine), file, tuple(skipped)
         except (BackendUnavailable, ConfigError) as error:
             reason = first_line(error)
         except ModelFileError as error:
             reason = first_line(error)
-            log.warning("passed over: %s", reason)  # damaged, perhaps: somebody should know
-        passed_over.append(f"passed over {file.name}: {reason}")
-    if passed_over:
-        raise ModelFileError("\n  ".join((f"nothing in the folder {folder} can be run:", *passed_over)))
+            log.warning("skipped: %s", reason)  # the file may be damaged
+        skipped.append(f"skipped {file.name}: {reason}")
+    if skipped:
+        raise ModelFileError("\n  ".join((f"no file in {folder} can be run:", *skipped)))
     checkpoint = min((file for file in files if file.suffix in CHECKPOINT_SUFFIXES), default=None)
-    advice = f"export its checkpoint first: advprop-export {checkpoint}" if checkpoint else "give a model file"
-    raise ModelFileError(f"the folder {folder} has no .onnx and no .engine file; {advice}")
+    fix = f"export its checkpoint first: advprop-export {checkpoint}" if checkpoint else "pass a model file"
+    raise ModelFileError(f"the folder {folder} has no .onnx file and no .engine file", fix=fix)
 
 
-def _check(backend: str, device: str) -> None:
+def _check_options(backend: str, device: str) -> None:
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}; found {backend!r}")
     if device not in ("auto", "cpu", "cuda"):
@@ -91,20 +95,26 @@ def _check(backend: str, device: str) -> None:
 
 
 def _rank(file: Path) -> int:
-    """How early a file is tried."""
-    named = Path(file.stem).suffix[1:] or "fp32"
-    place = _QUICKEST.index(named) if named in _QUICKEST else len(_QUICKEST)
+    """Return the position in which a file is tried, lowest first."""
+    precision = Path(file.stem).suffix[1:] or "fp32"
+    place = _FASTEST_FIRST.index(precision) if precision in _FASTEST_FIRST else len(_FASTEST_FIRST)
     if file.suffix in ENGINE_SUFFIXES:
         return place
-    # ONNX Runtime computes FP16 in FP32 on a CPU, and INT8 too; names that say nothing come last.
-    return 3 * len(_QUICKEST) - place if named in _QUICKEST else 3 * len(_QUICKEST) + 1
+    # ONNX Runtime on a CPU computes FP16 and INT8 files in FP32, so FP32 is the fastest. Other
+    # names come last.
+    return 3 * len(_FASTEST_FIRST) - place if precision in _FASTEST_FIRST else 3 * len(_FASTEST_FIRST) + 1
 
 
 def _open_engine(file: Path, backend: str, device: str, threads: Threads, engine: EngineOptions) -> Backend:
-    if backend.startswith("onnxruntime"):
-        raise ConfigError(f"{file} is a TensorRT engine; ONNX Runtime runs the ONNX file that it was built from")
+    if backend in (_ONNX_RUNTIME, _ORT_TENSORRT):
+        raise ConfigError(
+            f"{file} is a TensorRT engine, which ONNX Runtime cannot run",
+            fix="load the ONNX file that it was built from",
+        )
     if device == "cpu":
-        raise ConfigError(f"{file} is a TensorRT engine and runs on a GPU only; load its ONNX file for device='cpu'")
+        raise ConfigError(
+            f"{file} is a TensorRT engine and runs on a GPU only", fix="load its ONNX file with device='cpu'"
+        )
     if threads != Threads():
         log.warning("threads have no effect on %s, which computes on the GPU", file)
     from runtime.backends.tensorrt.backend import TensorRTBackend
@@ -113,7 +123,11 @@ def _open_engine(file: Path, backend: str, device: str, threads: Threads, engine
 
 
 def warm_up(backend: Backend, sizes: Sequence[int], file: Path) -> None:
-    """Runs a batch of each of `sizes`. Raises ConfigError for one below 1, or where the image size is not known."""
+    """Run one batch of each size.
+
+    Raises:
+        ConfigError: a size is below 1, or the image size is unknown.
+    """
     if any(size < 1 for size in sizes):
         raise ConfigError(f"warm_up takes batch sizes of at least 1; found {list(sizes)}")
     for size in sizes:
@@ -121,11 +135,13 @@ def warm_up(backend: Backend, sizes: Sequence[int], file: Path) -> None:
 
 
 def _image_shape(backend: Backend, file: Path) -> tuple[int, ...]:
-    """The input's, with the spec's height and width where the file leaves them open."""
+    """Return the input's image shape, with the spec's height and width if they are dynamic."""
     shape = backend.input.shape[1:]
     if -1 not in shape:
         return shape
     if backend.spec is None:
-        raise ConfigError(f"{file} takes images of any size and has no spec: warm it up by a run of your own")
+        raise ConfigError(
+            f"{file} takes images of any size and has no spec", fix="warm it up by calling run with your images"
+        )
     size = (backend.spec.preprocessing.height, backend.spec.preprocessing.width)
     return (*size, 3) if shape[-1] == 3 else (3, *size)

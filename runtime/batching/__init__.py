@@ -1,1 +1,1 @@
-"""The parts of `runtime.batching.batcher`: whose turn it is, what was counted, and the threads that run batches."""
+"""Dynamic batching: requests of many threads and tasks run in shared batches."""

@@ -1,7 +1,7 @@
-"""`Batcher`: joins requests of several threads into batches, within bounds.
+"""`Batcher`, which joins the requests of several threads into batches.
 
-A worker takes a batch as soon as it is full, or when the request at the head of the queue has waited for
-`max_delay_us`. While a batch runs, the next one collects; so under load batches fill by themselves.
+A worker takes a batch as soon as it is full, or when the first request in the queue has waited for
+`max_delay_us`. While a batch runs, the next one accumulates, which fills the batches under load.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend
-from runtime.batching.core import Core
-from runtime.batching.queue import Answers, Request
+from runtime.batching.core import BatcherCore
+from runtime.batching.queue import Outputs, Request
 from runtime.batching.statistics import BatcherStats
 from runtime.device.views import DeviceView
 from runtime.errors import ConfigError, InputError
 
 __all__ = ["Batcher", "BatcherStats", "Batching"]
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 _CPU_BATCH = 4
 _GPU_BATCH = 32
@@ -35,43 +35,46 @@ _GPU_BATCH = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """How a batcher makes batches."""
+    """How requests are joined into batches."""
 
     max_batch: int = 0
-    """Images in a batch at most; fewer where the model file takes fewer. 0: 4 on a CPU, where large batches leave the
-    caches and are slower for each image, and 32 on a GPU. benchmarks/runtime_overhead.py finds the best."""
+    """Maximum number of images per batch, further limited by the model file. 0: 32 on a GPU, and 4
+    on a CPU, where larger batches exceed the caches and take longer per image.
+    benchmarks/runtime_overhead.py finds the best size."""
     max_delay_us: int = 1000
-    """Microseconds that a request waits for others while the model is idle."""
+    """How long a request waits for others while the model is idle, in microseconds."""
     max_queued_images: int = 256
-    """Images that may wait; requests beyond are refused. 256 images of 224 pixels in float32 are 154 MB."""
+    """Maximum number of waiting images; further requests are refused. 256 float32 images of 224
+    pixels take 154 MB."""
     decode_threads: int = 2
     """Threads that decode images for `submit_predict` and `apredict`."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch", 0), ("max_delay_us", 0), ("max_queued_images", 1), ("decode_threads", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}; found {getattr(self, name)}")
+        for name, smallest in (("max_batch", 0), ("max_delay_us", 0), ("max_queued_images", 1), ("decode_threads", 1)):
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"{name} must be at least {smallest}; found {getattr(self, name)}")
 
 
 class Batcher:
-    """Runs requests of any number of threads through a backend, in batches. Safe to share by threads.
+    """Runs the requests of any number of threads in batches. Thread-safe.
 
-    - The answer of a request is of its own images, in their order, whole or not at all.
-    - A future can be cancelled until its answer is there, and is never `running`.
+    - A request gets the results of its own images, in their order, or none at all.
+    - A future can be cancelled until its result is ready, and is never `running`.
     - At its deadline a request ends with DeadlineExceeded, even while its batch runs.
-    - Requests of different image sizes are not joined.
+    - Requests with different image sizes are not joined.
     - Networks may round differently in batches of different sizes; see docs/serving.md.
     - Callbacks of futures run in the batcher's threads: keep them short.
 
-    Threads start with the first request. A batcher that is dropped without `close` answers what it was given.
+    Threads start with the first request. A batcher that is garbage-collected without `close`
+    completes its requests.
     """
 
     def __init__(self, backend: Backend, config: Batching) -> None:
-        """Makes a batcher that runs `backend`, which stays its owner's to close, after the batcher."""
+        """Create a batcher for `backend`, whose owner closes it after the batcher."""
         largest = config.max_batch or (_CPU_BATCH if backend.device == "cpu" else _GPU_BATCH)
         self.config = replace(config, max_batch=min(largest, backend.batch_range[1]))
-        """As given, with the largest batch that there will be."""
-        self._core = Core(
+        """The configuration with the actual largest batch."""
+        self._core = BatcherCore(
             backend,
             max_batch=self.config.max_batch,
             max_delay_s=config.max_delay_us * 1e-6,
@@ -82,71 +85,78 @@ class Batcher:
         weakref.finalize(self, self._core.stop, drain=True, wait=False).atexit = False
 
     def submit(
-        self, images_NCHW: Any, *, timeout_s: float = math.inf, finish: Callable[[Answers], _Answer]
-    ) -> Future[_Answer]:
-        """Asks for an answer.
+        self, images_NCHW: Any, *, timeout_s: float = math.inf, finish: Callable[[Outputs], _Result]
+    ) -> Future[_Result]:
+        """Submit a request.
 
         Args:
-            images_NCHW: as `Backend.run` takes them, in the CPU's memory; not to be changed before the answer is there.
-            timeout_s: seconds within which the answer must be there.
-            finish: makes the answer of the model's outputs, in a thread of the batcher.
+            images_NCHW: a batch for `Backend.run` in CPU memory. Do not change it before the result
+                is ready.
+            timeout_s: deadline of the request, in seconds from now.
+            finish: makes the result from the model's outputs, in a thread of the batcher.
 
         Returns:
-            A future of `finish`'s result. Its errors: DeadlineExceeded, RunFailed, SessionClosed.
+            A future of `finish`'s result. It may fail with DeadlineExceeded, RunFailed or
+            SessionClosed.
 
         Raises:
-            InputError: images that the model does not take, or more than may wait.
-            QueueFull: no room now.
+            InputError: the model does not accept the images, or there are more than the queue can
+                hold.
+            QueueFull: the queue has no room now.
             SessionClosed: the batcher is closed.
         """
         batch_NCHW = self._backend.accept(images_NCHW)
         if isinstance(batch_NCHW, DeviceView):
-            raise InputError("requests are joined in the CPU's memory, and the images are on the GPU: use run")
+            raise InputError("the images are on the GPU, but requests are joined in CPU memory", fix="use run")
         request, future = self.reserve(len(batch_NCHW), timeout_s=timeout_s, finish=finish)
         self.enqueue(request, batch_NCHW)
         return future
 
     def reserve(
-        self, count: int, *, timeout_s: float, finish: Callable[[Answers], _Answer]
-    ) -> tuple[Request, Future[_Answer]]:
-        """Takes room for `count` images that are not made yet; `enqueue` or `fail` must follow. Raises as `submit`."""
+        self, count: int, *, timeout_s: float, finish: Callable[[Outputs], _Result]
+    ) -> tuple[Request, Future[_Result]]:
+        """Reserve room for images that are not ready yet. Call `enqueue` or `fail` afterwards.
+
+        Errors are those of `submit`.
+        """
         if math.isnan(timeout_s):
             raise ConfigError("timeout_s must be a number of seconds; found nan")
         return self._core.open(count, timeout_s, finish)
 
     def enqueue(self, request: Request, images_NCHW: NDArray[Any]) -> None:
-        """Brings the images of a reserved request, which `Backend.check_form` must have passed."""
+        """Pass the images of a reserved request, which `Backend.check_form` has accepted."""
         self._core.enqueue(request, images_NCHW)
 
     def fail(self, request: Request, error: Exception) -> None:
-        """Ends a reserved request whose images could not be made."""
+        """End a reserved request with an error."""
         self._core.fail(request, error)
 
     def is_open(self, request: Request) -> bool:
-        """Whether a reserved request still waits for its answer: it is not late, cancelled or failed."""
+        """Return whether a request has not ended: it is not answered, late, cancelled or failed."""
         return self._core.is_open(request)
 
     @property
     def stats(self) -> BatcherStats:
-        """What was done so far."""
+        """Counts since the batcher was created."""
         return self._core.stats()
 
     def close(self, *, drain: bool = True) -> None:
-        """Lets no more requests in, and returns when none is left. Closing twice is fine.
+        """Refuse new requests, and return when all requests have ended. Closing twice is allowed.
+
+        In the callback of a future, which runs in a thread of the batcher, it does not wait.
 
         Args:
-            drain: answer those that wait; otherwise they fail with SessionClosed, except what runs already.
-
-        Called by a future's callback, in a thread of the batcher, it does not wait for the rest.
+            drain: complete the waiting requests. Otherwise they fail with SessionClosed, except
+                those in a running batch.
         """
         self._core.stop(drain=drain, wait=True)
 
 
-_cores: weakref.WeakSet[Core] = weakref.WeakSet()
+_cores: weakref.WeakSet[BatcherCore] = weakref.WeakSet()
 
 
 def _stop_all() -> None:
-    """At the interpreter's end no thread may be inside a backend."""
+    """Stop all batchers: when the interpreter exits, no thread may be inside a backend."""
     for core in list(_cores):
         core.stop(drain=False, wait=True)
 

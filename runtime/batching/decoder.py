@@ -1,4 +1,4 @@
-"""`Decoder`: makes the images of requests in threads of its own.
+"""`Decoder`, which decodes and preprocesses the images of requests in its own threads.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -16,15 +16,15 @@ from runtime.batching.batcher import Batcher
 from runtime.batching.queue import Request
 from runtime.errors import SessionClosed
 from runtime.preprocessing import ImageLike
-from runtime.system.calls import mark_own_thread
+from runtime.system.calls import mark_worker_thread
 
 __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Brings a batcher's reserved requests their images. The batcher's room bounds what waits here.
+    """Prepares the images of reserved requests.
 
-    Its threads start when first used.
+    The batcher's queue limits how many wait here. The threads start on first use.
     """
 
     def __init__(self, batcher: Batcher) -> None:
@@ -38,14 +38,14 @@ class Decoder:
         images: Sequence[ImageLike],
         prepare: Callable[[Sequence[ImageLike]], NDArray[Any]],
     ) -> None:
-        """Has a thread `prepare` the images of a reserved request, and returns; what goes wrong ends the request."""
+        """Call `prepare` for the images of a request in a thread. An error ends the request."""
         try:
-            self._threads().submit(self._bring, request, images, prepare)
-        except RuntimeError:  # shut down: the session closes, or the interpreter
-            self._batcher.fail(request, SessionClosed("the session was closed before this request had its turn"))
+            self._threads().submit(self._prepare, request, images, prepare)
+        except RuntimeError:  # the session or the interpreter shuts down
+            self._batcher.fail(request, SessionClosed("the session was closed before this request ran"))
 
     def close(self) -> None:
-        """Waits for what is being prepared. Nothing may be started afterwards."""
+        """Wait for the requests in preparation. No request may be started afterwards."""
         with self._lock:
             pool = self._pool
         if pool is not None:
@@ -57,20 +57,20 @@ class Decoder:
         with self._lock:
             if self._pool is None:
                 count = self._batcher.config.decode_threads
-                self._pool = ThreadPoolExecutor(count, "advprop-decoder", initializer=mark_own_thread)
+                self._pool = ThreadPoolExecutor(count, "advprop-decoder", initializer=mark_worker_thread)
             return self._pool
 
-    def _bring(
+    def _prepare(
         self,
         request: Request,
         images: Sequence[ImageLike],
         prepare: Callable[[Sequence[ImageLike]], NDArray[Any]],
     ) -> None:
-        if not self._batcher.is_open(request):  # late or cancelled by now
+        if not self._batcher.is_open(request):  # late or cancelled in the meantime
             return
         try:
             batch_NCHW = prepare(images)
-        except Exception as error:  # whatever it is, the one who waits must be told
+        except Exception as error:  # every error must reach the owner of the request
             self._batcher.fail(request, error)
         else:
             self._batcher.enqueue(request, batch_NCHW)

@@ -1,4 +1,4 @@
-"""`FairQueue`: which images of which requests go into the next batch. No threads, no clock.
+"""`FairQueue`, which decides which images form the next batch. It has no threads and no clock.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -14,104 +14,104 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Answers", "FairQueue", "Part", "Request"]
+__all__ = ["FairQueue", "Outputs", "Part", "Request"]
 
-Answers: TypeAlias = tuple[NDArray[Any], ...]
-"""(N, K) of each output of the model."""
+Outputs: TypeAlias = tuple[NDArray[Any], ...]
+"""(N, K) array for each output of the model."""
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Images that are answered together."""
+    """Images whose results are delivered together."""
 
     future: Future[Any] | None
-    """Where the answer goes; None once it has gone there."""
+    """Receives the result; None once the request has ended."""
     count: int
-    """Images."""
+    """Number of images."""
     deadline_s: float
-    """`time.monotonic` after which no answer is given; infinite without a deadline."""
-    finish: Callable[[Answers], Any]
-    """Makes the answer of all its images' outputs."""
+    """Deadline on the clock of `time.monotonic`; infinite without one."""
+    finish: Callable[[Outputs], Any]
+    """Makes the result from the outputs of all images."""
     opened_s: float
-    """`time.monotonic` at which it was let in."""
+    """Time on the clock of `time.monotonic` when the request was accepted."""
     images_NCHW: NDArray[Any] | None = None
-    """None before they are there, and once it is answered."""
+    """None until the images are ready, and after the request has ended."""
     taken: int = 0
     """Images that batches have taken."""
     turn: int = 0
-    """Images taken in its present turn at the head of the queue."""
-    parts: dict[int, Answers] = field(default_factory=dict)
-    """First image → outputs of a part, in the order in which they came."""
+    """Images taken in the current turn at the head of the queue."""
+    parts: dict[int, Outputs] = field(default_factory=dict)
+    """Index of the first image → outputs of a part, in order of arrival."""
     missing: int = field(init=False)
     """Images that are not in `parts` yet."""
 
     def __post_init__(self) -> None:
         self.missing = self.count
 
-    def joined(self) -> Answers:
-        """The outputs of all its images, in their order."""
+    def joined(self) -> Outputs:
+        """Return the outputs of all images, in their order."""
         parts = [self.parts[start] for start in sorted(self.parts)]
         return parts[0] if len(parts) == 1 else tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some images of a request, in one batch."""
+    """The images of one request in one batch."""
 
     request: Request
     images_NCHW: NDArray[Any]
     start: int
-    """Place of the first of them in the request."""
+    """Index of the first image in the request."""
 
 
 class FairQueue:
-    """First in, first out, but a request gives way after each `quantum` of images.
+    """A first-in, first-out queue in which a request yields its turn after every `quantum` images.
 
-    So one that is no larger than the quantum is never overtaken; a larger one lets each request behind it have a
-    turn between two of its own, and gets its own after at most as many requests as wait.
+    A request no larger than the quantum is never overtaken. A larger one lets every request behind
+    it have a turn between two of its own turns.
     """
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
         self._requests: OrderedDict[Request, None] = OrderedDict()
         self.images = 0
-        """Images that wait."""
+        """Waiting images."""
 
     def __bool__(self) -> bool:
         return bool(self._requests)
 
     @property
     def head(self) -> Request:
-        """The request whose turn it is. The queue must not be empty."""
+        """The next request. The queue must not be empty."""
         return next(iter(self._requests))
 
     def put(self, request: Request) -> None:
-        """Adds a request, whose images are there, at the end."""
+        """Append a request whose images are ready."""
         self._requests[request] = None
         self.images += request.count - request.taken
 
     def remove(self, request: Request) -> None:
-        """Takes a request out where it is in."""
+        """Remove a request, if it is in the queue."""
         if request in self._requests:
             del self._requests[request]
             self.images -= request.count - request.taken
 
-    def take(self, most: int) -> list[Part]:
-        """Takes the next batch: at most `most` images, all of one size."""
+    def take(self, max_images: int) -> list[Part]:
+        """Remove and return the next batch: at most `max_images` images, all of the same size."""
         parts: list[Part] = []
-        while most and self._requests:
+        while max_images and self._requests:
             request = self.head
             images_NCHW = request.images_NCHW
             assert images_NCHW is not None
             if parts and images_NCHW.shape[1:] != parts[0].images_NCHW.shape[1:]:
                 break
-            start, count = request.taken, min(most, request.count - request.taken, self._quantum - request.turn)
+            start, count = request.taken, min(max_images, request.count - request.taken, self._quantum - request.turn)
             parts.append(Part(request, images_NCHW[start : start + count], start))
-            most -= count
-            self._move(request, count)
+            max_images -= count
+            self._advance(request, count)
         return parts
 
-    def _move(self, request: Request, count: int) -> None:
+    def _advance(self, request: Request, count: int) -> None:
         request.taken += count
         request.turn += count
         self.images -= count

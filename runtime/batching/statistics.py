@@ -1,4 +1,4 @@
-"""What a batcher has done so far, in counts that can be added up."""
+"""Statistics of a batcher, as counts that can be added up."""
 
 from __future__ import annotations
 
@@ -11,37 +11,41 @@ __all__ = ["BatcherStats", "Counts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatcherStats:
-    """Counts since the batcher was made. submitted = answered + cancelled + late + failed + pending."""
+    """Counts since the batcher was created.
+
+    submitted = answered + cancelled + late + failed + pending
+    """
 
     submitted: int
-    """Requests that were let in."""
+    """Accepted requests."""
     answered: int
-    """Requests whose answer was delivered."""
+    """Requests whose result was delivered."""
     cancelled: int
-    """Requests that their owner cancelled before the answer was there."""
+    """Requests that their owner cancelled before the result was ready."""
     late: int
     """Requests whose deadline passed."""
     failed: int
-    """Requests that ended in an error: of the model, of an image, or because of `close`."""
+    """Requests that ended with an error of the model or of an image, or because of `close`."""
     refused: int
-    """Requests that were not let in, since the queue was full."""
+    """Requests that were refused because the queue was full."""
     pending: int
-    """Requests let in and not ended."""
+    """Accepted requests that have not ended."""
     waiting_images: int
-    """Images of those that no batch has taken."""
+    """Images of pending requests that are not in a batch yet."""
     batch_sizes: Mapping[int, int]
-    """Images in a batch → batches that ran."""
+    """Images per batch → number of batches."""
     queue_wait_us: Mapping[int, int]
-    """Microseconds, a power of two → requests whose first image waited at most that and more than half of it."""
+    """Power of two, in microseconds → requests that waited in the queue for at most that long and
+    more than half of it."""
 
     @property
     def mean_batch(self) -> float:
-        """Images in a batch on average; 0 before the first."""
+        """Mean number of images per batch; 0 before the first batch."""
         batches = sum(self.batch_sizes.values())
         return sum(size * count for size, count in self.batch_sizes.items()) / batches if batches else 0.0
 
     def wait_us_below(self, share: float) -> int:
-        """Returns a bound in microseconds that a `share` in [0, 1] of the requests waited at most; 0 without any."""
+        """Return an upper bound, in microseconds, on the wait of a `share` of the requests."""
         left = share * sum(self.queue_wait_us.values())
         for bound, count in sorted(self.queue_wait_us.items()):
             left -= count
@@ -52,7 +56,7 @@ class BatcherStats:
 
 @dataclass(slots=True)
 class Counts:
-    """The same while it is counted; whoever counts holds the batcher's lock."""
+    """The counters behind `BatcherStats`. Hold the batcher's lock to use them."""
 
     submitted: int = 0
     refused: int = 0
@@ -61,12 +65,12 @@ class Counts:
     batch_sizes: Counter[int] = field(default_factory=Counter)
     queue_wait_us: Counter[int] = field(default_factory=Counter)
 
-    def waited(self, wait_s: float) -> None:
-        """Counts a request's wait in the queue."""
+    def add_wait(self, wait_s: float) -> None:
+        """Count the time that a request waited in the queue."""
         self.queue_wait_us[1 << (max(int(wait_s * 1e6), 1) - 1).bit_length()] += 1
 
-    def read(self, pending: int, waiting_images: int) -> BatcherStats:
-        """Returns a copy that does not change any more."""
+    def snapshot(self, pending: int, waiting_images: int) -> BatcherStats:
+        """Return the current counts, which no longer change."""
         return BatcherStats(
             submitted=self.submitted,
             answered=self.ends["answered"],

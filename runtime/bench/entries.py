@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.backends.engine_options import EngineOptions
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from runtime.backends.open import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
-from runtime.backends.threads import Threads
+from runtime.backends.options import EngineOptions, Threads
 from runtime.bench.targets import BenchTarget, TorchOpener, bare_onnxruntime, session_target, torch_target
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import ConfigError, InputError, ModelFileError
-from runtime.graph.summary import sha256_onnx, summarize
+from runtime.graph.read import sha256_onnx
+from runtime.graph.summary import summarize
 from runtime.loading import load
 from runtime.session import Session
 from runtime.spec import ModelSpec

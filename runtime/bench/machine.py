@@ -22,7 +22,6 @@ __all__ = [
     "cpu_state",
     "gpu_state",
     "others_share",
-    "usable_cores",
     "usage",
 ]
 
@@ -67,11 +66,6 @@ SLOWED_DOWN = frozenset(
     )
 )
 """Reasons why a GPU runs slower than it could, as results record them."""
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name(root: Path = _ROOT) -> str | None:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
-from runtime.preprocessing import SUFFIXES, image_size
+from runtime.preprocessing import image_size
+from runtime.system.image_sources import SUFFIXES
 
 __all__ = ["SYNTHETIC", "encoded_images", "pixels"]
 

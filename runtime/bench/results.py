@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.machine import cpu_name, cpu_state, others_share, usable_cores, usage
+from runtime.bench.machine import cpu_name, cpu_state, others_share, usage
 from runtime.bench.plot import plot_run
 from runtime.bench.run import Bench, Progress
 from runtime.bench.table import csv_of, markdown_of
 from runtime.bench.warnings import warnings_of
 from runtime.errors import AdvPropError, Interrupted
+from runtime.system.cpu import usable_cores
 from runtime.system.files import atomic_folder
 from runtime.system.gpu import find_gpu
 

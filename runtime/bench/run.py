@@ -107,10 +107,10 @@ def choose_batch_sizes(targets: Sequence[BenchTarget], requested: Sequence[int])
         if not all(_supports(target, size) for size in requested)
     ]
     if problems:
-        advice = f"use --batch {','.join(map(str, shared))}" if shared else "measure the files separately"
+        advice = f"use --batch-sizes {','.join(map(str, shared))}" if shared else "measure the files separately"
         raise ConfigError(
-            f"--batch {','.join(map(str, requested))}: {'; '.join(problems)}. The time of padded or split batches "
-            f"would be misleading; {advice}, or export or build the file for these sizes"
+            f"--batch-sizes {','.join(map(str, requested))}: {'; '.join(problems)}. The time of padded or split "
+            f"batches would be misleading; {advice}, or export or build the file for these sizes"
         )
     return tuple(requested)
 

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import Backend
 from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from runtime.backends.threads import Threads
+from runtime.backends.options import Threads
 from runtime.bench.rounds import Probe, timed
 from runtime.device.arrays import DeviceArray
 from runtime.device.driver import Cuda, load_bindings
 from runtime.errors import InputError
-from runtime.graph.summary import sha256_onnx
+from runtime.graph.read import sha256_onnx
 from runtime.prediction import predictions_of
 from runtime.preprocessing import decode, fit_to_input, network_input, normalize
 from runtime.session import Session

@@ -1,1 +1,1 @@
-"""Memory on GPUs: the CUDA calls, and arrays that cross the border to other libraries without being copied."""
+"""GPU memory: CUDA driver calls, and zero-copy exchange of arrays with other libraries."""

@@ -1,4 +1,4 @@
-"""`DeviceArray`: an output that stays where the model made it."""
+"""`DeviceArray`, an output that stays on the device where the model computed it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 __all__ = ["CPU", "CUDA", "DeviceArray"]
 
 CPU, CUDA = 1, 2
-"""DLPack's numbers of kinds of device."""
+"""DLPack's device types."""
 
 
 class DeviceArray:
-    """Contiguous memory on the GPU, all written, for `torch.from_dlpack`, `cupy.asarray` and the like; or `numpy`.
+    """A contiguous array on the GPU that is completely written.
 
-    The memory is freed when neither this object nor an array made of it is left, also after the session was closed.
+    Pass it to `torch.from_dlpack`, `cupy.asarray` and similar functions, or call `numpy`. The
+    memory is freed once this object and all arrays made from it are gone. It outlives the session.
     """
 
     def __init__(
@@ -31,29 +32,29 @@ class DeviceArray:
         to_host: Callable[[], NDArray[Any]],
         kind: int = CUDA,
     ) -> None:
-        """Describes memory.
+        """Wrap existing memory.
 
         Args:
-            pointer: its address on the first visible GPU.
-            shape: its dimensions.
-            dtype: of its elements.
-            owner: what must be kept alive for the memory to be there.
-            to_host: copies it into a new NumPy array.
-            kind: DLPack's number of the kind of device.
+            pointer: address on the first visible GPU.
+            shape: dimensions.
+            dtype: type of the elements.
+            owner: object that keeps the memory alive.
+            to_host: copies the memory into a new NumPy array.
+            kind: DLPack's device type.
         """
         self.pointer = pointer
         """Address on the GPU."""
         self.shape = shape
         """Dimensions."""
         self.dtype = dtype
-        """Of the elements."""
+        """Type of the elements."""
         self._owner = owner
         self._to_host = to_host
         self._kind = kind
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -63,14 +64,14 @@ class DeviceArray:
         return f"<DeviceArray {self.dtype} {self.shape}>"
 
     def numpy(self) -> NDArray[Any]:
-        """Copies it into a new NumPy array."""
+        """Copy the array into a new NumPy array."""
         return self._to_host()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3; stream None: nothing writes the memory any more."""
+        """Version 3 of the interface. The stream is None, because all work is done."""
         if self._kind == CPU:
-            raise AttributeError("this array is in the CPU's memory")
+            raise AttributeError("this array is in CPU memory")
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -91,9 +92,13 @@ class DeviceArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """Makes a capsule. The consumer's `stream` has nothing to wait for. Raises BufferError for copies."""
+        """Return a DLPack capsule. The consumer's `stream` does not need to wait.
+
+        Raises:
+            BufferError: the consumer requests a copy or another device.
+        """
         if copy or (dl_device is not None and tuple(map(int, dl_device)) != self.__dlpack_device__()):
-            raise BufferError("a DeviceArray is given as it is, where it is; use numpy() for a copy")
+            raise BufferError("a DeviceArray is exported without a copy, on its own device; use numpy() for a copy")
         from runtime.device.dlpack import Tensor, make_capsule
 
         tensor = Tensor(

@@ -1,6 +1,6 @@
-"""DLPack capsules, read and made: version 1, and the format before it.
+"""Read and create DLPack capsules, both of version 1 and of the unversioned format before it.
 
-The structures are those of dlpack.h: https://github.com/dmlc/dlpack/blob/main/include/dlpack/dlpack.h
+The structures follow dlpack.h: https://github.com/dmlc/dlpack/blob/main/include/dlpack/dlpack.h
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _ManagedVersioned(ctypes.Structure):
     )
 
 
-# Prototypes of our own: those of `ctypes.pythonapi` itself are shared with every other library.
+# Own prototypes, because every other library shares those of `ctypes.pythonapi`.
 _python = ctypes.pythonapi
 _new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _Destructor)(("PyCapsule_New", _python))
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
@@ -66,7 +66,7 @@ _keep = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", _python))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """What a capsule says. The memory lives as long as the capsule, or the array that gave it."""
+    """The contents of a capsule. The memory lives as long as the capsule or its exporter."""
 
     pointer: int
     shape: tuple[int, ...]
@@ -74,18 +74,19 @@ class Tensor:
     """In elements; None for contiguous memory."""
     dtype: np.dtype[Any]
     kind: int
-    """DLPack's number of the kind of device: 1 for a CPU, 2 for CUDA."""
+    """DLPack's device type: 1 for a CPU, 2 for CUDA."""
     device: int
-    """Number of the device among its kind."""
+    """Index among the devices of that type."""
     read_only: bool
-    """Whether its owner forbids writing; before version 1 nobody could."""
+    """Whether the owner forbids writing. Capsules before version 1 cannot express it."""
 
 
 def read_capsule(capsule: Any) -> Tensor:
-    """Reads a capsule without taking it over: it frees itself when it is dropped.
+    """Read a capsule without consuming it: the capsule frees itself when it is dropped.
 
     Raises:
-        InputError: not a DLPack capsule of version 0 or 1, or elements that NumPy does not have (bfloat16).
+        InputError: the object is not a DLPack capsule of version 0 or 1, or NumPy does not have its
+            element type (bfloat16).
     """
     if _is(capsule, _VERSIONED):
         managed = _ManagedVersioned.from_address(_pointer(capsule, _VERSIONED))
@@ -95,11 +96,13 @@ def read_capsule(capsule: Any) -> Tensor:
     elif _is(capsule, _PLAIN):
         tensor, read_only = _Managed.from_address(_pointer(capsule, _PLAIN)).tensor, False
     else:
-        raise InputError("__dlpack__ gave no DLPack capsule, or one that was used before")
+        raise InputError("__dlpack__ returned no DLPack capsule, or one that was already consumed")
     letter = _LETTERS.get(tensor.code, "")
     if not letter or tensor.lanes != 1 or tensor.bits not in (8, 16, 32, 64):
-        name = f"bfloat{tensor.bits}" if tensor.code == 4 else f"DLPack type {tensor.code} of {tensor.bits} bits"
-        raise InputError(f"found elements of {name}, which NumPy does not have; convert them to float32 or float16")
+        name = f"bfloat{tensor.bits}" if tensor.code == 4 else f"{tensor.code} with {tensor.bits} bits (DLPack)"
+        raise InputError(
+            f"found elements of type {name}, which NumPy does not have", fix="convert them to float32 or float16"
+        )
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
     return Tensor(
         pointer=(tensor.data or 0) + tensor.byte_offset,
@@ -113,12 +116,12 @@ def read_capsule(capsule: Any) -> Tensor:
 
 
 def make_capsule(tensor: Tensor, owner: Any, *, versioned: bool) -> Any:
-    """Makes a capsule of contiguous memory, which keeps `owner` alive until its consumer is done with it.
+    """Create a capsule for contiguous memory. It keeps `owner` alive until it is released.
 
     Args:
-        tensor: what to say of the memory.
-        owner: whose memory it is.
-        versioned: in the format of DLPack 1, which consumers ask for by `max_version`.
+        tensor: description of the memory.
+        owner: owner of the memory.
+        versioned: use the format of DLPack 1, which consumers request with `max_version`.
     """
     assert tensor.strides is None
     managed: Any = _ManagedVersioned(major=1, minor=0) if versioned else _Managed()
@@ -127,7 +130,7 @@ def make_capsule(tensor: Tensor, owner: Any, *, versioned: bool) -> Any:
     steps = [1] * rank
     for place in range(rank - 2, -1, -1):
         steps[place] = steps[place + 1] * max(tensor.shape[place + 1], 1)
-    strides = (ctypes.c_int64 * rank)(*steps)  # said outright: DLPack 1.2 forbids to leave them out
+    strides = (ctypes.c_int64 * rank)(*steps)  # explicit, because DLPack 1.2 requires strides
     managed.tensor = _DLTensor(
         tensor.pointer,
         tensor.kind,
@@ -149,10 +152,11 @@ def make_capsule(tensor: Tensor, owner: Any, *, versioned: bool) -> Any:
 
 
 _made: dict[int, tuple[Any, ...]] = {}
-"""What consumers still hold, by the address that they know it by."""
+"""Address of each capsule that a consumer still holds → the objects that it needs."""
 
 
-# A consumer may outlive this module at the interpreter's end; what they use is in their arguments, and never freed.
+# A consumer may outlive this module when the interpreter exits. Therefore these callbacks keep what
+# they use in their arguments, and are never freed.
 def _delete(address: int, made: dict[int, tuple[Any, ...]] = _made) -> None:
     made.pop(address, None)
 
@@ -164,7 +168,7 @@ def _destroy(
     is_named: Any = _is_dying,
     pointer: Any = _dying_pointer,
 ) -> None:
-    """Of a capsule that nobody took over: those that somebody did are renamed."""
+    """Free a capsule that was not consumed. Consumers rename the capsules that they take over."""
     for name in names:
         if is_named(capsule, name):
             made.pop(pointer(capsule, name), None)

@@ -1,7 +1,8 @@
-"""`Cuda`: the few calls of the CUDA driver, through cuda-bindings 12.6 and later, 13 included.
+"""`Cuda`: the CUDA driver calls that we need, through cuda-bindings 12.6 or later.
 
-The GPU's primary context is retained, which torch, CuPy and ONNX Runtime use too, and no context is made. It is
-current in a thread only between `current`'s beginning and end, so a thread keeps whichever context it had.
+It uses the GPU's primary context, like torch, CuPy and ONNX Runtime, and creates no context of its
+own. The context is current only inside `Cuda.current`, which restores the thread's previous
+context.
 """
 
 from __future__ import annotations
@@ -14,88 +15,113 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailable, InputError, RunFailed, first_line
-from runtime.system.calls import check_process
+from runtime.system.calls import check_not_forked
 
-__all__ = ["LEGACY_STREAM", "Cuda", "DeviceMemory", "PinnedMemory", "load_bindings"]
+__all__ = ["LEGACY_STREAM", "Cuda", "DeviceMemory", "DeviceTimes", "PinnedMemory", "load_bindings"]
 
 log = logging.getLogger(__name__)
 
 LEGACY_STREAM = 1
-"""CU_STREAM_LEGACY: the stream of work for which no stream was named."""
+"""CU_STREAM_LEGACY, the stream of work without an explicit stream."""
 
 _OUT_OF_MEMORY, _NOT_INITIALIZED = 2, 3
-_CONTEXT_IS_LOST = (700, 710, 714, 715, 716, 717, 718, 719)  # illegal address, assert, stack, instruction, … , launch
-_CODES_WITHOUT_GPU = (34, 35, 36, 100, 101, 803, 804, 999)  # stub, old driver, …, no device, mismatch, unknown
+# Illegal address, assert, stack, instruction, …, launch.
+_CONTEXT_LOST = (700, 710, 714, 715, 716, 717, 718, 719)
+# Stub, old driver, …, no device, mismatch, unknown.
+_NO_GPU = (34, 35, 36, 100, 101, 803, 804, 999)
 
 
 class DeviceMemory:
-    """Memory on the GPU; freed when nothing refers to this object. Freeing waits for the GPU."""
+    """Memory on the GPU. It is freed with this object; freeing waits for the GPU."""
 
     def __init__(self, pointer: int, nbytes: int) -> None:
         self.pointer = pointer
         """Address on the GPU."""
         self.nbytes = nbytes
-        """Bytes."""
+        """Size in bytes."""
 
 
 class PinnedMemory:
-    """Host memory that the GPU copies from and to by itself; freed when nothing refers to this object."""
+    """Page-locked host memory for asynchronous copies. It is freed with this object."""
 
     def __init__(self, pointer: int, nbytes: int) -> None:
         self._bytes = memoryview((ctypes.c_ubyte * nbytes).from_address(pointer)).cast("B")
         self.nbytes = nbytes
-        """Bytes."""
+        """Size in bytes."""
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Returns its beginning as an array, which must not outlive this object."""
+        """Return the start of the memory as an array, which must not outlive this object."""
         return np.ndarray(shape, dtype, self._bytes)
 
 
-class Cuda:
-    """The first visible GPU. Safe to share by threads.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTimes:
+    """GPU times of one batch, measured with CUDA events.
 
-    Pointers and streams are plain integers. Whatever enqueues work or allocates belongs between `current`'s beginning
-    and end.
+    `runtime.bench.results` lists trtexec's names for them.
+    """
+
+    h2d_ms: float
+    """Copying the images from pinned memory to the GPU."""
+    compute_ms: float
+    """The network's kernels."""
+    d2h_ms: float
+    """Copying the outputs to the CPU."""
+    enqueue_ms: float
+    """Host time to enqueue all of this on the stream."""
+
+    @property
+    def latency_ms(self) -> float:
+        """Both copies and the kernels."""
+        return self.h2d_ms + self.compute_ms + self.d2h_ms
+
+
+class Cuda:
+    """The first visible GPU. Thread-safe.
+
+    Pointers and streams are plain integers. Enqueue work and allocate memory inside `current` only.
     """
 
     def __init__(self, api: Any) -> None:
-        """Retains the primary context of the GPU that `api` shows first.
+        """Retain the primary context of the first visible GPU.
 
         Args:
-            api: the module `cuda.bindings.driver`, as `load_bindings` gives it.
+            api: the module `cuda.bindings.driver`, as returned by `load_bindings`.
 
         Raises:
-            BackendUnavailable: no driver, or no GPU.
-            InputError: CUDA was used before this process was forked.
+            BackendUnavailable: there is no driver or no GPU.
+            InputError: CUDA was initialized before this process was forked.
         """
         self._api = api
         self._process = os.getpid()
-        self._here = threading.local()
-        self._lock = threading.RLock()  # garbage collection under the lock may free memory, which takes it again
-        self._later: list[tuple[str, Any, int]] = []
+        self._this_thread = threading.local()
+        # Reentrant: garbage collection may free memory while the lock is held.
+        self._lock = threading.RLock()
+        self._deferred: list[tuple[str, Any, int]] = []
         self.allocated_bytes = 0
-        """GPU memory that `device_memory` gave and that is not freed."""
+        """Bytes of GPU memory from `device_memory` that are not freed yet."""
         try:
             self._call("cuInit", 0)
             self._device = self._call("cuDeviceGet", 0)
             self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        except RuntimeError as error:  # cuda-bindings, where there is no driver library
+        except RuntimeError as error:  # raised by cuda-bindings without a driver library
             raise BackendUnavailable(f"CUDA cannot be used: {first_line(error)}") from error
         weakref.finalize(self, _release_context, api, self._device, self._process).atexit = False
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Makes the primary context current in this thread, and afterwards the one that was before.
+        """Make the primary context current in this thread, and restore the previous one afterwards.
 
-        Raises InputError in a process forked from the one that made this object.
+        Raises InputError in a process forked after this object was created.
         """
-        check_process(self._process, "CUDA")
+        check_not_forked(self._process, "CUDA")
         self._call("cuCtxPushCurrent", self._context)
         try:
             yield
@@ -105,12 +131,20 @@ class Cuda:
     # Memory.
 
     def free_bytes(self) -> int:
-        """Returns how much of the GPU's memory nobody uses."""
+        """Return how many bytes of GPU memory are free."""
         free, _ = self._call("cuMemGetInfo")
         return int(free)
 
     def device_memory(self, nbytes: int, what: str) -> DeviceMemory:
-        """Allocates memory on the GPU; `what` says for what. Raises RunFailed where there is not enough."""
+        """Allocate GPU memory.
+
+        Args:
+            nbytes: size in bytes.
+            what: purpose of the memory, for error messages.
+
+        Raises:
+            RunFailed: not enough memory is free.
+        """
         nbytes = max(nbytes, 1)
         memory = DeviceMemory(int(self._call("cuMemAlloc", nbytes, what=f"{what}, {nbytes:,} bytes")), nbytes)
         with self._lock:
@@ -119,7 +153,7 @@ class Cuda:
         return memory
 
     def pinned_memory(self, nbytes: int, what: str) -> PinnedMemory:
-        """Allocates page-locked host memory. Raises RunFailed where there is not enough."""
+        """Allocate page-locked host memory. Arguments and errors are those of `device_memory`."""
         nbytes = max(nbytes, 1)
         pointer = int(
             self._call("cuMemHostAlloc", nbytes, self._api.CU_MEMHOSTALLOC_PORTABLE, what=f"{what}, {nbytes:,} bytes")
@@ -129,93 +163,94 @@ class Cuda:
         return memory
 
     def check_pointer(self, pointer: int) -> None:
-        """Raises InputError unless `pointer` is memory of this GPU."""
+        """Raise InputError unless `pointer` is in memory of this GPU."""
         attribute = self._api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        status, *place = self._api.cuPointerGetAttribute(attribute, pointer)
-        if int(status) != 0 or int(place[0]) != int(self._device):
-            found = "no memory that CUDA knows" if int(status) else f"memory of GPU {int(place[0])}"
-            raise InputError(f"the array's address is {found}; expected memory of GPU {int(self._device)}")
+        status, *ordinal = self._api.cuPointerGetAttribute(attribute, pointer)
+        if int(status) != 0 or int(ordinal[0]) != int(self._device):
+            found = "memory unknown to CUDA" if int(status) else f"memory of GPU {int(ordinal[0])}"
+            raise InputError(f"the array's address is in {found}; expected memory of GPU {int(self._device)}")
 
-    # Streams.
+    # Streams and events.
 
     def stream(self) -> int:
-        """Makes a stream that does not wait for the default one; `close_stream` ends it."""
+        """Create a stream that does not wait for the default stream; `close_stream` destroys it."""
         return int(self._call("cuStreamCreate", self._api.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
     def close_stream(self, stream: int) -> None:
-        """Ends a stream, after the work on it."""
+        """Destroy a stream after its pending work."""
         self._call("cuStreamDestroy", stream)
 
     def event(self) -> int:
-        """Makes an event without a time; `close_event` ends it."""
+        """Create an event without timing; `close_event` destroys it."""
         return int(self._call("cuEventCreate", self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING))
 
     def close_event(self, event: int) -> None:
-        """Ends an event."""
+        """Destroy an event."""
         self._call("cuEventDestroy", event)
 
     def timer(self) -> int:
-        """Makes an event with a time, for `record` and `elapsed_ms`; `close_event` ends it."""
+        """Create an event with timing, for `record` and `elapsed_ms`; `close_event` destroys it."""
         return int(self._call("cuEventCreate", self._api.CUevent_flags.CU_EVENT_DEFAULT))
 
     def record(self, timer: int, stream: int) -> None:
-        """Sets a timer to the moment when all that is on `stream` now is done."""
+        """Record a timer once all work that is on `stream` now is done."""
         self._call("cuEventRecord", timer, stream)
 
     def elapsed_ms(self, first: int, last: int) -> float:
-        """Returns the milliseconds between two timers whose moments have come."""
+        """Return the milliseconds between two recorded timers."""
         return float(self._call("cuEventElapsedTime", first, last))
 
     def wait_for(self, stream: int, other: int, event: int) -> None:
-        """Lets what comes next on `stream` wait, on the GPU, for what is on `other` now; `event` is overwritten."""
+        """Make later work on `stream` wait for the work on `other`. `event` is overwritten."""
         self._call("cuEventRecord", event, other)
         self._call("cuStreamWaitEvent", stream, event, 0)
 
     def synchronize(self, stream: int) -> None:
-        """Waits, here, for all that is on `stream`. Raises RunFailed where some of it failed."""
+        """Block until all work on `stream` is done. Raises RunFailed if some of it failed."""
         self._call("cuStreamSynchronize", stream)
 
-    def settle(self, stream: int) -> None:
-        """Does what `synchronize` does after a failure: whatever else is wrong is not told."""
+    def synchronize_after_failure(self, stream: int) -> None:
+        """Block until all work on `stream` is done, and ignore further failures."""
         with suppress(RunFailed):
             self._call("cuStreamSynchronize", stream)
 
-    # Copies. All return at once.
+    # Copies. They are asynchronous.
 
     def copy_to_device(self, pointer: int, source: NDArray[Any], stream: int) -> None:
-        """Copies a contiguous array to the GPU. It must be pinned memory for the copy to return at once."""
+        """Copy a contiguous array to the GPU. The call is asynchronous for pinned memory only."""
         self._call("cuMemcpyHtoDAsync", pointer, source.ctypes.data, source.nbytes, stream)
 
     def copy_to_host(self, target: NDArray[Any], pointer: int, stream: int) -> None:
-        """Fills a contiguous array from the GPU."""
+        """Fill a contiguous array with GPU memory."""
         self._call("cuMemcpyDtoHAsync", target.ctypes.data, pointer, target.nbytes, stream)
 
     def copy_on_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Copies from one place of the GPU's memory to another."""
+        """Copy within GPU memory."""
         self._call("cuMemcpyDtoDAsync", target, source, nbytes, stream)
 
     # Graphs.
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Any:
-        """Records what `enqueue` puts on `stream` as a graph; none of it is done.
+        """Capture the work that `enqueue` puts on `stream` as a graph, without running it.
 
         Returns:
-            What `launch` takes; `close_graph` ends it.
+            A graph for `launch`; `close_graph` destroys it.
 
         Raises:
-            RunFailed: it cannot be recorded. The stream can be used as before.
+            RunFailed: the work cannot be captured. The stream stays usable.
         """
         mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", stream, mode)
-        self._here.capturing = True  # freeing memory, which garbage collection may do now, would spoil it
+        # Garbage collection may free memory during the capture, which would invalidate it.
+        self._this_thread.capturing = True
         failed = True
         try:
             enqueue()
             failed = False
         finally:
             status, *graph = self._api.cuStreamEndCapture(stream)
-            self._here.capturing = False
-            self._release_rest()
+            self._this_thread.capturing = False
+            self._release_deferred()
             if failed and int(status) == 0:
                 self._api.cuGraphDestroy(graph[0])
         self._check(status, "cuStreamEndCapture")
@@ -225,37 +260,37 @@ class Cuda:
             self._api.cuGraphDestroy(graph[0])
 
     def launch(self, graph: Any, stream: int) -> None:
-        """Puts a recorded graph on `stream`."""
+        """Enqueue a captured graph on `stream`."""
         self._call("cuGraphLaunch", graph, stream)
 
     def close_graph(self, graph: Any) -> None:
-        """Ends a graph that does not run."""
+        """Destroy a graph that is not running."""
         self._call("cuGraphExecDestroy", graph)
 
-    # Freeing, by finalizers: in any thread, at any time.
+    # Memory is freed by finalizers, in any thread and at any time.
 
     def _release(self, name: str, handle: Any, nbytes: int) -> None:
         if os.getpid() != self._process:
-            return  # a forked child: the memory is its parent's
+            return  # a forked child: the memory belongs to its parent
         with self._lock:
             self.allocated_bytes -= nbytes
-            if getattr(self._here, "capturing", False):
-                self._later.append((name, handle, 0))
+            if getattr(self._this_thread, "capturing", False):
+                self._deferred.append((name, handle, 0))
                 return
         try:
             with self.current():
                 self._call(name, handle)
-        except RunFailed as error:  # the context is lost, and the memory with it
+        except RunFailed as error:  # the context is lost, and its memory with it
             log.debug("%s: %s", name, error)
 
-    def _release_rest(self) -> None:
+    def _release_deferred(self) -> None:
         with self._lock:
-            rest, self._later = self._later, []
-        for name, handle, nbytes in rest:
+            deferred, self._deferred = self._deferred, []
+        for name, handle, nbytes in deferred:
             self._release(name, handle, nbytes)
 
     def _call(self, name: str, *arguments: Any, what: str = "") -> Any:
-        """Calls a function of the driver; returns its value, a tuple of them, or None."""
+        """Call a driver function and return its value, a tuple of its values, or None."""
         status, *values = getattr(self._api, name)(*arguments)
         self._check(status, name, what)
         return values[0] if len(values) == 1 else tuple(values) or None
@@ -266,26 +301,30 @@ class Cuda:
             return
         if code == _OUT_OF_MEMORY:
             known, *memory = self._api.cuMemGetInfo()
-            free = f"; {int(memory[0]):,} of {int(memory[1]):,} bytes are free" if int(known) == 0 else ""
-            place = "there is no more page-locked" if name == "cuMemHostAlloc" else "the GPU is out of"
+            free = f", {int(memory[0]):,} of {int(memory[1]):,} bytes are free" if int(known) == 0 else ""
+            place = "there is no more page-locked memory" if name == "cuMemHostAlloc" else "the GPU is out of memory"
             raise RunFailed(
-                f"{place} memory: asked for {what or name}{free}. Use smaller batches (an engine's largest is set when "
-                "it is built), fewer contexts, or end what else is on the GPU"
+                f"{place}: requested {what or name}{free}",
+                fix="use smaller batches (an engine's largest batch is set when it is built) or fewer contexts, or "
+                "stop other programs on the GPU",
             )
         if code == _NOT_INITIALIZED:
             raise InputError(
-                "CUDA was used in the process of which this one is a fork, and cannot be used in both. Start processes "
-                "by spawn, or fork before CUDA is used"
+                "this process was forked from a process that uses CUDA, and cannot use CUDA itself",
+                fix="start processes with the spawn method, or fork before CUDA is used",
             )
-        if code in _CODES_WITHOUT_GPU and name.startswith(("cuInit", "cuDevice")):
-            raise BackendUnavailable(f"CUDA cannot be used: {self._words(status)}")
-        lost = ". This process's use of the GPU is lost: start it again" if code in _CONTEXT_IS_LOST else ""
-        raise RunFailed(f"{name} failed: {self._words(status)}{lost}")
+        if code in _NO_GPU and name.startswith(("cuInit", "cuDevice")):
+            raise BackendUnavailable(f"CUDA cannot be used: {self._describe(status)}")
+        if code in _CONTEXT_LOST:
+            raise RunFailed(
+                f"{name} failed: {self._describe(status)}; this process can no longer use the GPU", fix="restart it"
+            )
+        raise RunFailed(f"{name} failed: {self._describe(status)}")
 
-    def _words(self, status: Any) -> str:
+    def _describe(self, status: Any) -> str:
         known, text = self._api.cuGetErrorString(status)
-        said = text.decode(errors="replace") if int(known) == 0 and text else "unknown error"
-        return f"{said} ({getattr(status, 'name', int(status))})"
+        description = text.decode(errors="replace") if int(known) == 0 and text else "unknown error"
+        return f"{description} ({getattr(status, 'name', int(status))})"
 
 
 def _release_context(api: Any, device: Any, process: int) -> None:
@@ -294,10 +333,10 @@ def _release_context(api: Any, device: Any, process: int) -> None:
 
 
 def load_bindings() -> Any:
-    """Returns the module `cuda.bindings.driver`. Raises BackendUnavailable where it is missing."""
+    """Return the module `cuda.bindings.driver`. Raises BackendUnavailable if it is missing."""
     try:
         return importlib.import_module("cuda.bindings.driver")
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendUnavailable(
-            f"cuda-bindings cannot be imported ({first_line(error)}); pip install 'cuda-bindings>=12.6'"
+            f"cuda-bindings cannot be imported ({first_line(error)})", fix="pip install 'cuda-bindings>=12.6'"
         ) from error

@@ -1,7 +1,7 @@
-"""`DeviceView`: an array of another library, on the GPU, that is read where it lies.
+"""`DeviceView`, a view of another library's GPU array, which is read without a copy.
 
-`__dlpack__` is preferred over `__cuda_array_interface__` where an array has both, since by it the array's library
-itself makes our stream wait for the work that still writes the array; torch leaves that out of the other.
+`__dlpack__` is preferred over `__cuda_array_interface__`, because it makes our stream wait for the
+work that still writes the array. torch does not provide that through the other interface.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ __all__ = ["DeviceView", "array_or_view", "stream_handle", "view_of_interface"]
 
 _LEGACY_STREAM = 1
 _DLPACK_CUDA, _DLPACK_CUDA_MANAGED = 2, 13
-_NO_ORDER = -1  # the stream argument by which `__dlpack__` waits for nothing
+_NO_SYNCHRONIZATION = -1  # `__dlpack__(stream=-1)` waits for nothing
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceView:
-    """Contiguous memory on a GPU, and whose it is. Slices of its first dimension are views too."""
+    """Contiguous memory on a GPU, and its owner. A slice of the first dimension is a view too."""
 
     pointer: int
     """Address on the GPU."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     owner: Any
-    """Kept alive, since the memory is its own."""
+    """The array that owns the memory, kept alive by the view."""
     stream: int | None = None
-    """Stream whose work may still write the memory; None where all is done."""
+    """Stream whose work may still write the memory; None if all of it is done."""
     by_dlpack: bool = False
-    """Whether `owner.__dlpack__(stream=…)` lets a stream wait for the work that writes the memory."""
+    """Whether `owner.__dlpack__(stream=…)` makes a stream wait for the work that writes the
+    memory."""
     device: int | None = None
-    """Number of the GPU; None where it was not told."""
+    """Index of the GPU; None if it is unknown."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -53,63 +54,73 @@ class DeviceView:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.size * self.dtype.itemsize
 
-    def order(self, cuda: Cuda, stream: int, event: int) -> None:
-        """Lets what comes next on `stream` wait for the work that writes the memory.
+    def order_after_writes(self, cuda: Cuda, stream: int, event: int) -> None:
+        """Make later work on `stream` wait for the work that writes the memory.
 
-        Raises InputError where the owner refuses.
+        Args:
+            cuda: the GPU.
+            stream: the stream that reads the memory.
+            event: an event, which is overwritten.
+
+        Raises:
+            InputError: the owner refuses.
         """
         if self.stream is not None:
             cuda.wait_for(stream, self.stream, event)
         elif self.by_dlpack:
-            _capsule(self.owner, stream)
+            _export_capsule(self.owner, stream)
 
 
 def array_or_view(images: Any, stream: object = None) -> NDArray[Any] | DeviceView:
-    """Takes an array of any library, without a copy: on the CPU as NumPy array, on a GPU as a view.
+    """Return a NumPy array for an array in CPU memory, or a view of GPU memory, without a copy.
 
     Args:
-        images: a NumPy array, or whatever has `__dlpack__` or `__cuda_array_interface__`: torch, CuPy, JAX, Numba,
-            pycuda's GPUArray.
-        stream: CUDA stream whose work writes the array, where the array does not tell; see `stream_handle`.
+        images: a NumPy array, or an object with `__dlpack__` or `__cuda_array_interface__`: an
+            array of torch, CuPy, JAX or Numba, or pycuda's GPUArray.
+        stream: CUDA stream whose work writes the array, if the array does not report it; see
+            `stream_handle`.
 
     Raises:
-        InputError: not an array, not contiguous, or one that its library does not let go of.
+        InputError: the object is not an array, is not contiguous, or its library refuses to export
+            it.
     """
     if isinstance(images, np.ndarray):
         return images
     if hasattr(images, "__dlpack__") and hasattr(images, "__dlpack_device__"):
         kind = int(images.__dlpack_device__()[0])
         if kind in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED):
-            return _told(_view_of_dlpack(images), stream)
-        return _on_host(images)
+            return _with_stream(_view_of_dlpack(images), stream)
+        return _numpy_of_dlpack(images)
     if hasattr(images, "__cuda_array_interface__"):
-        return _told(view_of_interface(images.__cuda_array_interface__, images), stream)
+        return _with_stream(view_of_interface(images.__cuda_array_interface__, images), stream)
     raise InputError(
-        f"run takes an array of NumPy, or of another library by __dlpack__ or __cuda_array_interface__; found "
+        f"run takes a NumPy array, or another library's array with __dlpack__ or __cuda_array_interface__; found "
         f"{type(images).__name__}"
     )
 
 
 def view_of_interface(interface: Any, owner: Any) -> DeviceView:
-    """Reads a `__cuda_array_interface__`, version 0 to 3.
+    """Return a view for a `__cuda_array_interface__` of version 0 to 3.
 
-    Since version 3 it names the stream that the memory is written on, or None where all is done. Before, users had to
-    see to that by themselves; then our work waits for the default stream, which pycuda uses unless it is told another.
+    Since version 3 the interface names the stream that writes the memory, or None if all work is
+    done. Before, callers had to synchronize. Our work then waits for the default stream, which
+    pycuda uses unless it is given another one.
 
     Args:
         interface: the dictionary.
-        owner: the array that it is of.
+        owner: the array that exported it.
 
     Raises:
-        InputError: not contiguous, masked, of a type that NumPy does not have, or not such a dictionary.
+        InputError: the dictionary is invalid, or describes memory that is not contiguous, is
+            masked, or has a type unknown to NumPy.
     """
     try:
         shape: tuple[int, ...] = tuple(int(size) for size in interface["shape"])
@@ -118,38 +129,36 @@ def view_of_interface(interface: Any, owner: Any) -> DeviceView:
         version, strides = int(interface["version"]), interface.get("strides")
         pointer = int(pointer or 0)
         if version < 0 or any(size < 0 for size in shape):
-            raise ValueError("negative numbers in it")
+            raise ValueError("negative numbers")
         if strides is not None:
             strides = tuple(int(stride) for stride in strides)
             if len(strides) != len(shape):
-                raise ValueError("strides and shape are of different lengths")
+                raise ValueError("strides and shape have different lengths")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"the __cuda_array_interface__ of a {type(owner).__name__} is not one: {type(error).__name__} "
+            f"the __cuda_array_interface__ of a {type(owner).__name__} is invalid: {type(error).__name__} "
             f"{first_line(error)}"
         ) from error
     if interface.get("mask") is not None:
-        raise InputError("masked arrays are not taken; fill the masked elements")
+        raise InputError("masked arrays are not supported", fix="fill the masked elements")
     if dtype.kind not in "biufc" or not dtype.isnative:
-        raise InputError(
-            f"found elements of type {interface['typestr']!r}; expected plain numbers as the CPU stores them"
-        )
+        raise InputError(f"found elements of type {interface['typestr']!r}; expected numbers in native byte order")
     if pointer == 0 and 0 not in shape:
         raise InputError(f"the {type(owner).__name__} has no memory: its address is 0")
     _check_contiguous(shape, strides, dtype.itemsize)
     stream = interface.get("stream") if version >= 3 else _LEGACY_STREAM
-    return DeviceView(pointer, shape, dtype, owner, None if stream is None else _checked_stream(stream))
+    return DeviceView(pointer, shape, dtype, owner, None if stream is None else _check_stream(stream))
 
 
 def stream_handle(stream: object) -> int:
-    """Returns the number of a CUDA stream: an int, or a stream of torch, CuPy, pycuda, Numba or cuda.core.
+    """Return the handle of a CUDA stream: of an int, torch, CuPy, pycuda, Numba or cuda.core.
 
     Raises:
-        InputError: none of these, or 0, which does not say which default stream is meant: 1 is the legacy one, 2 the
-            thread's.
+        InputError: the object is not a stream, or is 0, which is ambiguous: 1 is the legacy default
+            stream and 2 the per-thread one.
     """
     if isinstance(stream, int):
-        return _checked_stream(stream)
+        return _check_stream(stream)
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
         _version, handle = protocol() if callable(protocol) else protocol
@@ -158,60 +167,60 @@ def stream_handle(stream: object) -> int:
         handle = getattr(stream, name, None)
         if handle is not None:
             return int(getattr(handle, "value", handle) or 0) or _LEGACY_STREAM
-    raise InputError(f"stream takes a CUDA stream or its number; found {type(stream).__name__}")
+    raise InputError(f"stream takes a CUDA stream or its handle; found {type(stream).__name__}")
 
 
-def _checked_stream(stream: Any) -> int:
+def _check_stream(stream: Any) -> int:
     if isinstance(stream, bool) or not isinstance(stream, int) or stream < 1:
         raise InputError(
-            f"found the stream {stream!r}; expected 1 (the legacy default), 2 (the thread's) or an address"
+            f"found the stream {stream!r}; expected 1 (legacy default), 2 (per-thread default) or an address"
         )
     return stream
 
 
-def _told(view: DeviceView, stream: object) -> DeviceView:
-    """A view of memory that the work on `stream` writes, whatever the array itself says."""
+def _with_stream(view: DeviceView, stream: object) -> DeviceView:
+    """Return the view with the writing stream that the caller gave, if any."""
     return view if stream is None else replace(view, stream=stream_handle(stream), by_dlpack=False)
 
 
 def _check_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> None:
-    """Strides are in bytes. Those of dimensions of size 1 do not matter, nor do any where there are no elements."""
+    """Check strides, in bytes, except those of dimensions of size 1 and of empty arrays."""
     if strides is None or math.prod(shape) == 0:
         return
     expected = itemsize
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:
             raise InputError(
-                f"an array of shape {shape} with strides of {strides} bytes is not contiguous; copy it to one that is "
-                "(torch: images.contiguous(), CuPy: cupy.ascontiguousarray(images))"
+                f"an array of shape {shape} with strides of {strides} bytes is not contiguous",
+                fix="copy it (torch: images.contiguous(), CuPy: cupy.ascontiguousarray(images))",
             )
         expected *= size
 
 
-def _on_host(images: Any) -> NDArray[Any]:
+def _numpy_of_dlpack(images: Any) -> NDArray[Any]:
     try:
         return np.from_dlpack(images)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"the {type(images).__name__} cannot be read as a NumPy array: {first_line(error)}. "
-            "Give float32 or float16 in the CPU's or an NVIDIA GPU's memory (torch: images.detach())"
+            f"the {type(images).__name__} cannot be read as a NumPy array: {first_line(error)}",
+            fix="pass float32 or float16 in CPU or NVIDIA GPU memory (torch: images.detach())",
         ) from error
 
 
 def _view_of_dlpack(images: Any) -> DeviceView:
     from runtime.device.dlpack import read_capsule
 
-    tensor = read_capsule(_capsule(images, _NO_ORDER))
+    tensor = read_capsule(_export_capsule(images, _NO_SYNCHRONIZATION))
     strides = tensor.strides and tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
     _check_contiguous(tensor.shape, strides, tensor.dtype.itemsize)
     return DeviceView(tensor.pointer, tensor.shape, tensor.dtype, images, by_dlpack=True, device=tensor.device)
 
 
-def _capsule(images: Any, stream: int) -> Any:
+def _export_capsule(images: Any, stream: int) -> Any:
     try:
         try:
             return images.__dlpack__(stream=stream, max_version=(1, 1))
-        except TypeError:  # written before DLPack had versions
+        except TypeError:  # a library that predates versions of DLPack
             return images.__dlpack__(stream=stream)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"the {type(images).__name__} cannot be taken by DLPack: {first_line(error)}") from error
+        raise InputError(f"the {type(images).__name__} cannot be exported by DLPack: {first_line(error)}") from error

@@ -1,1 +1,1 @@
-"""TensorRT engines: building them, and the sidecar that says what each one is."""
+"""Build TensorRT engines, and describe each one in a sidecar."""

@@ -1,9 +1,10 @@
-"""Engines of earlier builds, kept by everything that decides what an engine is.
+"""`EngineCache`, which keeps built engines under a key of everything that determines an engine.
 
-An entry is `KEY.engine` and its sidecar, as a build writes them, in `cache_folder("engines")`. The sidecar is written
-last and removed first, so that an entry with one is whole. Where the file system can, a plan is one file under two
-names, here and where it was built: no bytes move. Who writes into one changes the other, which its hash then tells.
-Whatever fails here costs a build, never the result.
+An entry is `KEY.engine` and its sidecar in `cache_folder("engines")`. The sidecar is written last
+and removed first, which makes an entry with a sidecar complete. If the file system allows it, the
+plan in the cache and the one at its destination are hard links to the same file, and no bytes are
+copied. A change to one then changes the other, and its hash reveals it. A failure in the cache
+costs a build, but never affects the result.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ __all__ = ["EngineCache", "engine_key"]
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_PATIENCE_S = 1800.0
-"""How long to wait for another process that builds the same engine, before building it here too."""
-_KEYED = (
+_KEY_FIELDS = (
     "onnx_sha256",
     "precision",
     "calibration_sha256",
@@ -41,104 +40,107 @@ _KEYED = (
     "gpu",
     "flags",
 )
-"""The fields of `EngineInfo` that decide which engine it is."""
+"""The fields of `EngineInfo` that determine an engine."""
 
 
 def engine_key(info: EngineInfo) -> str:
-    """Returns the hexadecimal SHA-256 of all that decides which engine `info` describes; its own bytes do not count."""
+    """Return the hexadecimal SHA-256 of everything that determines an engine."""
     import platform
 
-    fields = {name: getattr(info, name) for name in _KEYED}
-    system = (platform.system(), platform.machine())  # a plan loads on its own system only
+    fields = {name: getattr(info, name) for name in _KEY_FIELDS}
+    system = (platform.system(), platform.machine())  # a plan loads on this system only
     return hashlib.sha256(json.dumps([_FORMAT, system, fields], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCache:
-    """A folder of engines, of bounded size, that several processes may use at once."""
+    """A folder of engines with a limited size. Several processes may use it at once."""
 
     folder: Path
-    """Where they are; it is made when the first is kept."""
-    limit: int
-    """Bytes it may grow to; what was used longest ago goes first. 0 turns the cache off."""
-    patience_s: float = _PATIENCE_S
-    """How long to wait for another process that builds the same engine."""
+    """The folder, which is created when it is first needed."""
+    max_bytes: int
+    """Maximum size, in bytes. The least recently used engines are removed first. 0 disables the
+    cache."""
+    lock_timeout_s: float = 1800.0
+    """How long to wait for another process that builds the same engine, in seconds."""
 
     @classmethod
     def default(cls) -> EngineCache:
-        """The user's, as `ADVPROP_CACHE` and `ADVPROP_CACHE_GB` say."""
-        return cls(folder=cache_folder("engines"), limit=limit_bytes())
+        """Return the user's cache, with the settings `ADVPROP_CACHE` and `ADVPROP_CACHE_GB`."""
+        return cls(folder=cache_folder("engines"), max_bytes=limit_bytes())
 
     @contextlib.contextmanager
-    def claim(self, key: str) -> Iterator[None]:
-        """Keeps other processes from building the same engine meanwhile; waits for one that does."""
+    def lock(self, key: str) -> Iterator[None]:
+        """Keep other processes from building the same engine. Wait for a process that builds it."""
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # plans hold native code: nobody else's business
+            # The folder is private, because plans contain native code.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            log.debug("no lock: %s", error)  # `store` tells
-        with file_lock(self.folder / f"{key}.lock", patience_s=self.patience_s, waiting=_tell):
+            log.debug("no lock: %s", error)  # `store` logs a warning
+        with file_lock(self.folder / f"{key}.lock", timeout_s=self.lock_timeout_s, on_wait=_log_wait):
             yield
 
-    def fetch(self, wanted: EngineInfo, target: Path) -> EngineInfo | None:
-        """Puts an engine and its sidecar at `target`, if there is one whose bytes are still those of their hash.
+    def fetch(self, requested: EngineInfo, target: Path) -> EngineInfo | None:
+        """Put a cached engine and its sidecar at `target`, if there is one and its hash is correct.
 
         Args:
-            wanted: what it must be, its `plan_sha256` and `layers` aside.
-            target: the engine's file.
+            requested: the requested engine; its `plan_sha256` and `layers` are ignored.
+            target: path of the engine.
 
         Returns:
-            What its sidecar says; None where there is none, or it was damaged, which is told and removed.
+            The sidecar, or None if there is no such engine or it is damaged. A damaged one is
+            logged and removed.
 
         Raises:
             OutputError: `target` cannot be written.
         """
-        key = engine_key(wanted)
+        key = engine_key(requested)
         engine = self.folder / f"{key}.engine"
-        if self.limit == 0 or not sidecar_path(engine).is_file():
+        if self.max_bytes == 0 or not sidecar_path(engine).is_file():
             return None
         try:
             info = read_sidecar(engine)
             if engine_key(info) != key:
-                raise ModelFileError(f"{engine} is another engine than its name says")
+                raise ModelFileError(f"{engine} does not match its name")
             os.utime(sidecar_path(engine))
         except (ModelFileError, SpecError) as error:
-            log.warning("a cached engine is damaged and built anew: %s", str(error).split("; build it again")[0])
-            self._forget(engine)
+            log.warning("a cached engine is damaged and will be rebuilt: %s", error.message)
+            self._remove(engine)
             return None
         except OSError as error:
-            log.warning("a cached engine cannot be read and is built anew: %s", error)
+            log.warning("a cached engine cannot be read and will be rebuilt: %s", error)
             return None
         try:
             put_engine(target, info, lambda: link_or_copy(engine, target))
-        except FileNotFoundError:  # removed meanwhile, by a process that made room
+        except FileNotFoundError:  # removed in the meantime by a process that freed space
             return None
         return info
 
     def store(self, info: EngineInfo, built: Path) -> None:
-        """Keeps the engine at `built`, and removes what was used longest ago where that is too much. Never raises."""
+        """Add the engine at `built`, and remove the least recently used ones. Never raises."""
         try:
             size = built.stat().st_size
         except OSError as error:
-            log.warning("the engine is built, but could not be kept in the cache: %s", error)
+            log.warning("the engine was built, but could not be cached: %s", error)
             return
-        if size > self.limit:
-            log.info("the engine is larger than the cache may be; not kept (ADVPROP_CACHE_GB)")
+        if size > self.max_bytes:
+            log.info("the engine is larger than the cache and was not cached (ADVPROP_CACHE_GB)")
             return
         engine = self.folder / f"{engine_key(info)}.engine"
         try:
             remove_leftovers(self.folder)
-            # Room first: a disk that is nearly full must not be filled by what goes anyway.
-            prune(entries(self.folder), self.limit - size)
+            # Free the space first: the disk may be nearly full.
+            prune(entries(self.folder), self.max_bytes - size)
             put_engine(engine, info, lambda: link_or_copy(built, engine))
-        except OSError as error:  # OutputError is one
-            log.warning("the engine is built, but could not be kept in the cache: %s", error)
-            self._forget(engine)
+        except OSError as error:  # includes OutputError
+            log.warning("the engine was built, but could not be cached: %s", error)
+            self._remove(engine)
 
-    def _forget(self, engine: Path) -> None:
+    def _remove(self, engine: Path) -> None:
         for file in (sidecar_path(engine), engine):
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
 
 
-def _tell() -> None:
-    log.info("another process is building the same engine; waiting for it")
+def _log_wait() -> None:
+    log.info("waiting for another process that is building the same engine")

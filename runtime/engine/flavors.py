@@ -1,4 +1,4 @@
-"""TensorRT 10, TensorRT 11 and TensorRT-RTX, behind the calls they have in common."""
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX, with the calls that they share."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["RTX_DEFAULT_SMS", "Flavor", "check_targets", "choose_flavor", "nativ
 log = logging.getLogger(__name__)
 
 RTX_DEFAULT_SMS = (80, 86, 89, 120, 121)
-"""TensorRT-RTX's own choice of targets: Ampere to Ada, and Blackwell's consumer GPUs."""
+"""TensorRT-RTX's default targets: Ampere, Ada, and Blackwell's consumer GPUs."""
 _FLAVORS = ("tensorrt", "tensorrt_rtx")
-_OLDEST_TENSORRT = 10  # before it there are no strongly typed networks
+_OLDEST_TENSORRT = 10  # the first version with strongly typed networks
 
-INSTALL_HELP = (
-    "To build engines, install one of:\n"
-    "  pip install tensorrt-rtx         any x86-64 Linux or Windows machine, GPU or not; for SM 75-89, 12x\n"
-    "  pip install 'advprop[tensorrt]'  a machine with the NVIDIA GPU the engine is for (H100, B200, …)"
+_INSTALL_FIX = (
+    "to build engines, install one of:\n"
+    "  pip install tensorrt-rtx         for SM 75-89 and 12x, on any x86-64 Linux or Windows machine, without a GPU\n"
+    "  pip install 'advprop[tensorrt]'  for any NVIDIA GPU (H100, B200, …), on a machine with that GPU"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Flavor:
-    """One importable TensorRT library."""
+    """One imported TensorRT library."""
 
     name: str
     """`tensorrt` or `tensorrt_rtx`."""
@@ -44,10 +44,10 @@ class Flavor:
 
 
 def parse_sm(text: str) -> int:
-    """Reads a compute capability: `89`, `8.9`, `sm89` or `sm_89` → 89.
+    """Parse a compute capability: `89`, `8.9`, `sm89` or `sm_89` → 89.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the text has another format.
     """
     digits = text.lower().removeprefix("sm").removeprefix("_").replace(".", "")
     if not digits.isdigit() or not 50 <= int(digits) <= 999:
@@ -56,15 +56,15 @@ def parse_sm(text: str) -> int:
 
 
 def choose_flavor(name: str, sms: tuple[int, ...]) -> Flavor:
-    """Picks the library that builds: full TensorRT for the GPU at hand, else TensorRT-RTX.
+    """Choose the library that builds: full TensorRT for this machine's GPU, or else TensorRT-RTX.
 
     Args:
         name: `auto`, `tensorrt` or `tensorrt_rtx`.
-        sms: compute capabilities asked for, e.g. (86, 89); empty for the default.
+        sms: requested compute capabilities, e.g. (86, 89); empty for the default.
 
     Raises:
-        BackendUnavailable: no library that fits is installed; the message says what to install.
-        ConfigError: an unknown name.
+        BackendUnavailable: no suitable library is installed; the message lists what to install.
+        ConfigError: the name is unknown.
     """
     if name not in ("auto", *_FLAVORS):
         raise ConfigError(f"flavor must be auto, tensorrt or tensorrt_rtx; found {name!r}")
@@ -79,43 +79,45 @@ def choose_flavor(name: str, sms: tuple[int, ...]) -> Flavor:
         if flavor:
             return flavor
         problems.append(problem)
-    raise BackendUnavailable("no engine builder can be used here: " + "; ".join(problems) + ".\n" + INSTALL_HELP)
+    reason = "; ".join(problems)
+    raise BackendUnavailable(f"no engine builder is available: {reason}", reason=reason, fix=_INSTALL_FIX)
 
 
 def check_targets(flavor: Flavor, sms: tuple[int, ...]) -> None:
-    """Raises ConfigError where `flavor` has no kernels for one of `sms`."""
+    """Raise ConfigError if `flavor` does not support one of the compute capabilities `sms`."""
     if flavor.name != "tensorrt_rtx":
         return
-    known = [name for name in flavor.module.ComputeCapability.__members__ if name.startswith("SM")]
+    supported = [name for name in flavor.module.ComputeCapability.__members__ if name.startswith("SM")]
     for sm in sms:
-        if f"SM{sm}" not in known:
+        if f"SM{sm}" not in supported:
             raise ConfigError(
-                f"TensorRT-RTX {flavor.version} does not build for SM {sm}; it has {', '.join(known)}. "
-                "Data-center GPUs (SM 90, 100) need full TensorRT on a machine with that GPU"
+                f"TensorRT-RTX {flavor.version} does not support SM {sm}; it supports {', '.join(supported)}",
+                fix="for data-center GPUs (SM 90, 100), use full TensorRT on a machine with that GPU",
             )
 
 
 def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavor | None, str]:
+    """Return full TensorRT, or None and what is missing."""
     gpu = find_gpu()
     if gpu is None:
-        return None, "full TensorRT builds only on the GPU it is for, and no NVIDIA GPU was found"
-    here = gpu.sm
-    if any(sm != here for sm in sms):
-        return None, f"full TensorRT builds only for the GPU at hand, {gpu.name} (SM {here})"
+        return None, "full TensorRT builds only for the GPU of this machine, and no NVIDIA GPU was found"
+    if any(sm != gpu.sm for sm in sms):
+        return None, f"full TensorRT builds only for the GPU of this machine, {gpu.name} (SM {gpu.sm})"
     flavor, problem = _import("tensorrt")
     if flavor and int(flavor.version.split(".")[0]) < _OLDEST_TENSORRT:
         return None, (
-            f"TensorRT {flavor.version} has no strongly typed networks (they came with "
-            f"{_OLDEST_TENSORRT}), so it might silently build FP32"
+            f"TensorRT {flavor.version} has no strongly typed networks (added in {_OLDEST_TENSORRT}) and could "
+            "silently build FP32"
         )
     return flavor, problem
 
 
 def _import(name: str) -> tuple[Flavor | None, str]:
+    """Return the library, or None and why it cannot be imported."""
     try:
         module = importlib.import_module(name)
-        if not hasattr(module, "Builder"):  # a folder of that name, such as that of type stubs
-            return None, f"{name} is not installed; what is found under its name is {list(module.__path__)}"
+        if not hasattr(module, "Builder"):  # a folder with that name, e.g. with type stubs
+            return None, f"{name} is not installed; its name refers to {list(module.__path__)}"
         return Flavor(name, module), ""
     except (ImportError, OSError) as error:  # OSError: the native libraries did not load
         return None, f"{name} cannot be imported ({error})"
@@ -123,11 +125,11 @@ def _import(name: str) -> tuple[Flavor | None, str]:
 
 @functools.cache
 def native_logger(flavor: Flavor) -> Any:
-    """Returns the library's one logger (a process has one), which forwards to `logging`.
+    """Return the library's logger, which forwards to `logging`. A process has one.
 
-    Its list `errors` collects the texts of native errors, its set `seen` what was forwarded already (TensorRT-RTX
-    says some things once a convolution), and `listing` the layers of a build that tells them. `reset` it before
-    a build.
+    Its list `errors` collects the native errors, its set `seen` the forwarded messages
+    (TensorRT-RTX repeats some for every convolution), and `listing` is the list of layers of a
+    build. Call `reset` before a build.
     """
     trt = flavor.module
     levels = {
@@ -150,7 +152,7 @@ def native_logger(flavor: Flavor) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if message.startswith(LISTING):
-                self.listing = message  # a line a kernel: for us, not for the console
+                self.listing = message  # one line per kernel: for our report, not for the console
                 return
             level = levels.get(severity, logging.DEBUG)
             if level == logging.ERROR:

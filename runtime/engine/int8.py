@@ -1,35 +1,71 @@
-"""What became of each quantized layer: whether its multiplications are in INT8 in the engine, and why not.
+"""Report which quantized layers an engine computes in INT8, and why not the others.
 
-A graph with Q/DQ nodes is a wish. A builder may as well dequantize and multiply in floating point, and then still keep
-the weights as int8 in the plan: neither the plan's size nor its bytes tell. The types that a kernel reads do.
+Q/DQ nodes in a graph are a request. A builder may dequantize the inputs and multiply in floating
+point, and still store the weights as int8 in the plan. The size and the bytes of a plan do not show
+it; the types that a kernel reads do.
 
-What TensorRT-RTX 1.7.1 does was found with engines of single layers and of whole networks: docs/results/int8_plans.md.
+The behavior of TensorRT-RTX 1.7.1 was determined with engines of single layers and of whole
+networks: docs/results/int8_plans.md.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from runtime.engine.layers import EngineLayer
-from runtime.graph.summary import WEIGHTED_OPS, node_macs, read_onnx
+from runtime.graph.read import read_onnx
+from runtime.graph.structure import WEIGHTED_OPS, node_macs
 
-__all__ = ["LayerReport", "int8_layers", "summary_of", "warn_of_floats", "warn_of_padding", "warn_of_size"]
+__all__ = [
+    "LayerReport",
+    "Reason",
+    "int8_layers",
+    "summary_of",
+    "warn_about_floats",
+    "warn_about_padding",
+    "warn_about_size",
+]
 
 log = logging.getLogger(__name__)
 
 INT8 = "int8"
 UNKNOWN = "unknown"
 
-_NO_WORK = ("kgen", "signal", "wait", "shape_call")
-"""Kinds of layers that multiply nothing with weights."""
-_BESIDES = 500_000
-"""What an FP16 plan of TensorRT-RTX has beside its weights, in bytes: from half a megabyte (ResNet-18) to four."""
-_WORTH_IT = 0.5
-"""Share of the quantized work that should be in INT8."""
+_AUXILIARY_KINDS = ("kgen", "signal", "wait", "shape_call")
+"""Kinds of engine layers that do not multiply by weights."""
+_OVERHEAD_BYTES = 500_000
+"""Size of a TensorRT-RTX FP16 plan without its weights: from 0.5 MB (ResNet-18) to 4 MB."""
+_WORTHWHILE_SHARE = 0.5
+"""Share of the quantized MACs that should be in INT8."""
+
+
+class Reason(StrEnum):
+    """Why a quantized layer is not computed in INT8. Sidecars store the values."""
+
+    NONE = "none"
+    """The layer is computed in INT8, or is not quantized."""
+    UNSTATED = "unstated"
+    """The sidecar was written by an earlier version, which stored only a text."""
+    NOT_FOUND = "not_found"
+    BUILDER_CHOICE = "builder_choice"
+    NO_KERNEL = "no_kernel"
+    OLD_TARGET = "old_target"
+    LIST_SCALE = "list_scale"
+
+
+_REASON_TEXTS = {
+    Reason.NONE: "",
+    Reason.NOT_FOUND: "the layer was not found in the engine",
+    Reason.BUILDER_CHOICE: "the builder chose floating point",
+    Reason.NO_KERNEL: "TensorRT-RTX has no INT8 ConvTranspose",
+    Reason.OLD_TARGET: "TensorRT-RTX has no INT8 convolutions for SM {sm}, and then uses none for the other targets",
+    Reason.LIST_SCALE: "the scale of its input is a list with one number; TensorRT-RTX requires a scalar",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,34 +73,54 @@ class LayerReport:
     """A convolution or matrix product of the ONNX file, and how the engine computes it."""
 
     node: str
-    """Its name."""
+    """Name of the node."""
     op: str
-    """Its operator."""
+    """Operator of the node."""
     macs: int
-    """Multiply-accumulates for one image; 0 where shapes are unknown."""
+    """Multiply-accumulates per image; 0 if shapes are unknown."""
     quantized: bool
-    """Whether both its inputs come through DequantizeLinear."""
+    """Whether both inputs come from DequantizeLinear."""
     computes: str
-    """`int8`, `fp16`, `bf16`, `fp32`, or `unknown`."""
+    """Type of the multiplication: `int8`, `fp16`, `bf16`, `fp32`, or `unknown`."""
     why: str
-    """The reason, where it is quantized and not in INT8; else what INT8 costs there, if anything."""
+    """Text for `reason`, or the extra memory traffic of an INT8 layer; empty if there is nothing to
+    explain."""
+    reason: Reason = Reason.UNSTATED
+    """Why a quantized layer is not computed in INT8."""
+    channels: int = 0
+    """Input channels of a grouped INT8 convolution; 0 for other layers."""
+    padded_channels: int = 0
+    """Input channels of a grouped INT8 convolution in the engine, including padding; 0 for other
+    layers."""
+    writes_fp32: bool = False
+    """Whether an INT8 convolution writes FP32, which takes four bytes per value."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> LayerReport:
+        """Return a report from a sidecar's fields. Raises TypeError or ValueError."""
+        return cls(**{**fields, "reason": Reason(fields.get("reason", Reason.UNSTATED))})
 
     @property
     def int8(self) -> bool:
-        """Whether it multiplies int8 by int8."""
+        """Whether the layer multiplies int8 by int8."""
         return self.computes == INT8
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether INT8 needs more channels than the layer has."""
+        return self.padded_channels > self.channels
 
 
 def int8_layers(
     onnx: Path, layers: Sequence[EngineLayer], *, flavor: str = "tensorrt_rtx", sms: Collection[int] = ()
 ) -> tuple[LayerReport, ...]:
-    """Finds each convolution and matrix product of `onnx` among the layers of its engine.
+    """Find each convolution and matrix product of `onnx` among the layers of its engine.
 
     Args:
-        onnx: the file the engine was built from.
-        layers: from `runtime.engine.layers`.
-        flavor: the library that built it: what it cannot do explains what it did not do.
-        sms: compute capabilities it was built for; empty for the default.
+        onnx: the file that the engine was built from.
+        layers: the engine's layers, from `runtime.engine.layers`.
+        flavor: the library that built it, whose limits explain its choices.
+        sms: target compute capabilities; empty for the default.
 
     Raises:
         ModelFileError: `onnx` cannot be read.
@@ -76,12 +132,15 @@ def int8_layers(
     for number, node in enumerate(model.graph.node):
         if node.op_type not in WEIGHTED_OPS:
             continue
-        layer = _layer_of(node, layers)
-        quantized = all(graph.dequantized(name) for name in node.input[:2])
-        computes = _computes(layer)
-        why = ""
-        if quantized:
-            why = _cost(graph, node, layer) if computes == INT8 else _reason(graph, node, layer, flavor, sms)
+        layer = _find_layer(node, layers)
+        quantized = all(graph.is_dequantized(name) for name in node.input[:2])
+        computes = _compute_type(layer)
+        fields: dict[str, Any] = {"reason": Reason.NONE, "why": ""}
+        if quantized and computes == INT8:
+            fields |= _int8_traffic(graph, node, layer)
+        elif quantized:
+            reason = _reason(graph, node, layer, flavor, sms)
+            fields = {"reason": reason, "why": _REASON_TEXTS[reason].format(sm=min(sms, default=0))}
         reports.append(
             LayerReport(
                 node=node.name or node.output[0],
@@ -89,32 +148,32 @@ def int8_layers(
                 macs=macs.get(node.name or f"{node.op_type}_{number}", 0),
                 quantized=quantized,
                 computes=computes,
-                why=why,
+                **fields,
             )
         )
     return tuple(reports)
 
 
 def summary_of(reports: Sequence[LayerReport]) -> str:
-    """Returns in a line how many of the layers are in INT8."""
-    own = [report for report in reports if report.int8]
-    counts = f"{len(own)} of {len(reports)} layers"
+    """Return how many layers and MACs are in INT8, as one line."""
+    in_int8 = [report for report in reports if report.int8]
+    counts = f"{len(in_int8)} of {len(reports)} layers"
     total = sum(report.macs for report in reports)
-    return counts + (f", {sum(report.macs for report in own) / total:.1%} of the MACs" if total else "")
+    return counts + (f", {sum(report.macs for report in in_int8) / total:.1%} of the MACs" if total else "")
 
 
-def warn_of_floats(reports: Sequence[LayerReport]) -> None:
-    """Warns of quantized layers that the engine computes in floating point."""
+def warn_about_floats(reports: Sequence[LayerReport]) -> None:
+    """Warn about quantized layers that the engine computes in floating point."""
     quantized = [report for report in reports if report.quantized]
     floats = [report for report in quantized if not report.int8 and report.computes != UNKNOWN]
     if not floats:
         return
     reasons = "; ".join(dict.fromkeys(report.why for report in floats))
-    whole = sum(report.macs for report in quantized)
-    share = sum(report.macs for report in quantized if report.int8) / whole if whole else 0.0
-    advice = "" if share >= _WORTH_IT else "; this engine gains nothing from INT8, build FP16 (--trt fp16)"
+    total = sum(report.macs for report in quantized)
+    share = sum(report.macs for report in quantized if report.int8) / total if total else 0.0
+    advice = "" if share >= _WORTHWHILE_SHARE else "; INT8 does not speed up this engine: build FP16 (--trt fp16)"
     log.warning(
-        "%d of %d quantized layers are computed in floating point, from %s on (%s)%s",
+        "%d of %d quantized layers are computed in floating point, starting with %s (%s)%s",
         len(floats),
         len(quantized),
         floats[0].node,
@@ -123,47 +182,47 @@ def warn_of_floats(reports: Sequence[LayerReport]) -> None:
     )
 
 
-def warn_of_padding(reports: Sequence[LayerReport]) -> None:
-    """Warns of grouped convolutions that INT8 makes larger."""
-    padded = [report for report in reports if "padded" in report.why]
+def warn_about_padding(reports: Sequence[LayerReport]) -> None:
+    """Warn about grouped convolutions that need padding in INT8."""
+    padded = [report for report in reports if report.is_padded]
     if padded:
         log.warning(
-            "%d grouped convolutions, from %s on (%s), move more memory in INT8 than in FP16; leave them in floating "
-            "point (advprop calibrate --keep NODE)",
+            "%d grouped convolutions, starting with %s (%s), move more memory in INT8 than in FP16; keep them in "
+            "floating point (advprop calibrate --keep NODE)",
             len(padded),
             padded[0].node,
             padded[0].why,
         )
 
 
-def warn_of_size(plan_bytes: int, weights: int) -> None:
-    """Warns of an INT8 plan larger than one in FP16 can be expected to be.
+def warn_about_size(plan_bytes: int, weights: int) -> None:
+    """Warn about an INT8 plan that is larger than an FP16 plan is expected to be.
 
     Args:
-        plan_bytes: size of the plan.
-        weights: elements of the weights of all convolutions and matrix products.
+        plan_bytes: size of the plan, in bytes.
+        weights: number of weight elements in all convolutions and matrix products.
     """
-    if plan_bytes > 2 * weights + _BESIDES:
+    if plan_bytes > 2 * weights + _OVERHEAD_BYTES:
         log.warning(
-            "the INT8 plan has %.1f MB, in FP16 its weights would have %.1f MB: no space is saved, as padding and the "
-            "source text of the kernels between the INT8 layers come on top; build FP16 too (--trt fp16) and compare",
+            "the INT8 plan has %.1f MB, and the weights alone have %.1f MB in FP16: padding and the source code of the "
+            "kernels between INT8 layers outweigh the savings; build FP16 too (--trt fp16) and compare",
             plan_bytes / 1e6,
             2 * weights / 1e6,
         )
 
 
-def _layer_of(node: Any, layers: Sequence[EngineLayer]) -> EngineLayer | None:
-    """The layer that multiplies; a nameless node is called by its output."""
+def _find_layer(node: Any, layers: Sequence[EngineLayer]) -> EngineLayer | None:
+    """Return the layer that multiplies. TensorRT names a node without a name after its output."""
     name = node.name or f"node_of_{node.output[0]}"
-    found = [layer for layer in layers if name in layer.nodes and layer.kind not in _NO_WORK]
+    found = [layer for layer in layers if name in layer.nodes and layer.kind not in _AUXILIARY_KINDS]
     return min(found, key=lambda layer: not layer.name.startswith(name), default=None)
 
 
-def _computes(layer: EngineLayer | None) -> str:
-    """The type of both factors; where they differ, the floating one.
+def _compute_type(layer: EngineLayer | None) -> str:
+    """Return the type of both factors, or the floating-point one if they differ.
 
-    The activation comes first. The weights are a constant, or an input where another kernel dequantizes them; a
-    residual that the kernel adds is an input too.
+    The activation is the first input. The weights are a constant, or an input if another kernel
+    dequantizes them. A residual that the kernel adds is an input too.
     """
     if layer is None or not layer.inputs:
         return UNKNOWN
@@ -174,33 +233,34 @@ def _computes(layer: EngineLayer | None) -> str:
     return first
 
 
-def _reason(graph: _Graph, node: Any, layer: EngineLayer | None, flavor: str, sms: Collection[int]) -> str:
+def _reason(graph: _Graph, node: Any, layer: EngineLayer | None, flavor: str, sms: Collection[int]) -> Reason:
     if layer is None:
-        return "it was not found among the engine's layers"
+        return Reason.NOT_FOUND
     if flavor != "tensorrt_rtx":
-        return "the builder chose so"
+        return Reason.BUILDER_CHOICE
     if node.op_type == "ConvTranspose":
-        return "TensorRT-RTX has no INT8 ConvTranspose"
+        return Reason.NO_KERNEL
     if node.op_type == "Conv" and any(sm < 80 for sm in sms):
-        return f"TensorRT-RTX has no INT8 convolutions for SM {min(sms)}, nor then for the engine's other targets"
+        return Reason.OLD_TARGET
     if node.op_type == "Conv" and graph.scale_rank(node.input[0]) > 0:
-        return "the scale of its input is a list of one number; TensorRT-RTX needs a scalar"
-    return "the builder chose so"
+        return Reason.LIST_SCALE
+    return Reason.BUILDER_CHOICE
 
 
-def _cost(graph: _Graph, node: Any, layer: EngineLayer | None) -> str:
-    """What INT8 costs a convolution in memory traffic."""
+def _int8_traffic(graph: _Graph, node: Any, layer: EngineLayer | None) -> dict[str, Any]:
+    """Return the fields of a report on the extra memory traffic of an INT8 convolution."""
     if layer is None or node.op_type != "Conv":
-        return ""
-    costs = []
+        return {}
+    fields: dict[str, Any] = {"writes_fp32": bool(layer.outputs) and layer.outputs[0].type == "fp32"}
+    texts = ["writes fp32"] if fields["writes_fp32"] else []
     groups = next((item.i for item in node.attribute if item.name == "group"), 1)
     channels = groups * graph.shape(node.input[1])[1] if len(graph.shape(node.input[1])) > 1 else 0
     held = layer.inputs[0].shape[1] if layer.inputs and len(layer.inputs[0].shape) == 4 else channels
-    if groups > 1 and held > channels:
-        costs.append(f"its {channels} channels are padded to {held}")
-    if layer.outputs and layer.outputs[0].type == "fp32":
-        costs.append("writes fp32")
-    return ", ".join(costs)
+    if groups > 1:
+        fields |= {"channels": channels, "padded_channels": held}
+        if held > channels:
+            texts.insert(0, f"its {channels} channels are padded to {held}")
+    return fields | {"why": ", ".join(texts)}
 
 
 class _Graph:
@@ -210,17 +270,17 @@ class _Graph:
         self._producers = {output: node for node in graph.node for output in node.output}
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
 
-    def dequantized(self, name: str) -> bool:
-        """Whether DequantizeLinear gives `name`."""
+    def is_dequantized(self, name: str) -> bool:
+        """Return whether `name` is the output of a DequantizeLinear."""
         return name in self._producers and self._producers[name].op_type == "DequantizeLinear"
 
     def scale_rank(self, name: str) -> int:
-        """Dimensions of the scale of the DequantizeLinear that gives `name`; 0 for a scalar, or where unknown."""
+        """Return the rank of the scale that dequantizes `name`; 0 for a scalar or if unknown."""
         scale = self._producers[name].input[1]
         return len(self._tensors[scale].dims) if scale in self._tensors else 0
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of the weights behind `name`; () where they are not constant."""
-        if self.dequantized(name):
+        """Return the shape of the weights behind `name`; () if they are not constant."""
+        if self.is_dequantized(name):
             name = self._producers[name].input[0]
         return tuple(self._tensors[name].dims) if name in self._tensors else ()

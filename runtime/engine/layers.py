@@ -1,7 +1,7 @@
-"""What an engine is made of, by the builder's own account.
+"""Read the list of an engine's layers from the builder.
 
-TensorRT-RTX logs the listing of a DETAILED build, which needs no GPU; full TensorRT gives the same facts
-as JSON through its engine inspector, which needs the GPU that the engine is for.
+TensorRT-RTX logs the list during a DETAILED build, which needs no GPU. Full TensorRT provides the
+same facts as JSON through its engine inspector, which needs the GPU that the engine was built for.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["LISTING", "EngineLayer", "EngineTensor", "inspected_layers", "layers_of_json", "layers_of_log"]
 
 LISTING = "Layers:\n"
-"""How the message of TensorRT-RTX's log begins that lists the layers."""
+"""Start of the log message in which TensorRT-RTX lists the layers."""
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8"}  # of layers of the compiler backend
-_WORDS = {"Int8": "int8", "FP16": "fp16", "Half": "fp16", "BF16": "bf16", "FP32": "fp32", "Float": "fp32"}
+# Names of types in TensorRT-RTX's list, and in the engine inspector's JSON.
+_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8"}
+_FORMAT_WORDS = {"Int8": "int8", "FP16": "fp16", "Half": "fp16", "BF16": "bf16", "FP32": "fp32", "Float": "fp32"}
 
 _NODES = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|\[ONNX|$)")
 _LAYER = re.compile(
@@ -34,16 +35,16 @@ _TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[([-\d,]*)\], .*?Datatype: (\w
 
 @dataclass(frozen=True, slots=True)
 class EngineTensor:
-    """A tensor that a layer reads or gives."""
+    """An input, constant or output of a layer."""
 
     type: str
-    """`fp32`, `fp16`, `bf16` or `int8`; another type as TensorRT calls it."""
+    """`fp32`, `fp16`, `bf16` or `int8`; TensorRT's name for other types."""
     shape: tuple[int, ...]
-    """As the engine holds it, padding included; -1 where the batch is open, () where unknown."""
+    """Shape in the engine, including padding. A dynamic batch is -1; () if unknown."""
 
     @property
     def bytes(self) -> int:
-        """Of one image; 0 for shapes and the like."""
+        """Bytes per image; 0 for shape tensors and other types."""
         return _BYTES.get(self.type, 0) * math.prod(abs(size) for size in self.shape)
 
 
@@ -54,32 +55,32 @@ class EngineLayer:
     name: str
     """The engine's name for it."""
     kind: str
-    """TensorRT's word: `correlation`, `gemm`, `kgen` (elementwise code), `CaskConvolution`, …"""
+    """TensorRT's type name, such as `gemm`, `kgen` (elementwise code) or `CaskConvolution`."""
     inputs: tuple[EngineTensor, ...]
-    """Activations."""
+    """Input activations."""
     constants: tuple[EngineTensor, ...]
-    """Weights, scales, biases."""
+    """Weights, scales and biases."""
     outputs: tuple[EngineTensor, ...]
-    """Activations."""
+    """Output activations."""
     nodes: frozenset[str]
-    """ONNX nodes that it does, wholly or partly."""
+    """ONNX nodes that it computes, completely or partly."""
 
     @property
-    def moved(self) -> int:
-        """Bytes of activations that it reads and writes for one image."""
+    def moved_bytes(self) -> int:
+        """Bytes of activations that it reads and writes per image."""
         return sum(tensor.bytes for tensor in (*self.inputs, *self.outputs))
 
 
 def layers_of_log(listing: str) -> list[EngineLayer]:
-    """Reads the listing that TensorRT-RTX logs; nothing where it is not as TensorRT-RTX 1.7 writes it."""
+    """Parse the list that TensorRT-RTX logs. Return [] for another format than that of 1.7."""
     found = [_LAYER.fullmatch(line) for line in listing.removeprefix(LISTING).split("\n")]
     return [
         EngineLayer(
             name=match["name"],
             kind=match["kind"],
-            inputs=_tensors(match["inputs"]),
-            constants=_tensors(match["constants"]),
-            outputs=_tensors(match["outputs"]),
+            inputs=_tensors_of_log(match["inputs"]),
+            constants=_tensors_of_log(match["constants"]),
+            outputs=_tensors_of_log(match["outputs"]),
             nodes=frozenset(_NODES.findall(match["metadata"])),
         )
         for match in found
@@ -87,7 +88,7 @@ def layers_of_log(listing: str) -> list[EngineLayer]:
     ]
 
 
-def _tensors(text: str) -> tuple[EngineTensor, ...]:
+def _tensors_of_log(text: str) -> tuple[EngineTensor, ...]:
     return tuple(
         EngineTensor(_TYPES.get(kind, kind), tuple(int(size) for size in sizes.split(",") if size))
         for sizes, kind in _TENSOR.findall(text)
@@ -95,15 +96,15 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
 
 
 def inspected_layers(trt: Any, logger: Any, plan: memoryview, *, host_code: bool = False) -> list[EngineLayer]:
-    """Asks the engine inspector; nothing where the plan cannot be deserialized here.
+    """Query the engine inspector. Return [] if the plan cannot be deserialized here.
+
+    It follows the API and NVIDIA's published examples, and has not run on a GPU yet.
 
     Args:
-        trt: the TensorRT that built it.
+        trt: the TensorRT module that built the plan.
         logger: its logger.
-        plan: the engine, fresh from the builder.
-        host_code: whether it carries code for the CPU, as version-compatible plans do.
-
-    Written against the API and NVIDIA's published examples; never run, for want of a GPU that full TensorRT takes.
+        plan: the serialized engine.
+        host_code: whether the plan contains code for the CPU, as version-compatible plans do.
     """
     runtime: tensorrt.Runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = host_code
@@ -115,7 +116,7 @@ def inspected_layers(trt: Any, logger: Any, plan: memoryview, *, host_code: bool
 
 
 def layers_of_json(text: str) -> list[EngineLayer]:
-    """Reads what an engine inspector says of a DETAILED engine; nothing where it only has names, or is no JSON."""
+    """Parse the engine inspector's JSON. Return [] if it is not JSON or has no details."""
     try:
         entries = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError):
@@ -124,9 +125,9 @@ def layers_of_json(text: str) -> list[EngineLayer]:
         EngineLayer(
             name=str(entry.get("Name", "")),
             kind=str(entry.get("LayerType", "")),
-            inputs=_described(entry.get("Inputs")),
-            constants=_described(entry.get("Constants")) or _weights(entry.get("Weights")),
-            outputs=_described(entry.get("Outputs")),
+            inputs=_tensors_of_json(entry.get("Inputs")),
+            constants=_tensors_of_json(entry.get("Constants")) or _weights_of_json(entry.get("Weights")),
+            outputs=_tensors_of_json(entry.get("Outputs")),
             nodes=frozenset(_NODES.findall(str(entry.get("Metadata", "")))),
         )
         for entry in entries
@@ -134,20 +135,20 @@ def layers_of_json(text: str) -> list[EngineLayer]:
     ]
 
 
-def _described(entries: Any) -> tuple[EngineTensor, ...]:
-    """Tensors; their type is a word of its own or, up to TensorRT 10, one in the description of the format."""
+def _tensors_of_json(entries: Any) -> tuple[EngineTensor, ...]:
+    """Return the tensors. Up to TensorRT 10 their type is a word in a description."""
     return tuple(
         EngineTensor(
-            _worded(str(entry.get("Datatype") or entry.get("Format/Datatype", ""))), tuple(entry.get("Dimensions", ()))
+            _type_in(str(entry.get("Datatype") or entry.get("Format/Datatype", ""))), tuple(entry.get("Dimensions", ()))
         )
         for entry in entries or ()
         if isinstance(entry, dict)
     )
 
 
-def _weights(entry: Any) -> tuple[EngineTensor, ...]:
-    return (EngineTensor(_worded(str(entry.get("Type", ""))), ()),) if isinstance(entry, dict) else ()
+def _weights_of_json(entry: Any) -> tuple[EngineTensor, ...]:
+    return (EngineTensor(_type_in(str(entry.get("Type", ""))), ()),) if isinstance(entry, dict) else ()
 
 
-def _worded(text: str) -> str:
-    return next((name for word, name in _WORDS.items() if word in text), text)
+def _type_in(text: str) -> str:
+    return next((name for word, name in _FORMAT_WORDS.items() if word in text), text)

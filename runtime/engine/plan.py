@@ -1,4 +1,4 @@
-"""ONNX file → plan: the native part of a build, by the calls that every TensorRT has."""
+"""Build a plan from an ONNX file: the native part of a build, the same for every TensorRT."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ __all__ = ["PlanRequest", "make_plan"]
 
 log = logging.getLogger(__name__)
 
-_MOST_REASONS = 5
-_HINTS = (
+_MAX_REASONS = 5
+# The parser's error codes are the same for many causes. The texts add an explanation; no decision
+# depends on them.
+_EXPLANATIONS = (
     ("Plugin not found", "{flavor} has no such operator"),
-    ("Node input was not registered", "one of its inputs is given by no node, input or weight"),
+    ("Node input was not registered", "one of its inputs is not the output of a node, a graph input or a weight"),
 )
-"""What the parser's most usual messages mean."""
+"""Part of a parser message → what it means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """Everything that the native builder is told."""
+    """All inputs of the native builder."""
 
     flavor: Flavor
-    """The library."""
+    """The TensorRT library."""
     source: Path
     """The ONNX file."""
     input_name: str
     """Its image input."""
     profile: dict[str, list[int]]
-    """`min`, `opt` and `max` shapes of it."""
+    """`min`, `opt` and `max` shape of the input."""
     sms: tuple[int, ...]
-    """Compute capabilities; empty for the default."""
+    """Target compute capabilities; empty for the default."""
     options: BuildOptions
-    """The rest."""
-    timing_cache: Path | None
-    """Of full TensorRT."""
+    """The other settings."""
 
     @property
     def builder(self) -> str:
@@ -56,7 +56,7 @@ class PlanRequest:
 
 
 def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
-    """Builds a plan, in the calling thread.
+    """Build a plan in the calling thread.
 
     Raises:
         EngineBuildError: the parser or the builder refused; the message has their reasons.
@@ -72,37 +72,38 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise EngineBuildError(f"{request.builder} cannot read {request.source}: {_reasons(request, errors)}")
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the report of INT8 layers reads
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the report of INT8 layers
     apply_options(trt, config, request.options)
     shapes = builder.create_optimization_profile()
     shapes.set_shape(request.input_name, *(trt.Dims(request.profile[name]) for name in ("min", "opt", "max")))
     config.add_optimization_profile(shapes)
     if request.sms and request.flavor.name == "tensorrt_rtx":
         _set_targets(trt, config, request.sms)
-    # These two must live until it is built.
-    timings = _timings(config, request.timing_cache) if request.timing_cache is not None else None
+    # These two must live until the plan is built.
+    timing_cache = request.options.timing_cache
+    timings = _timings(config, timing_cache) if timing_cache is not None else None
     monitor = native_monitor(trt, progress)
     config.progress_monitor = monitor
     plan = None if progress.stopped else builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineBuildError(f"{request.builder} could not build {request.source}: {_refusal(request, logger)}")
-    if request.timing_cache is not None and timings is not None:
-        write_bytes(request.timing_cache, bytes(timings.serialize()))
+        raise _build_error(request, logger)
+    if timing_cache is not None and timings is not None:
+        write_bytes(timing_cache, bytes(timings.serialize()))
     return memoryview(plan)
 
 
 def _timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
-    """Gives the builder the timings of earlier builds; those of another GPU or version it leaves aside."""
+    """Give the builder the timings of earlier builds, except those of another GPU or version."""
     timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(timings, ignore_mismatch=False):
-        log.warning("%s is of another GPU or TensorRT; it is written anew", path)
+        log.warning("%s is for another GPU or TensorRT, and will be replaced", path)
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, ignore_mismatch=False)
     return timings
 
 
 def _network_flags(trt: Any) -> int:
-    """STRONGLY_TYPED is needed on TensorRT 10, and ignored where it is the only way."""
+    """Return the flag STRONGLY_TYPED for TensorRT 10. Later versions have no other networks."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -115,17 +116,17 @@ def _set_targets(trt: Any, config: Any, sms: tuple[int, ...]) -> None:
 
 
 def _reasons(request: PlanRequest, errors: list[tensorrt.ParserError]) -> str:
-    """Node, operator and reason of each error."""
-    found = list(dict.fromkeys(_parser_error(request, error) for error in errors)) or ["it gave no reason"]
-    more = f"; and {len(found) - _MOST_REASONS} more" if len(found) > _MOST_REASONS else ""
-    return "; ".join(found[:_MOST_REASONS]) + more
+    """Return node, operator and reason of each error."""
+    found = list(dict.fromkeys(_describe(request, error) for error in errors)) or ["the parser gave no reason"]
+    more = f"; and {len(found) - _MAX_REASONS} more" if len(found) > _MAX_REASONS else ""
+    return "; ".join(found[:_MAX_REASONS]) + more
 
 
-def _parser_error(request: PlanRequest, error: tensorrt.ParserError) -> str:
+def _describe(request: PlanRequest, error: tensorrt.ParserError) -> str:
     reason = " ".join(str(error.desc()).split())
-    for text, meaning in _HINTS:
+    for text, explanation in _EXPLANATIONS:
         if text in reason:
-            reason = f"{meaning.format(flavor=request.flavor.name)} ({reason})"
+            reason = f"{explanation.format(flavor=request.flavor.name)} ({reason})"
     if not hasattr(error, "node_operator"):  # the first releases of TensorRT 10
         return f"node {error.node()}: {reason}"
     name, operator = error.node_name(), error.node_operator()
@@ -134,12 +135,12 @@ def _parser_error(request: PlanRequest, error: tensorrt.ParserError) -> str:
     return f"node {name!r} ({operator}): {reason}" if name else f"node {error.node()} ({operator}): {reason}"
 
 
-def _refusal(request: PlanRequest, logger: Any) -> str:
-    reason = "; ".join(logger.errors) or "it gave no reason"
-    asked = re.search(r"OutOfMemory.*?(\d+) bytes", reason)
-    if asked and request.options.workspace_mib:
-        needed = -(-int(asked[1]) // (1 << 20))
-        reason += (
-            f". The workspace of {request.options.workspace_mib} MiB is too small: try --workspace-mib {needed} or more"
-        )
-    return reason
+def _build_error(request: PlanRequest, logger: Any) -> EngineBuildError:
+    reason = "; ".join(logger.errors) or "the builder gave no reason"
+    fix = ""
+    # The builder reports the required memory in its log only. The number becomes a suggestion.
+    required = re.search(r"OutOfMemory.*?(\d+) bytes", reason)
+    if required and request.options.workspace_mib:
+        needed = -(-int(required[1]) // (1 << 20))
+        fix = f"the workspace of {request.options.workspace_mib} MiB is too small: try --workspace-mib {needed} or more"
+    return EngineBuildError(f"{request.builder} could not build {request.source}: {reason}", fix=fix)

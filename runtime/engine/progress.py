@@ -1,7 +1,7 @@
-"""How far a native build is, and a Ctrl-C that stops it.
+"""The progress of a native build, and stopping it with Ctrl-C.
 
-A native build keeps the thread that called it: Python would see a Ctrl-C only when it is over. It therefore runs in a
-thread of its own, and the caller's thread waits for it in Python.
+A native build blocks the thread that calls it, and Python would handle Ctrl-C only afterwards. It
+therefore runs in its own thread, and the caller's thread waits for it in Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ __all__ = ["BuildProgress", "ProgressCallback", "native_monitor", "run_interrupt
 log = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, float], None]
-"""Called with the builder's name for what it does, and the share that is done, 0 to 1, never less than before."""
+"""Called with the builder's name of the current phase, and the completed share, 0 to 1, which never
+decreases."""
 
 _Result = TypeVar("_Result")
 _POLL_S = 0.1
@@ -31,7 +32,7 @@ class _Phase:
 
 
 class BuildProgress:
-    """Adds up the builder's nested phases, and stops it: an `IProgressMonitor` without its native part.
+    """Adds up the builder's nested phases, and stops the build: `IProgressMonitor` in Python.
 
     TensorRT may call it from several threads at once.
     """
@@ -40,60 +41,60 @@ class BuildProgress:
         self._callback = callback
         self._phases: dict[str, _Phase] = {}
         self._share = 0.0
-        self._told: tuple[str, int] = ("", -1)
+        self._reported: tuple[str, int] = ("", -1)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self.error: BaseException | None = None
-        """What the callback raised; the build is then stopped."""
+        """The error that the callback raised, which stops the build."""
 
     @property
     def stopped(self) -> bool:
-        """Whether the build is to end at its next step."""
+        """Whether the build ends at its next step."""
         return self._stopped.is_set()
 
     def stop(self) -> None:
-        """Ends the build at its next step."""
+        """End the build at its next step."""
         self._stopped.set()
 
     def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase of so many steps begins, within another or by itself."""
+        """Record that a phase with a number of steps starts, possibly inside another phase."""
         with self._lock:
             self._phases[name] = _Phase(parent or "", max(steps, 1))
-        self._tell(name)
+        self._report(name)
 
     def step_complete(self, name: str, step: int) -> bool:
-        """A step of a phase is done. Returns whether to go on."""
+        """Record that a step is done, and return whether to continue."""
         with self._lock:
             if name in self._phases:
                 self._phases[name].done = step + 1
-        self._tell(name)
+        self._report(name)
         return not self.stopped
 
     def phase_finish(self, name: str) -> None:
-        """A phase is done, or was stopped."""
+        """Record that a phase is done or was stopped."""
         with self._lock:
             self._phases.pop(name, None)
 
-    def _tell(self, name: str) -> None:
-        """Calls the callback where something changed that a person would see."""
+    def _report(self, name: str) -> None:
+        """Call the callback if the phase or the percentage changed."""
         if self._callback is None or self.stopped:
             return
         with self._lock:
-            self._share = max(self._share, self._share_of(name))
+            self._share = max(self._share, self._total_share(name))
             now = (name, int(self._share * 100))
-            if now == self._told:
+            if now == self._reported:
                 return
-            self._told = now
+            self._reported = now
             try:
                 self._callback(name, self._share)
-            except BaseException as error:  # nothing may pass through the native code between us and the caller
+            except BaseException as error:  # must not pass through the native code above us
                 self.error = error
                 self.stop()
 
-    def _share_of(self, name: str) -> float:
-        """Share of the whole build: each phase is a part of a step of the phase that it is in."""
+    def _total_share(self, name: str) -> float:
+        """Return the completed share of the build: a phase is part of one step of its parent."""
         share = 0.0
-        for _ in range(len(self._phases)):  # no deeper than that, whatever the parents are
+        for _ in range(len(self._phases)):  # bounded, because the parents may form a cycle
             phase = self._phases.get(name)
             if phase is None:
                 break
@@ -103,7 +104,7 @@ class BuildProgress:
 
 
 def native_monitor(trt: Any, progress: BuildProgress) -> Any:
-    """Returns `progress` as an `IProgressMonitor` of that TensorRT; it must live as long as the build."""
+    """Return an `IProgressMonitor` for `progress`. It must live as long as the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -122,23 +123,24 @@ def native_monitor(trt: Any, progress: BuildProgress) -> Any:
 
 
 def run_interruptibly(work: Callable[[], _Result], progress: BuildProgress) -> _Result:
-    """Runs `work` in another thread and waits for it; Ctrl-C stops it at the builder's next step.
+    """Run `work` in another thread and wait for it. Ctrl-C stops it at the builder's next step.
 
-    Further Ctrl-C are not heard until it has stopped: native code cannot be left half-way.
+    Further Ctrl-C are ignored until it has stopped, because native code cannot be aborted.
 
     Raises:
-        BaseException: what `work` raised, what the progress callback raised, or what a signal's handler raised
-            here (KeyboardInterrupt), which comes first.
+        BaseException: what a signal handler raised here (KeyboardInterrupt), or else what the
+            progress callback or `work` raised.
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
-    go, ended = threading.Event(), threading.Event()  # not `join`: Python 3.11 takes an interrupted one for the end
+    # Not `join`: Python 3.11 considers a thread finished if joining it is interrupted.
+    go, ended = threading.Event(), threading.Event()
 
     def run() -> None:
         go.wait()
         try:
             results.append(work())
-        except BaseException as error:  # passed on below
+        except BaseException as error:  # raised again below
             errors.append(error)
         finally:
             ended.set()
@@ -150,9 +152,9 @@ def run_interruptibly(work: Callable[[], _Result], progress: BuildProgress) -> _
             go.set()
             if interrupt is not None:
                 log.warning("stopping the build at its next step")
-            while not ended.wait(_POLL_S):  # Windows hears no Ctrl-C in a wait without end
+            while not ended.wait(_POLL_S):  # on Windows, an unlimited wait does not react to Ctrl-C
                 pass
-        except BaseException as error:  # raised by a signal's handler
+        except BaseException as error:  # raised by a signal handler
             interrupt = error if interrupt is None else interrupt
             progress.stop()
     raised = [error for error in (interrupt, progress.error, *errors) if error is not None]

@@ -1,8 +1,8 @@
-"""The sidecar `NAME.engine.json`: what an engine is, and the check that it still is.
+"""The sidecar `NAME.engine.json`, which describes an engine and detects changes to it.
 
-An engine is a raw plan, loadable by any TensorRT tool. It holds native code for one
-TensorRT version and certain GPUs, so it is never deserialized before its bytes have been
-compared with the sidecar's SHA-256.
+An engine is a raw plan that any TensorRT tool can load. It contains native code for one TensorRT
+version and certain GPUs, so it is deserialized only after its SHA-256 was compared with the
+sidecar's.
 """
 
 from __future__ import annotations
@@ -24,65 +24,72 @@ __all__ = ["EngineInfo", "put_engine", "read_sidecar", "sidecar_path", "write_si
 
 FORMAT = "advprop.engine/1"
 _FORMER_NAMES = {"flavour": "flavor", "quantised": "quantized"}
-"""Fields of sidecars that version 0.1 wrote."""
-_MOST_BYTES = 2**26
-"""Of a sidecar; the largest have a thousand classes and a hundred layers, half a megabyte."""
+"""Names of fields in sidecars of version 0.1 → their current names."""
+_MAX_BYTES = 2**26
+"""Maximum size of a sidecar. A sidecar with a thousand classes and a hundred layers has half a
+megabyte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """Everything that decides whether an engine may be used, and for what."""
+    """All facts that decide whether and for what an engine can be used."""
 
     plan_sha256: str
-    """SHA-256 of the plan's bytes."""
+    """SHA-256 of the plan."""
     onnx_sha256: str
-    """SHA-256 of the ONNX file it was built from."""
+    """SHA-256 of the ONNX file that it was built from."""
     flavor: str
     """`tensorrt` or `tensorrt_rtx`."""
     version: str
-    """Full version of the library that built it; the one that runs it must be the same."""
+    """Full version of the library that built it. The same version must run it."""
     compute_capabilities: tuple[str, ...]
-    """GPU generations it runs on, e.g. `sm_86`; `default` for TensorRT-RTX's own choice
-    (every generation it supports from Ampere on)."""
+    """Target GPU generations, e.g. `sm_86`; `default` for TensorRT-RTX's default (all supported
+    generations since Ampere)."""
     gpu: str
-    """Name of the GPU it was built on; empty when it was built without one."""
+    """Name of the GPU it was built on; empty if it was built without one."""
     profiles: tuple[dict[str, dict[str, list[int]]], ...]
     """Optimization profiles: input name → {`min`, `opt`, `max`} → shape."""
     flags: tuple[str, ...]
     """Builder and network flags."""
     precision: str
-    """Type that most weights are computed in: `fp32`, `fp16`, `bf16` or `int8`."""
+    """Precision of most weights: `fp32`, `fp16`, `bf16` or `int8`."""
     precision_shares: dict[str, float]
-    """Fraction of weight elements by the type they are computed in."""
+    """Precision → fraction of the weight elements."""
     calibration_sha256: str
-    """Hash of the INT8 calibration set; empty where the engine was not calibrated."""
+    """Hash of the INT8 calibration set; empty without calibration."""
     spec: ModelSpec | None
-    """The model's description; None for an ONNX file that advprop did not write."""
+    """The model's spec; None if advprop did not write the ONNX file."""
     layers: tuple[LayerReport, ...] = ()
-    """Of a quantized graph: what became of each layer; empty where the builder does not tell."""
+    """How each layer of a quantized graph is computed; empty if the builder does not report it."""
 
     @property
     def has_host_code(self) -> bool:
-        """Whether the plan carries code for the CPU, and loads only where `engine_host_code_allowed` is set."""
+        """Whether the plan contains code for the CPU, which needs `engine_host_code_allowed`."""
         return HOST_CODE_FLAG in self.flags
 
 
 def sidecar_path(engine: Path) -> Path:
-    """Returns the sidecar's place: `m.engine` → `m.engine.json`."""
+    """Return the path of an engine's sidecar: `m.engine` → `m.engine.json`."""
     return engine.with_name(engine.name + ".json")
 
 
 def write_sidecar(engine: Path, info: EngineInfo) -> None:
-    """Writes the sidecar of `engine` atomically. Raises OutputError."""
+    """Write the sidecar of `engine` atomically. Raises OutputError."""
     content = {"format": FORMAT, **dataclasses.asdict(info)}
     content["spec"] = json.loads(info.spec.to_json()) if info.spec else None
     write_text(sidecar_path(engine), json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def put_engine(engine: Path, info: EngineInfo, write_plan: Callable[[], None]) -> None:
-    """Lets `write_plan` write `engine`, and writes its sidecar.
+    """Write an engine and its sidecar.
 
-    The old sidecar goes first: a stop between the two must not leave it beside a new plan.
+    The old sidecar is removed first: if the process stops in between, it must not stay next to the
+    new plan.
+
+    Args:
+        engine: path of the plan.
+        info: contents of the sidecar.
+        write_plan: writes the plan to `engine`.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -93,18 +100,19 @@ def put_engine(engine: Path, info: EngineInfo, write_plan: Callable[[], None]) -
 
 
 def read_sidecar(engine: Path) -> EngineInfo:
-    """Reads the sidecar of `engine` and compares the plan's bytes with it.
+    """Read the sidecar of `engine`, and compare the plan's hash with it.
 
     Raises:
-        ModelFileError: the plan or its sidecar is missing, the sidecar is not one, or the
-            plan's bytes are not the ones that were built.
+        ModelFileError: the plan or its sidecar is missing, the sidecar is invalid, or the plan
+            changed since the build.
     """
     info = _read(engine)
     found = sha256_file(engine)
     if found != info.plan_sha256:
         raise ModelFileError(
-            f"{engine} is not the plan its sidecar describes: found sha256 {found[:16]}…, expected "
-            f"{info.plan_sha256[:16]}…; it was changed or cut short. {_rebuild(engine)}"
+            f"{engine} is not the plan that its sidecar describes: found sha256 {found[:16]}…, expected "
+            f"{info.plan_sha256[:16]}…; it was modified or truncated",
+            fix=_rebuild(engine),
         )
     return info
 
@@ -118,37 +126,39 @@ def _read(engine: Path) -> EngineInfo:
     rebuild = _rebuild(engine)
     for file in (engine, path):
         if not file.is_file():
-            raise ModelFileError(f"no such file: {file}; {rebuild}")
-    if path.stat().st_size > _MOST_BYTES:
-        raise ModelFileError(f"{path} is not an engine's sidecar: {path.stat().st_size:,} bytes; {rebuild}")
+            raise ModelFileError(f"no such file: {file}", fix=rebuild)
+    if path.stat().st_size > _MAX_BYTES:
+        raise ModelFileError(f"{path} is not an engine's sidecar: it has {path.stat().st_size:,} bytes", fix=rebuild)
     try:
         content = json.loads(path.read_text())
         found = content.pop("format")
         if found != FORMAT:
-            raise ModelFileError(f"{path} has format {found!r}, expected {FORMAT!r}; {rebuild}")
+            raise ModelFileError(f"{path} has format {found!r}, expected {FORMAT!r}", fix=rebuild)
         fields: dict[str, Any] = {
-            _FORMER_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
-            for name, value in content.items()
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in _with_current_names(content).items()
         }
         spec = fields.pop("spec")
-        described = ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None
-        layers = tuple(
-            LayerReport(**{_FORMER_NAMES.get(name, name): value for name, value in layer.items()})
-            for layer in fields.pop("layers", ())
+        layers = fields.pop("layers", ())
+        info = EngineInfo(
+            spec=ModelSpec.from_json(json.dumps(spec), where=str(path)) if spec else None,
+            layers=tuple(LayerReport.from_json(_with_current_names(layer)) for layer in layers),
+            **fields,
         )
-        info = EngineInfo(spec=described, layers=layers, **fields)
         _check_types(info)
-    except SpecError:
+    except (ModelFileError, SpecError):
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ModelFileError):
-            raise
-        raise ModelFileError(f"{path} is not an engine's sidecar ({error}); {rebuild}") from error
+        raise ModelFileError(f"{path} is not an engine's sidecar ({error})", fix=rebuild) from error
     return info
 
 
+def _with_current_names(fields: dict[str, Any]) -> dict[str, Any]:
+    return {_FORMER_NAMES.get(name, name): value for name, value in fields.items()}
+
+
 def _check_types(info: EngineInfo) -> None:
-    """Raises TypeError where a field is not what it is declared to be."""
+    """Raise TypeError if a field does not have its declared type."""
     texts = (info.plan_sha256, info.onnx_sha256, info.flavor, info.version, info.gpu, info.precision)
     if not all(
         isinstance(text, str) for text in (*texts, info.calibration_sha256, *info.compute_capabilities, *info.flags)
@@ -163,8 +173,9 @@ def _check_types(info: EngineInfo) -> None:
             if set(shapes) != {"min", "opt", "max"}:
                 raise TypeError("a profile needs min, opt and max")
             if not all(isinstance(size, int) for shape in shapes.values() for size in shape):
-                raise TypeError("a profile's shape is not of whole numbers")
+                raise TypeError("a profile's shape does not consist of integers")
     for layer in info.layers:
         words = (layer.node, layer.op, layer.computes, layer.why)
-        if not all(isinstance(word, str) for word in words) or not isinstance(layer.macs, int):
-            raise TypeError("a layer's field is of another type")
+        numbers = (layer.macs, layer.channels, layer.padded_channels)
+        if not all(isinstance(word, str) for word in words) or not all(isinstance(number, int) for number in numbers):
+            raise TypeError("a layer's field has the wrong type")

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
-from runtime.preprocessing import SUFFIXES, ImageLike
+from runtime.preprocessing import ImageLike
+from runtime.system.image_sources import SUFFIXES
 
 __all__ = ["ArrayFile", "Folder", "LabeledImages", "Source", "class_folders", "image_files", "open_array"]
 

@@ -193,7 +193,7 @@ def load_models(
 
 def _load_onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
     from runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-    from runtime.backends.threads import Threads
+    from runtime.backends.options import Threads
     from runtime.graph.summary import summarize
 
     summary = summarize(path)

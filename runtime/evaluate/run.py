@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from runtime.evaluate.models import Model, same_inputs
 from runtime.evaluate.progress_log import ProgressLog
 from runtime.evaluate.results import Result, finished
 from runtime.evaluate.suites import open_suite
+from runtime.system.cpu import usable_cores
 
 if TYPE_CHECKING:
     from runtime.evaluate.cluster import Cluster
@@ -32,10 +32,6 @@ Counting = Callable[[Measurement, set[Unit]], Generator[Counted, None, None]]
 """Yields the counts of units, computed in this process, its workers or a cluster."""
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """How an evaluation runs. Only the batch size affects its result."""
@@ -44,7 +40,7 @@ class RunConfig:
     """Folder of the progress log, which exists until the evaluation is finished."""
     batch_size: int = 8
     """Images per call of a model. 8 fits CPU caches: the throughput is twice that of 32."""
-    workers: int = max(1, min(8, _cores() - 1))
+    workers: int = max(1, min(8, usable_cores() - 1))
     """Processes that decode and corrupt images; 0: the calling process does it."""
     shard: int = 1
     """Number of the shard that this run computes, from 1."""

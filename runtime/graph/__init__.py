@@ -1,1 +1,1 @@
-"""ONNX graphs: read, check, summarize, edit, run and compare them."""
+"""Everything about ONNX graphs: read, validate, summarize, edit, run, round and compare them."""

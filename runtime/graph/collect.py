@@ -1,7 +1,7 @@
-"""Streaming ranges: the largest magnitude of tensors over any number of images.
+"""Measures the largest magnitude of tensors over any number of images.
 
-The maxima are taken inside the graph, so a run returns a few numbers a tensor and memory
-does not grow with the number of images.
+The maxima are computed inside the graph: a run returns a few numbers per tensor, and memory does not grow with the
+number of images.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from onnx import TensorProto, helper
 
 from runtime.errors import DataError
 from runtime.graph.model import open_session, tensor_types
+from runtime.graph.structure import graph_inputs
 
 __all__ = ["Collected", "collect", "collect_amax", "collect_channel_amax"]
 
 _PREFIX = "advprop_range/"
+_NO_IMAGES = "cannot measure ranges without images: no batch was given"
 
 
 class Collected(NamedTuple):
-    """What one pass over the images gives."""
+    """The result of one pass over the images."""
 
     amax: dict[str, float]
     """Tensor name → max |x|."""
@@ -38,20 +40,20 @@ def collect_amax(
     *,
     tensors: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Measures the largest magnitude of the input and of every float32 node output.
+    """Return the largest magnitude of the input and of each float32 node output.
 
     Args:
         model: a float32 graph with one input.
-        batches: inputs of the graph; each is dropped once it has run.
+        batches: inputs of the graph; no batch is kept after it has run.
         progress: called after each batch with its number of images.
-        tensors: measure only these, which is quicker; others of that name are passed over.
+        tensors: measure only these, which is faster; unknown names are ignored.
 
     Returns:
-        Tensor name → max |x| over all batches; inf from 1.8e19 on, where the square overflows. A single
-        nan may be passed over, as ONNX Runtime's maximum does.
+        Tensor name → max |x| over all batches. It is inf from 1.8e19 on, where the square overflows. A single
+        nan can go unnoticed, because ONNX Runtime's maximum may skip it.
 
     Raises:
-        DataError: the batches are empty.
+        DataError: there is no batch.
     """
     return collect(model, batches, progress, tensors=tensors).amax
 
@@ -63,22 +65,22 @@ def collect(
     *,
     tensors: Collection[str] | None = None,
 ) -> Collected:
-    """Does what `collect_amax` does, and keeps the graph's first output, in the same pass."""
+    """Return what `collect_amax` returns and the graph's first output, from a single pass."""
     ranks = {name: rank for name, rank in _float_tensors(model).items() if tensors is None or name in tensors}
     session = open_session(_with_maxima(model, ranks))
     input_name = session.get_inputs()[0].name
     squares = np.zeros(len(ranks))
     outputs = []
-    wanted = [model.graph.output[0].name, *(_PREFIX + name for name in ranks)]
+    names = [model.graph.output[0].name, *(_PREFIX + name for name in ranks)]
     for batch in batches:
-        output, *maxima = session.run(wanted, {input_name: batch})
-        squares = np.maximum(squares, [float(value.max()) for value in maxima])  # keeps nan
+        output, *maxima = session.run(names, {input_name: batch})
+        squares = np.maximum(squares, [float(value.max()) for value in maxima])  # propagates nan
         outputs.append(output)
         if progress:
             progress(len(batch))
     if not outputs:
-        raise DataError("ranges can only be measured on images, and none were given")
-    # In binary floating point the root of a rounded square is the very number, unless the square overflowed.
+        raise DataError(_NO_IMAGES)
+    # The square root of a rounded square is exact in binary floating point, unless the square overflowed.
     amax = np.sqrt(squares.astype(np.float32))
     return Collected(dict(zip(ranks, amax.tolist(), strict=True)), np.concatenate(outputs))
 
@@ -89,13 +91,13 @@ def collect_channel_amax(
     tensors: Collection[str],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Measures the largest magnitude of each channel, the second dimension, of float32 tensors.
+    """Return the largest magnitude of each channel, the second dimension, of float32 tensors.
 
     Returns:
         Tensor name → max |x|, (channels,).
 
     Raises:
-        DataError: the batches are empty.
+        DataError: there is no batch.
     """
     ranks = {name: rank for name, rank in _float_tensors(model).items() if name in tensors}
     session = open_session(_with_maxima(model, ranks, channels=True))
@@ -109,29 +111,30 @@ def collect_channel_amax(
         if progress:
             progress(len(batch))
     if ranks and not squares:
-        raise DataError("ranges can only be measured on images, and none were given")
+        raise DataError(_NO_IMAGES)
     return {name: np.sqrt(value) for name, value in squares.items()}
 
 
 def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
-    """Names of the float32 tensors that images flow through, and their ranks."""
-    values = tensor_types(model)
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value.name for value in model.graph.input if value.name not in initializers]
+    """Return the float32 inputs and node outputs, and their number of dimensions."""
+    types = tensor_types(model)
+    inputs = [value.name for value in graph_inputs(model.graph)]
     outputs = [name for node in model.graph.node for name in node.output if name]
     return {
-        name: len(values[name].shape.dim)
+        name: len(types[name].shape.dim)
         for name in (*inputs, *outputs)
-        if name in values and values[name].elem_type == TensorProto.FLOAT
+        if name in types and types[name].elem_type == TensorProto.FLOAT
     }
 
 
 def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int], channels: bool = False) -> onnx.ModelProto:
-    """A copy of the graph that also gives the largest square of each tensor; of (N, C, H, W), that of each (H, W).
-    With `channels`, the squares of other tensors stay as they are.
+    """Return a copy of the graph that also outputs the largest square of each tensor.
 
-    Mul and GlobalMaxPool, since ONNX Runtime has them for the blocked layout its convolutions like: an
-    operator that has it not, Abs or ReduceMax, costs two changes of layout a tensor.
+    For an (N, C, H, W) tensor it outputs the largest square of each (H, W). With `channels`, it outputs all squares
+    of other tensors.
+
+    It uses Mul and GlobalMaxPool because ONNX Runtime implements both for the blocked layout of its convolutions.
+    Abs and ReduceMax would cost two changes of layout per tensor.
     """
     probe = onnx.ModelProto()
     probe.CopyFrom(model)

@@ -1,6 +1,6 @@
-"""Where two graphs part: tensor by tensor, in the order they are computed.
+"""Compares two graphs tensor by tensor, in the order of computation.
 
-Errors are the largest |Δ| of a tensor as a share of its largest magnitude.
+The error of a tensor is its largest |Δ| divided by its largest magnitude.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from numpy.typing import NDArray
 
 from runtime.graph.model import open_session, tensor_types, with_outputs
 
-__all__ = ["TensorError", "first_beyond", "graph_errors", "relative_error", "tensors_of"]
+__all__ = ["TensorError", "added_error", "first_above", "graph_errors", "relative_error", "tensor_values"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorError:
-    """How far one tensor is off."""
+    """The error of one tensor."""
 
     node: str
-    """The node that makes it; of a network and its graph, the module."""
+    """Name of the node that computes it; if a network is compared with its graph, path of the module."""
     op: str
-    """The node's operator; of a network and its graph, the module's class."""
+    """The node's operator; if a network is compared with its graph, class of the module."""
     tensor: str
-    """Its name in the graph."""
+    """Name of the tensor in the graph."""
     error: float
-    """Largest |Δ| as a share of the largest magnitude; inf where it is not finite."""
+    """Largest |Δ| divided by the largest magnitude; inf if a value is not finite."""
     added: float
-    """`error` less the largest error among the node's inputs; of a module, less that of the one before."""
+    """Part of `error` that the node adds: `error` minus the largest error among the node's inputs, or minus
+    the error of the previous module; at least 0."""
 
 
-def first_beyond(errors: list[TensorError], tolerance: float) -> TensorError | None:
-    """Returns the first tensor whose error passes `tolerance`."""
+def first_above(errors: list[TensorError], tolerance: float) -> TensorError | None:
+    """Return the first tensor with an error above `tolerance`, or None."""
     return next((entry for entry in errors if not entry.error <= tolerance), None)
 
 
@@ -45,50 +46,40 @@ def graph_errors(
     batch: NDArray[Any],
     candidate_name: Callable[[str], str] = str,
 ) -> list[TensorError]:
-    """Compares every float tensor that both graphs make.
+    """Compare each float32 tensor that both graphs compute.
 
     Args:
         reference: a float32 graph.
-        candidate: a graph of the same input, float32 too.
-        batch: what both are run on; all tensors are held in memory, so a few images.
-        candidate_name: what a tensor of `reference` is called in `candidate`.
+        candidate: a float32 graph with the same input.
+        batch: input of both, a few images: all tensors are held in memory.
+        candidate_name: returns the name in `candidate` of a tensor of `reference`. If `candidate` has no such
+            tensor, the tensor of the same name is compared.
     """
-    made = {name for node in candidate.graph.node for name in node.output}
-    ends = {value.name for value in candidate.graph.output}
-    pairs = {}
-    for node in reference.graph.node:
-        for name in node.output:
-            renamed = name if name in ends else candidate_name(name)
-            other = renamed if renamed in made else name  # what stays in float32 keeps its name
-            if other in made:
-                pairs[name] = other
-    expected = tensors_of(reference, list(pairs), batch)
-    found = tensors_of(candidate, list(pairs.values()), batch)
+    pairs = _shared_tensors(reference, candidate, candidate_name)
+    expected = tensor_values(reference, list(pairs), batch)
+    found = tensor_values(candidate, list(pairs.values()), batch)
     errors: dict[str, float] = {}
     entries = []
     for node in reference.graph.node:
         for name in node.output:
             if name not in pairs or expected[name].dtype != np.float32:
                 continue
-            errors[name] = relative_error(expected[name], found[pairs[name]])
+            error = errors[name] = relative_error(expected[name], found[pairs[name]])
             before = max((errors.get(source, 0.0) for source in node.input), default=0.0)
-            entries.append(
-                TensorError(
-                    node=node.name, op=node.op_type, tensor=name, error=errors[name], added=_less(errors[name], before)
-                )
-            )
+            added = added_error(error, before)
+            entries.append(TensorError(node=node.name, op=node.op_type, tensor=name, error=error, added=added))
     return entries
 
 
-def tensors_of(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Runs `model` on `batch` and returns the tensors of those names."""
+def tensor_values(model: onnx.ModelProto, names: list[str], batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Run `model` on `batch` and return the named tensors."""
     kinds = {name: kind.elem_type for name, kind in tensor_types(model).items()}
     session = open_session(with_outputs(model, names, kinds))
     return dict(zip(names, session.run(names, {model.graph.input[0].name: batch}), strict=True))
 
 
 def relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Returns the largest |Δ| as a share of the largest magnitude; inf where something is not finite."""
+    """Return the largest |Δ| divided by the largest magnitude; inf if a value is not finite or shapes differ."""
     if expected.size == 0:
         return 0.0
     if expected.shape != found.shape:
@@ -101,5 +92,22 @@ def relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
     return difference / scale if scale else difference
 
 
-def _less(error: float, before: float) -> float:
-    return 0.0 if not np.isfinite(before) else max(0.0, error - before)
+def added_error(error: float, before: float) -> float:
+    """Return how much larger `error` is than the error `before` it; 0 if it is not larger, or both are infinite."""
+    return max(0.0, error - before) if np.isfinite(before) else 0.0
+
+
+def _shared_tensors(
+    reference: onnx.ModelProto, candidate: onnx.ModelProto, candidate_name: Callable[[str], str]
+) -> dict[str, str]:
+    """Return the name in `candidate` of each node output of `reference` that both graphs compute."""
+    computed = {name for node in candidate.graph.node for name in node.output}
+    outputs = {value.name for value in candidate.graph.output}
+    pairs = {}
+    for node in reference.graph.node:
+        for name in node.output:
+            renamed = name if name in outputs else candidate_name(name)
+            other = renamed if renamed in computed else name  # tensors that stay in float32 keep their name
+            if other in computed:
+                pairs[name] = other
+    return pairs

@@ -1,7 +1,7 @@
-"""ONNX models in memory, of any size: checked, inferred, run, saved.
+"""Checks, runs and saves ONNX models of any size that are held in memory.
 
-Protobuf writes no more than 2 GiB, so a larger model can be handed to none of these at once. Its
-shapes are inferred and it is checked without its weights, and ONNX Runtime takes them beside it.
+Protobuf serializes at most 2 GiB. The checker and shape inference therefore see a larger model without its weights,
+and ONNX Runtime receives the weights separately.
 """
 
 from __future__ import annotations
@@ -10,42 +10,53 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.system.files import atomic_folder, write_bytes
 
 __all__ = [
     "LIMIT_BYTES",
+    "MIN_OPSET",
+    "OPSET",
     "check",
+    "first_output",
     "infer_shapes",
     "is_large",
     "open_session",
+    "run_batches",
     "save_onnx",
     "tensor_types",
     "with_outputs",
 ]
 
 LIMIT_BYTES = 2**31 - 2**26
-"""Weights up to this size travel in the model itself: protobuf's 2 GiB, less 64 MiB for the graph."""
+"""Weights up to this size are serialized with the model: protobuf's 2 GiB minus 64 MiB for the graph."""
 
-_SMALL = 1024
-"""Tensors up to this size stay where they are: shapes are inferred from the values of some."""
+MIN_OPSET = 19
+"""Oldest opset in which the scales of QuantizeLinear can be FP16."""
+OPSET = 20
+"""Opset of the models that advprop writes. ONNX Runtime's INT8 tools fail from 21 on."""
+
+_MAX_SHAPE_BYTES = 1024
+"""Initializers up to this size stay in the model, because shape inference reads the values of some of them."""
 
 
 def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
-    """Tells whether the weights pass `limit` bytes."""
+    """Return whether the weights have more than `limit` bytes."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > limit
 
 
 def infer_shapes(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.GraphProto:
-    """Returns the graph with the types and shapes of its tensors; without the weights of a large one."""
+    """Return the graph with the inferred types and shapes of its tensors; a large one without its weights."""
     return onnx.shape_inference.infer_shapes(_without_weights(model) if is_large(model, limit) else model).graph
 
 
 def tensor_types(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> dict[str, onnx.TypeProto.Tensor]:
-    """Returns the type and shape of every input, output and node output whose type is known, by name."""
+    """Return the type and shape of each input, output and node output whose type is known, by name."""
     graph = infer_shapes(model, limit)
     return {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input, *graph.output)}
 
@@ -53,12 +64,12 @@ def tensor_types(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> dict[str, 
 def with_outputs(
     model: onnx.ModelProto, names: Iterable[str], kinds: Mapping[str, int] | None = None
 ) -> onnx.ModelProto:
-    """Returns a copy that also gives some inner tensors.
+    """Return a copy of the model with additional outputs.
 
     Args:
         model: not changed.
-        names: of the tensors; those that are outputs already stay as they are.
-        kinds: ONNX's number of the type of those that are not float32.
+        names: tensors to output; those that are outputs already stay as they are.
+        kinds: ONNX element type of each tensor that is not float32.
     """
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
@@ -71,20 +82,24 @@ def with_outputs(
 
 
 def check(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> None:
-    """Runs ONNX's checker and its shape inference. Raises onnx.checker.ValidationError or InferenceError."""
+    """Run ONNX's checker and its strict shape inference.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the model is not valid.
+    """
     onnx.checker.check_model(_without_weights(model) if is_large(model, limit) else model, full_check=True)
 
 
 def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
-    """Returns an `onnxruntime.InferenceSession` of `model` on the CPU, with exact Q/DQ arithmetic."""
+    """Return an `onnxruntime.InferenceSession` on the CPU that computes Q/DQ nodes exactly as written."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    # Q/DQ pairs run as they are written: ONNX Runtime's INT8 kernels saturate on CPUs without VNNI.
+    # The INT8 kernels that ONNX Runtime would fuse Q/DQ pairs into saturate on CPUs without VNNI.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not is_large(model, limit):
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    light = _frame(model)
+    light = _without_initializers(model)
     names, values = [], []
     for tensor in model.graph.initializer:
         if not _is_weight(tensor):
@@ -101,39 +116,52 @@ def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
     return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def save_onnx(model: onnx.ModelProto, path: Path, limit: int = LIMIT_BYTES) -> None:
-    """Writes `model` atomically; the same model gives the same bytes. Raises OutputError.
+def first_output(session: Any, batch: NDArray[Any]) -> NDArray[Any]:
+    """Run a session of one input on `batch` and return its first output."""
+    output: NDArray[Any] = session.run([session.get_outputs()[0].name], {session.get_inputs()[0].name: batch})[0]
+    return output
 
-    Weights of more than `limit` bytes go to a file beside it, `NAME.onnx.data`.
+
+def run_batches(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """Run the model on the CPU and return its first output for all batches, (N, …)."""
+    session = open_session(model)
+    return np.concatenate([first_output(session, batch) for batch in batches])
+
+
+def save_onnx(model: onnx.ModelProto, path: Path, limit: int = LIMIT_BYTES) -> None:
+    """Write the model atomically; equal models produce equal bytes.
+
+    Weights of more than `limit` bytes go to an external file next to it, `NAME.onnx.data`.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
-    beside = path.with_name(path.name + ".data")
+    external = path.with_name(path.name + ".data")
     if not is_large(model, limit):
         write_bytes(path, model.SerializeToString(deterministic=True))
-        beside.unlink(missing_ok=True)  # of an earlier, larger model
+        external.unlink(missing_ok=True)  # of an earlier, larger model
         return
     with atomic_folder(path.parent) as folder:
-        ir.save(ir.from_proto(model), folder / path.name, external_data=beside.name)
+        ir.save(ir.from_proto(model), folder / path.name, external_data=external.name)
 
 
 def _is_weight(tensor: onnx.TensorProto) -> bool:
-    return len(tensor.raw_data) > _SMALL
+    return len(tensor.raw_data) > _MAX_SHAPE_BYTES
 
 
-def _frame(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without initializers."""
-    frame = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
-    frame.opset_import.extend(model.opset_import)
-    frame.metadata_props.extend(model.metadata_props)
-    graph = frame.graph
-    graph.name = model.graph.name
+def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    light = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    light.opset_import.extend(model.opset_import)
+    light.metadata_props.extend(model.metadata_props)
+    light.graph.name = model.graph.name
     for field in ("node", "input", "output", "value_info"):
-        getattr(graph, field).extend(getattr(model.graph, field))
-    return frame
+        getattr(light.graph, field).extend(getattr(model.graph, field))
+    return light
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose weights are inputs."""
-    light = _frame(model)
+    """Return a copy in which the weights are inputs."""
+    light = _without_initializers(model)
     for tensor in model.graph.initializer:
         if _is_weight(tensor):
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))

@@ -1,13 +1,12 @@
-"""Runs an FP16 or BF16 graph as a GPU would round it, on a CPU.
+"""Runs FP16 and BF16 graphs on a CPU with the roundings that a GPU would do.
 
-ONNX Runtime's CPU provider has few FP16 kernels: it computes an FP16 graph in FP32 and drops
-the roundings in between, so an overflow that a GPU would have does not show; BF16 it cannot
-run at all. Here every such tensor is rounded for real: each node computes in FP32 and its
-result passes through the narrow type. (A GPU accumulates convolutions in FP32 too and rounds
-the result.)
+ONNX Runtime's CPU provider has few FP16 kernels: it computes an FP16 graph in FP32 and omits the roundings between
+nodes, which hides overflows that a GPU would have. It cannot run BF16 at all. `with_roundings` returns a float32 graph
+in which each node computes in FP32 and each FP16 or BF16 tensor is rounded to its type. (A GPU also accumulates
+convolutions in FP32 and then rounds the result.)
 
-Rounding keeps the order of numbers, so max(0, x) and its like may be taken before it as well as
-after, with the same bits: that leaves ONNX Runtime its fused Conv + Relu.
+Rounding is monotone, so an operator that only selects elements, such as max(0, x), returns the same bits before and
+after it. The rounding is moved behind such operators: ONNX Runtime can then still fuse Conv and Relu.
 """
 
 from __future__ import annotations
@@ -18,30 +17,32 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.graph.guard import external_files
 from runtime.graph.model import tensor_types
-from runtime.graph.summary import read_onnx
+from runtime.graph.read import read_onnx
+from runtime.graph.validation import external_files
 
 __all__ = ["rounded_file", "rounded_name", "with_roundings"]
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-_ORDERLY = frozenset({"Clip", "Flatten", "Identity", "MaxPool", "Relu", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-"""Operators that pick among the elements of their first input and, Clip, its bounds."""
+_SELECTING = frozenset(
+    {"Clip", "Flatten", "Identity", "MaxPool", "Relu", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators that select elements of their first input or, for Clip, of its bounds."""
 
 
 def with_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a float32 graph that rounds every tensor where `model` has a narrow one.
+    """Return a float32 graph that rounds each tensor that is FP16 or BF16 in `model`.
 
     Args:
-        model: a graph with FP16 or BF16 tensors, whose inputs and outputs are any; unchanged.
+        model: a graph with FP16 or BF16 tensors, and inputs and outputs of any type; not changed.
 
     Returns:
-        A graph of the same inputs and outputs for ONNX Runtime on a CPU.
+        A graph with the same inputs and outputs for ONNX Runtime on a CPU.
     """
     narrow = _narrow_tensors(model)
     ends = {value.name for value in (*model.graph.input, *model.graph.output)}
-    later = narrow.keys() - ends - _read_otherwise(model.graph.node)
-    unrounded: set[str] = set()
+    deferrable = narrow.keys() - ends - _read_by_others(model.graph.node)
+    deferred: set[str] = set()  # tensors that are rounded only behind the node that reads them
     rounded = onnx.ModelProto()
     rounded.CopyFrom(model)
     graph = rounded.graph
@@ -54,31 +55,31 @@ def with_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         copy = graph.node.add()
         copy.CopyFrom(node)
-        _cast_to_wide(copy)
+        _widen_cast(copy)
         for position, name in enumerate(node.input):
             if name in narrow:
                 copy.input[position] = rounded_name(name)
-        is_rounded = node.op_type in _ORDERLY and node.input[0] in narrow and node.input[0] not in unrounded
+        selects_rounded = node.op_type in _SELECTING and node.input[0] in narrow and node.input[0] not in deferred
         for position, name in enumerate(node.output):
             if name not in narrow:
                 continue
-            if name not in ends and (is_rounded or name in later):
+            if name not in ends and (selects_rounded or name in deferrable):
                 copy.output[position] = rounded_name(name)
-                unrounded |= set() if is_rounded else {name}
+                if not selects_rounded:
+                    deferred.add(name)
                 continue
             copy.output[position] = name + "/unrounded"
-            short = name if name in ends else name + "/narrow"
-            graph.node.append(_cast(name + "/unrounded", short, narrow[name]))
-            graph.node.append(_cast(short, rounded_name(name), TensorProto.FLOAT))
+            narrow_name = name if name in ends else name + "/narrow"
+            graph.node.append(_cast(name + "/unrounded", narrow_name, narrow[name]))
+            graph.node.append(_cast(narrow_name, rounded_name(name), TensorProto.FLOAT))
     return rounded
 
 
 def rounded_file(path: Path) -> bytes | str:
-    """Returns the ONNX file at `path` with all roundings, for ONNX Runtime; the path where none are missing.
+    """Return the serialized graph of an ONNX file with all roundings, or its path if it needs none.
 
     Raises:
-        BackendUnavailable: the `onnx` package is missing.
-        ModelFileError: no such file, or not ONNX.
+        BackendUnavailable, ModelFileError: see `read_onnx`.
     """
     model = read_onnx(path)
     if external_files(model, path) or not _narrow_tensors(model):
@@ -87,7 +88,7 @@ def rounded_file(path: Path) -> bytes | str:
 
 
 def rounded_name(tensor: str) -> str:
-    """Returns what the narrow tensor `tensor` is called in `with_roundings`' graph, where it is float32."""
+    """Return the name that an FP16 or BF16 tensor has, as float32, in the graph of `with_roundings`."""
     return tensor + "/rounded"
 
 
@@ -100,13 +101,13 @@ def _narrow_tensors(model: onnx.ModelProto) -> dict[str, int]:
     }
 
 
-def _read_otherwise(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Tensors that some node reads that is not orderly, or not as its data."""
+def _read_by_others(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Return the tensors that are not only the first input of selecting operators."""
     return {
         name
         for node in nodes
         for position, name in enumerate(node.input)
-        if node.op_type not in _ORDERLY or position > 0
+        if node.op_type not in _SELECTING or position > 0
     }
 
 
@@ -121,8 +122,8 @@ def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [target], to=kind)
 
 
-def _cast_to_wide(node: onnx.NodeProto) -> None:
-    """Makes a Cast to a narrow type one to float32: its result is rounded like any other."""
+def _widen_cast(node: onnx.NodeProto) -> None:
+    """Let a Cast to FP16 or BF16 return float32; its output is then rounded like any other."""
     if node.op_type != "Cast":
         return
     for attribute in node.attribute:

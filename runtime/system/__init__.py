@@ -1,1 +1,1 @@
-"""The machine and the command line: files, locks, caches, CPU and GPU facts, terminal output."""
+"""Files, locks, the cache folder, the CPU, the GPU, the terminal and command-line options."""

@@ -1,7 +1,8 @@
-"""What is in the cache folder, and how it is kept small: what was used longest ago goes first.
+"""The contents of the cache folder, and its size limit: least recently used entries go first.
 
-Each kind of cached file has a folder of its own below `cache_folder`: `engines`, `histograms`. The files of an entry
-share the part of their names before the first dot; an entry was used when its youngest file was written or touched.
+Each kind of cached file has its own folder below `cache_folder`: `engines`, `histograms`. The files
+of one entry have the same name up to the first dot. An entry was last used when its newest file was
+written or touched.
 """
 
 from __future__ import annotations
@@ -21,39 +22,42 @@ __all__ = ["CacheEntry", "entries", "kinds", "limit_bytes", "prune", "remove_lef
 log = logging.getLogger(__name__)
 
 _DEFAULT_GB = 10.0
-_DEAD_AFTER_S = 3600.0
-"""A temporary file that nobody wrote to for so long is of a process that was killed."""
+_LEFTOVER_AGE_S = 3600.0
+"""A temporary file that was not written for this long belongs to a killed process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheEntry:
-    """One cached thing."""
+    """One entry of the cache."""
 
     kind: str
     """Name of its folder."""
     key: str
-    """Its files' names up to the first dot."""
+    """Common name of its files, up to the first dot."""
     files: tuple[Path, ...]
-    """In order of their names."""
+    """Its files, sorted by name."""
     bytes: int
-    """Of all its files."""
+    """Total size of its files."""
     used_s: float
-    """When it was last used, in seconds since the epoch."""
+    """Time of its last use, in seconds since the epoch."""
 
     def remove(self) -> None:
-        """Removes its files, last name first: a sidecar before what it describes."""
+        """Remove its files in reverse order of their names: a sidecar before its engine."""
         for file in reversed(self.files):
             file.unlink(missing_ok=True)
 
 
 def kinds() -> list[str]:
-    """Returns the names of the folders there are."""
+    """Return the names of the existing folders in the cache."""
     base = cache_folder("")
     return sorted(path.name for path in base.iterdir() if path.is_dir()) if base.is_dir() else []
 
 
 def entries(folder: Path) -> list[CacheEntry]:
-    """Returns what is in one kind's folder, last used first; unfinished files and locks are left out."""
+    """Return the entries in the folder of one kind, most recently used first.
+
+    Unfinished files and locks are ignored.
+    """
     files: dict[str, list[tuple[Path, os.stat_result]]] = defaultdict(list)
     for path, status in _files(folder):
         if not path.name.startswith(".") and path.suffix != ".lock":
@@ -71,15 +75,15 @@ def entries(folder: Path) -> list[CacheEntry]:
     return sorted(found, key=lambda entry: -entry.used_s)
 
 
-def prune(found: list[CacheEntry], limit: int) -> list[CacheEntry]:
-    """Removes what was used longest ago until the rest fits.
+def prune(found: list[CacheEntry], max_bytes: int) -> list[CacheEntry]:
+    """Remove the least recently used entries until the others fit.
 
     Args:
-        found: entries, of one kind or several.
-        limit: bytes that may stay.
+        found: entries of one or several kinds.
+        max_bytes: maximum size of the entries that stay.
 
     Returns:
-        The entries that were removed.
+        The removed entries.
 
     Raises:
         OSError: a file cannot be removed.
@@ -87,7 +91,7 @@ def prune(found: list[CacheEntry], limit: int) -> list[CacheEntry]:
     total = sum(entry.bytes for entry in found)
     removed = []
     for entry in sorted(found, key=lambda entry: entry.used_s):
-        if total <= limit:
+        if total <= max_bytes:
             break
         entry.remove()
         removed.append(entry)
@@ -96,30 +100,28 @@ def prune(found: list[CacheEntry], limit: int) -> list[CacheEntry]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the unfinished files of processes that were killed an hour ago or more."""
-    oldest = time.time() - _DEAD_AFTER_S
+    """Remove unfinished files older than an hour, which killed processes left behind."""
+    oldest = time.time() - _LEFTOVER_AGE_S
     for path, status in _files(folder):
         if path.name.startswith(".") and status.st_mtime < oldest:
             path.unlink(missing_ok=True)
 
 
 def limit_bytes() -> int:
-    """Returns how large the cache may grow: `ADVPROP_CACHE_GB`, or 10 GB; 0 turns it off."""
+    """Return the maximum size of the cache: `ADVPROP_CACHE_GB`, or 10 GB. 0 disables the cache."""
     text = os.environ.get("ADVPROP_CACHE_GB", "")
     try:
-        limit = float(text) if text else _DEFAULT_GB
-        return int(limit * 1e9) if limit >= 0 else _refused(text)
+        gigabytes = float(text) if text else _DEFAULT_GB
+        if gigabytes >= 0:
+            return int(gigabytes * 1e9)
     except (ValueError, OverflowError):
-        return _refused(text)
-
-
-def _refused(text: str) -> int:
-    log.warning("ADVPROP_CACHE_GB is a number of gigabytes; found %r, used %g", text, _DEFAULT_GB)
+        pass
+    log.warning("ADVPROP_CACHE_GB must be a number of gigabytes; found %r, using %g", text, _DEFAULT_GB)
     return int(_DEFAULT_GB * 1e9)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files and what is known of them; those that others remove meanwhile are passed over."""
+    """Yield the files of a folder and their status, even if another process removes some."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():

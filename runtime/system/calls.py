@@ -1,93 +1,136 @@
-"""Who may go in: `Gate` lets calls of several threads through until it is closed, and closing waits for those inside;
-a forked process is told that it may not; and a thread of ours is told that it must not wait for itself."""
+"""`CallTracker`, which waits for calls in flight on close, and checks for forked processes."""
 
 from __future__ import annotations
 
 import os
 import threading
+from types import TracebackType
 
 from runtime.errors import InputError, SessionClosed
 
-__all__ = ["Gate", "check_process", "in_own_thread", "mark_own_thread"]
+__all__ = ["CallTracker", "check_not_forked", "in_worker_thread", "mark_worker_thread"]
 
 
-class Gate:
-    """Counts the calls inside, so that nothing is freed under them."""
+class CallTracker:
+    """Counts the calls in flight, and waits for them on close. Thread-safe.
+
+    with tracker.track() as call:
+        outputs = run(batch)
+        call.images = len(batch)
+    """
 
     def __init__(self, what: str) -> None:
-        """`what` names the thing behind the gate, for messages."""
+        """
+        Args:
+            what: name of the tracked object, for error messages.
+        """
         self._what = what
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._closed = False
-        self.inside = 0
-        """Calls inside now."""
-        self.calls = 0
-        """Calls that ended well."""
+        self.in_flight = 0
+        """Calls that have not returned yet."""
+        self.completed = 0
+        """Calls that returned without an error."""
         self.images = 0
-        """Their images."""
+        """Images of the completed calls."""
         self.failed = 0
         """Calls that raised an error."""
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed; calls may still be inside."""
+        """Whether new calls are refused. Earlier calls may still be in flight."""
         return self._closed
 
-    def enter(self) -> None:
-        """Goes in. Raises SessionClosed, or InputError in a process forked from the one that made the gate."""
-        check_process(self._process, self._what)
-        with self._changed:
-            if self._closed:
-                raise SessionClosed(f"{self._what} is closed; load it again")
-            self.inside += 1
+    def track(self) -> TrackedCall:
+        """Return a context manager for one call.
 
-    def leave(self, images: int, *, failed: bool) -> None:
-        """Comes out, with `images` answered unless it failed."""
-        with self._changed:
-            self.inside -= 1
-            if failed:
-                self.failed += 1
-            else:
-                self.calls += 1
-                self.images += images
-            if self._closed:
-                self._changed.notify_all()
+        Entering it raises SessionClosed after `close`, and InputError in a process forked after the
+        tracker was created.
+        """
+        return TrackedCall(self)
 
     def close(self) -> bool:
-        """Lets no more calls in and waits for those inside; tells whether this call was the first to close it.
+        """Refuse new calls and wait for those in flight.
 
-        In a forked process it waits for nothing, since the threads inside are not there.
+        In a forked process it does not wait, because the threads of the calls do not exist there.
+
+        Returns:
+            Whether this call closed the tracker; False if it was closed before.
         """
         if os.getpid() != self._process:
             self._closed = True
             return False
         with self._changed:
             first, self._closed = not self._closed, True
-            self._changed.wait_for(lambda: self.inside == 0)
+            self._changed.wait_for(lambda: self.in_flight == 0)
             return first
 
+    def _enter(self) -> None:
+        check_not_forked(self._process, self._what)
+        with self._changed:
+            if self._closed:
+                raise SessionClosed(f"{self._what} is closed", fix="load it again")
+            self.in_flight += 1
 
-def check_process(process: int, what: str) -> None:
-    """Raises InputError where this process is not `process` but a fork of it.
+    def _leave(self, images: int, *, failed: bool) -> None:
+        with self._changed:
+            self.in_flight -= 1
+            if failed:
+                self.failed += 1
+            else:
+                self.completed += 1
+                self.images += images
+            if self._closed:
+                self._changed.notify_all()
 
-    The threads of ONNX Runtime, of CUDA and of the batcher do not come along in a fork: a call would wait for ever.
+
+class TrackedCall:
+    """One call in flight."""
+
+    __slots__ = ("_tracker", "images")
+
+    def __init__(self, tracker: CallTracker) -> None:
+        self._tracker = tracker
+        self.images = 0
+        """Images of the call; set before it returns."""
+
+    def __enter__(self) -> TrackedCall:
+        self._tracker._enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tracker._leave(self.images, failed=kind is not None)
+
+
+def check_not_forked(process: int, what: str) -> None:
+    """Raise InputError if this process was forked from `process`.
+
+    The threads of ONNX Runtime, CUDA and the batcher do not survive a fork, and a call would wait
+    for them forever.
+
+    Args:
+        process: id of the process that loaded the object.
+        what: name of the object.
     """
     if os.getpid() != process:
         raise InputError(
-            f"{what} was loaded in process {process}, of which this one, {os.getpid()}, is a fork; threads do not "
-            "come along. Load it here, or start processes by spawn"
+            f"{what} was loaded in process {process}, and process {os.getpid()} is a fork of it; threads do not "
+            "survive a fork",
+            fix="load it in this process, or start processes with the spawn method",
         )
 
 
-_here = threading.local()
+_this_thread = threading.local()
 
 
-def mark_own_thread() -> None:
-    """Says that this thread works for a batcher or session."""
-    _here.own = True
+def mark_worker_thread() -> None:
+    """Mark the current thread as a worker of a batcher or session."""
+    _this_thread.is_worker = True
 
 
-def in_own_thread() -> bool:
-    """Whether this is such a thread, as it is in the callback of a future: then `close` must not wait for it."""
-    return getattr(_here, "own", False)
+def in_worker_thread() -> bool:
+    """Return whether the current thread is a worker, which must not wait for itself."""
+    return getattr(_this_thread, "is_worker", False)

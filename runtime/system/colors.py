@@ -1,11 +1,11 @@
-"""The page's colors, as numbers, so that their contrast can be computed and tested."""
+"""The color palettes of reports and plots, and the contrast between two colors."""
 
 from __future__ import annotations
 
 __all__ = ["DARK", "LEVELS", "LIGHT", "contrast", "heat", "level_of"]
 
 LEVELS = 21
-"""Steps of the heat maps, from no error to nothing but errors."""
+"""Color steps of a heat map, from an error of 0 to an error of 1."""
 
 LIGHT = {
     "page": "#ffffff",
@@ -46,19 +46,19 @@ DARK = {
 
 
 def level_of(share: float) -> int:
-    """The step of a heat map for a share."""
+    """Return the heat map step of `share`, which is clipped to [0, 1]."""
     return round(min(max(share, 0.0), 1.0) * (LEVELS - 1))
 
 
 def heat(palette: dict[str, str], level: int) -> str:
-    """The color of a step."""
+    """Return the heat map color of a step, as `#rrggbb`."""
     cold, hot = _rgb(palette["cold"]), _rgb(palette["hot"])
     part = level / (LEVELS - 1)
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(cold, hot, strict=True))
 
 
 def contrast(one: str, other: str) -> float:
-    """Contrast of two colors, 1 to 21. Source: WCAG 2.2, "contrast ratio"; small text wants 4.5."""
+    """Return the contrast ratio of two colors, 1 to 21. Small text needs 4.5. Source: WCAG 2.2."""
     light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 

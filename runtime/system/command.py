@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import click
 
 from runtime.errors import AdvPropError, ConfigError, Interrupted
-from runtime.sizes import ImageSizes
+from runtime.spec import ImageSizes
 
 __all__ = [
     "CommaList",
@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 _VERBOSITY = "advprop.verbosity"
+_GENERAL = "General"
+_GENERAL_NAMES = ("--quiet", "--verbose", "--version", "--help")
 _Item = TypeVar("_Item")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -86,14 +88,17 @@ class Command(click.Command):
         ]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {"": []}
+        groups: dict[str, list[tuple[str, str]]] = {"": [], _GENERAL: []}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record:
-                groups.setdefault(getattr(param, "group", ""), []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title or "Options"):
-                formatter.write_dl(records)
+                group = _GENERAL if param.opts[-1] in _GENERAL_NAMES else getattr(param, "group", "")
+                groups.setdefault(group, []).append(record)
+        general = groups.pop(_GENERAL)
+        for title, records in (*groups.items(), (_GENERAL, general)):
+            if records:
+                with formatter.section(title or "Options"):
+                    formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

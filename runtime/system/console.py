@@ -1,4 +1,4 @@
-"""What every command line shares: logging on the terminal, errors, exit codes."""
+"""Logging, progress bars and error reporting on the terminal, shared by all commands."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["cli_errors", "counting_bars", "engine_bar", "set_up_logging"]
 
 _Parameters = ParamSpec("_Parameters")
-_BAR = 30  # characters
-_OURS = ("advprop", "train", "export", "calib", "runtime")
+_BAR_WIDTH = 30
+_LOGGERS = ("advprop", "train", "export", "calib", "runtime")
 
 
 def set_up_logging(verbose: bool = False) -> Console:
-    """Sends our packages' log to the terminal through rich, and returns the console.
+    """Send the log of our packages to the terminal through rich, and return the console.
 
-    Only command lines call this; a program that imports us configures `logging` itself.
+    Only commands call this. A program that imports our packages configures `logging` itself.
     """
     from rich.console import Console
     from rich.logging import RichHandler
 
     console = Console(stderr=False)
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=True, highlighter=None)
-    for name in _OURS:
+    for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
         logger.handlers = [handler]
@@ -42,12 +42,13 @@ def set_up_logging(verbose: bool = False) -> Console:
 
 
 def counting_bars(console: Console, *, counts: bool = True, auto_refresh: bool = True) -> Progress:
-    """Returns rich's progress bars, which go when they are done.
+    """Return rich progress bars that disappear when they are done.
 
     Args:
-        console: where they are.
-        counts: show how many of how many, else a share.
-        auto_refresh: draw them from a thread; else when they are updated with `refresh`.
+        console: the console to draw on.
+        counts: show "done/total" instead of a percentage.
+        auto_refresh: redraw from a thread; otherwise only when a bar is updated with
+            `refresh=True`.
     """
     from rich import progress
 
@@ -62,19 +63,19 @@ def counting_bars(console: Console, *, counts: bool = True, auto_refresh: bool =
 
 
 def engine_bar(status: Status) -> Callable[[str, float], None]:
-    """Returns a progress callback of `runtime.build` that draws a bar in `status`."""
+    """Return a progress callback for `runtime.build` that draws a bar in `status`."""
     from rich.markup import escape
 
     def draw(phase: str, share: float) -> None:
-        done = round(share * _BAR)
-        bar = f"[green]{'━' * done}[/green][dim]{'━' * (_BAR - done)}[/dim]"
+        done = round(share * _BAR_WIDTH)
+        bar = f"[green]{'━' * done}[/green][dim]{'━' * (_BAR_WIDTH - done)}[/dim]"
         status.update(f"building the engine {bar} {share:4.0%} {escape(phase)}")
 
     return draw
 
 
 def cli_errors(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
-    """Turns our errors into `error: …` on stderr and the exit code of `runtime.errors`."""
+    """Make a command print our errors as `error: …` on stderr and exit with their exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> None:
@@ -84,7 +85,7 @@ def cli_errors(command: Callable[_Parameters, None]) -> Callable[_Parameters, No
             click.echo(str(error) if isinstance(error, Interrupted) else f"error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("stopped: nothing half-written was left", err=True)
+            click.echo("Interrupted. No incomplete file was left behind.", err=True)
             sys.exit(130)
 
     return wrapped

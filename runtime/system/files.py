@@ -1,4 +1,4 @@
-"""Writing files so that none is ever half-written, and naming them by content."""
+"""Atomic file writes, content hashes, and the cache folder."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ __all__ = [
     "write_text",
 ]
 
-_ADVICE = {
+_ELSEWHERE = "choose another location"
+_FIXES = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EACCES: "no permission to write there: choose another place",
-    errno.EPERM: "no permission to write there: choose another place",
-    errno.EROFS: "the file system is read-only: choose another place",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another place",
-    errno.EEXIST: "a file of that name is in the way: choose another place",
-    errno.EISDIR: "a folder of that name is in the way: choose another place",
+    errno.EACCES: f"permission denied: {_ELSEWHERE}",
+    errno.EPERM: f"permission denied: {_ELSEWHERE}",
+    errno.EROFS: f"the file system is read-only: {_ELSEWHERE}",
+    errno.ENOTDIR: f"a part of the path is a file, not a folder: {_ELSEWHERE}",
+    errno.EEXIST: f"a file with that name exists: {_ELSEWHERE}",
+    errno.EISDIR: f"a folder with that name exists: {_ELSEWHERE}",
 }
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
-    advice = _ADVICE.get(error.errno or 0, "choose another place")
-    return OutputError(f"cannot write {path}: {error.strerror or error}; {advice}")
+    return OutputError(f"cannot write {path}: {error.strerror or error}", fix=_FIXES.get(error.errno or 0, _ELSEWHERE))
 
 
 def output_dir(path: Path) -> Path:
-    """Makes the folder `path` and proves that a file can be written in it.
+    """Create the folder `path`, check that it is writable, and return it.
 
-    Called before long work starts, so that it does not end in a failed write.
+    Call it before long work, whose results would otherwise be lost.
 
     Raises:
-        OutputError: the folder cannot be made or written.
+        OutputError: the folder cannot be created or written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -64,11 +64,10 @@ def output_dir(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a binary file that replaces `path` only once it is whole and on disk.
+    """Open a binary file that replaces `path` once it is complete and on disk.
 
-    The bytes go to a temporary file in the same folder, which is flushed, fsynced and
-    renamed over `path`. On any failure the temporary file is removed and `path` is
-    left as it was.
+    The bytes go to a temporary file in the same folder, which is flushed, fsynced and renamed to
+    `path`. On failure the temporary file is removed and `path` stays unchanged.
 
     Raises:
         OutputError: the folder is not writable, or the disk is full.
@@ -96,9 +95,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a new folder whose files move into `path` only once all are whole and on disk.
+    """Yield a temporary folder whose files move into `path` once all of them are on disk.
 
-    They move in the reverse order of their names, so that `m.onnx` comes after the `m.onnx.data` it needs.
+    They move in reverse order of their names: `m.onnx` after the `m.onnx.data` that it needs.
 
     Raises:
         OutputError: `path` is not writable, or the disk is full.
@@ -119,18 +118,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Writes `content` to `path` atomically. Raises OutputError."""
+    """Write `content` to `path` atomically. Raises OutputError."""
     with atomic_write(path) as file:
         file.write(content)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, atomically; a copy where a file system cannot have it under two names.
+def write_text(path: Path, content: str) -> None:
+    """Write `content` to `path` atomically, as UTF-8. Raises OutputError."""
+    write_bytes(path, content.encode())
 
-    Nothing here writes into a file that has its name, so that a link is as good as a copy, and no bytes move.
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Atomically make `target` a hard link to `source`, or a copy if a link is not possible.
+
+    Our code replaces files and never modifies them, which makes a link as good as a copy.
 
     Raises:
-        FileNotFoundError: there is no `source`.
+        FileNotFoundError: `source` does not exist.
         OutputError: the folder is not writable, or the disk is full.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -148,22 +152,25 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError as error:
         raise _output_error(target, error) from error
     finally:
-        temporary.unlink(missing_ok=True)  # where the two were one file already, replacing does nothing
-
-
-def write_text(path: Path, content: str) -> None:
-    """Writes `content` to `path` atomically, as UTF-8. Raises OutputError."""
-    write_bytes(path, content.encode())
+        temporary.unlink(missing_ok=True)  # `replace` ignores links to the same file
 
 
 def cache_folder(kind: str) -> Path:
-    """Returns the folder of one kind of cached file, below `ADVPROP_CACHE` or `~/.cache/advprop`; it need not exist."""
-    base = os.environ.get("ADVPROP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "advprop"
+    """Return the folder for one kind of cached file, which may not exist yet.
+
+    It is below `ADVPROP_CACHE`, or below the user's cache folder if that is not set:
+    `$XDG_CACHE_HOME/advprop` or `~/.cache/advprop` on Linux.
+    """
+    base = os.environ.get("ADVPROP_CACHE")
+    if not base:
+        from platformdirs import user_cache_dir
+
+        base = user_cache_dir("advprop", appauthor=False)
     return Path(base).expanduser() / kind
 
 
 def sha256_file(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of the file at `path`."""
+    """Return the hexadecimal SHA-256 of the file at `path`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""What GPU is there, asked of the driver itself, so that no CUDA package is needed."""
+"""Facts about the GPU, read from the driver without any CUDA package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 __all__ = ["Gpu", "find_gpu"]
 
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,21 +18,21 @@ class Gpu:
     """The first visible GPU."""
 
     name: str
-    """As the driver says it, e.g. `NVIDIA H100 80GB HBM3`."""
+    """The driver's name for it, e.g. `NVIDIA H100 80GB HBM3`."""
     compute_capability: tuple[int, int]
     """(major, minor), e.g. (9, 0)."""
 
     @property
     def sm(self) -> int:
-        """The compute capability as one number, 89 for 8.9, as TensorRT names its targets."""
+        """The compute capability as one number, e.g. 89 for 8.9, as in TensorRT's target names."""
         return self.compute_capability[0] * 10 + self.compute_capability[1]
 
 
 @functools.cache
 def find_gpu() -> Gpu | None:
-    """Returns the first visible GPU, or None where there is no driver or no GPU.
+    """Return the first visible GPU, or None without a driver or GPU.
 
-    Makes no CUDA context. `CUDA_VISIBLE_DEVICES` is respected, by the driver.
+    No CUDA context is created. The driver respects `CUDA_VISIBLE_DEVICES`.
     """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -45,7 +46,7 @@ def find_gpu() -> Gpu | None:
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(name, len(name), device)
     capability = []
-    for attribute in (_MAJOR, _MINOR):
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         capability.append(value.value)

@@ -1,4 +1,4 @@
-"""Packages whose names load when used, so that command-line help waits for no library."""
+"""Lazy imports: a package's names load their module when they are first used."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 __all__ = ["lazy_names"]
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a module's `__getattr__` that imports each of `homes`' names from its module.
+def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a package's `__getattr__`, which imports each name from its module on first use.
 
     Args:
         package: the package's own name, for messages.
-        homes: name → the module that defines it.
+        modules: name → the module that defines it.
     """
 
     def load(name: str) -> Any:
-        if name not in homes:
+        if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes[name]), name)
+        return getattr(importlib.import_module(modules[name]), name)
 
     return load

@@ -1,95 +1,61 @@
-"""A lock between processes, which the operating system takes back from a process that dies."""
+"""`file_lock`, a lock between processes that the operating system releases when its holder dies."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
+import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = ["file_lock"]
 
-_POLL_S = 0.05
 
+@contextlib.contextmanager
+def file_lock(path: Path, *, timeout_s: float, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold a lock on the file `path`, which is created and removed again.
 
-@contextmanager
-def file_lock(path: Path, *, patience_s: float, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Holds the lock of the file `path`, which is made and removed again.
-
-    The kernel drops the lock of a process that ends in whatever way, `kill -9` included, so no lock goes stale. One
-    whose holder lives and hangs is waited for no longer than `patience_s`.
+    The kernel releases the lock of a process that ends, even after `kill -9`, so a lock never
+    becomes stale.
 
     Args:
-        path: the lock's file; its folder must exist.
-        patience_s: how long to wait for another process, or thread.
-        waiting: called once where there is something to wait for.
+        path: the lock file.
+        timeout_s: how long to wait for another process or thread, in seconds.
+        on_wait: called once before waiting.
 
     Yields:
-        Whether it is held; False after `patience_s`, and where the file system has no locks or the file cannot be made.
+        Whether the lock is held. It is not held after the timeout, if the folder is missing or not
+        writable, or if the file system does not support locks.
     """
-    descriptor = _acquire(path, patience_s, waiting)
+    from filelock import FileLock
+
+    # Without the fallback to a soft lock, which a killed process would leave behind.
+    lock = FileLock(path, mode=0o600, fallback_to_soft=False)
+    held = path.parent.is_dir() and _acquire(lock, timeout_s, on_wait)
     try:
-        yield descriptor is not None
+        yield held
     finally:
-        if descriptor is not None:
-            _release(path, descriptor)
+        if held:
+            # Removed while the lock is held: a waiter notices that its open file is gone, and
+            # creates a new one.
+            # Windows cannot remove an open file; the empty file does no harm.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            lock.release()
 
 
-def _acquire(path: Path, patience_s: float, waiting: Callable[[], None] | None) -> int | None:
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        except OSError:
-            return None
-        try:
-            _try_lock(descriptor)
-            if _is_still(path, descriptor):  # not a file that its last holder has just removed
-                return descriptor
-            os.close(descriptor)
-            continue
-        except BlockingIOError:
-            os.close(descriptor)
-        except OSError:  # no locks on this file system
-            os.close(descriptor)
-            return None
-        if time.monotonic() >= end:
-            return None
-        if waiting is not None:
-            waiting()
-            waiting = None
-        time.sleep(_POLL_S)
+def _acquire(lock: BaseFileLock, timeout_s: float, on_wait: Callable[[], None] | None) -> bool:
+    from filelock import Timeout
 
-
-def _release(path: Path, descriptor: int) -> None:
     try:
-        path.unlink(missing_ok=True)
-    except OSError:  # Windows removes no open file; an empty file that stays is harmless
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if on_wait is not None:
+                on_wait()
+            lock.acquire(timeout=timeout_s)
+    except OSError:  # a Timeout is one too
         return False
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(descriptor: int) -> None:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:
-            raise BlockingIOError from error
-
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True

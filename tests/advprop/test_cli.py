@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from advprop.cli import COMMANDS, main
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from train.data import embedded_digits
 from train.loop import FitResult
@@ -14,7 +15,7 @@ from train.loop import FitResult
 
 @pytest.fixture(scope="module")
 def model(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_checkpoint(trained.last, out=tmp_path_factory.mktemp("model")).onnx
+    return export_checkpoint(trained.last, ExportConfig(out=tmp_path_factory.mktemp("model"))).onnx
 
 
 @pytest.fixture

@@ -3,14 +3,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 
-from calib.cache import cache_file, load_histograms, save_histograms
-from calib.counting import collect_histograms
-from calib.histograms import BINS, Histogram
+from calib.histograms import (
+    BINS,
+    Histogram,
+    cache_file,
+    collect_histograms,
+    load_histograms,
+    save_histograms,
+)
 from runtime.errors import DataError
-from tests.support.networks import classifier
+from tests.support.networks import classifier, scale_initializer
 
 
 def values() -> np.ndarray:
@@ -24,7 +28,7 @@ def filled(*parts: np.ndarray) -> Histogram:
     return histogram
 
 
-def test_counts_are_those_of_numpy() -> None:
+def test_counts_match_numpy() -> None:
     histogram = filled(values())
     assert histogram.top == 16.0
     expected, _ = np.histogram(np.abs(values()), bins=BINS, range=(0, histogram.top))
@@ -33,7 +37,7 @@ def test_counts_are_those_of_numpy() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_and_any_batches_give_the_same_counts(seed: int) -> None:
+def test_counts_do_not_depend_on_order_or_batches(seed: int) -> None:
     random = np.random.default_rng(seed)
     mixed = random.permutation(np.concatenate([values(), values() * 100, np.zeros(100, np.float32)]))
     parts = np.array_split(mixed, [7, 8, 900, 50_000])
@@ -43,7 +47,7 @@ def test_any_order_and_any_batches_give_the_same_counts(seed: int) -> None:
     assert many.counts.sum() == mixed.size
 
 
-def test_zeros_before_anything_else_are_counted() -> None:
+def test_zeros_before_any_other_value_are_counted() -> None:
     histogram = filled(np.zeros(10, np.float32))
     assert (histogram.amax, histogram.counts.sum()) == (0.0, 0)
     histogram.add(np.asarray([0.5, 0.0], np.float32))
@@ -63,14 +67,14 @@ def test_tensors_of_a_network_are_counted_in_one_pass() -> None:
     assert found["logits"].counts.sum() == 4 * 4
 
 
-def test_a_value_that_is_not_finite_names_its_tensor() -> None:
+def test_the_error_for_a_value_that_is_not_finite_names_its_tensor() -> None:
     network = classifier()
-    network.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full((4, 3, 3, 3), np.nan, np.float32), "w"))
+    scale_initializer(network, "w", float("nan"))
     with pytest.raises(DataError, match="the tensor a has values that are not finite"):
         collect_histograms(network, [images()], ["a"])
 
 
-def test_no_images() -> None:
+def test_histograms_without_images_are_an_error() -> None:
     def nothing() -> Iterator[np.ndarray]:
         yield from ()
 
@@ -78,34 +82,35 @@ def test_no_images() -> None:
         collect_histograms(classifier(), nothing(), ["a"])
 
 
-def test_counting_goes_on_where_it_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_interrupted_count_resumes_from_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     network = classifier()
-    few = [np.random.default_rng(seed).normal(size=(16, 3, 8, 8)).astype(np.float32) for seed in range(6)]
-    whole = collect_histograms(network, few, ["input", "r"])
-    cache = tmp_path / "of" / "these.npz"
+    batches = [np.random.default_rng(seed).normal(size=(16, 3, 8, 8)).astype(np.float32) for seed in range(6)]
+    poisoned = [np.full_like(batch, np.nan) for batch in batches]
+    whole = collect_histograms(network, batches, ["input", "r"])
+    cache = tmp_path / "folder" / "histograms.npz"
 
-    def cut():
-        yield from few[:5]
+    def interrupted() -> Iterator[np.ndarray]:
+        yield from batches[:5]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_histograms(network, cut(), ["input", "r"], cache=cache)
+        collect_histograms(network, interrupted(), ["input", "r"], cache=cache)
     ran: list[int] = []
-    poisoned = [np.full_like(batch, np.nan) for batch in few[:4]] + few[4:]  # the first 64 images are not run again
-    found = collect_histograms(network, poisoned, ["input", "r"], ran.append, cache=cache)
+    # The first 64 images must not run again: nan would be an error.
+    found = collect_histograms(network, poisoned[:4] + batches[4:], ["input", "r"], ran.append, cache=cache)
     assert sum(ran) == 96
     for name, histogram in whole.items():
         np.testing.assert_array_equal(found[name].counts, histogram.counts)
         assert (found[name].amax, found[name].top) == (histogram.amax, histogram.top)
-    done = collect_histograms(network, [np.full_like(batch, np.nan) for batch in few], ["input", "r"], cache=cache)
-    np.testing.assert_array_equal(done["r"].counts, whole["r"].counts)
+    cached = collect_histograms(network, poisoned, ["input", "r"], cache=cache)
+    np.testing.assert_array_equal(cached["r"].counts, whole["r"].counts)
     cache.write_bytes(cache.read_bytes()[:100])
-    again = collect_histograms(network, few, ["input", "r"], cache=cache)
+    again = collect_histograms(network, batches, ["input", "r"], cache=cache)
     np.testing.assert_array_equal(again["r"].counts, whole["r"].counts)
-    assert "is damaged and made anew" in caplog.text
+    assert "are damaged and will be collected again" in caplog.text
 
 
-def test_the_cache_keeps_to_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_deletes_the_least_recently_used_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADVPROP_CACHE", str(tmp_path))
     histogram = filled(values())
     first, second = (cache_file(classifier(), images) for images in ("a", "b"))
@@ -120,6 +125,9 @@ def test_the_cache_keeps_to_its_bound(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_histograms(second, ["x"])[1] == 20
     os.utime(second, (1, 1))
     load_histograms(second, ["x"])
-    assert second.stat().st_mtime > 1e9  # it was used
+    assert second.stat().st_mtime > 1e9  # loading marks the file as used
+
+
+def test_a_limit_of_zero_disables_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADVPROP_CACHE_GB", "0")
     assert cache_file(classifier(), "a") is None

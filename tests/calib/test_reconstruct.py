@@ -2,14 +2,15 @@ import numpy as np
 import onnx
 
 from calib.placement import points_of
-from calib.quantize import along, quantize, quantize_weight
+from calib.quantize import quantize, quantize_weight
 from calib.reconstruct import reconstruct
-from runtime.graph.model import open_session
+from runtime.graph.edit import along
+from runtime.graph.model import run_batches
 from tests.support.networks import graph
 
 
 def network() -> onnx.ModelProto:
-    """Dense, strided depthwise with uneven padding, pointwise, product."""
+    """Build a dense, a strided depthwise (padded on one side) and a pointwise convolution, and a Gemm."""
     random = np.random.default_rng(0)
     body = """a = Conv <pads = [1, 1, 1, 1]> (input, w1, b1) r = Relu(a)
         d = Conv <pads = [0, 0, 1, 1], strides = [2, 2], group = 8> (r, w2) e = Relu(d)
@@ -26,28 +27,28 @@ def network() -> onnx.ModelProto:
 
 
 def flat_images(seed: int) -> np.ndarray:
-    """Of nearly one color each, so that the rounding errors of a filter can cancel out; whole numbers."""
+    """Return images of almost one color each: rounding errors within a filter can cancel. Values are whole numbers."""
     random = np.random.default_rng(seed)
     colors = random.uniform(-100, 100, size=(32, 3, 1, 1))
     return np.round(colors + random.normal(size=(32, 3, 8, 8))).astype(np.float32)
 
 
-def test_errors_cancel_where_inputs_are_alike() -> None:
+def test_learned_rounding_lets_errors_cancel() -> None:
     weight = np.random.default_rng(0).normal(size=(4, 3, 5, 5))
     model = graph("c = Conv(input, w) p = GlobalAveragePool(c) logits = Flatten(p)", w=weight)
     points = points_of(model)
     weights, biases = reconstruct(model, points, {"input": 127.0}, [flat_images(1)], steps=150)
+    expected = run_batches(model, [flat_images(2)])
     errors = {}
     for name, rounded in (("nearest", {}), ("learned", weights)):
         quantized = quantize(model, points, {"input": 127.0}, weights=rounded)
-        pair = [open_session(graph_).run(None, {"input": flat_images(2)})[0] for graph_ in (model, quantized)]
-        errors[name] = np.square(pair[0] - pair[1]).mean()
+        errors[name] = np.square(run_batches(quantized, [flat_images(2)]) - expected).mean()
     assert errors["learned"] < 0.2 * errors["nearest"]
     assert np.abs(biases["Conv_0"]).max() < 1
     assert list(weights) == ["Conv_0"]
 
 
-def test_every_kind_of_layer_is_rounded_up_or_down_the_same_every_time() -> None:
+def test_weights_of_every_kind_of_layer_are_rounded_up_or_down_reproducibly() -> None:
     model = network()
     points = points_of(model)
     images = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
@@ -64,7 +65,7 @@ def test_every_kind_of_layer_is_rounded_up_or_down_the_same_every_time() -> None
         np.testing.assert_array_equal(weights[point.node], again[point.node])
 
 
-def test_what_is_not_quantized_or_shared_is_left_alone() -> None:
+def test_layers_with_shared_weights_or_in_floating_point_are_skipped() -> None:
     body = """a = Conv <pads = [1, 1, 1, 1]> (input, w1) b = Conv <pads = [1, 1, 1, 1]> (a, w1) c = Conv(b, w2)
         p = GlobalAveragePool(c) logits = Flatten(p)"""
     random = np.random.default_rng(0)

@@ -1,68 +1,104 @@
+import dataclasses
+import itertools
+
 import numpy as np
 import onnx
 import pytest
 
 from calib.config import CalibrationConfig
+from calib.placement import points_of
 from calib.ptq import Calibrated, calibrate
-from calib.sensitivity import expected_loss
+from calib.quantize import quantize
+from calib.sensitivity import expected_loss, measure_sensitivity
+from runtime.graph.model import run_batches
 from tests.support.networks import graph
 
 
-def images(count: int = 40) -> np.ndarray:
+def images(channels: np.ndarray | float = 1.0) -> np.ndarray:
     random = np.random.default_rng(1)
-    return (random.normal(size=(count, 3, 8, 8)) + random.normal(size=(count, 3, 1, 1))).astype(np.float32)
+    pixels = random.normal(size=(40, 3, 8, 8)) + random.normal(size=(40, 3, 1, 1))
+    return (pixels * np.reshape(channels, (-1, 1, 1))).astype(np.float32)
 
 
-def network(spread: float) -> onnx.ModelProto:
-    """Three convolutions; the second reads channels whose ranges spread so far that INT8 loses the small ones."""
+def scales(spread: float, channels: int) -> np.ndarray:
+    return np.geomspace(1, spread, channels)
+
+
+def network(inputs: float = 1.0, first: float = 1.0, second: float = 1.0) -> onnx.ModelProto:
+    """Build three convolutions. Each argument is the spread of the channel ranges that one of them reads.
+
+    The weights compensate for the spread, so the float network does not depend on it, but INT8 loses the small
+    channels.
+    """
     random = np.random.default_rng(0)
-    factors = np.geomspace(1, spread, 6)[:, None, None, None]
     body = """a = Conv <pads = [1, 1, 1, 1]> (input, w1) r = Relu(a) b = Conv(r, w2) s = Relu(b)
         c = Conv(s, w3) p = GlobalAveragePool(c) logits = Flatten(p)"""
-    return graph(
-        body,
-        w1=random.normal(size=(6, 3, 3, 3)) * factors,
-        w2=random.normal(size=(8, 6, 1, 1)) / factors.reshape(1, 6, 1, 1),
-        w3=random.normal(size=(4, 8, 1, 1)),
-    )
+    factors = [scales(*pair) for pair in ((inputs, 3), (first, 6), (second, 8))]
+    weights = [random.normal(size=shape) for shape in ((6, 3, 3, 3), (8, 6, 1, 1), (4, 8, 1, 1))]
+    for weight, read in zip(weights, factors, strict=True):
+        weight /= read[None, :, None, None]
+    for weight, written in zip(weights, factors[1:], strict=False):
+        weight *= written[:, None, None, None]
+    return graph(body, w1=weights[0], w2=weights[1], w3=weights[2])
 
 
-def calibrated(model: onnx.ModelProto, **wishes) -> Calibrated:
-    held = {kind: lambda: iter([images()]) for kind in ("clean",)}
-    config = CalibrationConfig(method="minmax", correct_bias=False, **wishes)
-    return calibrate(model, lambda count: iter([images()]), config, held=held)
+def calibrated(model: onnx.ModelProto, pixels: np.ndarray, budget: float) -> Calibrated:
+    config = CalibrationConfig(method="minmax", correct_bias=False, budget=budget)
+    return calibrate(model, lambda count: iter([pixels]), config, held={"clean": lambda: iter([pixels])})
 
 
-def test_the_loss_of_a_changed_class_is_the_difference_of_its_probabilities() -> None:
+def test_a_changed_class_costs_the_difference_of_its_probabilities() -> None:
     reference = np.log(np.asarray([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]]))
     assert expected_loss(reference, reference) == 0.0
     assert expected_loss(reference, np.asarray([[0.0, 1.0, 0.0], [9.0, 1.0, 0.0]])) == pytest.approx(0.15)
     assert expected_loss(reference + 100, np.asarray([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])) == pytest.approx(0.3)
 
 
-def test_the_layer_that_loses_goes_back_and_the_others_stay() -> None:
-    whole = calibrated(network(1e4), budget=100)
+def test_sensitivity_is_the_kl_divergence_in_nats() -> None:
+    """0.5 log(0.5 / 0.25) + 0.5 log(0.5 / 0.75) = 0.1438"""
+    impossible = [0, 0, -80, -80]
+    body = "p = GlobalAveragePool(input) f = Flatten(p) logits = Gemm(f, w, b)"
+    quantized = graph(body, w=np.eye(3, 4), b=np.asarray(impossible))
+    image = np.log(np.float32([0.25, 0.75, 1.0])).reshape(1, 3, 1, 1) * np.ones((1, 3, 8, 8), np.float32)
+    reference = np.float32([impossible])  # the probabilities are 0.5, 0.5, 0, 0
+    (point,) = points_of(quantized)
+    found = measure_sensitivity(lambda points: quantized, [point], [image], [reference])
+    assert found == {"Gemm_2": pytest.approx(0.1438, abs=1e-4)}
+
+
+def test_only_the_layer_that_loses_accuracy_is_kept_in_floating_point() -> None:
+    model = network(first=1e4)
+    whole = calibrated(model, images(), budget=100)
     assert whole.int8_share == 1.0
     assert [trial.floating for trial in whole.fallback.trials] == [()]
     assert whole.fallback.sensitivity == {}
     loss = whole.fallback.chosen.loss
     assert loss > 0.01
 
-    kept = calibrated(network(1e4), budget=50 * loss)
+    kept = calibrated(model, images(), budget=50 * loss)
     assert kept.fallback.met
     assert kept.fallback.chosen.floating == ("Conv_2",)
     assert max(kept.fallback.sensitivity, key=kept.fallback.sensitivity.__getitem__) == "Conv_2"
     assert kept.fallback.chosen.loss <= loss / 2
     assert [point.int8 for point in kept.points] == [True, False, True]
-    assert "given back for the budget: alone in INT8 it changes the output by" in kept.points[1].reason
+    assert "kept in floating point for the budget: in INT8 alone it changes the output by" in kept.points[1].reason
     assert 0.5 < kept.int8_share < 1.0
     quantized = [node for node in kept.model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantized) == 2
 
 
-def test_a_budget_that_cannot_be_met_gives_the_best_and_says_so() -> None:
-    found = calibrated(network(1e4), budget=0)
-    assert found.fallback.chosen.loss == min(trial.loss for trial in found.fallback.trials)
-    assert found.fallback.met == (found.fallback.chosen.loss == 0)
-    assert found.int8_share > 0  # one layer stays in INT8 whatever it costs
-    assert len(found.fallback.chosen.floating) < 3
+def test_if_the_budget_cannot_be_met_the_choice_with_the_smallest_loss_of_all_is_made() -> None:
+    model, pixels = network(1e4, 1e4, 1e4), images(scales(1e4, 3))
+    found = calibrated(model, pixels, budget=0)
+    assert not found.fallback.met
+    assert found.int8_share > 0  # one layer stays in INT8, whatever it costs
+    reference = run_batches(model, [pixels])
+    losses = {}
+    nodes = [point.node for point in found.points]
+    for floating in itertools.chain.from_iterable(itertools.combinations(nodes, count) for count in range(len(nodes))):
+        points = [dataclasses.replace(point, int8=point.node not in floating) for point in found.points]
+        logits = run_batches(quantize(model, points, found.thresholds), [pixels])
+        losses[floating] = expected_loss(reference, logits)
+    assert min(losses.values()) > 0.01
+    assert found.fallback.chosen.loss == pytest.approx(min(losses.values()))
+    assert losses[()] > 10 * found.fallback.chosen.loss

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calib.images import calibration_set, check_mix
-from calib.sources import open_source
-from runtime.errors import ConfigError, DataError
+from calib.images import calibration_set
 from runtime.spec import Preprocessing
 
 SPEC = Preprocessing(
@@ -29,12 +27,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def all_batches(source: Path, **wishes) -> np.ndarray:
-    return np.concatenate(list(calibration_set(source, spec=SPEC, **wishes).batches(SPEC)))
+def all_batches(source: Path) -> np.ndarray:
+    return np.concatenate(list(calibration_set(source, spec=SPEC).batches(SPEC)))
 
 
 @pytest.mark.parametrize("name", ["photos.tar", "photos.tar.gz"])
-def test_a_tar_file_is_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_tar_file_has_the_images_of_its_folder(folder: Path, tmp_path: Path, name: str) -> None:
     with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
         tar.add(folder, arcname=".")
         tar.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
@@ -46,94 +44,10 @@ def test_a_tar_file_is_the_folder(folder: Path, tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["photos.npy", "photos.npz"])
-def test_an_array_of_pixels(tmp_path: Path, name: str) -> None:
+def test_the_images_of_an_array(tmp_path: Path, name: str) -> None:
     if name.endswith("z"):
         np.savez(tmp_path / name, labels=np.arange(12), images=pixels())
     else:
         np.save(tmp_path / name, pixels())
     expected = pixels().transpose(0, 3, 1, 2) / np.float32(127.5) - 1
     np.testing.assert_allclose(all_batches(tmp_path / name), expected, atol=1e-6)
-
-
-def test_what_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a folder, a tar or a NumPy file of images; found nothing"):
-        open_source(tmp_path / "none")
-    (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match="found a file of another kind"):
-        open_source(tmp_path / "a.txt")
-    (tmp_path / "cut.tar").write_bytes(b"not a tar")
-    with pytest.raises(DataError, match=r"cut.tar is not a tar file"):
-        open_source(tmp_path / "cut.tar")
-    np.save(tmp_path / "floats.npy", np.zeros((4, 3, 8, 8)))
-    with pytest.raises(
-        DataError, match=r"expected an array of images, uint8 \(N, H, W, 3\); found float64 \(4, 3, 8, 8\)"
-    ):
-        open_source(tmp_path / "floats.npy")
-    np.save(tmp_path / "pickled.npy", np.asarray([{}]), allow_pickle=True)
-    with pytest.raises(DataError, match=r"pickled.npy is not a whole NumPy file of pixels"):
-        open_source(tmp_path / "pickled.npy")
-
-
-def test_held_out_images_are_others(folder: Path) -> None:
-    chosen = calibration_set(folder, 8, held=True)
-    assert (len(chosen.images), len(chosen.held)) == (8, 4)
-    assert not set(chosen.images) & set(chosen.held)
-    few = calibration_set(folder, 100, held=True)
-    assert (len(few.images), len(few.held)) == (9, 3)
-    assert calibration_set(folder, 8).held == ()
-    batches = list(chosen.batches(SPEC, held=True))
-    assert [len(batch) for batch in batches] == [4]
-
-
-def test_corruptions_are_drawn_by_image_and_seed(folder: Path, tmp_path: Path) -> None:
-    mixed = calibration_set(folder, mix=("clean", "corrupted"), seed=3)
-    batches = list(mixed.batches(SPEC))
-    assert len(batches) == 6
-    plain = list(calibration_set(folder).batches(SPEC))
-    for clean, corrupted, expected in zip(batches[::2], batches[1::2], plain, strict=True):
-        np.testing.assert_array_equal(clean, expected)
-        assert (np.abs(corrupted - clean).mean((1, 2, 3)) > 0.001).all()
-    mixed.save(tmp_path / "calib.json")
-    again = calibration_set(tmp_path / "calib.json")
-    assert again == mixed
-    for one, other in zip(batches, again.batches(SPEC), strict=True):
-        np.testing.assert_array_equal(one, other)
-    other_seed = calibration_set(folder, mix=("clean", "corrupted"), seed=4)
-    assert len({mixed.sha256, other_seed.sha256, calibration_set(folder).sha256}) == 3
-    assert any((one != other).any() for one, other in zip(batches, other_seed.batches(SPEC), strict=True))
-    assert len(list(mixed.batches(SPEC, 4))) == 2  # two images, each as both
-
-
-def test_attacked_images_come_from_the_adversary(folder: Path) -> None:
-    chosen = calibration_set(folder, mix=("clean", "adversarial"))
-    clean, attacked = list(chosen.batches(SPEC, adversary=lambda batch: batch + 1))[:2]
-    np.testing.assert_array_equal(attacked, clean + 1)
-    check_mix(("clean", "adversarial"), lambda batch: batch)
-
-
-@pytest.mark.parametrize(
-    ("mix", "expected"),
-    [
-        (("clear",), "found 'clear'; did you mean clean"),
-        ((), "at least one; found none"),
-        (("clean", "clean"), "names each kind once"),
-        (("adversarial",), "adversarial images need gradients, which an ONNX file does not give"),
-    ],
-)
-def test_mixes_that_cannot_be(mix: tuple[str, ...], expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        check_mix(mix, None)
-
-
-def test_images_that_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    np.save(tmp_path / "same.npy", np.repeat(pixels(1), 5, axis=0))
-    with pytest.raises(DataError, match="all 5 images are copies of one"):
-        calibration_set(tmp_path / "same.npy", spec=SPEC)
-    gray = pixels()
-    gray[3] = 128
-    np.save(tmp_path / "gray.npy", gray)
-    assert len(calibration_set(tmp_path / "gray.npy", spec=SPEC).images) == 11
-    assert "skipped 3: it is of one color" in caplog.text
-    np.save(tmp_path / "small.npy", pixels()[:, :7, :7])
-    calibration_set(tmp_path / "small.npy", spec=SPEC)
-    assert "12 of 12 images are less than half as large as the network's input (16 x 16)" in caplog.text

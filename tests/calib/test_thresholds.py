@@ -16,7 +16,7 @@ def histogram(values: np.ndarray) -> Histogram:
 
 
 def error(values: np.ndarray, threshold: float) -> float:
-    """The mean squared error of INT8, value by value."""
+    """Return the mean squared error of INT8, computed value by value."""
     step = threshold / LEVELS
     return float(((values - np.clip(np.round(values / step), -LEVELS, LEVELS) * step) ** 2).mean())
 
@@ -26,14 +26,14 @@ def test_minmax_clips_nothing() -> None:
 
 
 @pytest.mark.parametrize("share", [50, 99, 99.9, 99.99])
-def test_percentile_is_that_of_the_values_to_a_bin(share: float) -> None:
+def test_percentiles_match_numpy_within_a_bin(share: float) -> None:
     counted = histogram(LAPLACE)
     assert percentile(counted, share) == pytest.approx(np.percentile(np.abs(LAPLACE), share), abs=2 * counted.width)
     assert percentile(counted, 100) == counted.amax
 
 
 @pytest.mark.parametrize("values", [NORMAL, LAPLACE, OUTLIER], ids=["normal", "laplace", "outlier"])
-def test_mse_is_the_least_over_all_thresholds_tried_value_by_value(values: np.ndarray) -> None:
+def test_the_mse_threshold_is_the_best_of_a_search_over_the_values(values: np.ndarray) -> None:
     tried = np.geomspace(np.abs(values).max() / 100, np.abs(values).max(), 400)
     best = min(error(values, threshold) for threshold in tried)
     assert error(values, mse(histogram(values))) <= 1.01 * best
@@ -43,7 +43,7 @@ def test_mse_is_the_least_over_all_thresholds_tried_value_by_value(values: np.nd
 
 
 def brute_entropy(counts: np.ndarray, width: float) -> float:
-    """The published algorithm, bin by bin."""
+    """Return the threshold of the published algorithm, computed bin by bin."""
     counts = np.asarray([counts[1], *counts[1:]])
     used = int(np.flatnonzero(counts)[-1]) + 1
     best, least = used, np.inf
@@ -66,9 +66,9 @@ def brute_entropy(counts: np.ndarray, width: float) -> float:
     return best * width
 
 
-def test_entropy_is_the_published_one_bin_by_bin() -> None:
+def test_entropy_matches_the_published_algorithm() -> None:
     counted = Histogram()
-    counted.add(np.asarray([0.99], np.float32))  # the range is 1
+    counted.add(np.asarray([0.99], np.float32))  # sets the range to 1
     random = np.random.default_rng(2)
     counted.counts[:] = 0
     counted.counts[:300] = (1e5 * np.exp(-np.arange(300) / 40)).astype(int) + random.integers(0, 20, 300)
@@ -76,17 +76,17 @@ def test_entropy_is_the_published_one_bin_by_bin() -> None:
     assert entropy(counted) == pytest.approx(brute_entropy(counted.counts, counted.width))
 
 
-def test_all_methods_stay_within_the_range_and_see_the_outlier() -> None:
+def test_methods_differ_in_how_they_treat_an_outlier() -> None:
     counted = histogram(OUTLIER)
     thresholds = {name: method(counted) for name, method in METHODS.items()}
     assert all(0 < value <= counted.amax for value in thresholds.values())
     assert thresholds["minmax"] == 40
     assert thresholds["percentile"] < 6
-    assert 10 < thresholds["mse"] < 30  # the outlier is one of 100,001, but its error is squared
+    assert 10 < thresholds["mse"] < 30  # one value in 100,001, but its error is squared
     assert thresholds["entropy"] < 6
 
 
-def test_a_tensor_of_zeros() -> None:
+def test_the_threshold_of_zeros_is_zero() -> None:
     assert {name: method(histogram(np.zeros(9, np.float32))) for name, method in METHODS.items()} == dict.fromkeys(
         METHODS, 0.0
     )

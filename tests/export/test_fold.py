@@ -10,22 +10,25 @@ from export.fold import BatchNormToAffine, FoldBatchNorm
 CHANNELS = 6
 
 GRAPHS = {
-    "conv": ("x[n, 4, 8, 8]", "y = Conv<pads=[1, 1, 1, 1]>(x, w, b)", {"w": (6, 4, 3, 3), "b": (6,)}),
-    "conv without bias": ("x[n, 4, 8, 8]", "y = Conv(x, w)", {"w": (6, 4, 3, 3)}),
-    "depthwise": ("x[n, 6, 8, 8]", "y = Conv<group=6>(x, w)", {"w": (6, 1, 3, 3)}),
-    "grouped": ("x[n, 4, 8, 8]", "y = Conv<group=2>(x, w, b)", {"w": (6, 2, 3, 3), "b": (6,)}),
-    "transposed": ("x[n, 4, 8, 8]", "y = ConvTranspose<strides=[2, 2]>(x, w, b)", {"w": (4, 6, 2, 2), "b": (6,)}),
-    "grouped transposed": ("x[n, 4, 8, 8]", "y = ConvTranspose<group=2>(x, w)", {"w": (4, 3, 2, 2)}),
-    "gemm": ("x[n, 4]", "y = Gemm<transB=1>(x, w, b)", {"w": (6, 4), "b": (6,)}),
-    "gemm not transposed": ("x[n, 4]", "y = Gemm(x, w)", {"w": (4, 6)}),
+    "conv": ("[n, 4, 8, 8]", "y = Conv<pads=[1, 1, 1, 1]>(x, w, b)", {"w": (6, 4, 3, 3), "b": (6,)}),
+    "conv without bias": ("[n, 4, 8, 8]", "y = Conv(x, w)", {"w": (6, 4, 3, 3)}),
+    "depthwise": ("[n, 6, 8, 8]", "y = Conv<group=6>(x, w)", {"w": (6, 1, 3, 3)}),
+    "grouped": ("[n, 4, 8, 8]", "y = Conv<group=2>(x, w, b)", {"w": (6, 2, 3, 3), "b": (6,)}),
+    "transposed": ("[n, 4, 8, 8]", "y = ConvTranspose<strides=[2, 2]>(x, w, b)", {"w": (4, 6, 2, 2), "b": (6,)}),
+    "grouped transposed": ("[n, 4, 8, 8]", "y = ConvTranspose<group=2>(x, w)", {"w": (4, 3, 2, 2)}),
+    "gemm": ("[n, 4]", "y = Gemm<transB=1>(x, w, b)", {"w": (6, 4), "b": (6,)}),
+    "gemm not transposed": ("[n, 4]", "y = Gemm(x, w)", {"w": (4, 6)}),
 }
 
 
-def graph(signature: str, body: str, shapes: dict[str, tuple[int, ...]], output: str = "z") -> ir.Model:
-    """A graph written as ONNX text, with random weights and a BatchNormalization of 6 channels."""
+def graph(shape: str, body: str, shapes: dict[str, tuple[int, ...]]) -> ir.Model:
+    """Build a graph from `x` to `z`, with random weights and the parameters of a BatchNorm with 6 channels.
+
+    `shape` is the shape of `x` in ONNX text, such as `[n, 4, 8, 8]`.
+    """
     text = f"""<ir_version: 9, opset_import: ["" : 20]>
-    g (float{signature[1:]} {signature[0]}) => (float[] {output}) {{ {body} }}"""
-    model = onnx.parser.parse_model(text.replace(f"float{signature[1:]} {signature[0]}", f"float{signature[1:]} x"))
+    g (float{shape} x) => (float[] z) {{ {body} }}"""
+    model = onnx.parser.parse_model(text)
     random = np.random.default_rng(0)
     arrays = {name: random.normal(size=shape) for name, shape in shapes.items()}
     for name in ("scale", "shift", "mean"):
@@ -50,11 +53,11 @@ def ops(model: ir.Model) -> list[str]:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_fold_is_exact_for_every_linear_operator(name: str) -> None:
-    signature, linear, shapes = GRAPHS[name]
-    model = graph(signature, f"{linear} z = BatchNormalization<epsilon=0.001>(y, scale, shift, mean, var)", shapes)
-    shape = [3 if not str(size).isdigit() else int(size) for size in signature[2:-1].split(", ")]
-    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+def test_folding_does_not_change_the_output_of_any_linear_operator(name: str) -> None:
+    shape, linear, shapes = GRAPHS[name]
+    model = graph(shape, f"{linear} z = BatchNormalization<epsilon=0.001>(y, scale, shift, mean, var)", shapes)
+    sizes = [3 if size == "n" else int(size) for size in shape[1:-1].split(", ")]
+    x = np.random.default_rng(1).normal(size=sizes).astype(np.float32)
     expected = run(model, x)
     assert FoldBatchNorm()(model).modified
     assert ops(model) == [linear.split("= ")[1].split("(")[0].split("<")[0]]
@@ -62,9 +65,9 @@ def test_fold_is_exact_for_every_linear_operator(name: str) -> None:
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
-def test_folded_weights_are_the_float64_ones_rounded_once() -> None:
-    signature, linear, shapes = GRAPHS["conv"]
-    model = graph(signature, f"{linear} z = BatchNormalization(y, scale, shift, mean, var)", shapes)
+def test_folded_weights_are_computed_in_float64_and_rounded_once() -> None:
+    shape, linear, shapes = GRAPHS["conv"]
+    model = graph(shape, f"{linear} z = BatchNormalization(y, scale, shift, mean, var)", shapes)
     before = {name: value.const_value.numpy().astype(np.float64) for name, value in model.graph.initializers.items()}
     FoldBatchNorm()(model)
     factor = before["scale"] / np.sqrt(before["var"] + 1e-5)
@@ -86,10 +89,10 @@ def test_folded_weights_are_the_float64_ones_rounded_once() -> None:
         ),
     ],
 )
-def test_what_cannot_be_folded_is_named_and_becomes_mul_and_add(
+def test_a_batch_norm_that_cannot_be_folded_is_logged_and_becomes_mul_and_add(
     body: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = graph("x[n, 6, 4, 4]", body, {"w": (6, 6, 1, 1)})
+    model = graph("[n, 6, 4, 4]", body, {"w": (6, 6, 1, 1)})
     x = np.random.default_rng(1).normal(size=(2, 6, 4, 4)).astype(np.float32)
     expected = run(model, x)
     with caplog.at_level("INFO"):
@@ -100,10 +103,10 @@ def test_what_cannot_be_folded_is_named_and_becomes_mul_and_add(
     np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_weight_that_two_convolutions_share_is_folded_into_copies() -> None:
+def test_a_weight_shared_by_two_convolutions_is_folded_into_copies() -> None:
     body = """y = Conv(x, w) a = BatchNormalization(y, scale, shift, mean, var)
               u = Conv(x, w) b = BatchNormalization(u, shift, scale, mean, var) z = Add(a, b)"""
-    model = graph("x[n, 4, 4, 4]", body, {"w": (6, 4, 1, 1)})
+    model = graph("[n, 4, 4, 4]", body, {"w": (6, 4, 1, 1)})
     x = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32)
     expected = run(model, x)
     FoldBatchNorm()(model)
@@ -111,6 +114,6 @@ def test_a_weight_that_two_convolutions_share_is_folded_into_copies() -> None:
     np.testing.assert_allclose(run(model, x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gemm_with_factors_is_left_alone() -> None:
+def test_a_gemm_with_factors_is_not_folded() -> None:
     body = "y = Gemm<alpha=2.0, transB=1>(x, w, b) z = BatchNormalization(y, scale, shift, mean, var)"
-    assert not FoldBatchNorm()(graph("x[n, 4]", body, {"w": (6, 4), "b": (6,)})).modified
+    assert not FoldBatchNorm()(graph("[n, 4]", body, {"w": (6, 4), "b": (6,)})).modified

@@ -40,8 +40,8 @@ def run(model: onnx.ModelProto, batch: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {"input": batch})
 
 
-def as_given(logits: np.ndarray, output: str) -> np.ndarray:
-    """What a file of that output form gives first."""
+def expected_output(logits: np.ndarray, output: str) -> np.ndarray:
+    """Return the first output of a file with that output form."""
     if output == "logits":
         return logits
     return softmax(logits) if output == "probs" else -np.sort(-softmax(logits))
@@ -49,12 +49,12 @@ def as_given(logits: np.ndarray, output: str) -> np.ndarray:
 
 @pytest.mark.parametrize("form", INPUT_FORMS)
 @pytest.mark.parametrize("output", OUTPUT_FORMS)
-def test_every_form_gives_the_same_answers(network: onnx.ModelProto, form: str, output: str) -> None:
+def test_all_forms_have_the_same_outputs(network: onnx.ModelProto, form: str, output: str) -> None:
     (logits,) = run(network, normalize(pixels(), PREPROCESSING))
     changed = with_forms(network, spec(input_form=form, output_form=output))
-    answers, *classes = run(changed, network_input(pixels(), PREPROCESSING, form))
+    found, *classes = run(changed, network_input(pixels(), PREPROCESSING, form))
     tolerance = 2e-3 if form == "float16 NCHW" else 1e-6
-    np.testing.assert_allclose(answers, as_given(logits, output), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(found, expected_output(logits, output), rtol=tolerance, atol=tolerance)
     names = {"logits": ["logits"], "probs": ["probs"], "topk": ["probs", "classes"]}[output]
     assert [value.name for value in changed.graph.output] == names
     assert changed.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
@@ -64,24 +64,24 @@ def test_every_form_gives_the_same_answers(network: onnx.ModelProto, form: str, 
 
 
 @pytest.mark.parametrize("output", OUTPUT_FORMS)
-def test_fp16_in_and_out_leave_no_cast_at_the_ends(network: onnx.ModelProto, output: str) -> None:
+def test_fp16_input_and_output_need_no_casts(network: onnx.ModelProto, output: str) -> None:
     half = to_reduced(network, "fp16")
     changed = with_forms(half, spec(input_form="float16 NCHW", output_form=output), half_output=True)
     kinds = [value.type.tensor_type.elem_type for value in (changed.graph.input[0], changed.graph.output[0])]
     assert kinds == [onnx.TensorProto.FLOAT16] * 2
     casts = [node.op_type for node in changed.graph.node].count("Cast")
-    assert casts == (0 if output == "logits" else 2)  # probabilities are taken in float32
+    assert casts == (0 if output == "logits" else 2)  # probabilities are computed in float32
     (logits,) = run(network, normalize(pixels(), PREPROCESSING))
-    answers = run(changed, network_input(pixels(), PREPROCESSING, "float16 NCHW"))[0]
-    np.testing.assert_allclose(answers.astype(np.float32), as_given(logits, output), rtol=1e-2, atol=1e-2)
+    found = run(changed, network_input(pixels(), PREPROCESSING, "float16 NCHW"))[0]
+    np.testing.assert_allclose(found.astype(np.float32), expected_output(logits, output), rtol=1e-2, atol=1e-2)
 
 
-def test_fp16_input_of_a_network_that_reads_float32(network: onnx.ModelProto) -> None:
+def test_fp16_input_and_output_of_a_float32_network_are_cast(network: onnx.ModelProto) -> None:
     changed = with_forms(network, spec(input_form="float16 NCHW"), half_output=True)
     assert [node.op_type for node in changed.graph.node][::5] == ["Cast", "Cast"]
 
 
-def test_pixels_are_normalized_to_the_very_bits(network: onnx.ModelProto) -> None:
+def test_pixels_are_normalized_bit_for_bit_as_in_preprocessing(network: onnx.ModelProto) -> None:
     changed = with_forms(network, spec(input_form="uint8 NHWC"))
     inside = onnx.helper.make_tensor_value_info("advprop/normalized", onnx.TensorProto.FLOAT, None)
     changed.graph.output.append(inside)
@@ -93,8 +93,10 @@ def test_pixels_are_normalized_to_the_very_bits(network: onnx.ModelProto) -> Non
 
 
 @pytest.mark.slow
-def test_pixels_in_and_probabilities_out_all_the_way(trained: FitResult, tmp_path: Path) -> None:
-    """The file, its FP16 sibling and the engine; predictions are those of the plain file."""
+def test_files_with_pixel_input_and_probabilities_predict_like_the_plain_file(
+    trained: FitResult, tmp_path: Path
+) -> None:
+    """The FP32 and the FP16 file; the engine is only built."""
     arguments = [str(trained.last), "--out", str(tmp_path / "pixels"), "--trt", "fp16", "--sm", "86"]
     result = CliRunner().invoke(main, [*arguments, "--input", "uint8-nhwc", "--output", "probs"])
     assert result.exit_code == 0, result.output

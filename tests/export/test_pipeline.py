@@ -13,6 +13,7 @@ from PIL import Image
 import runtime
 from advprop.commands.inspect import main as inspect
 from export.cli import main
+from export.config import EngineConfig, ExportConfig
 from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
 from runtime.engine.sidecar import read_sidecar
@@ -26,7 +27,7 @@ from train.loop import FitResult
 @pytest.fixture(scope="module")
 def exported(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     out = tmp_path_factory.mktemp("exported")
-    return export_checkpoint(trained.last, out=out, precision="fp16", engine=True, sm=(86, 89))
+    return export_checkpoint(trained.last, ExportConfig(out=out, precision="fp16", engine=EngineConfig(sm=(86, 89))))
 
 
 @pytest.mark.slow
@@ -77,7 +78,9 @@ def test_inspect_tells_how_a_file_was_verified_and_what_runs_it(exported: Export
 @pytest.mark.slow
 def test_a_range_of_image_sizes_leaves_the_size_open(trained: FitResult, tmp_path: Path) -> None:
     sizes = runtime.ImageSizes.parse("24:32:48x64")
-    result = export_checkpoint(trained.last, out=tmp_path, sizes=sizes, precision="bf16", engine=True, sm=(86,))
+    result = export_checkpoint(
+        trained.last, ExportConfig(out=tmp_path, sizes=sizes, precision="bf16", engine=EngineConfig(sm=(86,)))
+    )
     assert result.engine_info.profiles[0]["input"] == {
         "min": [1, 3, 24, 24],
         "opt": [8, 3, 32, 32],
@@ -90,15 +93,17 @@ def test_a_range_of_image_sizes_leaves_the_size_open(trained: FitResult, tmp_pat
         assert session.predict([np.zeros((70, 50, 3), np.uint8)])[0].probabilities.shape == (10,)
     with pytest.raises(ModelFileError, match=r"cannot run .*model\.bf16\.onnx.*TensorRT"):
         runtime.load(result.reduced_onnx)
-    with pytest.raises(ModelFileError, match=r"leaves its size open.*--img-size MIN:OPT:MAX"):
+    with pytest.raises(ModelFileError, match=r"has a dynamic size.*--img-size MIN:OPT:MAX"):
         runtime.build(result.onnx)
     with pytest.raises(ConfigError, match="fixed size"):
-        runtime.build(_at_48(trained, tmp_path / "fixed"), sizes=sizes)
+        runtime.build(_at_48(trained, tmp_path / "fixed"), options=runtime.BuildOptions(image_sizes=sizes))
 
 
 def _at_48(trained: FitResult, out: Path) -> Path:
     """The network at another size than it was trained at."""
-    result = export_checkpoint(trained.last, out=out, sizes=runtime.ImageSizes.parse("48"), output_form="topk")
+    result = export_checkpoint(
+        trained.last, ExportConfig(out=out, sizes=runtime.ImageSizes.parse("48"), output_form="topk")
+    )
     with runtime.load(result.onnx) as session:
         assert session.spec.preprocessing.height == 48
         outputs = session.run_outputs(np.zeros((2, 3, 48, 48), np.float32))
@@ -147,8 +152,8 @@ def state_dict(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_plain_state_dict_is_exported_with_arch_and_images(state_dict: Path, image_folder: Path) -> None:
     with pytest.raises(DataError, match=r"carries no images to verify.*--data DIR"):
-        export_checkpoint(state_dict, arch="resnet10t")
-    result = export_checkpoint(state_dict, arch="resnet10t", data=image_folder)
+        export_checkpoint(state_dict, ExportConfig(arch="resnet10t"))
+    result = export_checkpoint(state_dict, ExportConfig(arch="resnet10t", data=image_folder))
     assert result.onnx == state_dict.parent / "model.onnx"
     assert result.onnx_parity.images == 64
     with runtime.load(result.onnx) as session:
@@ -230,11 +235,11 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
         ),
         (["CHECKPOINT", "--io", "fp16"], "--io fp16 is of FP16 files"),
         (["CHECKPOINT", "--img-size", "320:160:64"], "image sizes need 1 ≤ min ≤ opt ≤ max"),
-        (["CHECKPOINT", "--img-size", "big"], "an image size is N or HEIGHTxWIDTH"),
+        (["CHECKPOINT", "--img-size", "big"], "an image size is N, HEIGHTxWIDTH"),
         (["CHECKPOINT", "--trt", "fp16", "--sm", "ampere"], "--sm takes a compute capability such as 86"),
         (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
         (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "leave --precision fp32 out"),
-        (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not build for SM 90"),
+        (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not support SM 90"),
         (["CHECKPOINT", "--data", "/no/such"], "--data /no/such: no such folder"),
         (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],

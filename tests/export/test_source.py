@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from timm.layers import convert_splitbn_model
 
 from export.cli import main
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from export.source import load_source
 from runtime.errors import CheckpointError, ConfigError
@@ -53,7 +54,7 @@ def test_timms_split_batch_norms_are_stripped(tmp_path: Path) -> None:
     )
     source = load_source(tmp_path / "s.pth", "resnet10t")
     assert torch.equal(logits(source.model), logits(model.eval()))
-    split = load_source(tmp_path / "s.pth", "resnet10t", bn="aux_bn.0")
+    split = load_source(tmp_path / "s.pth", "resnet10t", route="aux_bn.0")
     assert torch.equal(split.model.bn1.running_var, model.bn1.aux_bn[0].running_var)
 
 
@@ -61,13 +62,13 @@ def test_an_auxiliary_route_is_exported_on_purpose(trained: FitResult) -> None:
     content = load_checkpoint(trained.last)
     model = add_auxiliary_bns(timm.create_model("resnet10t", num_classes=10), ["adv"])
     model.load_state_dict(content["state_dict"])
-    source = load_source(trained.last, bn="adv", ema=False)
+    source = load_source(trained.last, route="adv", ema=False)
     assert source.spec.route == "adv"
     with route(model.eval(), "adv"):
         assert torch.equal(logits(source.model), logits(model))
     assert not torch.equal(logits(source.model), logits(load_source(trained.last, ema=False).model))
     with pytest.raises(ConfigError, match="no BatchNorm route 'nonsense'; there are main, adv"):
-        load_source(trained.last, bn="nonsense")
+        load_source(trained.last, route="nonsense")
 
 
 def test_the_moving_average_can_be_left_aside(trained: FitResult) -> None:
@@ -87,7 +88,7 @@ def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp
         }
     save_checkpoint(tmp_path / "garbage.pt", content)
     files = [
-        export_checkpoint(path, out=tmp_path / name, precision="fp16")
+        export_checkpoint(path, ExportConfig(out=tmp_path / name, precision="fp16"))
         for name, path in (("clean", trained.last), ("garbage", tmp_path / "garbage.pt"))
     ]
     for kind in ("onnx", "reduced_onnx"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from export.to_onnx import to_onnx
 from runtime.errors import OutputError
-from runtime.graph.model import save_onnx
+from runtime.graph.model import OPSET, save_onnx
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 from train.dual_bn import add_auxiliary_bns, strip_auxiliary
 
@@ -24,8 +24,8 @@ def spec(arch: str) -> ModelSpec:
     return ModelSpec(arch=arch, classes=("a", "b", "c"), preprocessing=preprocessing, recipe="advprop")
 
 
-def used(arch: str) -> nn.Module:
-    """A model whose BatchNorms are not the identity, as after training."""
+def randomized(arch: str) -> nn.Module:
+    """Return a model whose BatchNorms are not the identity, like after training."""
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=3).eval()
     for module in model.modules():
@@ -39,12 +39,12 @@ def used(arch: str) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet10t"])
-def test_exported_graph_keeps_its_contract(arch: str) -> None:
-    model = used(arch)
+def test_the_exported_graph_meets_its_specification(arch: str) -> None:
+    model = randomized(arch)
     proto = to_onnx(model, spec(arch))
     ops = {node.op_type for node in proto.graph.node}
     assert "BatchNormalization" not in ops
-    assert [entry.version for entry in proto.opset_import if entry.domain == ""] == [20]
+    assert [entry.version for entry in proto.opset_import if entry.domain == ""] == [OPSET]
     assert [value.name for value in proto.graph.input] == ["input"]
     assert [value.name for value in proto.graph.output] == ["logits"]
     dimensions = proto.graph.input[0].type.tensor_type.shape.dim
@@ -61,8 +61,8 @@ def test_exported_graph_keeps_its_contract(arch: str) -> None:
 
 
 @pytest.mark.slow
-def test_same_model_same_bytes_whatever_the_auxiliary_statistics(tmp_path_factory: pytest.TempPathFactory) -> None:
-    model = used("resnet10t")
+def test_auxiliary_statistics_do_not_change_a_byte_of_the_file(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = randomized("resnet10t")
     garbage = add_auxiliary_bns(copy.deepcopy(model), ["adv"])
     for name, buffer in garbage.named_buffers():
         if ".aux." in name and buffer.is_floating_point():

@@ -1,4 +1,4 @@
-"""Sessions and the life of processes and threads: fork, exit, closing under load."""
+"""Sessions in forked processes, at interpreter exit, and when closed under load."""
 
 import subprocess
 import sys
@@ -25,11 +25,11 @@ session.submit(images).result(); session.run(images)
 FORK = """
 child = os.fork()
 if child == 0:
-    for ask in (session.run, session.submit, lambda images: session.predict([images[0]])):
+    for call in (session.run, session.submit, lambda images: session.predict([images[0]])):
         try:
-            ask(images)
+            call(images)
         except runtime.errors.InputError as error:
-            assert "is a fork; threads do not come along" in str(error), error
+            assert "is a fork of it; threads do not survive a fork" in str(error), error
         except BaseException as error:
             os._exit(3)
         else:
@@ -43,20 +43,20 @@ if child == 0:
         print(repr(error), file=sys.stderr)
         os._exit(4)
     session.close()
-    os._exit(7)  # as multiprocessing does: ONNX Runtime itself would wait at exit for threads that are not here
+    os._exit(7)  # at a normal exit, ONNX Runtime would wait for threads that do not exist here
 _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status), session.run(images)[0, 0], session.submit(images).result()[0, 0])
 """
 MULTIPROCESSING = """
 import multiprocessing
-def ask(number):
+def run(number):
     try:
         session.run(images)
     except runtime.errors.InputError as error:
         return str(error)
 with multiprocessing.get_context("fork").Pool(2) as pool:
-    answers = pool.map(ask, range(4))
-assert all("is a fork" in answer for answer in answers), answers
+    messages = pool.map(run, range(4))
+assert all("is a fork" in message for message in messages), messages
 print("done")
 """
 LEFT_OPEN = """
@@ -94,34 +94,34 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
 @pytest.mark.parametrize(("program", "expected"), [(FORK, "7 1.0 1.0"), (MULTIPROCESSING, "done")])
-def test_a_forked_process_is_told_and_may_load_its_own(model: Path, program: str, expected: str) -> None:
+def test_a_forked_process_gets_an_error_and_can_load_its_own_session(model: Path, program: str, expected: str) -> None:
     run = python(program, model)
     assert (run.stdout.strip(), run.stderr) == (expected, "")
 
 
-def test_a_session_left_open_lets_the_interpreter_end(model: Path) -> None:
+def test_an_open_session_does_not_keep_the_interpreter_alive(model: Path) -> None:
     run = python(LEFT_OPEN, model)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "end", "")
 
 
-def test_closing_while_others_run(model: Path) -> None:
-    """Calls that are inside finish; later ones get SessionClosed; nothing else happens."""
+def test_close_waits_for_calls_in_flight(model: Path) -> None:
+    """Calls in flight complete, and later calls raise SessionClosed."""
     session = runtime.load(model, threads=1)
-    began = threading.Barrier(9)
-    ends: list[object] = []
+    start = threading.Barrier(9)
+    results: list[object] = []
 
-    def ask() -> None:
-        began.wait()
+    def run_until_closed() -> None:
+        start.wait()
         try:
             while True:
-                ends.append(session.run(images_of(2000))[0, 0])
+                results.append(session.run(images_of(2000))[0, 0])
         except BaseException as error:
-            ends.append(type(error))
+            results.append(type(error))
 
-    threads = [threading.Thread(target=ask) for _ in range(8)]
+    threads = [threading.Thread(target=run_until_closed) for _ in range(8)]
     for thread in threads:
         thread.start()
-    began.wait()
+    start.wait()
     while session.stats.calls < 20:
         time.sleep(0.001)
     session.close()
@@ -130,6 +130,6 @@ def test_closing_while_others_run(model: Path) -> None:
     for thread in threads:
         thread.join()
     assert session.stats.calls == calls
-    assert ends.count(2000) == calls
-    assert ends.count(SessionClosed) == 8
-    assert len(ends) == calls + 8
+    assert results.count(2000) == calls
+    assert results.count(SessionClosed) == 8
+    assert len(results) == calls + 8

@@ -21,7 +21,7 @@ SPEC = ModelSpec(
 
 
 def write(path: Path, body: str = "p = GlobalAveragePool(input) logits = Flatten(p)", **kinds: str) -> Path:
-    """A model whose logits are the mean of each color."""
+    """Write a model whose logits are the mean of each color."""
     kind, channels = kinds.get("input", "float"), kinds.get("outputs", "float[n, 3] logits")
     text = f"""<ir_version: 9, opset_import: ["" : 20]> g ({kind}[n, 3, 4, 4] input) => ({channels}) {{ {body} }}"""
     model = onnx.parser.parse_model(text)
@@ -43,17 +43,17 @@ def color(red: int, green: int, blue: int) -> np.ndarray:
 def test_predict_returns_labels_and_probabilities_in_order(model: Path) -> None:
     images = [color(200, 0, 0), color(0, 0, 250), color(0, 90, 0), color(0, 0, 9)]
     with runtime.load(model) as session:
-        answers = session.predict(images, batch_size=3)
+        predictions = session.predict(images, batch_size=3)
         assert session.predict([]) == []
-    assert [answer.label for answer in answers] == ["red", "blue", "green", "blue"]
-    first = answers[0]
+    assert [prediction.label for prediction in predictions] == ["red", "blue", "green", "blue"]
+    first = predictions[0]
     expected = np.exp([200 / 255, 0, 0]) / np.exp([200 / 255, 0, 0]).sum()
     np.testing.assert_allclose(first.probabilities, expected, rtol=1e-5)
     assert first.probability == pytest.approx(expected[0], rel=1e-5)
     assert SPEC.classes[first.index] == first.label
 
 
-def test_run_takes_a_preprocessed_batch(model: Path) -> None:
+def test_run_accepts_a_preprocessed_batch(model: Path) -> None:
     batch = np.random.default_rng(0).normal(size=(5, 3, 4, 4)).astype(np.float32)
     with runtime.load(model) as session:
         np.testing.assert_allclose(session.run(batch), batch.mean((2, 3)), rtol=1e-4, atol=1e-6)
@@ -69,15 +69,15 @@ def test_run_takes_a_preprocessed_batch(model: Path) -> None:
         [[1.0]],
     ],
 )
-def test_run_refuses_what_the_model_does_not_take(model: Path, batch: object) -> None:
+def test_run_rejects_invalid_batches(model: Path, batch: object) -> None:
     with runtime.load(model) as session, pytest.raises(InputError, match="found"):
         session.run(batch)
 
 
-def test_predict_refuses_what_is_not_a_list(model: Path) -> None:
+def test_predict_rejects_anything_but_a_list(model: Path) -> None:
     with runtime.load(model) as session:
         for single in ("a.jpg", Path("a.jpg"), color(0, 0, 0), b"bytes", Image.new("RGB", (4, 4)), None):
-            with pytest.raises(InputError, match=r"put the one image in \[ \]"):
+            with pytest.raises(InputError, match=r"put a single image in a list: \[image\]"):
                 session.predict(single)
         with pytest.raises(ConfigError, match="batch_size must be at least 1"):
             session.predict([color(0, 0, 0)], batch_size=0)
@@ -85,7 +85,19 @@ def test_predict_refuses_what_is_not_a_list(model: Path) -> None:
             session.predict(["a.jpg"])
 
 
-def test_a_closed_session_says_so(model: Path) -> None:
+def test_stats_count_completed_and_failed_calls(model: Path) -> None:
+    with runtime.load(model) as session:
+        session.predict([color(0, 0, 0)] * 5, batch_size=2)
+        session.run(np.zeros((3, 3, 4, 4), np.float32))
+        with pytest.raises(DataError):
+            session.predict([color(0, 0, 0), "none.jpg"])
+        with pytest.raises(InputError):
+            session.run(np.zeros((3, 3, 4, 4)))
+        stats = session.stats
+    assert (stats.calls, stats.images, stats.failed, stats.running) == (2, 8, 2, 0)
+
+
+def test_calls_on_a_closed_session_fail(model: Path) -> None:
     session = runtime.load(model)
     assert "onnxruntime on" in repr(session)
     session.close()
@@ -95,14 +107,14 @@ def test_a_closed_session_says_so(model: Path) -> None:
         session.predict([color(0, 0, 0)])
 
 
-def test_a_model_without_spec_runs_but_does_not_predict(tmp_path: Path) -> None:
+def test_a_model_without_a_spec_runs_but_cannot_predict(tmp_path: Path) -> None:
     with runtime.load(write(tmp_path / "plain.onnx", spec="")) as session:
         assert session.run(np.zeros((1, 3, 4, 4), np.float32)).shape == (1, 3)
-        with pytest.raises(SpecError, match=r"plain\.onnx carries no advprop\.spec"):
+        with pytest.raises(SpecError, match=r"plain\.onnx has no advprop\.spec"):
             session.predict([color(0, 0, 0)])
 
 
-def test_classes_that_do_not_match_the_outputs(tmp_path: Path) -> None:
+def test_predict_fails_if_the_spec_has_another_number_of_classes(tmp_path: Path) -> None:
     spec = SPEC.to_json().replace('["red","green","blue"]', '["red","green"]')
     with (
         runtime.load(write(tmp_path / "two.onnx", spec=spec)) as session,
@@ -120,14 +132,16 @@ def test_classes_that_do_not_match_the_outputs(tmp_path: Path) -> None:
         ("model.engine", b"plan", "no such file: .*model.engine.json; build it again: advprop build"),
     ],
 )
-def test_files_that_are_not_models(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
+def test_load_rejects_files_that_are_not_models(
+    tmp_path: Path, name: str, content: bytes | None, expected: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelFileError, match=expected):
         runtime.load(tmp_path / name)
 
 
-def test_models_that_are_not_classifiers(tmp_path: Path) -> None:
+def test_load_rejects_models_that_are_not_classifiers(tmp_path: Path) -> None:
     two = write(
         tmp_path / "two.onnx",
         "p = GlobalAveragePool(input) a = Flatten(p) logits = Flatten(p)",
@@ -140,15 +154,15 @@ def test_models_that_are_not_classifiers(tmp_path: Path) -> None:
         runtime.load(image)
 
 
-def test_unknown_backend_and_device(model: Path) -> None:
+def test_load_rejects_unknown_backends_and_devices(model: Path) -> None:
     with pytest.raises(ConfigError, match="backend must be auto, onnxruntime, onnxruntime-tensorrt or tensorrt"):
         runtime.load(model, backend="tflite")
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
         runtime.load(model, device="tpu")
 
 
-@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
-def test_cuda_without_a_gpu_says_what_is_missing(model: Path) -> None:
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+def test_cuda_without_a_gpu_reports_what_is_missing(model: Path) -> None:
     with pytest.raises(BackendUnavailable, match="no NVIDIA GPU or driver was found"):
         runtime.load(model, device="cuda")
     with runtime.load(model, device="auto") as session:
@@ -161,7 +175,7 @@ def test_softmax_of_large_logits() -> None:
     assert found.dtype == np.float32
 
 
-def test_fp16_inputs_are_converted(tmp_path: Path) -> None:
+def test_predict_converts_images_to_the_input_type(tmp_path: Path) -> None:
     path = write(tmp_path / "half.onnx", input="float16", outputs="float16[n, 3] logits")
     with runtime.load(path) as session:
         assert session.predict([color(0, 200, 0)])[0].label == "green"

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from runtime.errors import SpecError
-from runtime.spec import ModelSpec, Preprocessing
+from runtime.errors import ConfigError, SpecError
+from runtime.spec import ImageSizes, ModelSpec, Preprocessing
 
-SIZE = {
+PREPROCESSING = {
     "height": 224,
     "width": 160,
     "mean": (0.5, 0.4, 0.3),
@@ -17,7 +17,7 @@ SIZE = {
 
 def spec(**changes: object) -> ModelSpec:
     return ModelSpec(
-        **{"arch": "resnet18", "classes": ("Katze", "犬"), "preprocessing": Preprocessing(**SIZE), **changes}
+        **{"arch": "resnet18", "classes": ("Katze", "犬"), "preprocessing": Preprocessing(**PREPROCESSING), **changes}
     )
 
 
@@ -40,16 +40,16 @@ def test_json_round_trip_is_exact_and_stable() -> None:
         ("crop_mode", "middle", "center"),
     ],
 )
-def test_preprocessing_that_makes_no_sense(field: str, value: object, expected: str) -> None:
+def test_invalid_preprocessing_is_rejected(field: str, value: object, expected: str) -> None:
     with pytest.raises(SpecError, match=expected):
-        Preprocessing(**{**SIZE, field: value})
+        Preprocessing(**{**PREPROCESSING, field: value})
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [({"classes": ("one",)}, "at least two"), ({"wnids": ("n1",)}, "none or 2 ids"), ({"arch": ""}, "arch")],
 )
-def test_spec_that_makes_no_sense(changes: dict[str, object], expected: str) -> None:
+def test_an_invalid_spec_is_rejected(changes: dict[str, object], expected: str) -> None:
     with pytest.raises(SpecError, match=expected):
         spec(**changes)
 
@@ -64,6 +64,26 @@ def test_spec_that_makes_no_sense(changes: dict[str, object], expected: str) -> 
         (spec().to_json().replace('"arch"', '"arc"'), "incomplete or has unknown fields"),
     ],
 )
-def test_text_that_is_not_a_spec(text: str, expected: str) -> None:
+def test_text_that_is_not_a_spec_is_rejected(text: str, expected: str) -> None:
     with pytest.raises(SpecError, match=expected):
         ModelSpec.from_json(text, where="m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("224", ImageSizes((224, 224), (224, 224), (224, 224))),
+        ("256x320", ImageSizes((256, 320), (256, 320), (256, 320))),
+        ("160:224:320", ImageSizes((160, 160), (224, 224), (320, 320))),
+        ("64x96:128X96:128x256", ImageSizes((64, 96), (128, 96), (128, 256))),
+    ],
+)
+def test_image_sizes_are_parsed_and_formatted(text: str, sizes: ImageSizes) -> None:
+    assert ImageSizes.parse(text) == sizes == ImageSizes.parse(str(sizes))
+    assert sizes.fixed == (":" not in text)
+
+
+@pytest.mark.parametrize("text", ["", "big", "1:2", "0", "-5", "320:224:160", "64x", "64:64x32:64", "100000"])
+def test_invalid_image_sizes_are_rejected(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"image sizes? .*found"):
+        ImageSizes.parse(text)

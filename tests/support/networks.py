@@ -1,4 +1,4 @@
-"""Tiny graphs that several tests share."""
+"""Tiny ONNX graphs that several tests use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from onnx import numpy_helper
 
 
 def graph(body: str, height: int = 8, width: int = 8, **weights: np.ndarray) -> onnx.ModelProto:
-    """A graph float32 `input` (batch, 3, height, width) → `logits` (batch, 4), its nodes named op_number."""
+    """Build a graph from float32 `input` (batch, 3, height, width) to `logits` (batch, 4), with nodes named OP_NUMBER.
+
+    `weights` are the initializers.
+    """
     text = f"""<ir_version: 9, opset_import: ["" : 20]>
     g (float[batch, 3, {height}, {width}] input) => (float[batch, 4] logits) {{ {body} }}"""
     model = onnx.parser.parse_model(text)
@@ -20,13 +23,13 @@ def graph(body: str, height: int = 8, width: int = 8, **weights: np.ndarray) -> 
 
 
 def classifier(height: int = 8, width: int = 8) -> onnx.ModelProto:
-    """One convolution, a ReLU and a pooling, of random weights."""
+    """Build a convolution, a ReLU and a pooling with random weights."""
     weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3))
     body = "a = Conv(input, w) r = Relu(a) p = GlobalAveragePool(r) logits = Flatten(p)"
     return graph(body, height, width, w=weight)
 
 
-def scale_weight(model: onnx.ModelProto, name: str) -> None:
-    """A fault: one weight is not what it should be."""
+def scale_initializer(model: onnx.ModelProto, name: str, factor: float) -> None:
+    """Multiply an initializer by `factor`, in place."""
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.1), name))
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))

@@ -1,4 +1,4 @@
-"""Small real models for tests of serving: what they do, and for how long, is in their images.
+"""Small real models for tests of serving. The images decide how long they run, or that they fail.
 
 An image is float32, (3, 4, 4), and the logits of each model are the means of its colors.
 """
@@ -20,23 +20,25 @@ SPEC = ModelSpec(
 )
 MEAN = "p = GlobalAveragePool(input) logits = Flatten(p)"
 SLOW = """
-    most = ReduceMax <keepdims=0> (input) trips = Cast <to=7> (most) go = Constant <value = bool {1}> ()
+    largest = ReduceMax <keepdims=0> (input) trips = Cast <to=7> (largest) go = Constant <value = bool {1}> ()
     zero = Constant <value = float {0}> ()
     last = Loop (trips, go, zero) <body = work (int64 i, bool c, float x) => (bool d, float y) {
         d = Identity(c) y = Sin(x)
     }>
     p = GlobalAveragePool(input) q = Flatten(p) none = Mul(last, zero) logits = Add(q, none)
 """
-"""Goes round a loop as often as the largest number in the batch."""
+"""Repeats a loop as often as the largest number in the batch."""
 FRAGILE = """
-    most = ReduceMax <keepdims=0> (input) index = Cast <to=7> (most)
+    largest = ReduceMax <keepdims=0> (input) index = Cast <to=7> (largest)
     table = Constant <value = float[1] {0}> () none = Gather(table, index)
     p = GlobalAveragePool(input) q = Flatten(p) logits = Add(q, none)
 """
-"""Fails on a batch with a number of 1 or more in it: a look-up beyond the end of a table."""
+"""Fails on a batch that contains a number of 1 or more: it looks up an index beyond the end of a
+table."""
 
 
 def serving_model(body: str = MEAN, batch: str = "n", size: str = "4, 4") -> onnx.ModelProto:
+    """Return a model with the given body and input shape, and a spec."""
     text = f"""<ir_version: 9, opset_import: ["" : 20]>
     g (float[{batch}, 3, {size}] input) => (float[{batch}, 3] logits) {{ {body} }}"""
     model = onnx.parser.parse_model(text)
@@ -45,5 +47,5 @@ def serving_model(body: str = MEAN, batch: str = "n", size: str = "4, 4") -> onn
 
 
 def images_of(*values: float) -> NDArray[np.float32]:
-    """An image a value, filled with it."""
+    """Return one image per value, filled with it."""
     return np.repeat(np.asarray(values, np.float32), 48).reshape(-1, 3, 4, 4)

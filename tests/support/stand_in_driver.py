@@ -1,8 +1,9 @@
-"""A STAND-IN for the GPU, for tests of what our code does with one: no CUDA is in it.
+"""A STAND-IN for the GPU, which tests how our code uses it. It contains no CUDA.
 
-`StandInDriver` has the functions of `cuda.bindings.driver` that `runtime.device.driver` calls, on the CPU's memory.
-What is enqueued is done at the synchronization and not before, so that memory which is changed, freed or read too early
-gives wrong answers or an error. It says nothing about how the real one behaves.
+`StandInDriver` implements the functions of `cuda.bindings.driver` that `runtime.device.driver`
+calls, with CPU memory. Enqueued work runs only at a synchronization. Memory that is modified, freed
+or read too early therefore gives wrong outputs or an error. It does not show how a real GPU
+behaves.
 """
 
 # ruff: noqa: N802  # CUDA's names
@@ -21,7 +22,7 @@ Work = Callable[[], None]
 
 
 class StandInDriver:
-    """Memory is the CPU's; a stream is a list of work."""
+    """Its memory is CPU memory, and a stream is a list of work."""
 
     CU_MEMHOSTALLOC_PORTABLE = 1
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
@@ -45,7 +46,7 @@ class StandInDriver:
         self.lock = threading.RLock()
 
     def __getattribute__(self, name: str) -> Any:
-        """Counts calls, and lets those fail that a test wants to."""
+        """Count calls, and let those in `fails` fail."""
         value = object.__getattribute__(self, name)
         if not name.startswith("cu"):
             return value
@@ -53,7 +54,7 @@ class StandInDriver:
             self.counts[name] = self.counts.get(name, 0) + 1
             code = self.fails.get(name)
             if name == "cuStreamEndCapture" and code is not None:
-                self.recording.clear()  # a capture ends also where it fails
+                self.recording.clear()  # a failed capture ends too
         return value if code is None else lambda *_: (code, *[None] * 2)
 
     @property
@@ -61,7 +62,7 @@ class StandInDriver:
         return sum(self.memory[pointer][1] for pointer in self.device)
 
     def find(self, pointer: int, nbytes: int) -> None:
-        """Fails where that memory is not, or no longer, allocated."""
+        """Fail unless that memory is allocated."""
         with self.lock:
             blocks = [(start, size) for start, (_, size) in self.memory.items()]
         assert any(start <= pointer and pointer + nbytes <= start + size for start, size in blocks), "not allocated"
@@ -79,7 +80,7 @@ class StandInDriver:
     def _allocate(self, nbytes: int) -> int:
         assert getattr(self.pushed, "depth", 0) > 0, "no context is current"
         block = (ctypes.c_ubyte * (nbytes + 256))()
-        ctypes.memset(block, 0xFF, nbytes + 256)  # NaN: whoever reads it before it is written is found out
+        ctypes.memset(block, 0xFF, nbytes + 256)  # NaN: reading it unwritten gives wrong outputs
         pointer = -(-ctypes.addressof(block) // 256) * 256
         self.memory[pointer] = (block, nbytes)
         return pointer
@@ -163,7 +164,7 @@ class StandInDriver:
         return (OK,)
 
     def cuEventElapsedTime(self, first: int, last: int) -> tuple[Any, ...]:
-        """A millisecond for each piece of work between the two, which must be done."""
+        """One millisecond for each piece of work between the two events, which must be done."""
         (stream, begin), (same, end) = self.events[first], self.events[last]
         assert stream == same and self.done.get(stream, 0) >= end, "not done"
         return OK, float(end - begin)

@@ -1,4 +1,4 @@
-"""`Machine`: an engine on a stand-in for the GPU; see stand_in_driver.py and stand_in_tensorrt.py."""
+"""`Machine`, an engine on a stand-in for the GPU; see the other stand_in_*.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.engine_options import EngineOptions
+from runtime.backends.options import EngineOptions
 from runtime.backends.tensorrt.backend import TensorRTBackend
-from runtime.backends.tensorrt.validation import Admitted
+from runtime.backends.tensorrt.validation import ValidatedEngine
 from runtime.device.driver import Cuda
 from runtime.device.views import DeviceView
 from runtime.engine.flavors import Flavor
@@ -24,7 +24,7 @@ ONE = [((1, 3, 4, 4), (4, 3, 4, 4), (8, 3, 4, 4))]
 
 
 class Machine:
-    """A stand-in with an engine in it."""
+    """A stand-in for a GPU with one loaded engine."""
 
     def __init__(
         self,
@@ -53,16 +53,17 @@ class Machine:
             calibration_sha256="",
             spec=SPEC,
         )
-        admitted = Admitted(plan, info, Flavor(flavor, self.trt), Gpu("stand-in", (8, 9)))
+        validated = ValidatedEngine(plan, info, Flavor(flavor, self.trt), Gpu("stand-in", (8, 9)))
         self.cuda = Cuda(self.driver)
-        self.backend = TensorRTBackend(admitted, Path("m.engine"), self.cuda, EngineOptions(**options))
+        self.backend = TensorRTBackend(validated, Path("m.engine"), self.cuda, EngineOptions(**options))
         self.driver.counts.clear()
 
     def count(self, name: str) -> int:
+        """Return how often a driver function was called since the engine was loaded."""
         return self.driver.counts.get(name, 0)
 
     def on_gpu(self, images: np.ndarray, owner: Any = None) -> tuple[DeviceView, Any]:
-        """Memory of the stand-in with these images in it; freed with the second one."""
+        """Copy images to the stand-in's memory. Return a view, and the memory to keep alive."""
         with self.cuda.current():
             memory = self.cuda.device_memory(images.nbytes, "images")
             self.cuda.copy_to_device(memory.pointer, np.ascontiguousarray(images), 1)

@@ -1,7 +1,8 @@
-"""A STAND-IN for TensorRT, for tests of what our code does with one: no TensorRT is in it.
+"""A STAND-IN for TensorRT, which tests how our code calls it. It contains no TensorRT.
 
-`StandInTensorRT` has the part of the module `tensorrt` that `runtime.backends.tensorrt` calls, on a `StandInDriver`.
-Its engine returns the mean of each color. It says nothing about how the real one behaves.
+`StandInTensorRT` implements the part of the module `tensorrt` that `runtime.backends.tensorrt`
+uses, on a `StandInDriver`. Its engine returns the mean of each color. It does not show how the real
+TensorRT behaves.
 """
 
 # ruff: noqa: N802  # TensorRT's names
@@ -53,6 +54,7 @@ class StandInTensorRT:
         self.changes = changes
         self.engines: list[StandInEngine] = []
         self.contexts = 0
+        self.runtime_configs: list[SimpleNamespace] = []
         self.running: set[int] = set()
 
     def Runtime(self, logger: Any) -> Any:
@@ -99,7 +101,10 @@ class StandInEngine:
         return list(self.trt.profiles[index])
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace(create_runtime_cache=object, set_runtime_cache=lambda cache: True)
+        self.trt.runtime_configs.append(
+            SimpleNamespace(create_runtime_cache=object, set_runtime_cache=lambda cache: True)
+        )
+        return self.trt.runtime_configs[-1]
 
     def create_execution_context(self, how: Any) -> Any:
         if self.trt.contexts >= self.trt.changes.get("most_contexts", 99):
@@ -128,15 +133,15 @@ class StandInContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        least, _, most = self.trt.profiles[self.profile]
+        smallest, _, largest = self.trt.profiles[self.profile]
         self.shape = shape
-        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        return all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True))
 
     def infer_shapes(self) -> list[str]:
         return []
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.trt.changes.get("answers", (self.shape[0], 3))
+        return self.trt.changes.get("output_shape", (self.shape[0], 3))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -152,7 +157,7 @@ class StandInContext:
         names = self.engine.outputs
 
         def work() -> None:
-            assert scratch not in self.trt.running, "two batches at a time in one scratch memory"
+            assert scratch not in self.trt.running, "two batches use the same scratch memory at once"
             self.trt.running.add(scratch)
             images = self._array(addresses["input"], shape)
             for name in names:

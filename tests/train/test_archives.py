@@ -82,7 +82,7 @@ def test_archives_that_cannot_be_used(tmp_path: Path, image_folder: Path) -> Non
     with pytest.raises(DataError, match=r"no tar files of val; expected val\.tar"):
         open_data(DataConfig(root=tmp_path / "one"))
     pack(tmp_path / "one" / "val.tar", files, "w:gz")
-    with pytest.raises(DataError, match=r"val\.tar as a plain tar file: .*a compressed one is unpacked first"):
+    with pytest.raises(DataError, match=r"val\.tar as an uncompressed tar file: .*Decompress it first"):
         open_data(DataConfig(root=tmp_path / "one"))
     pack(tmp_path / "one" / "val.tar", {"dark/x.png": b"", "other/x.png": b""})
     with pytest.raises(DataError, match="classes that train has not: other"):

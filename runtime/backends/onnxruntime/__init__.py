@@ -1,1 +1,1 @@
-"""ONNX Runtime, on a CPU or a GPU."""
+"""The ONNX Runtime backend, for CPUs and GPUs."""

@@ -1,8 +1,11 @@
-"""ONNX Runtime: the default backend, on a CPU, or on a GPU by CUDA or TensorRT."""
+"""The ONNX Runtime backend: the default, on a CPU, or on a GPU with CUDA or TensorRT."""
 
 from __future__ import annotations
 
+import importlib
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, TensorInfo
 from runtime.backends.onnxruntime.binding import run_bound
-from runtime.backends.onnxruntime.providers import Providers, choose_providers
-from runtime.backends.threads import Threads
+from runtime.backends.onnxruntime.providers import Providers, choose_providers, cpu_providers
+from runtime.backends.options import Threads
 from runtime.device.arrays import DeviceArray
 from runtime.device.driver import Cuda, load_bindings
 from runtime.device.views import DeviceView
@@ -20,6 +23,7 @@ from runtime.errors import BackendUnavailable, InputError, ModelFileError, first
 from runtime.graph.summary import CALIBRATION_KEY
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.cpu import has_exact_int8
+from runtime.system.gpu import Gpu, find_gpu
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -32,7 +36,6 @@ _DTYPES = {
     "tensor(int64)": np.int64,
 }
 _LOG_ERRORS_ONLY = 3
-_AS_WRITTEN = ("session.disable_quant_qdq", "1")
 
 
 class OnnxRuntimeBackend(Backend):
@@ -48,104 +51,89 @@ class OnnxRuntimeBackend(Backend):
         exact: bool | None = None,
         *,
         tensorrt: bool = False,
+        detect_gpu: Callable[[], Gpu | None] = find_gpu,
     ) -> None:
-        """Loads `path`.
+        """Load `path`.
 
         Args:
             path: an ONNX file.
-            device: `cpu`, `cuda`, or `auto`: CUDA where a GPU and the provider are there.
-            threads: CPU threads inside one run.
-            exact: on a CPU, compute what a GPU gives: Q/DQ nodes as they are written, in floating point and not by INT8
-                kernels, and every FP16 or BF16 tensor rounded, which ONNX Runtime leaves out there. Slower than
-                without. Default: INT8 files of ours, for which it is the quickest way too, and where the CPU's own
-                INT8 sums saturate.
-            tensorrt: run it by TensorRT inside ONNX Runtime, on a GPU.
+            device: `cpu`, `cuda`, or `auto`: CUDA if a GPU and the provider are available.
+            threads: CPU threads of one run.
+            exact: on a CPU, compute what a GPU computes, although it is slower: Q/DQ nodes run in
+                floating point, and every FP16 or BF16 tensor is rounded. By default it is enabled
+                for INT8 files that advprop calibrated, which run fastest this way; for others, Q/DQ
+                nodes run in floating point if this CPU's INT8 sums saturate.
+            tensorrt: use TensorRT inside ONNX Runtime, on a GPU.
+            detect_gpu: returns the GPU of this machine.
 
         Raises:
-            ModelFileError: no such file, not ONNX, or not an image classifier.
-            BackendUnavailable: ONNX Runtime, or for `cuda` or TensorRT the provider or a GPU, is missing.
-            ConfigError: no such device, or TensorRT on the CPU.
+            ModelFileError: the file is missing, is not an ONNX file, or is not an image classifier.
+            BackendUnavailable: ONNX Runtime is missing, or the provider or GPU for `cuda` or
+                TensorRT is.
+            ConfigError: `device` is unknown, or TensorRT was requested on the CPU.
         """
-        ort = _import()
-        providers = choose_providers(ort, device, tensorrt=tensorrt)
-        self.device = providers.device
-        by = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
-        reasons = [f"backend: {by} {ort.__version__}, which runs ONNX files", f"device: {providers.why}"]
-        options = _options(ort, threads)
-        saturates = exact is None and self.device == "cpu" and has_exact_int8() is False
-        as_written = bool(exact) or saturates
-        if as_written:
-            options.add_session_config_entry(*_AS_WRITTEN)
-        if self.device == "cuda" and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # finds CUDA and cuDNN where pip has put them
+        ort = _import_onnxruntime()
+        providers = choose_providers(ort, device, None if device == "cpu" else detect_gpu(), tensorrt=tensorrt)
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
-        source = _rounded(path) if exact and self.device == "cpu" else str(path)
-        session = _open(ort, path, source, options, providers)
-        problem, otherwise = providers.missing(session), "onnxruntime" if tensorrt else "cpu"
-        if problem:
+        loading = _Loading.plan(path, providers, threads, exact)
+        session = loading.open(ort)
+        failure, fix = providers.start_failure(session)
+        if failure:
             if tensorrt or device == "cuda":
-                raise BackendUnavailable(f"{problem}, or use {'backend' if tensorrt else 'device'}='{otherwise}'")
-            log.warning("%s. Running on the CPU", problem)
-            self.device = "cpu"
-            reasons[1] = f"device: cpu, since {problem}"
+                fix += ", or use " + ("backend='onnxruntime'" if tensorrt else "device='cpu'")
+                raise BackendUnavailable(failure, fix=fix)
+            log.warning("%s; %s. Running on the CPU", failure, fix)
+            loading = _Loading.plan(path, cpu_providers(f"because {failure}; {fix}"), threads, exact)
+            session = loading.open(ort)
         metadata = session.get_modelmeta().custom_metadata_map
-        if exact is None and self.device == "cpu" and CALIBRATION_KEY in metadata:
-            # Its convolutions' outputs are not quantized, as TensorRT wants it: INT8 kernels could not take them, and
-            # ONNX Runtime would compute every weight anew in every run.
-            if not as_written:
-                options.add_session_config_entry(*_AS_WRITTEN)
-            as_written = True
-            source = _rounded(path)
-            session = _open(ort, path, source, options, providers)
-            reasons.append("INT8 files are for GPUs: on a CPU the FP32 file is quicker")
-        if as_written:
-            reasons.append("INT8: in floating point, as Q/DQ nodes are written" + " (no VNNI here)" * saturates)
-        if isinstance(source, bytes):
-            reasons.append("FP16: rounded where a GPU rounds")
-        text = metadata.get(METADATA_KEY)
-        self.spec = ModelSpec.from_json(text, where=str(path)) if text else None
+        if CALIBRATION_KEY in metadata and exact is None and loading.providers.device == "cpu":
+            # The outputs of its convolutions are not quantized, as TensorRT requires. ONNX Runtime
+            # has no INT8 kernels for that, and would dequantize every weight again in every run.
+            loading = replace(loading, as_written=True, for_gpus=True, source=_rounded(path))
+            session = loading.open(ort)
+        name = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
+        self.device = loading.providers.device
+        self.reasons = (f"backend: {name} {ort.__version__}, which runs ONNX files", *loading.reasons())
+        spec = metadata.get(METADATA_KEY)
+        self.spec = ModelSpec.from_json(spec, where=str(path)) if spec else None
         expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
         (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)
         self.outputs = _tensors(session.get_outputs(), "output", path, expected, rank=2)
         self._session = session
         self._cuda: Cuda | None = None
         self._names = [output.name for output in self.outputs]
-        if self.device == "cpu":
-            reasons.append(
-                f"threads: {threads.intra or 'one a core'} for an operator, {threads.inter} operators at a time"
-            )
-        self.reasons = tuple(reasons)
 
     @property
     def session(self) -> Any:
-        """The `onnxruntime.InferenceSession` below, to be measured beside: without checks, and of this file only."""
+        """The underlying `onnxruntime.InferenceSession`, for measuring it without our checks."""
         return self._session
 
     def _run(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
         if isinstance(images_NCHW, DeviceView):
-            return tuple(answer.numpy() for answer in self._run_on_device(images_NCHW))
+            return tuple(output.numpy() for output in self._run_on_device(images_NCHW))
         return tuple(self._session.run(self._names, {self.input.name: images_NCHW}))
 
     def _run_on_device(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[DeviceArray, ...]:
-        fewest, most = self.batch_range
-        if not fewest <= len(images_NCHW) <= most:
+        smallest, largest = self.batch_range
+        if not smallest <= len(images_NCHW) <= largest:
             raise InputError(
-                f"the model takes batches of {fewest} images; found {len(images_NCHW)}: split or fill it up, or use run"
+                f"the model takes batches of {smallest} images; found {len(images_NCHW)}",
+                fix="split or pad the batch, or use run",
             )
         if isinstance(images_NCHW, DeviceView):
-            self._wait_for(images_NCHW)
+            self._wait_for_writes(images_NCHW)
         return run_bound(self._session, self.input, self.outputs, images_NCHW, self.device)
 
-    def _wait_for(self, view: DeviceView) -> None:
-        """ONNX Runtime's own stream cannot be told to wait, so this thread does."""
+    def _wait_for_writes(self, view: DeviceView) -> None:
+        """Block until the work that writes `view` is done: ONNX Runtime's stream cannot wait."""
         if self._cuda is None:
             self._cuda = Cuda(load_bindings())
         with self._cuda.current():
             self._cuda.check_pointer(view.pointer)
             stream, event = self._cuda.stream(), self._cuda.event()
             try:
-                view.order(self._cuda, stream, event)
+                view.order_after_writes(self._cuda, stream, event)
                 self._cuda.synchronize(stream)
             finally:
                 self._cuda.close_event(event)
@@ -155,46 +143,98 @@ class OnnxRuntimeBackend(Backend):
         self._session = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loading:
+    """How a file is loaded."""
+
+    path: Path
+    providers: Providers
+    threads: Threads
+    as_written: bool
+    """Whether Q/DQ nodes run in floating point, as they are written, instead of as INT8 kernels."""
+    saturates: bool
+    """Whether that is because this CPU's INT8 sums saturate."""
+    source: str | bytes
+    """The file, or its bytes with every rounding of a GPU added."""
+    for_gpus: bool = False
+    """Whether the file runs faster on a GPU only."""
+
+    @classmethod
+    def plan(cls, path: Path, providers: Providers, threads: Threads, exact: bool | None) -> _Loading:
+        on_cpu = providers.device == "cpu"
+        saturates = exact is None and on_cpu and has_exact_int8() is False
+        return cls(
+            path=path,
+            providers=providers,
+            threads=threads,
+            as_written=bool(exact) or saturates,
+            saturates=saturates,
+            source=_rounded(path) if exact and on_cpu else str(path),
+        )
+
+    def open(self, ort: Any) -> Any:
+        """Return an `onnxruntime.InferenceSession`."""
+        options = _session_options(ort, self.threads)
+        if self.as_written:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if self.providers.device == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # finds CUDA and cuDNN where pip installed them
+        unsupported = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state").NotImplemented
+        try:
+            return ort.InferenceSession(self.source, options, providers=list(self.providers.options))
+        except unsupported as error:
+            raise ModelFileError(
+                f"ONNX Runtime cannot run {self.path} on the {self.providers.device}: {first_line(error)}",
+                fix=f"BF16 files are for TensorRT: build an engine with advprop build {self.path}",
+            ) from error
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base class
+            raise ModelFileError(
+                f"ONNX Runtime cannot load {self.path}: {first_line(error)}",
+                fix="the file may be incomplete: write it again with advprop-export",
+            ) from error
+
+    def reasons(self) -> list[str]:
+        """Return one line per decision."""
+        threads = self.threads
+        reasons = [f"device: {self.providers.reason}"]
+        if self.for_gpus:
+            reasons.append("INT8 files are for GPUs: on a CPU the FP32 file is faster")
+        if self.as_written:
+            reasons.append("INT8: computed in floating point" + " (this CPU has no VNNI)" * self.saturates)
+        if isinstance(self.source, bytes):
+            reasons.append("FP16: rounded as on a GPU")
+        if self.providers.device == "cpu":
+            reasons.append(
+                f"threads: {threads.intra or 'one per core'} per operator, {threads.inter} parallel operators"
+            )
+        return reasons
+
+
 def _rounded(path: Path) -> bytes | str:
     from runtime.graph.rounding import rounded_file
 
     return rounded_file(path)
 
 
-def _open(ort: Any, path: Path, source: bytes | str, options: Any, providers: Providers) -> Any:
-    """Returns a session of `source`, which is what is run of `path`."""
-    try:
-        return ort.InferenceSession(source, options, providers=list(providers.options))
-    except Exception as error:  # ONNX Runtime's exceptions share no base but this
-        if "NOT_IMPLEMENTED" in str(error):
-            raise ModelFileError(
-                f"ONNX Runtime cannot run {path} on the {providers.device}: {first_line(error)}. BF16 files are for "
-                "TensorRT: advprop build makes an engine"
-            ) from error
-        raise ModelFileError(
-            f"ONNX Runtime cannot load {path}: {first_line(error)}. Is the file whole? `advprop-export` writes it anew"
-        ) from error
-
-
-def _import() -> Any:
+def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(_LOG_ERRORS_ONLY)
     except (ImportError, AttributeError) as error:
         raise BackendUnavailable(
-            f"ONNX Runtime cannot be imported ({error}); pip install onnxruntime-gpu, "
-            "or onnxruntime where there is no NVIDIA GPU, never both"
+            f"ONNX Runtime cannot be imported ({error})",
+            fix="pip install onnxruntime-gpu, or onnxruntime on a machine without an NVIDIA GPU, but not both",
         ) from error
     return onnxruntime
 
 
-def _options(ort: Any, threads: Threads) -> Any:
+def _session_options(ort: Any, threads: Threads) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_ERRORS_ONLY
     options.intra_op_num_threads = threads.intra
     options.inter_op_num_threads = threads.inter
-    if threads.inter > 1:  # ONNX Runtime takes notice of it in this mode only
+    if threads.inter > 1:  # ONNX Runtime uses the setting in this mode only
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     if not threads.spin:
         for pool in ("intra", "inter"):
@@ -205,7 +245,7 @@ def _options(ort: Any, threads: Threads) -> Any:
 def _tensors(nodes: Any, role: str, path: Path, expected: int, rank: int) -> tuple[TensorInfo, ...]:
     if len(nodes) != expected:
         raise ModelFileError(
-            f"{path} has {len(nodes)} {role}s, expected {expected}: not an image classifier as advprop exports it"
+            f"{path} has {len(nodes)} {role}s, expected {expected}: it is not an image classifier from advprop-export"
         )
     for node in nodes:
         if node.type not in _DTYPES or len(node.shape) != rank:

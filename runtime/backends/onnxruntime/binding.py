@@ -1,4 +1,4 @@
-"""ONNX Runtime by I/O binding: input read where it lies, and outputs left where they are made.
+"""Run ONNX Runtime with I/O binding: read the input in place, keep the outputs on the device.
 
 Shape suffixes: N images, K classes.
 """
@@ -20,31 +20,31 @@ __all__ = ["run_bound"]
 
 
 def run_bound(
-    session: Any, image_input: TensorInfo, outputs: Sequence[TensorInfo], images: NDArray[Any] | DeviceView, place: str
+    session: Any, image_input: TensorInfo, outputs: Sequence[TensorInfo], images: NDArray[Any] | DeviceView, device: str
 ) -> tuple[DeviceArray, ...]:
-    """Runs a model and leaves its outputs in the memory of `place`.
+    """Run a model and keep its outputs on `device`.
 
     Args:
         session: an `onnxruntime.InferenceSession`.
         image_input: its input.
         outputs: its outputs.
-        images: a batch in the CPU's memory, or one on the GPU that nothing writes any more.
-        place: `cuda` or `cpu`.
+        images: a batch in CPU memory, or on the GPU if no pending work writes it.
+        device: `cuda` or `cpu`.
 
     Returns:
-        (N, K) of each output, all written.
+        (N, K) array for each output, completely written.
     """
     binding = session.io_binding()
     if isinstance(images, DeviceView):
-        binding.bind_input(image_input.name, place, 0, images.dtype, list(images.shape), images.pointer)
+        binding.bind_input(image_input.name, device, 0, images.dtype, list(images.shape), images.pointer)
     else:
         binding.bind_cpu_input(image_input.name, np.ascontiguousarray(images))
     for output in outputs:
-        binding.bind_output(output.name, place, 0)
+        binding.bind_output(output.name, device, 0)
     binding.synchronize_inputs()
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
-    # The values, not the binding, own the memory.
+    # The values own the memory, not the binding.
     return tuple(
         DeviceArray(
             pointer=value.data_ptr(),
@@ -52,12 +52,12 @@ def run_bound(
             dtype=output.dtype,
             owner=value,
             to_host=functools.partial(_to_host, value),
-            kind=CUDA if place == "cuda" else CPU,
+            kind=CUDA if device == "cuda" else CPU,
         )
         for output, value in zip(outputs, binding.get_outputs(), strict=True)
     )
 
 
 def _to_host(value: Any) -> NDArray[Any]:
-    answers: NDArray[Any] = value.numpy().copy()  # of CPU memory it is a view
-    return answers
+    output: NDArray[Any] = value.numpy().copy()  # a view if the value is in CPU memory
+    return output

@@ -1,4 +1,4 @@
-"""Which execution providers ONNX Runtime runs a file with, and what is wrong where one cannot be started."""
+"""Choose ONNX Runtime's execution providers, and explain why one cannot be used."""
 
 from __future__ import annotations
 
@@ -7,82 +7,100 @@ from typing import Any
 
 from runtime.errors import BackendUnavailable, ConfigError
 from runtime.system.files import cache_folder
-from runtime.system.gpu import find_gpu
+from runtime.system.gpu import Gpu
 
-__all__ = ["Providers", "choose_providers"]
+__all__ = ["Providers", "choose_providers", "cpu_providers"]
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
-_INSTALL = {
-    _CUDA: "ONNX Runtime could not start its CUDA provider, most often because its CUDA or cuDNN libraries were not "
-    "found; pip install 'onnxruntime-gpu[cuda,cudnn]'",
-    _TENSORRT: "ONNX Runtime could not start its TensorRT provider, most often because libnvinfer of the release that "
-    "it was built with was not found; pip install 'advprop[tensorrt]', or see ONNX Runtime's table of releases",
+_START_FAILURES = {
+    _CUDA: (
+        "ONNX Runtime could not start its CUDA provider, probably because it did not find CUDA or cuDNN",
+        "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    ),
+    _TENSORRT: (
+        "ONNX Runtime could not start its TensorRT provider, probably because it did not find libnvinfer of the "
+        "release that it was built with",
+        "pip install 'advprop[tensorrt]', or see ONNX Runtime's table of releases",
+    ),
 }
+"""Provider → what is wrong if it does not start, and how to fix it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Providers:
-    """What is asked of ONNX Runtime."""
+    """The execution providers of one session."""
 
     device: str
     """`cpu` or `cuda`."""
-    why: str
-    """In words."""
-    wanted: str
-    """The provider that is to do the work; the others take what it leaves."""
+    reason: str
+    """The device, and why it was chosen."""
+    main: str
+    """The provider that runs the model; the others run the operators that it does not support."""
     options: tuple[tuple[str, dict[str, str]], ...]
-    """Names and options, first choice first."""
+    """Names and options of all providers, first choice first."""
 
-    def missing(self, session: Any) -> str:
-        """Returns what is wrong, and how it is mended, where `session` has done without the wanted one; else ""."""
-        return "" if self.wanted in session.get_providers() else _INSTALL[self.wanted]
+    def start_failure(self, session: Any) -> tuple[str, str]:
+        """Return what is wrong and the fix if `session` lacks the main provider, or ("", "").
+
+        ONNX Runtime itself only logs such a failure, and continues with the other providers.
+        """
+        return ("", "") if self.main in session.get_providers() else _START_FAILURES[self.main]
 
 
-def choose_providers(ort: Any, device: str, *, tensorrt: bool) -> Providers:
-    """Chooses the providers.
+def cpu_providers(reason: str) -> Providers:
+    """Return the providers for the CPU; `reason` is why it was chosen."""
+    return Providers(device="cpu", reason=f"cpu, {reason}", main=_CPU, options=((_CPU, {}),))
+
+
+def choose_providers(ort: Any, device: str, gpu: Gpu | None, *, tensorrt: bool) -> Providers:
+    """Choose the providers for a device.
 
     Args:
-        ort: the module.
+        ort: the module `onnxruntime`.
         device: `auto`, `cpu` or `cuda`.
-        tensorrt: run by TensorRT inside ONNX Runtime. It builds an engine at the first run, of the precision that is
-            in the file, and anew for a batch larger or smaller than those before; it is kept in the folder
-            `onnxruntime` of the cache.
+        gpu: the GPU of this machine, if there is one.
+        tensorrt: use TensorRT inside ONNX Runtime. It builds an engine in the first run, with the
+            precision of the file, and rebuilds it for a batch larger or smaller than before. The
+            engines are stored in the folder `onnxruntime` of the cache.
 
     Raises:
-        BackendUnavailable: the provider or a GPU is missing, where they are asked for.
-        ConfigError: no such device, or TensorRT on the CPU.
+        BackendUnavailable: the requested provider or a GPU is missing.
+        ConfigError: `device` is unknown, or TensorRT was requested on the CPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda; found {device!r}")
     if tensorrt and device == "cpu":
-        raise ConfigError("backend='onnxruntime-tensorrt' runs on a GPU only; use backend='onnxruntime' on the CPU")
-    cpu: tuple[str, dict[str, str]] = (_CPU, {})
+        raise ConfigError("backend='onnxruntime-tensorrt' runs on a GPU only", fix="use backend='onnxruntime'")
     if device == "cpu":
-        return Providers(device="cpu", why="cpu, as asked", wanted=_CPU, options=(cpu,))
-    wanted = _TENSORRT if tensorrt else _CUDA
-    has_provider, gpu = wanted in ort.get_available_providers(), find_gpu()
-    if has_provider and gpu:
-        why = f"cuda, on {gpu.name}" + ("" if device == "cuda" else ", since it is there")
+        return cpu_providers("as requested")
+    main = _TENSORRT if tensorrt else _CUDA
+    has_provider = main in ort.get_available_providers()
+    if has_provider and gpu is not None:
+        reason = f"cuda, on {gpu.name}" + ("" if device == "cuda" else ", because it is available")
         cuda: tuple[str, dict[str, str]] = (_CUDA, {})
-        options = ((_TENSORRT, _tensorrt_options()), cuda, cpu) if tensorrt else (cuda, cpu)
-        return Providers(device="cuda", why=why, wanted=wanted, options=options)
+        options = ((_TENSORRT, _tensorrt_options()), cuda, (_CPU, {})) if tensorrt else (cuda, (_CPU, {}))
+        return Providers(device="cuda", reason=reason, main=main, options=options)
     name = "TensorRT" if tensorrt else "CUDA"
-    missing = "no NVIDIA GPU or driver was found" if has_provider else f"this ONNX Runtime has no {name}"
+    missing = "no NVIDIA GPU or driver was found" if has_provider else f"this ONNX Runtime was built without {name}"
     if tensorrt:
-        raise BackendUnavailable(f"backend='onnxruntime-tensorrt': {missing}; use backend='onnxruntime'")
+        raise BackendUnavailable(f"backend='onnxruntime-tensorrt': {missing}", fix="use backend='onnxruntime'")
     if device == "cuda":
-        raise BackendUnavailable(f"device='cuda': {missing}; use device='cpu' or 'auto'")
-    return Providers(device="cpu", why=f"cpu, since {missing}", wanted=_CPU, options=(cpu,))
+        raise BackendUnavailable(f"device='cuda': {missing}", fix="use device='cpu' or 'auto'")
+    return cpu_providers(f"because {missing}")
 
 
 def _tensorrt_options() -> dict[str, str]:
-    """No precision is set: the provider then takes that of the graph (microsoft/onnxruntime#18707)."""
+    """Return the provider's cache settings.
+
+    No precision is set: it then uses the graph's (microsoft/onnxruntime#18707).
+    """
     folder = cache_folder("onnxruntime")
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # native code, which ONNX Runtime loads unchecked
-    except OSError:  # it costs a build at each start
+        # The folder must be private: ONNX Runtime loads the native code in it without checks.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:  # without a cache, every start builds the engine
         return {}
     return {
         "trt_engine_cache_enable": "True",

@@ -1,1 +1,1 @@
-"""TensorRT 10, TensorRT 11 and TensorRT-RTX: validated engines and what runs them."""
+"""The TensorRT backend: TensorRT 10, TensorRT 11 and TensorRT-RTX."""

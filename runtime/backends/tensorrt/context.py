@@ -1,4 +1,4 @@
-"""`Execution`: an execution context, and what it was last set to. For one thread at a time.
+"""`ExecutionContext`: a TensorRT execution context and its current settings. Not thread-safe.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -7,31 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from runtime.backends.tensorrt.engine import Engine, sizes_of
+from runtime.backends.tensorrt.engine import LoadedEngine, sizes_of
 from runtime.device.driver import DeviceMemory
 from runtime.errors import RunFailed
 
-__all__ = ["Execution"]
+__all__ = ["ExecutionContext"]
 
 
-class Execution:
-    """Sets what changes from one batch to the next, checks every answer, and enqueues."""
+class ExecutionContext:
+    """Sets only what changes between batches, checks every status, and enqueues the network."""
 
-    def __init__(self, engine: Engine, stream: int, scratch: DeviceMemory | None) -> None:
-        """Makes a context of `engine` whose work goes on `stream`. Raises RunFailed."""
+    def __init__(self, engine: LoadedEngine, stream: int, scratch: DeviceMemory | None) -> None:
+        """Create a context of `engine` whose work goes to `stream`. Raises RunFailed."""
         self._engine = engine
         self._stream = stream
         self._scratch = scratch  # kept alive
         self._context = engine.new_context(scratch)
-        self._profile = -1  # later contexts of an engine begin with none
+        self._profile = -1  # only an engine's first context starts with a profile
         self._shape: tuple[int, ...] = ()
         self._addresses: dict[str, int] = {}
 
     def prepare(self, profile: int, shape_NCHW: tuple[int, ...], addresses: Mapping[str, int]) -> None:
-        """Sets the profile, the shape of the images, and where each tensor is. Raises RunFailed where it is refused."""
+        """Set the profile, the shape of the images, and the addresses. Raises RunFailed."""
         if profile != self._profile:
             self._shape = ()
-            self._addresses.clear()  # whether they outlive a switch is not written anywhere
+            self._addresses.clear()  # TensorRT does not document whether they survive the switch
             self._expect(
                 self._context.set_optimization_profile_async(profile, self._stream), f"select profile {profile}"
             )
@@ -40,31 +40,31 @@ class Execution:
             self._shape = ()
             name = self._engine.input.name
             self._expect(self._context.set_input_shape(name, shape_NCHW), f"take images of shape {shape_NCHW}")
-            unset = self._context.infer_shapes()
-            self._expect(not unset, f"infer its shapes from {shape_NCHW}, for want of {', '.join(unset)}")
+            missing = self._context.infer_shapes()
+            self._expect(not missing, f"infer its shapes from {shape_NCHW}: {', '.join(missing)} are not set")
             self._check_outputs(shape_NCHW)
             self._shape = shape_NCHW
         for name, address in addresses.items():
             if self._addresses.get(name) != address:
                 self._addresses.pop(name, None)
-                self._expect(self._context.set_tensor_address(name, address), f"take an address for {name}")
+                self._expect(self._context.set_tensor_address(name, address), f"set the address of {name}")
                 self._addresses[name] = address
 
     def enqueue(self) -> None:
-        """Puts the network on the stream; returns at once. Raises RunFailed where TensorRT refuses."""
+        """Enqueue the network on the stream, and return at once. Raises RunFailed."""
         self._expect(self._context.execute_async_v3(self._stream), "run")
 
     def _check_outputs(self, shape_NCHW: tuple[int, ...]) -> None:
-        """What is allocated for an output is what the engine says of it; it must not come out larger."""
+        """Check that the outputs have the shapes that memory was allocated for."""
         for output in self._engine.outputs:
             found = sizes_of(self._context.get_tensor_shape(output.name))
             expected = (shape_NCHW[0], output.shape[1])
             if found != expected:
                 raise RunFailed(
-                    f"the engine gives {output.name} of shape {found} for images of shape {shape_NCHW}, expected "
-                    f"{expected}: its answers cannot be told apart"
+                    f"the engine returns {output.name} of shape {found} for images of shape {shape_NCHW}, expected "
+                    f"{expected}: its rows cannot be assigned to images"
                 )
 
-    def _expect(self, good: bool, what: str) -> None:
-        if not good:
-            raise RunFailed(f"the engine refused to {what}: {self._engine.reason()}")
+    def _expect(self, success: bool, action: str) -> None:
+        if not success:
+            raise RunFailed(f"the engine refused to {action}: {self._engine.last_errors()}")

@@ -1,4 +1,4 @@
-"""`Profiles`: which shapes an engine takes, and as which of them a batch is run.
+"""`Profiles`: the shapes that an engine accepts, and the shape in which it runs a batch.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -17,58 +17,59 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One optimization profile: from `least` to `most`, quickest at `usual`; (N, C, H, W) each."""
+    """One optimization profile: its smallest, optimal and largest shape, (N, C, H, W) each."""
 
-    least: Shape
-    usual: Shape
-    most: Shape
+    smallest: Shape
+    optimal: Shape
+    largest: Shape
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a batch of that shape can be run as it is."""
-        return len(shape) == len(self.least) and all(
-            low <= size <= high for low, size, high in zip(self.least, shape, self.most, strict=True)
+        """Return whether a batch of that shape can run without padding."""
+        return len(shape) == len(self.smallest) and all(
+            low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True)
         )
 
     def __str__(self) -> str:
-        sizes = (str(low) if low == high else f"{low}…{high}" for low, high in zip(self.least, self.most, strict=True))
+        pairs = zip(self.smallest, self.largest, strict=True)
+        sizes = (str(low) if low == high else f"{low}…{high}" for low, high in pairs)
         return f"({', '.join(sizes)})"
 
 
 class Profiles:
-    """The profiles of an engine, in its order."""
+    """All profiles of an engine, in its order."""
 
     def __init__(self, profiles: Sequence[Profile]) -> None:
         self.all = tuple(profiles)
         """At least one."""
 
     @property
-    def most_images(self) -> int:
-        """The largest batch."""
-        return max(profile.most[0] for profile in self.all)
+    def max_images(self) -> int:
+        """Images in the largest batch."""
+        return max(profile.largest[0] for profile in self.all)
 
     def choose(self, shape: Shape) -> tuple[int, Shape]:
-        """Returns the profile that runs a batch, and the shape it is run as.
+        """Return the index of the profile that runs a batch, and the shape in which it runs.
 
-        Of several that fit it is the one whose usual batch is nearest. Where none takes so few images, the batch is
-        run as the next larger one that some profile takes, with rows to spare.
+        Among several matching profiles it is the one with the nearest optimal batch. If no profile
+        accepts so few images, the batch is padded to the smallest batch that a profile accepts.
 
         Args:
-            shape: (N, C, H, W), with at most `most_images` images.
+            shape: (N, C, H, W), with at most `max_images` images.
 
         Raises:
-            InputError: images of a size that no profile takes.
+            InputError: no profile accepts images of this size.
         """
         best: tuple[int, int, int, Shape] | None = None
         for index, profile in enumerate(self.all):
-            run_as = (max(shape[0], profile.least[0]), *shape[1:])
+            run_as = (max(shape[0], profile.smallest[0]), *shape[1:])
             if profile.fits(run_as):
-                spare = run_as[0] - shape[0]
-                found = (spare, abs(profile.usual[0] - run_as[0]), index, run_as)
-                best = min(best, found) if best else found
+                padding = run_as[0] - shape[0]
+                candidate = (padding, abs(profile.optimal[0] - run_as[0]), index, run_as)
+                best = min(best, candidate) if best else candidate
         if best is None:
-            known = " or ".join(str(profile) for profile in self.all)
+            accepted = " or ".join(str(profile) for profile in self.all)
             raise InputError(
-                f"the engine takes no batch of shape {shape}; its profiles take {known}. Resize the images, or build "
-                "an engine for that size: advprop build --img-size MIN:OPT:MAX"
+                f"the engine does not accept a batch of shape {shape}; its profiles accept {accepted}",
+                fix="resize the images, or build an engine for this size: advprop build --img-size MIN:OPT:MAX",
             )
         return best[2], best[3]

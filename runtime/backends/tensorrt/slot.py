@@ -1,4 +1,4 @@
-"""`Slot`: what one batch at a time needs to run: a stream, staging buffers, contexts and their graphs.
+"""`Slot`, which runs one batch at a time: a stream, buffers, contexts and their CUDA graphs.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.tensorrt.context import Execution
-from runtime.backends.tensorrt.engine import Engine
-from runtime.device.driver import Cuda
-from runtime.device.times import DeviceTimes
+from runtime.backends.tensorrt.context import ExecutionContext
+from runtime.backends.tensorrt.engine import LoadedEngine
+from runtime.device.driver import Cuda, DeviceTimes
 from runtime.device.views import DeviceView
 from runtime.errors import RunFailed
 
@@ -27,46 +26,47 @@ log = logging.getLogger(__name__)
 
 _Shape = tuple[int, ...]
 _ALIGNMENT = 256
-"""Bytes: what TensorRT wants of each tensor's address, and what CUDA's allocations have."""
+"""Required alignment of a tensor's address, in bytes. CUDA's allocations have it."""
 
 
 @dataclass(slots=True)
-class _Graph:
-    """A shape that came twice."""
+class _ShapeGraph:
+    """The CUDA graph of a batch shape that occurred twice."""
 
-    execution: Execution | None = None
-    """The context that was captured. It is used for nothing else, so that nothing in it changes."""
-    recorded: Any = None
-    """None where it cannot be captured."""
+    context: ExecutionContext | None = None
+    """The captured context. It is not used otherwise, because the graph depends on its settings."""
+    captured: Any = None
+    """The graph; None if the shape cannot be captured."""
 
 
 class Slot:
-    """Runs one batch at a time, in whichever thread has it, while the primary context is current.
+    """Runs one batch at a time, in any thread, while the primary context is current.
 
-    All its contexts share one stream and one scratch memory: nothing of it ever runs at the same time.
+    All of its contexts share one stream and one scratch memory, because they never run at the same
+    time.
     """
 
-    def __init__(self, cuda: Cuda, engine: Engine, most_graphs: int) -> None:
-        """Allocates everything for the engine's largest batch.
+    def __init__(self, cuda: Cuda, engine: LoadedEngine, max_graphs: int) -> None:
+        """Allocate everything for the engine's largest batch.
 
         Args:
             cuda: the GPU.
-            engine: what is run.
-            most_graphs: shapes to keep a graph of; 0 for none.
+            engine: the engine.
+            max_graphs: maximum number of batch shapes to capture; 0 for none.
 
         Raises:
             RunFailed: there is not enough memory.
         """
         self._cuda = cuda
         self._engine = engine
-        self._most_graphs = most_graphs
-        self._graphs: dict[_Shape, _Graph] = {}
+        self._max_graphs = max_graphs
+        self._graphs: dict[_Shape, _ShapeGraph] = {}
         self._seen: set[_Shape] = set()
         self._timers: list[int] = []
         self._timed = False
-        self._began_ns = self._enqueued_ns = 0
-        largest = max(math.prod(profile.most) for profile in engine.profiles.all)
-        rows = engine.profiles.most_images
+        self._start_ns = self._enqueued_ns = 0
+        largest = max(math.prod(profile.largest) for profile in engine.profiles.all)
+        rows = engine.profiles.max_images
         sizes = {engine.input.name: largest * engine.input.dtype.itemsize}
         sizes |= {output.name: rows * output.shape[1] * output.dtype.itemsize for output in engine.outputs}
         what = f"a context for batches of up to {rows} images"
@@ -77,36 +77,37 @@ class Slot:
             self._device = {name: cuda.device_memory(nbytes, what) for name, nbytes in sizes.items()}
             self._host = {name: cuda.pinned_memory(nbytes, what) for name, nbytes in sizes.items()}
             self._scratch = None if engine.is_rtx else cuda.device_memory(engine.scratch_bytes, what)
-            self._main = Execution(engine, self._stream, self._scratch)
+            self._main = ExecutionContext(engine, self._stream, self._scratch)
         except BaseException:
             self._close_handles()
             raise
 
     def run(self, images: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
-        """Runs a batch of at most the engine's largest; returns its answers, (N, K) each.
+        """Run a batch no larger than the engine's largest, and return its outputs, (N, K) each.
 
         Raises:
-            InputError: images of a size that the engine does not take.
+            InputError: the engine does not accept images of this size.
             RunFailed: TensorRT or the GPU failed.
         """
         rows = len(images)
-        places = {output.name: self._device[output.name].pointer for output in self._engine.outputs}
+        addresses = {output.name: self._device[output.name].pointer for output in self._engine.outputs}
         staged = [
             self._host[output.name].array((rows, output.shape[1]), output.dtype) for output in self._engine.outputs
         ]
         try:
-            self._enqueue(images, places)
-            for output, answers in zip(self._engine.outputs, staged, strict=True):
-                self._cuda.copy_to_host(answers, places[output.name], self._stream)
+            self._enqueue(images, addresses)
+            for output, values in zip(self._engine.outputs, staged, strict=True):
+                self._cuda.copy_to_host(values, addresses[output.name], self._stream)
             self._mark(3)
             self._cuda.synchronize(self._stream)
         except BaseException:
-            self._cuda.settle(self._stream)  # nobody may use the slot, or free the images, before the stream is idle
+            # The slot and the images must stay untouched until the stream is idle.
+            self._cuda.synchronize_after_failure(self._stream)
             raise
-        return tuple(answers.copy() for answers in staged)
+        return tuple(values.copy() for values in staged)
 
     def run_timed(self, images: NDArray[Any]) -> DeviceTimes:
-        """Does what `run` does, in the same way, and returns how long each part took instead of the answers."""
+        """Run a batch like `run`, and return the time of each part instead of the outputs."""
         while len(self._timers) < 4:
             self._timers.append(self._cuda.timer())
         self._timed = True
@@ -114,119 +115,126 @@ class Slot:
             self.run(images)
         finally:
             self._timed = False
-        start, brought, done, end = self._timers
+        start, copied, computed, end = self._timers
         return DeviceTimes(
-            h2d_ms=self._cuda.elapsed_ms(start, brought),
-            compute_ms=self._cuda.elapsed_ms(brought, done),
-            d2h_ms=self._cuda.elapsed_ms(done, end),
-            enqueue_ms=(self._enqueued_ns - self._began_ns) / 1e6,
+            h2d_ms=self._cuda.elapsed_ms(start, copied),
+            compute_ms=self._cuda.elapsed_ms(copied, computed),
+            d2h_ms=self._cuda.elapsed_ms(computed, end),
+            enqueue_ms=(self._enqueued_ns - self._start_ns) / 1e6,
         )
 
-    def run_into(self, images: NDArray[Any] | DeviceView, places: dict[str, int]) -> None:
-        """Does what `run` does, but leaves the answers on the GPU.
+    def run_into(self, images: NDArray[Any] | DeviceView, addresses: dict[str, int]) -> None:
+        """Run a batch like `run`, and write the outputs to GPU memory.
 
         Args:
             images: the batch.
-            places: address of each output.
+            addresses: address of each output.
         """
         try:
-            used = self._enqueue(images, places)
+            used = self._enqueue(images, addresses)
             for output in self._engine.outputs:
                 name = output.name
-                if used[name] != places[name]:
+                if used[name] != addresses[name]:
                     nbytes = len(images) * output.shape[1] * output.dtype.itemsize
-                    self._cuda.copy_on_device(places[name], used[name], nbytes, self._stream)
+                    self._cuda.copy_on_device(addresses[name], used[name], nbytes, self._stream)
             self._cuda.synchronize(self._stream)
         except BaseException:
-            self._cuda.settle(self._stream)
+            self._cuda.synchronize_after_failure(self._stream)
             raise
 
     def close(self) -> None:
-        """Frees everything but the buffers, which are freed with the slot."""
+        """Free everything except the buffers, which are freed with the slot."""
         for graph in self._graphs.values():
-            if graph.recorded is not None:
-                self._cuda.close_graph(graph.recorded)
+            if graph.captured is not None:
+                self._cuda.close_graph(graph.captured)
         self._graphs.clear()
         del self._main
         self._close_handles()
 
-    def _enqueue(self, images: NDArray[Any] | DeviceView, places: dict[str, int]) -> dict[str, int]:
-        """Puts a batch on the stream; returns where each tensor is.
+    def _enqueue(self, images: NDArray[Any] | DeviceView, outputs: dict[str, int]) -> dict[str, int]:
+        """Enqueue a batch, and return the address of each tensor.
 
-        Outputs are in `places`, but for rows to spare, which there is no room for, and addresses that TensorRT does not
-        take. A graph is used only where all addresses are the slot's own.
+        Outputs go to the addresses `outputs`, unless the batch is padded, which needs more memory
+        than there is, or an address is not aligned. Then they go to the slot's own buffers. A graph
+        is used only if all addresses are the slot's own.
         """
         shape = tuple(images.shape)
         profile, run_as = self._engine.profiles.choose(shape)
         own = {name: memory.pointer for name, memory in self._device.items()}
-        addresses = {**own, self._engine.input.name: self._bring(images, run_as)}
+        addresses = {**own, self._engine.input.name: self._stage(images, run_as)}
         self._mark(1)
         if run_as == shape:
-            addresses |= {name: place for name, place in places.items() if place % _ALIGNMENT == 0}
-        if addresses == own and self._most_graphs and not self._engine.is_rtx:
-            self._replay(profile, run_as, own)
+            addresses |= {name: address for name, address in outputs.items() if address % _ALIGNMENT == 0}
+        if addresses == own and self._max_graphs and not self._engine.is_rtx:
+            self._enqueue_graph(profile, run_as, own)
         else:
             self._main.prepare(profile, run_as, addresses)
             self._main.enqueue()
         self._mark(2)
         return addresses
 
-    def _mark(self, place: int) -> None:
-        """While a run is timed: the end of one of its parts. The first mark is that of its beginning."""
+    def _mark(self, index: int) -> None:
+        """Record a timer of a timed run.
+
+        Args:
+            index: 0 before the input copy, 1 after it, 2 after the kernels, 3 after the output
+                copy.
+        """
         if not self._timed:
             return
-        if place == 0:
-            self._began_ns = time.perf_counter_ns()
-        self._cuda.record(self._timers[place], self._stream)
+        if index == 0:
+            self._start_ns = time.perf_counter_ns()
+        self._cuda.record(self._timers[index], self._stream)
         self._enqueued_ns = time.perf_counter_ns()
 
-    def _bring(self, images: NDArray[Any] | DeviceView, run_as: _Shape) -> int:
-        """Makes the images readable on the stream; returns their address. Rows to spare keep what was there."""
+    def _stage(self, images: NDArray[Any] | DeviceView, run_as: _Shape) -> int:
+        """Make the images readable on the stream, and return their address."""
         name = self._engine.input.name
         target = self._device[name].pointer
         if isinstance(images, DeviceView):
-            images.order(self._cuda, self._stream, self._event)
+            images.order_after_writes(self._cuda, self._stream, self._event)
             if len(images) == run_as[0] and images.pointer % _ALIGNMENT == 0:
                 return images.pointer
             self._cuda.copy_on_device(target, images.pointer, images.nbytes, self._stream)
         else:
             staged = self._host[name].array(tuple(images.shape), self._engine.input.dtype)
             np.copyto(staged, images)
-            self._mark(0)  # the copy into pinned memory is the host's, not the GPU's
+            self._mark(0)  # the copy to pinned memory is host time, not GPU time
             self._cuda.copy_to_device(target, staged, self._stream)
         return target
 
-    def _replay(self, profile: int, shape: _Shape, own: dict[str, int]) -> None:
-        """The first run of a shape is launched as it is; the second one makes its graph; the others replay it."""
+    def _enqueue_graph(self, profile: int, shape: _Shape, own: dict[str, int]) -> None:
+        """Launch the first batch of a shape normally, capture the second, and replay later ones."""
         graph = self._graphs.get(shape)
-        if graph is not None and graph.recorded is not None:
-            self._cuda.launch(graph.recorded, self._stream)
-        elif graph is None and shape in self._seen and len(self._graphs) < self._most_graphs:
-            self._make_graph(profile, shape, own)
+        if graph is not None and graph.captured is not None:
+            self._cuda.launch(graph.captured, self._stream)
+        elif graph is None and shape in self._seen and len(self._graphs) < self._max_graphs:
+            self._capture(profile, shape, own)
         else:
             self._seen.add(shape)
             self._main.prepare(profile, shape, own)
             self._main.enqueue()
 
-    def _make_graph(self, profile: int, shape: _Shape, own: dict[str, int]) -> None:
-        """Runs the batch in a context of its own, then captures that context."""
-        graph = self._graphs[shape] = _Graph()
+    def _capture(self, profile: int, shape: _Shape, own: dict[str, int]) -> None:
+        """Run the batch in a new context, and then capture that context."""
+        graph = self._graphs[shape] = _ShapeGraph()
         try:
-            execution = Execution(self._engine, self._stream, self._scratch)
-            execution.prepare(profile, shape, own)
-        except RunFailed as error:  # most likely memory: the slot's first context still works
+            context = ExecutionContext(self._engine, self._stream, self._scratch)
+            context.prepare(profile, shape, own)
+        except RunFailed as error:  # probably out of memory; the main context still works
             log.warning("no CUDA graph for batches of shape %s: %s", shape, error)
             self._main.prepare(profile, shape, own)
             self._main.enqueue()
             return
-        execution.enqueue()  # TensorRT wants this once before capture; it gives this batch's answers
-        # The batch's own answers must not be lost to a capture that goes wrong.
+        # TensorRT requires one run before the capture. This one computes the batch, whose outputs a
+        # failed capture must not affect.
+        context.enqueue()
         self._cuda.synchronize(self._stream)
         try:
-            graph.recorded = self._cuda.capture(self._stream, execution.enqueue)
-            graph.execution = execution
+            graph.captured = self._cuda.capture(self._stream, context.enqueue)
+            graph.context = context
         except RunFailed as error:
-            log.warning("batches of shape %s run without a CUDA graph: %s", shape, error)
+            log.warning("no CUDA graph for batches of shape %s: %s", shape, error)
 
     def _close_handles(self) -> None:
         for event in (self._event, *self._timers):

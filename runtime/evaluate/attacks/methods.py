@@ -13,8 +13,6 @@ Shape suffixes: A attacked copies of each image, N images, M of them, H height, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from runtime.errors import CheckpointError
 from runtime.evaluate.attacks.config import INITIAL_SHARE
 from runtime.evaluate.attacks.target import AttackTarget, bounds
 from runtime.spec import ModelSpec
+from runtime.system.seeding import seed_from
 
 __all__ = [
     "Attacker",
@@ -61,8 +60,7 @@ def image_seed(seed: int, name: str, attack: str, epsilon: float) -> int:
         attack: name of the attack.
         epsilon: in 1/255.
     """
-    key = json.dumps([int(seed), name, attack, float(epsilon)])
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
+    return seed_from(int(seed), name, attack, float(epsilon))
 
 
 def image_generator(seed: int) -> np.random.Generator:

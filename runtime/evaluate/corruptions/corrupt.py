@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from runtime.errors import BackendUnavailable, ConfigError, DataError, nearest
 from runtime.evaluate.corruptions import blur, digital, pixelwise, weather
 from runtime.evaluate.corruptions.severities import CORRUPTIONS, EXTRAS, TABLES, table_for
+from runtime.system.seeding import seed_from
 
 __all__ = ["DETERMINISTIC", "FUNCTIONS", "corrupt"]
 
@@ -108,9 +107,8 @@ def _generator(seed: int, key: str | int, name: str, severity: int) -> np.random
         raise ConfigError(f"the key of an image must be a string or an integer; found {key!r}")
     if not isinstance(seed, int | np.integer):
         raise ConfigError(f"the seed of a corruption must be an integer; found {seed!r}")
-    cell = json.dumps([int(seed), key if isinstance(key, str) else int(key), name, int(severity)])
-    digest = hashlib.blake2b(cell.encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+    cell = seed_from(int(seed), key if isinstance(key, str) else int(key), name, int(severity))
+    return np.random.Generator(np.random.SFC64(cell))
 
 
 def _check_image(image: object) -> None:

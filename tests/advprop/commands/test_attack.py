@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from advprop.cli import main
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.spec import METADATA_KEY
 from tests.support.evaluation_sets import labeled_folder, spec_of, toy_onnx
@@ -60,7 +61,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def file(checkpoint: Path) -> Path:
-    return export_checkpoint(checkpoint, out=checkpoint.parent / "model").onnx
+    return export_checkpoint(checkpoint, ExportConfig(out=checkpoint.parent / "model")).onnx
 
 
 def test_transfer_square_and_noise_in_one_table_and_the_report(

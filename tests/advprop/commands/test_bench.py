@@ -118,7 +118,7 @@ def test_files_without_a_spec_and_with_a_fixed_batch(tmp_path: Path) -> None:
     refused = bench(tmp_path / "m.onnx", "--batch", "1", "--out", tmp_path / "out")
     assert refused.exit_code == 2
     assert "m runs batches of 4" in refused.stderr
-    assert "use --batch 4" in refused.stderr
+    assert "use --batch-sizes 4" in refused.stderr
     refused = bench(tmp_path / "m.onnx", "--against", "torch", "--out", tmp_path / "out")
     assert "has no spec, so its architecture is unknown" in refused.stderr
 
@@ -131,7 +131,7 @@ def test_files_without_a_spec_and_with_a_fixed_batch(tmp_path: Path) -> None:
         (["model.onnx", "model.onnx"], 2, "a file is given twice"),
         (["model.onnx", "./model.onnx"], 2, "a file is given twice"),
         (["model.onnx", "--batch", "0"], 2, "at least 1; found 0"),
-        (["model.onnx", "--batch", "one"], 2, "expected numbers such as 1,8,32"),
+        (["model.onnx", "--batch", "one"], 2, "expected whole numbers such as 1,8,32"),
         (["model.onnx", "--concurrency", "1,1"], 2, "concurrency contains a number twice"),
         (["model.onnx", "--against", "jax"], 2, "--against takes torch and ort"),
         (["model.onnx", "--images", "."], 2, "contains no image files"),

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from advprop.checkpoints import load_predictor
 from advprop.cli import main
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.errors import CheckpointError, ConfigError, SpecError
 from runtime.evaluate.models import load_model
@@ -129,7 +130,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_through_either_route_beside_its_onnx_file(tmp_path: Path, checkpoint: Path, data: Path) -> None:
-    out, file = tmp_path / "out", export_checkpoint(checkpoint, out=tmp_path / "model").onnx
+    out, file = tmp_path / "out", export_checkpoint(checkpoint, ExportConfig(out=tmp_path / "model")).onnx
     options = ["--suite", "imagenet", "--data", data, "--out", out]
     result = run(checkpoint, file, "--route", "main", "--route", "adv", "--reference", checkpoint, *options)
     assert result.exit_code == 0, result.output
@@ -173,7 +174,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, data: Path) -> None
     proto = onnx.load(bare)
     del proto.metadata_props[:]
     onnx.save(proto, bare)
-    with pytest.raises(SpecError, match=r"carries no advprop\.spec"):
+    with pytest.raises(SpecError, match=r"has no advprop\.spec"):
         load_model(bare, device="cpu")
     missing = run(tmp_path / "none.onnx", "--suite", "imagenet", "--data", data, "--out", tmp_path)
     assert missing.exit_code == 2
@@ -187,8 +188,8 @@ def test_ray_options_are_checked_and_a_missing_ray_is_told(
     monkeypatch.setitem(sys.modules, "ray", None)
     for more, code, words in (
         (["--ray", "auto"], 3, "pip install 'advprop[ray]'"),
-        (["--ray-workers", "2"], 2, "go with --ray ADDRESS"),
-        (["--ray", "auto", "--workers", "1"], 2, "--ray-workers decode and corrupt themselves"),
+        (["--ray-workers", "2"], 2, "require --ray ADDRESS"),
+        (["--ray", "auto", "--workers", "1"], 2, "--workers cannot be combined with --ray"),
     ):
         result = CliRunner().invoke(main, ["eval", *options, *more])
         assert result.exit_code == code, result.output

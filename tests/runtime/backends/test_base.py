@@ -1,6 +1,5 @@
-"""What every backend refuses, splits and pads, on ONNX Runtime."""
+"""The checks, splitting and padding that all backends share, with ONNX Runtime."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,10 @@ import onnx
 import pytest
 
 import runtime
+from runtime.backends.base import Backend, TensorInfo
+from runtime.backends.open import warm_up
 from runtime.errors import ConfigError, InputError, RunFailed
-from tests.support.serving_models import FRAGILE, images_of, serving_model
+from tests.support.serving_models import FRAGILE, SPEC, images_of, serving_model
 
 NHWC = "t = Transpose <perm=[0, 3, 1, 2]> (input) p = GlobalAveragePool(t) logits = Flatten(p)"
 
@@ -24,36 +25,36 @@ def load(folder: Path, model: onnx.ModelProto, **options: object) -> runtime.Ses
     [
         (
             np.zeros((2, 4, 4, 3), np.float32),
-            r"2 images, channels last\): transpose them, images.transpose\(0, 3, 1, 2",
+            r"2 images, channels last\); transpose them: images.transpose\(0, 3, 1, 2",
         ),
-        (np.zeros((3, 4, 4), np.float32), r"one image without its batch dimension; give images\[None\]"),
+        (np.zeros((3, 4, 4), np.float32), r"one image without its batch dimension; pass images\[None\]"),
         (np.zeros((0, 3, 4, 4), np.float32), "an empty batch"),
         (np.zeros((0, 4, 4, 3), np.float32), "an empty batch"),
         (np.zeros((), np.float32), r"found shape \(\)"),
         (np.zeros((2, 3, 0, 4), np.float32), r"found shape \(2, 3, 0, 4\)"),
-        (images_of(1.0, np.nan), "image 1 of the batch holds NaN; expected finite numbers"),
-        (images_of(-np.inf), "image 0 of the batch holds infinity"),
+        (images_of(1.0, np.nan), "image 1 of the batch contains NaN; expected finite numbers"),
+        (images_of(-np.inf), "image 0 of the batch contains infinity"),
     ],
 )
-def test_what_is_wrong_with_a_batch_is_said(tmp_path: Path, batch: np.ndarray, expected: str) -> None:
+def test_an_invalid_batch_is_rejected_with_advice(tmp_path: Path, batch: np.ndarray, expected: str) -> None:
     with load(tmp_path, serving_model()) as session:
-        for ask in (session.run, session.submit):
+        for call in (session.run, session.submit):
             with pytest.raises(InputError, match=expected):
-                ask(batch)
+                call(batch)
 
 
-def test_channels_first_given_to_a_file_that_takes_them_last(tmp_path: Path) -> None:
+def test_channels_first_images_for_a_channels_last_model_are_rejected(tmp_path: Path) -> None:
     model = serving_model(NHWC)
     for dimension, size in zip(model.graph.input[0].type.tensor_type.shape.dim[1:], (4, 4, 3), strict=True):
         dimension.dim_value = size
     with load(tmp_path, model) as session:
         assert session.run(np.zeros((2, 4, 4, 3), np.float32)).shape == (2, 3)
-        with pytest.raises(InputError, match=r"channels first\): transpose them, images.transpose\(0, 2, 3, 1\)"):
+        with pytest.raises(InputError, match=r"channels first\); transpose them: images.transpose\(0, 2, 3, 1\)"):
             session.run(np.zeros((2, 3, 4, 4), np.float32))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11])
-def test_a_fixed_batch_is_padded_and_split(tmp_path: Path, count: int) -> None:
+def test_batches_are_padded_and_split_to_a_fixed_batch_size(tmp_path: Path, count: int) -> None:
     images = np.random.default_rng(0).normal(size=(count, 3, 4, 4)).astype(np.float32)
     with load(tmp_path, serving_model()) as session:
         expected = session.run(images)
@@ -64,7 +65,7 @@ def test_a_fixed_batch_is_padded_and_split(tmp_path: Path, count: int) -> None:
         assert max(session.stats.batcher.batch_sizes) <= 4
 
 
-def test_a_failure_of_the_library_is_ours(tmp_path: Path) -> None:
+def test_errors_of_the_library_become_run_failed(tmp_path: Path) -> None:
     with load(tmp_path, serving_model(FRAGILE)) as session:
         with pytest.raises(RunFailed, match=r"onnxruntime on cpu failed on a batch of shape \(1, 3, 4, 4\): .*Gather"):
             session.run(images_of(2.0))
@@ -72,13 +73,13 @@ def test_a_failure_of_the_library_is_ours(tmp_path: Path) -> None:
         assert (session.stats.calls, session.stats.images, session.stats.failed) == (1, 1, 1)
 
 
-def test_answers_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+def test_outputs_without_a_batch_dimension_are_rejected(tmp_path: Path) -> None:
     model = serving_model("p = ReduceMean <keepdims=0> (input, axes) logits = Unsqueeze(p, first)")
     for name, value in (("axes", [0, 2, 3]), ("first", [0])):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
     with load(tmp_path, model) as session:
         assert session.run(images_of(1.0)).shape == (1, 3)
-        with pytest.raises(RunFailed, match="gave 1 rows of logits for 2 images"):
+        with pytest.raises(RunFailed, match="returned 1 rows of logits for 2 images"):
             session.run(images_of(1.0, 2.0))
 
 
@@ -88,8 +89,8 @@ def test_thread_settings(tmp_path: Path) -> None:
         with load(tmp_path, serving_model(), threads=threads, device="cpu") as session:
             assert session.run(images)[:, 0].tolist() == [1.0, 2.0]
             explained = session.explain()
-    assert "device: cpu, as asked" in explained
-    assert "threads: 1 for an operator, 1 operators at a time" in explained
+    assert "device: cpu, as requested" in explained
+    assert "threads: 1 per operator, 1 parallel operators" in explained
     for wrong in ({"intra": -1}, {"inter": 0}):
         with pytest.raises(ConfigError, match="intra must be at least 0 and inter at least 1"):
             runtime.Threads(**wrong)
@@ -97,15 +98,40 @@ def test_thread_settings(tmp_path: Path) -> None:
         runtime.load(tmp_path / "m.onnx", threads=-1)
 
 
-def test_explain_says_why_there_is_no_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with load(tmp_path, serving_model()) as session, caplog.at_level(logging.WARNING):
-        lines = session.explain().splitlines()
-    assert lines[0] == f"onnxruntime on {session._backend.device}: {tmp_path / 'm.onnx'}"
+def test_explain_reports_backend_and_device(tmp_path: Path) -> None:
+    with load(tmp_path, serving_model()) as session:
+        lines, device = session.explain().splitlines(), session.backend.device
+    assert lines[0] == f"onnxruntime on {device}: {tmp_path / 'm.onnx'}"
     assert lines[1].startswith("backend: ONNX Runtime ")
-    assert lines[2].startswith("device: cpu, since " if session._backend.device == "cpu" else "device: cuda, on ")
+    assert lines[2].startswith("device: cpu, because " if device == "cpu" else "device: cuda, on ")
 
 
-def test_warm_up_runs_what_it_is_told(tmp_path: Path) -> None:
+class Recorder(Backend):
+    """A backend that records the shapes of its batches."""
+
+    name, device = "recorder", "cpu"
+    input = TensorInfo("input", np.dtype(np.float32), (-1, 3, -1, -1))
+    outputs = (TensorInfo("logits", np.dtype(np.float32), (-1, 3)),)
+    spec = SPEC
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def _run(self, images_NCHW: np.ndarray) -> tuple[np.ndarray]:
+        self.shapes.append(images_NCHW.shape)
+        return (images_NCHW.mean((2, 3)),)
+
+    def close(self) -> None:
+        pass
+
+
+def test_warm_up_runs_the_given_batch_sizes_at_the_size_of_the_spec() -> None:
+    recorder = Recorder()
+    warm_up(recorder, (1, 3), Path("m.onnx"))
+    assert recorder.shapes == [(1, 3, 4, 4), (3, 3, 4, 4)]
+
+
+def test_warm_up_of_a_session(tmp_path: Path) -> None:
     open_size = serving_model(size="h, w")
     with load(tmp_path, open_size, warm_up=(1, 3)) as session:
         assert session.stats.calls == 0

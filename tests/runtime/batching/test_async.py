@@ -29,14 +29,14 @@ def png(name: str) -> bytes:
     return file.getvalue()
 
 
-def test_many_tasks_and_no_thread_each(tmp_path: Path) -> None:
+def test_many_tasks_share_a_few_threads(tmp_path: Path) -> None:
     async def main() -> None:
         before = threading.active_count()
         waiting = [asyncio.create_task(session.arun(images_of(*range(number % 5 + 1)))) for number in range(1000)]
         await asyncio.sleep(0)
         assert threading.active_count() <= before + 2
-        for number, answer in enumerate(await asyncio.gather(*waiting)):
-            assert answer[:, 0].tolist() == list(range(number % 5 + 1))
+        for number, output in enumerate(await asyncio.gather(*waiting)):
+            assert output[:, 0].tolist() == list(range(number % 5 + 1))
 
     with open_session(tmp_path, max_queued_images=3000) as session:
         asyncio.run(main())
@@ -44,35 +44,35 @@ def test_many_tasks_and_no_thread_each(tmp_path: Path) -> None:
         assert session.stats.batcher.mean_batch > 2
 
 
-def test_predictions(tmp_path: Path) -> None:
+def test_predictions_belong_to_their_images(tmp_path: Path) -> None:
     async def main() -> None:
         names = list(COLORS) * 50
-        answers = await asyncio.gather(*(session.apredict([png(name), png("red")]) for name in names))
-        assert [[answer.label for answer in pair] for pair in answers] == [[name, "red"] for name in names]
-        (expected,), ((found, _), *_) = session.predict([png("red")]), answers
+        results = await asyncio.gather(*(session.apredict([png(name), png("red")]) for name in names))
+        assert [[prediction.label for prediction in pair] for pair in results] == [[name, "red"] for name in names]
+        (expected,), ((found, _), *_) = session.predict([png("red")]), results
         np.testing.assert_array_equal(found.probabilities, expected.probabilities)
 
     with open_session(tmp_path, max_queued_images=300) as session:
         asyncio.run(main())
 
 
-def test_an_image_that_cannot_be_decoded_is_its_own_error(tmp_path: Path) -> None:
+def test_an_undecodable_image_fails_only_its_request(tmp_path: Path) -> None:
     async def main() -> None:
         requests = ([png("red")], [png("green"), b"no image"], [png("blue")], [tmp_path / "none.png"])
-        answers = await asyncio.gather(*map(session.apredict, requests), return_exceptions=True)
-        assert [answers[0][0].label, answers[2][0].label] == ["red", "blue"]
-        assert isinstance(answers[1], DataError)
-        assert "cannot decode the image bytes" in str(answers[1])
-        assert isinstance(answers[3], DataError)
+        results = await asyncio.gather(*map(session.apredict, requests), return_exceptions=True)
+        assert [results[0][0].label, results[2][0].label] == ["red", "blue"]
+        assert isinstance(results[1], DataError)
+        assert "cannot decode the image bytes" in str(results[1])
+        assert isinstance(results[3], DataError)
 
     with open_session(tmp_path) as session:
         asyncio.run(main())
         assert (session.stats.batcher.answered, session.stats.batcher.failed) == (2, 2)
 
 
-def test_what_cannot_be_predicted_is_refused_at_once(tmp_path: Path) -> None:
+def test_invalid_requests_are_rejected_at_once(tmp_path: Path) -> None:
     with open_session(tmp_path) as session:
-        with pytest.raises(InputError, match=r"put the one image in \[ \]"):
+        with pytest.raises(InputError, match=r"put a single image in a list: \[image\]"):
             session.submit_predict(b"bytes")
         with pytest.raises(InputError, match="no images; expected at least one"):
             session.submit_predict([])
@@ -81,7 +81,7 @@ def test_what_cannot_be_predicted_is_refused_at_once(tmp_path: Path) -> None:
     plain = serving_model()
     del plain.metadata_props[:]
     onnx.save(plain, tmp_path / "plain.onnx")
-    with runtime.load(tmp_path / "plain.onnx") as session, pytest.raises(SpecError, match=r"carries no advprop\.spec"):
+    with runtime.load(tmp_path / "plain.onnx") as session, pytest.raises(SpecError, match=r"has no advprop\.spec"):
         session.submit_predict([png("red")])
 
 
@@ -93,18 +93,18 @@ def test_cancelling_a_task_cancels_its_request(tmp_path: Path) -> None:
         await asyncio.sleep(0.05)
         for task in tasks[::2]:
             task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [isinstance(answer, asyncio.CancelledError) for answer in ended] == [True, False] * 20
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(result, asyncio.CancelledError) for result in results] == [True, False] * 20
         await long
 
     with open_session(tmp_path, SLOW, max_batch=1) as session:
         asyncio.run(main())
         stats = session.stats.batcher
         assert (stats.answered, stats.cancelled, stats.pending) == (21, 20, 0)
-        assert stats.batch_sizes == {1: 21}, "what was cancelled did not run"
+        assert stats.batch_sizes == {1: 21}, "cancelled requests must not run"
 
 
-def test_time_limits(tmp_path: Path) -> None:
+def test_deadlines(tmp_path: Path) -> None:
     async def main() -> None:
         long = asyncio.create_task(session.arun(images_of(LONG)))
         await asyncio.sleep(0.01)
@@ -123,18 +123,17 @@ def test_time_limits(tmp_path: Path) -> None:
         assert (stats.answered, stats.cancelled, stats.late) == (1, 1, 2)
 
 
-def test_room_is_taken_before_images_are_decoded(tmp_path: Path) -> None:
+def test_a_request_takes_its_place_before_its_images_are_decoded(tmp_path: Path) -> None:
     async def main() -> None:
-        answers = await asyncio.gather(*(session.apredict([png("green")]) for _ in range(50)), return_exceptions=True)
-        refused = sum(isinstance(answer, QueueFull) for answer in answers)
-        assert refused == 46
-        assert sum(not isinstance(answer, Exception) for answer in answers) == 4
+        results = await asyncio.gather(*(session.apredict([png("green")]) for _ in range(50)), return_exceptions=True)
+        assert sum(isinstance(result, QueueFull) for result in results) == 46
+        assert sum(not isinstance(result, Exception) for result in results) == 4
 
     with open_session(tmp_path, max_queued_images=4, max_batch=8, max_delay_us=300_000) as session:
         asyncio.run(main())
 
 
-def test_closing_with_predictions_under_way(tmp_path: Path) -> None:
+def test_close_with_pending_predictions(tmp_path: Path) -> None:
     session = open_session(tmp_path, SLOW, max_batch=1)
     futures = [session.submit(images_of(LONG)), *(session.submit_predict([png("blue")]) for _ in range(30))]
     session.close()
@@ -148,8 +147,8 @@ def test_closing_with_predictions_under_way(tmp_path: Path) -> None:
     assert stats.answered + stats.failed == 30
 
 
-def test_closing_when_an_image_fails(tmp_path: Path) -> None:
-    """The callback runs in a decoding thread, which cannot wait for itself."""
+def test_close_in_the_callback_of_a_failed_image(tmp_path: Path) -> None:
+    """The callback runs in a decoding thread, which must not wait for itself."""
     session = open_session(tmp_path, decode_threads=1, max_delay_us=10_000_000)
     waits = session.submit_predict([png("red")])
     bad = session.submit_predict([b"no image"] * 3)

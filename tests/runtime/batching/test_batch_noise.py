@@ -1,4 +1,4 @@
-"""How much the answers of a real network depend on what else is in the batch."""
+"""How much the outputs of a real network depend on the other images in the batch."""
 
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from runtime.graph.model import save_onnx
 from runtime.spec import ModelSpec, Preprocessing
 
 BOUND = 1e-5
-"""Of the largest logit. Float32 sums of some thousand products, in another order, differ by about 1e-6."""
+"""Bound on the difference, relative to the largest logit. The order of float32 sums causes about
+1e-6."""
 
 
 @pytest.mark.slow
-def test_noise_of_batch_sizes_is_bounded(tmp_path: Path) -> None:
+def test_the_effect_of_the_batch_size_is_bounded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("mobilenetv3_small_050", num_classes=10).eval()
     preprocessing = Preprocessing(

@@ -149,9 +149,11 @@ def test_batch_sizes() -> None:
     assert sizes({}, {"most_images": 16}) == (1, 8)
     assert sizes({"most_images": 16}, {"fixed_batch": 4}) == (4,)
     assert sizes({"most_images": 16}, requested=(3, 16)) == (3, 16)
-    with pytest.raises(ConfigError, match=r"--batch 1,32: m1 runs batches of up to 16\. .* use --batch 1,8"):
+    with pytest.raises(
+        ConfigError, match=r"--batch-sizes 1,32: m1 runs batches of up to 16\. .* use --batch-sizes 1,8"
+    ):
         sizes({}, {"most_images": 16}, requested=(1, 32))
-    with pytest.raises(ConfigError, match=r"m0 runs batches of 4\. .* use --batch 4"):
+    with pytest.raises(ConfigError, match=r"m0 runs batches of 4\. .* use --batch-sizes 4"):
         sizes({"fixed_batch": 4}, requested=(1,))
     with pytest.raises(
         ConfigError, match=r"no batch size is supported by all files: m0 runs batches of 4; m1 runs batches of 2"

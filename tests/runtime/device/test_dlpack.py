@@ -1,4 +1,4 @@
-"""DLPack capsules that we read and make, with real NumPy and torch on the CPU; and `DeviceArray`, which makes them."""
+"""DLPack capsules and `DeviceArray`, which exports them, with real NumPy and torch on the CPU."""
 
 import gc
 import subprocess
@@ -28,7 +28,7 @@ def host_array(memory: np.ndarray, kind: int = CPU) -> DeviceArray:
     )
 
 
-def test_an_interpreter_ends_while_torch_still_holds_an_output() -> None:
+def test_the_interpreter_exits_while_torch_holds_an_output() -> None:
     program = (
         "import numpy, torch; from runtime.device.arrays import DeviceArray; ones = numpy.ones(3, numpy.float32)\n"
         "array = DeviceArray(pointer=ones.ctypes.data, shape=(3,), dtype=ones.dtype, owner=ones, to_host=0, kind=1)\n"
@@ -48,7 +48,7 @@ def test_capsules_of_torch_are_read(dtype: str, versioned: bool) -> None:
     assert (tensor.dtype, tensor.kind, tensor.device) == (np.dtype(dtype), CPU, 0)
 
 
-def test_read_only_memory_is_told_by_version_1() -> None:
+def test_version_1_reports_read_only_memory() -> None:
     values = np.zeros(3, np.float32)
     values.flags.writeable = False
     if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
@@ -57,25 +57,25 @@ def test_read_only_memory_is_told_by_version_1() -> None:
     assert not read_capsule(values.__dlpack__()).read_only
 
 
-def test_types_that_numpy_does_not_have() -> None:
-    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.complex64, "DLPack type 5 of 64 bits")):
-        with pytest.raises(InputError, match=f"found elements of {name}"):
+def test_types_unknown_to_numpy_are_rejected() -> None:
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.complex64, "5 with 64 bits")):
+        with pytest.raises(InputError, match=f"found elements of type {name}"):
             read_capsule(torch.zeros(2, dtype=dtype).__dlpack__())
 
 
 @pytest.mark.parametrize("consume", [torch.from_dlpack, np.from_dlpack])
-def test_capsules_that_we_make_are_taken_over_and_given_back(consume: Any) -> None:
+def test_our_capsules_are_consumed_and_freed(consume: Any) -> None:
     memory = np.arange(6, dtype=np.float32).reshape(2, 3)
     array = host_array(memory)
     alive = weakref.ref(array)
-    taken = consume(array)
+    consumed = consume(array)
     del array
     gc.collect()
-    assert alive() is not None  # its consumer holds it
-    assert np.array_equal(np.asarray(taken), memory)
-    np.asarray(taken)[0, 0] = 7
+    assert alive() is not None  # its consumer keeps it alive
+    assert np.array_equal(np.asarray(consumed), memory)
+    np.asarray(consumed)[0, 0] = 7
     assert memory[0, 0] == 7
-    del taken
+    del consumed
     gc.collect()
     assert alive() is None
     for version in (None, (1, 0)):
@@ -84,11 +84,11 @@ def test_capsules_that_we_make_are_taken_over_and_given_back(consume: Any) -> No
         capsule = unused.__dlpack__(max_version=version)
         del unused
         assert alive() is not None
-        del capsule  # nobody took it
+        del capsule  # it was not consumed
         assert alive() is None
 
 
-def test_a_device_array_says_where_it_is() -> None:
+def test_a_device_array_exports_its_memory() -> None:
     memory = np.ones((2, 3), np.float16)
     array = host_array(memory, CUDA)
     assert array.__cuda_array_interface__ == {
@@ -105,6 +105,6 @@ def test_a_device_array_says_where_it_is() -> None:
     assert view_of_interface(array.__cuda_array_interface__, array).stream is None
     assert np.array_equal(array.numpy(), memory)
     assert not hasattr(host_array(memory), "__cuda_array_interface__")
-    for wish in ({"copy": True}, {"dl_device": (1, 0)}):
-        with pytest.raises(BufferError, match="given as it is"):
-            array.__dlpack__(**wish)
+    for request in ({"copy": True}, {"dl_device": (1, 0)}):
+        with pytest.raises(BufferError, match="exported without a copy"):
+            array.__dlpack__(**request)

@@ -11,17 +11,19 @@ import runtime
 from advprop.cli import main
 from calib.precision import to_reduced
 from runtime.engine.flavors import choose_flavor, parse_sm
+from runtime.engine.options import BuildOptions
 from runtime.engine.sidecar import read_sidecar, sidecar_path
 from runtime.errors import BackendUnavailable, ConfigError, EngineBuildError, ModelFileError
 from runtime.graph.model import save_onnx
 from runtime.graph.summary import summarize
+from runtime.system.files import sha256_file
 from runtime.system.gpu import find_gpu
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 
 
 def classifier() -> onnx.ModelProto:
-    """A convolution of 8 MB, so that the size of an engine tells its precision."""
+    """Return a model with 8 MB of weights, whose engine's size shows its precision."""
     text = """<ir_version: 9, opset_import: ["" : 20]>
     g (float[n, 3, 32, 32] input) => (float[n, 5] logits) {
         a = Conv<strides=[2, 2]>(input, w1) r = Relu(a) b = Conv<strides=[2, 2]>(r, w2)
@@ -46,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"fp32": folder / "fp32.onnx", "fp16": folder / "fp16.onnx"}
 
 
-def test_precision_comes_from_the_graph_and_shows_in_the_plan(files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_graph_defines_the_precision_of_the_plan(files: dict[str, Path], tmp_path: Path) -> None:
     built = {name: runtime.build(path, tmp_path / f"{name}.engine", sm=(89,)) for name, path in files.items()}
     assert {name: info.precision for name, info in built.items()} == {"fp32": "fp32", "fp16": "fp16"}
     sizes = {name: (tmp_path / f"{name}.engine").stat().st_size for name in built}
@@ -57,9 +59,9 @@ def test_precision_comes_from_the_graph_and_shows_in_the_plan(files: dict[str, P
         assert info.flags == ("STRONGLY_TYPED",)
 
 
-def test_an_fp32_graph_never_becomes_an_fp16_engine(files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"fp16 engine was asked for, but the weights of .* are 100% fp32"):
-        runtime.build(files["fp32"], tmp_path / "a.engine", precision="fp16")
+def test_an_fp32_graph_does_not_become_an_fp16_engine(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"fp16 engine was requested, but the weights of .* are 100% fp32"):
+        runtime.build(files["fp32"], tmp_path / "a.engine", options=BuildOptions(precision="fp16"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,13 +74,13 @@ def test_several_targets_and_batch_sizes(files: dict[str, Path], tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "error", "expected"),
     [
-        ({"sm": (90,)}, ConfigError, "does not build for SM 90; it has SM75.*full TensorRT"),
+        ({"sm": (90,)}, ConfigError, "does not support SM 90; it supports SM75.*full TensorRT"),
         ({"batch": (4, 2, 8)}, ConfigError, "1 ≤ min ≤ opt ≤ max"),
         ({"flavor": "trt"}, ConfigError, "flavor must be auto"),
         ({"engine": "a.onnx"}, ConfigError, r"NAME\.engine or NAME\.plan; found a\.onnx"),
     ],
 )
-def test_impossible_wishes(
+def test_invalid_arguments_are_rejected(
     files: dict[str, Path], tmp_path: Path, changes: dict[str, object], error: type[Exception], expected: str
 ) -> None:
     if "sm" in changes:
@@ -88,7 +90,7 @@ def test_impossible_wishes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_parser_says_is_passed_on(tmp_path: Path) -> None:
+def test_the_parsers_reason_is_in_the_message(tmp_path: Path) -> None:
     text = """<ir_version: 9, opset_import: ["" : 20, "my.domain" : 1]>
     g (float[n, 3, 8, 8] input) => (float[n, 3] logits) { logits = my.domain.Magic(input) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "magic.onnx")
@@ -97,21 +99,24 @@ def test_what_the_parser_says_is_passed_on(tmp_path: Path) -> None:
     assert not (tmp_path / "magic.engine").exists()
 
 
-@pytest.mark.skipif(find_gpu() is not None, reason="with a GPU, full TensorRT may be there")
-def test_without_a_gpu_full_tensorrt_is_not_an_option() -> None:
+@pytest.mark.skipif(find_gpu() is not None, reason="with a GPU, full TensorRT may be installed")
+def test_full_tensorrt_needs_a_gpu() -> None:
     with pytest.raises(BackendUnavailable, match="no NVIDIA GPU was found") as error:
         choose_flavor("tensorrt", ())
-    assert "pip install tensorrt-rtx" in str(error.value)
+    assert error.value.reason == "full TensorRT builds only for the GPU of this machine, and no NVIDIA GPU was found"
+    assert "pip install tensorrt-rtx" in error.value.fix
     assert choose_flavor("auto", ()).name == "tensorrt_rtx"
 
 
 @pytest.mark.parametrize("text", ["89", "8.9", "sm89", "sm_89", "SM_89"])
-def test_compute_capability(text: str) -> None:
+def test_compute_capabilities_are_parsed(text: str) -> None:
     assert parse_sm(text) == 89
 
 
 @pytest.mark.parametrize("damage", ["plan", "cut", "sidecar", "format", "types", "no sidecar", "no plan"])
-def test_an_engine_that_is_not_what_its_sidecar_says(files: dict[str, Path], tmp_path: Path, damage: str) -> None:
+def test_an_engine_that_does_not_match_its_sidecar_is_rejected(
+    files: dict[str, Path], tmp_path: Path, damage: str
+) -> None:
     engine = tmp_path / "a.engine"
     runtime.build(files["fp16"], engine, sm=(89,))
     plan, sidecar = engine.read_bytes(), sidecar_path(engine)
@@ -145,7 +150,7 @@ def test_build_and_inspect_on_the_command_line(files: dict[str, Path], tmp_path:
     assert "100.0% fp16" in shown.output
 
 
-def test_summary_of_an_onnx_file(files: dict[str, Path], tmp_path: Path) -> None:
+def test_an_onnx_file_is_summarized(files: dict[str, Path], tmp_path: Path) -> None:
     summary = summarize(files["fp32"])
     assert (summary.input_name, summary.input_shape, summary.outputs) == ("input", (-1, 3, 32, 32), ("logits",))
     assert summary.weights == {"fp32": 256 * 27 + 896 * 256 * 9 + 5 * 896}
@@ -157,19 +162,16 @@ def test_summary_of_an_onnx_file(files: dict[str, Path], tmp_path: Path) -> None
         summarize(tmp_path / "text.onnx")
 
 
-def test_a_timing_cache_is_of_no_use_to_tensorrt_rtx(
+def test_a_timing_cache_has_no_effect_on_tensorrt_rtx(
     files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime.build(
-        files["fp16"], tmp_path / "a.engine", sm=(89,), flavor="tensorrt_rtx", timing_cache=tmp_path / "timings"
-    )
+    options = BuildOptions(timing_cache=tmp_path / "timings")
+    runtime.build(files["fp16"], tmp_path / "a.engine", sm=(89,), flavor="tensorrt_rtx", options=options)
     assert "--timing-cache has no effect" in caplog.text
     assert not (tmp_path / "timings").exists()
 
 
-def test_weights_beside_the_file_are_used_hashed_and_kept_inside_the_folder(
-    files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_external_weights_are_used_and_hashed(files: dict[str, Path], tmp_path: Path) -> None:
     model = onnx.load(files["fp32"])
     whole, split = tmp_path / "whole.onnx", tmp_path / "split.onnx"
     save_onnx(model, whole)
@@ -180,7 +182,7 @@ def test_weights_beside_the_file_are_used_hashed_and_kept_inside_the_folder(
     with runtime.load(whole) as first, runtime.load(split) as second:
         assert np.array_equal(first.run(images), second.run(images))
     info = runtime.build(split, sm=(89,))
-    assert info.onnx_sha256 == summarize(split).sha256 != runtime.system.files.sha256_file(split)
+    assert info.onnx_sha256 == summarize(split).sha256 != sha256_file(split)
     assert (tmp_path / "split.engine").stat().st_size == pytest.approx(
         (tmp_path / "whole.engine").stat().st_size if runtime.build(whole, sm=(89,)) else 0, rel=0.01
     )
@@ -196,7 +198,9 @@ def test_weights_beside_the_file_are_used_hashed_and_kept_inside_the_folder(
 @pytest.mark.parametrize(
     ("location", "expected"), [("../w", "outside its folder"), ("/etc/hostname", "outside"), ("gone", "no such file")]
 )
-def test_weights_elsewhere_are_refused(files: dict[str, Path], tmp_path: Path, location: str, expected: str) -> None:
+def test_weights_outside_the_folder_are_rejected(
+    files: dict[str, Path], tmp_path: Path, location: str, expected: str
+) -> None:
     model = onnx.load(files["fp32"])
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")

@@ -1,4 +1,4 @@
-"""The engine cache, with engines that TensorRT-RTX builds, real processes, a real full disk and a real kill."""
+"""The engine cache with real builds, real processes, a real full disk and a real kill."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ BUILD = "import sys, runtime; print(runtime.build(sys.argv[1], sys.argv[2], sm=(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; its folder of engines."""
+    """Set up an empty cache, and return its folder of engines."""
     monkeypatch.setenv("ADVPROP_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ADVPROP_CACHE_GB", raising=False)
     return tmp_path / "cache" / "engines"
@@ -52,7 +52,7 @@ def build(model: Path, engine: Path, **options: object) -> EngineInfo:
     return runtime.build(model, engine, **{"sm": (89,), "cache": True, **options})
 
 
-def taken(caplog: pytest.LogCaptureFixture) -> bool:
+def was_cached(caplog: pytest.LogCaptureFixture) -> bool:
     found = "taken from the cache" in caplog.text
     caplog.clear()
     return found
@@ -65,14 +65,14 @@ def python(program: str, *arguments: object, **variables: str) -> subprocess.Pop
     )
 
 
-def test_the_second_build_is_the_first_one(
+def test_the_second_build_comes_from_the_cache(
     model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "runtime")
     first = build(model, tmp_path / "a.engine")
-    assert not taken(caplog)
+    assert not was_cached(caplog)
     second = build(model, tmp_path / "b.engine")
-    assert taken(caplog)
+    assert was_cached(caplog)
     assert first == second == read_sidecar(tmp_path / "b.engine")
     assert (tmp_path / "a.engine").read_bytes() == (tmp_path / "b.engine").read_bytes()
     (entry,) = cache.entries(folder)
@@ -81,13 +81,13 @@ def test_the_second_build_is_the_first_one(
     assert read_sidecar(folder / f"{entry.key}.engine") == first
     assert folder.stat().st_mode & 0o077 == 0
     before = (tmp_path / "b.engine").stat()
-    build(model, tmp_path / "b.engine")  # it is there already: no bytes are written
+    build(model, tmp_path / "b.engine")  # the file exists already: no bytes are written
     assert (tmp_path / "b.engine").samefile(folder / f"{entry.key}.engine")
     assert (tmp_path / "b.engine").stat().st_ino == before.st_ino
     assert not list(tmp_path.glob(".*.tmp")) and not list(folder.glob(".*.tmp"))
 
 
-def test_a_change_to_an_engine_that_is_one_file_with_its_entry_is_told(
+def test_a_modified_engine_that_is_linked_to_the_cache_is_rebuilt(
     model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = build(model, tmp_path / "a.engine")
@@ -95,17 +95,17 @@ def test_a_change_to_an_engine_that_is_one_file_with_its_entry_is_told(
     with (tmp_path / "a.engine").open("r+b") as file:
         file.write(b"\0\0\0\0")
     build(model, tmp_path / "b.engine")
-    assert "a cached engine is damaged and built anew" in caplog.text
+    assert "a cached engine is damaged and will be rebuilt" in caplog.text
     assert (
         read_sidecar(tmp_path / "b.engine").plan_sha256
         == hashlib.sha256((tmp_path / "b.engine").read_bytes()).hexdigest()
     )
     assert (folder / f"{engine_key(first)}.engine").samefile(tmp_path / "b.engine")
-    assert (tmp_path / "a.engine").read_bytes()[4:] == good[4:]  # what the user changed stays the user's
+    assert (tmp_path / "a.engine").read_bytes()[4:] == good[4:]  # the user's file is not touched
 
 
-@pytest.mark.skipif(not SHM.is_dir(), reason="no second file system at hand (/dev/shm)")
-def test_another_file_system_gets_a_copy(model: Path, folder: Path) -> None:
+@pytest.mark.skipif(not SHM.is_dir(), reason="no second file system (/dev/shm)")
+def test_engines_are_copied_to_another_file_system(model: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=SHM) as name:
         first = build(model, Path(name) / "a.engine")
         second = build(model, Path(name) / "b.engine")
@@ -115,7 +115,9 @@ def test_another_file_system_gets_a_copy(model: Path, folder: Path) -> None:
         assert plan.read_bytes() == (Path(name) / "b.engine").read_bytes()
 
 
-def test_what_makes_another_engine(model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_inputs_and_options_build_another_engine(
+    model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "runtime")
     build(model, tmp_path / "a.engine")
     other = onnx.load(model)
@@ -128,10 +130,10 @@ def test_what_makes_another_engine(model: Path, folder: Path, tmp_path: Path, ca
         (tmp_path / "other.onnx", {}),
     ):
         build(source, tmp_path / "a.engine", **options)
-        assert not taken(caplog), options
+        assert not was_cached(caplog), options
     assert len(cache.entries(folder)) == 5
     build(model, tmp_path / "b.engine", cache=False)
-    assert not taken(caplog)
+    assert not was_cached(caplog)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +143,16 @@ def test_what_makes_another_engine(model: Path, folder: Path, tmp_path: Path, ca
         ("flavor", "tensorrt"), ("compute_capabilities", ("sm_90",)), ("gpu", "H100"), ("flags", ("REFIT",)),
     ],
 )  # fmt: skip
-def test_the_key_is_all_that_decides(model: Path, tmp_path: Path, field: str, value: object) -> None:
+def test_the_key_depends_on_everything_that_determines_an_engine(
+    model: Path, tmp_path: Path, field: str, value: object
+) -> None:
     info = runtime.build(model, tmp_path / "a.engine", sm=(89,))
     assert engine_key(dataclasses.replace(info, **{field: value})) != engine_key(info)
     assert engine_key(dataclasses.replace(info, plan_sha256="", layers=())) == engine_key(info)
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "sidecar", "renamed", "no plan"])
-def test_a_damaged_entry_is_built_anew_and_told(
+def test_a_damaged_entry_is_reported_and_rebuilt(
     model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     first = build(model, tmp_path / "a.engine")
@@ -167,14 +171,14 @@ def test_a_damaged_entry_is_built_anew_and_told(
     else:
         plan.unlink()
     assert build(model, tmp_path / "b.engine").compute_capabilities == ("sm_89",)
-    assert "a cached engine is damaged and built anew" in caplog.text
+    assert "a cached engine is damaged and will be rebuilt" in caplog.text
     assert read_sidecar(tmp_path / "b.engine") == read_sidecar(plan)
     caplog.clear()
     build(model, tmp_path / "c.engine")
     assert "damaged" not in caplog.text
 
 
-def test_the_size_is_bounded_and_the_last_used_stay(
+def test_the_least_recently_used_engines_are_removed(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {}
@@ -192,7 +196,7 @@ def test_the_size_is_bounded_and_the_last_used_stay(
 
 
 @pytest.mark.parametrize("gigabytes", ["0", "0.000001"])
-def test_a_cache_that_holds_nothing(
+def test_a_cache_without_room_stays_empty(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: str
 ) -> None:
     monkeypatch.setenv("ADVPROP_CACHE_GB", gigabytes)
@@ -202,30 +206,32 @@ def test_a_cache_that_holds_nothing(
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "nan", "inf"])
-def test_a_size_that_is_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str) -> None:
+def test_an_invalid_size_causes_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
     monkeypatch.setenv("ADVPROP_CACHE_GB", text)
     assert cache.limit_bytes() == 10e9
-    assert "ADVPROP_CACHE_GB is a number of gigabytes" in caplog.text
+    assert "ADVPROP_CACHE_GB must be a number of gigabytes" in caplog.text
 
 
-def test_a_place_that_cannot_be_written_fails_no_build(
+def test_a_cache_that_cannot_be_written_does_not_fail_the_build(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADVPROP_CACHE", str(tmp_path / "file"))
     info = build(model, tmp_path / "a.engine")
     assert read_sidecar(tmp_path / "a.engine") == info
-    assert "could not be kept in the cache" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
-def test_a_full_disk_fails_no_build_and_leaves_nothing_broken(model: Path, tmp_path: Path) -> None:
-    """The cache is on a file system of 16 kB, in a mount namespace of its own."""
+def test_a_full_disk_does_not_fail_the_build(model: Path, tmp_path: Path) -> None:
+    """The cache is on a file system of 16 kB, in its own mount namespace."""
     small = tmp_path / "small"
     small.mkdir()
     mount = f"mount -t tmpfs -o size=16k none {small}"
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount a small file system")
+        pytest.skip("this system does not allow mounting a file system")
     (tmp_path / "build.py").write_text(BUILD)
     script = f'{mount} && "$@" && find {small} -type f && "$@"'
     arguments = [sys.executable, tmp_path / "build.py", model, tmp_path / "a.engine"]
@@ -244,7 +250,7 @@ def test_a_full_disk_fails_no_build_and_leaves_nothing_broken(model: Path, tmp_p
 
 
 def slow_network(path: Path) -> Path:
-    """A network that takes the builder a second or more."""
+    """Write a network that takes the builder at least a second."""
     random = np.random.default_rng(0)
     body, weights, name = [], {}, "input"
     for number in range(80):
@@ -268,37 +274,37 @@ def test_two_processes_build_the_same_engine_once(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_kill_in_the_middle_leaves_the_next_start_right(folder: Path, tmp_path: Path) -> None:
+def test_a_build_after_a_kill_succeeds(folder: Path, tmp_path: Path) -> None:
     source = slow_network(tmp_path / "slow.onnx")
     process = python(BUILD, source, tmp_path / "a.engine")
     while not list(folder.glob("*.lock")):
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.2)  # its build has begun
+    time.sleep(0.2)  # the build runs
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.communicate()
     assert [file.suffix for file in folder.iterdir()] == [".lock"]
-    (folder / ".abc.engine.xyz.tmp").write_bytes(b"what a kill in the middle of a write leaves")
+    (folder / ".abc.engine.xyz.tmp").write_bytes(b"left behind by a kill during a write")
     os.utime(folder / ".abc.engine.xyz.tmp", (0, 0))
-    began = time.monotonic()
+    start = time.monotonic()
     info = build(source, tmp_path / "a.engine")
-    assert time.monotonic() - began < 60  # it waits for no dead process
+    assert time.monotonic() - start < 60  # it does not wait for the killed process
     assert read_sidecar(tmp_path / "a.engine") == info
     assert {file.name for file in folder.iterdir()} == {
         f"{engine_key(info)}{end}" for end in (".engine", ".engine.json")
     }
 
 
-def test_a_process_that_hangs_is_not_waited_for_for_ever(folder: Path) -> None:
-    cache = EngineCache(folder=folder, limit=10**9, patience_s=0.2)
-    with cache.claim("key"):
-        began = time.monotonic()
-        with cache.claim("key"):
-            assert 0.2 <= time.monotonic() - began < 5
+def test_waiting_for_another_build_times_out(folder: Path) -> None:
+    cache = EngineCache(folder=folder, max_bytes=10**9, lock_timeout_s=0.2)
+    with cache.lock("key"):
+        start = time.monotonic()
+        with cache.lock("key"):
+            assert 0.2 <= time.monotonic() - start < 5
 
 
-def test_the_command_lists_prunes_and_says_where(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_cache_command_lists_and_prunes(model: Path, folder: Path, tmp_path: Path) -> None:
     run = CliRunner()
     assert run.invoke(main, ["cache", "ls"]).output == "nothing is cached\n"
     assert run.invoke(main, ["cache", "path"]).output.strip() == str(folder.parent)
@@ -319,7 +325,8 @@ def test_the_command_lists_prunes_and_says_where(model: Path, folder: Path, tmp_
     assert "removed 0 entries" in run.invoke(main, ["cache", "prune"]).output
     assert "removed 1 entries" in run.invoke(main, ["cache", "prune", "--max-gb", "0.00001"]).output
     assert "removed 1 entries" in run.invoke(main, ["cache", "prune", "--all"]).output
-    assert [file.name for file in histograms.iterdir()] == [".abc.npz.1.tmp"]  # somebody may be writing it
+    # Another process may be writing this file.
+    assert [file.name for file in histograms.iterdir()] == [".abc.npz.1.tmp"]
     assert run.invoke(main, ["cache", "prune", "--all", "--max-gb", "1"]).exit_code == 2
     for command in ("ls", "prune", "path"):
         assert "Examples:" in run.invoke(main, ["cache", command, "--help"]).output

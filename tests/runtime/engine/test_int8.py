@@ -1,4 +1,4 @@
-"""What became of quantized layers, in engines that TensorRT-RTX really builds."""
+"""Reports on quantized layers, with engines that TensorRT-RTX built."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from advprop.cli import main
 from calib.placement import points_of
 from calib.precision import to_reduced
 from calib.quantize import quantize
-from runtime.engine.int8 import LayerReport, summary_of, warn_of_floats
+from runtime.engine.int8 import LayerReport, Reason, summary_of, warn_about_floats
 from runtime.engine.layers import layers_of_json, layers_of_log
 from runtime.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from runtime.errors import ModelFileError
@@ -28,7 +28,7 @@ CONVOLUTIONS = ["Conv_0", "Conv_2", "Conv_4"]
 
 
 def quantized(path: Path, keep: tuple[str, ...] = (), half: bool = True, flat: bool = True) -> Path:
-    """A dense, a depthwise and a pointwise convolution and a Gemm, with Q/DQ nodes."""
+    """Write a dense, a depthwise and a pointwise convolution and a Gemm, with Q/DQ nodes."""
     random = np.random.default_rng(0)
     model = graph(
         """a = Conv<pads=[1, 1, 1, 1]>(input, w1, b1) r = Relu(a)
@@ -58,7 +58,7 @@ def by_node(info: EngineInfo) -> dict[str, LayerReport]:
 
 
 def types_in_plan(plan: bytes) -> dict[str, tuple[str, ...]]:
-    """What each convolution reads and gives, by the program that the plan itself holds as text."""
+    """Return the types of each convolution's output and inputs, from the plan's program text."""
     text = plan.decode("latin-1")
     types = dict(re.findall(r'  tensor=\{[^\n]*? name="([^"\n]*)"[^\n]* type=(\w+) \}', text))
     found = re.findall(r'  corrltn=\{ name="([^"]*)" output=\{"([^"]*)" \} input=\{"([^"]*)" "([^"]*)"', text)
@@ -72,7 +72,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "a.engine"
 
 
-def test_every_layer_is_in_int8_and_the_plan_agrees(engine: Path) -> None:
+def test_every_layer_is_in_int8_and_the_plan_confirms_it(engine: Path) -> None:
     layers = by_node(read_sidecar(engine))
     assert {name: (layer.op, layer.macs) for name, layer in layers.items()} == {
         "Conv_0": ("Conv", 64 * 16 * 27),
@@ -81,45 +81,50 @@ def test_every_layer_is_in_int8_and_the_plan_agrees(engine: Path) -> None:
         "Gemm_7": ("Gemm", 4 * 32),
     }
     assert all(layer.quantized and layer.int8 for layer in layers.values())
-    assert layers["Conv_2"].why == "its 16 channels are padded to 64, writes fp32"
+    depthwise = layers["Conv_2"]
+    assert depthwise.why == "its 16 channels are padded to 64, writes fp32"
+    assert (depthwise.channels, depthwise.padded_channels, depthwise.writes_fp32) == (16, 64, True)
+    assert [name for name, layer in layers.items() if layer.is_padded] == ["Conv_2"]
     assert types_in_plan(engine.read_bytes()) == dict.fromkeys(CONVOLUTIONS, ("float", "int8", "int8"))
 
 
 @pytest.mark.parametrize(
-    ("sm", "flat", "reason"),
+    ("sm", "flat", "reason", "text"),
     [
-        (75, True, "no INT8 convolutions for SM 75"),
-        (89, False, "the scale of its input is a list of one number"),
+        (75, True, Reason.OLD_TARGET, "no INT8 convolutions for SM 75"),
+        (89, False, Reason.LIST_SCALE, "the scale of its input is a list with one number"),
     ],
 )
 def test_convolutions_that_the_builder_dequantizes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, sm: int, flat: bool, reason: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sm: int, flat: bool, reason: Reason, text: str
 ) -> None:
     source = quantized(tmp_path / "a.onnx", flat=flat)
     layers = by_node(runtime.build(source, sm=(sm, 120), flavor="tensorrt_rtx"))
     for name in CONVOLUTIONS:
         assert layers[name].computes == "fp16"
-        assert reason in layers[name].why
+        assert layers[name].reason is reason
+        assert text in layers[name].why
     assert layers["Gemm_7"].int8
-    assert "3 of 4 quantized layers are computed in floating point, from Conv_0 on" in caplog.text
+    assert "3 of 4 quantized layers are computed in floating point, starting with Conv_0" in caplog.text
     assert "build FP16 (--trt fp16)" in caplog.text
     plan = (tmp_path / "a.engine").read_bytes()
     assert types_in_plan(plan) == dict.fromkeys(CONVOLUTIONS, ("half", "half", "half"))
     weight = next(tensor for tensor in onnx.load(source).graph.initializer if list(tensor.dims) == [32, 16, 1, 1])
-    assert numpy_helper.to_array(weight).tobytes() in plan  # stored as int8 all the same: bytes do not tell
+    assert numpy_helper.to_array(weight).tobytes() in plan  # the plan stores int8 anyway
 
 
-def test_layers_that_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_are_not_quantized_have_no_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     info = runtime.build(quantized(tmp_path / "a.onnx", keep=("Conv_2",)), sm=(89,), flavor="tensorrt_rtx")
     layers = by_node(info)
     kept = layers["Conv_2"]
-    assert (kept.quantized, kept.int8, kept.computes, kept.why) == (False, False, "fp16", "")
+    assert (kept.quantized, kept.int8, kept.computes) == (False, False, "fp16")
+    assert (kept.reason, kept.why) == (Reason.NONE, "")
     assert layers["Conv_0"].int8
-    assert "floating point, from" not in caplog.text
+    assert "computed in floating point" not in caplog.text
     assert summary_of(info.layers) == "3 of 4 layers, 86.8% of the MACs"
 
 
-def test_the_rest_in_fp32(tmp_path: Path) -> None:
+def test_the_other_layers_may_be_in_fp32(tmp_path: Path) -> None:
     info = runtime.build(quantized(tmp_path / "a.onnx", keep=("Conv_4",), half=False), sm=(86,), flavor="tensorrt_rtx")
     assert [layer.computes for layer in info.layers] == ["int8", "int8", "fp32", "int8"]
 
@@ -131,11 +136,12 @@ def test_a_transposed_convolution_has_no_int8_kernel(tmp_path: Path) -> None:
     points = points_of(model)
     onnx.save(quantize(model, points, {"input": 4.0}), tmp_path / "a.onnx")
     (layer,) = runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx").layers
-    assert (layer.computes, layer.why) == ("fp32", "TensorRT-RTX has no INT8 ConvTranspose")
+    assert (layer.computes, layer.reason) == ("fp32", Reason.NO_KERNEL)
+    assert layer.why == "TensorRT-RTX has no INT8 ConvTranspose"
 
 
-def test_a_residual_that_the_convolution_adds(tmp_path: Path) -> None:
-    """With one scale for all weights, the bias, the ReLU and an FP16 residual become part of the INT8 kernel."""
+def test_a_convolution_that_adds_a_residual(tmp_path: Path) -> None:
+    """With one scale for all weights, bias, ReLU and an FP16 residual join the INT8 kernel."""
     random = np.random.default_rng(0)
     body = """a = Conv(input, w1) b = Conv<pads=[1, 1, 1, 1]>(a, w2) s = Add(b, a) r = Relu(s)
         p = GlobalAveragePool(r) logits = Flatten(p)"""
@@ -158,15 +164,15 @@ def test_a_residual_that_the_convolution_adds(tmp_path: Path) -> None:
     assert re.search(rb'corrltn=\{ name="Conv_1"[^\n]* relu=true [^\n]* accu=true', plan)
 
 
-def test_an_int8_plan_that_saves_nothing_is_told(
+def test_an_int8_plan_that_saves_no_space_causes_a_warning(
     engine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime.build(engine.with_suffix(".onnx"), tmp_path / "a.engine", sm=(89,), flavor="tensorrt_rtx")
-    assert "no space is saved" in caplog.text
-    assert "1 grouped convolutions, from Conv_2 on" in caplog.text
+    assert "outweigh the savings" in caplog.text
+    assert "1 grouped convolutions, starting with Conv_2" in caplog.text
 
 
-def test_build_and_inspect_say_it(engine: Path, tmp_path: Path) -> None:
+def test_build_and_inspect_report_int8(engine: Path, tmp_path: Path) -> None:
     arguments = ["build", str(engine.with_suffix(".onnx")), "--out", str(tmp_path / "a.engine"), "--sm", "89"]
     built = CliRunner().invoke(main, arguments)
     assert "in INT8: 4 of 4 layers, 100.0% of the MACs" in built.output.replace("\n", " ")
@@ -175,7 +181,7 @@ def test_build_and_inspect_say_it(engine: Path, tmp_path: Path) -> None:
     assert re.search(r"Conv_2 +│ Conv +│ 0\.01 M +│ yes +│ int8", shown)
 
 
-def test_sidecars_of_engines_that_are_not_quantized_or_older(engine: Path, tmp_path: Path) -> None:
+def test_sidecars_without_layers_and_with_invalid_layers(engine: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a.engine"
     copy.write_bytes(engine.read_bytes())
     content = json.loads(sidecar_path(engine).read_text())
@@ -187,13 +193,32 @@ def test_sidecars_of_engines_that_are_not_quantized_or_older(engine: Path, tmp_p
         read_sidecar(copy)
 
 
-def test_a_listing_that_cannot_be_read_is_no_listing() -> None:
+def test_sidecars_of_version_0_1_are_read(engine: Path, tmp_path: Path) -> None:
+    """They have British names, and a text instead of a reason."""
+    copy = tmp_path / "a.engine"
+    copy.write_bytes(engine.read_bytes())
+    content = json.loads(sidecar_path(engine).read_text())
+    content["flavour"] = content.pop("flavor")
+    for layer in content["layers"]:
+        layer["quantised"] = layer.pop("quantized")
+        for name in ("reason", "channels", "padded_channels", "writes_fp32"):
+            del layer[name]
+    sidecar_path(copy).write_text(json.dumps(content))
+    info, current = read_sidecar(copy), read_sidecar(engine)
+    assert info.flavor == "tensorrt_rtx"
+    assert [(layer.node, layer.quantized, layer.computes, layer.why) for layer in info.layers] == [
+        (layer.node, layer.quantized, layer.computes, layer.why) for layer in current.layers
+    ]
+    assert {layer.reason for layer in info.layers} == {Reason.UNSTATED}
+
+
+def test_unknown_formats_give_no_layers() -> None:
     assert layers_of_log("Layers:\nsomething else\n") == layers_of_log("") == []
     assert layers_of_json("no JSON") == layers_of_json('{"Layers": ["conv1"]}') == []
 
 
-def test_what_an_engine_inspector_says() -> None:
-    """Both spellings of a type, after the examples in NVIDIA's documentation."""
+def test_the_engine_inspectors_json_is_parsed() -> None:
+    """Both notations of a type, from the examples in NVIDIA's documentation."""
     conv = {
         "Name": "conv1 + relu1",
         "LayerType": "CaskConvolution",
@@ -205,16 +230,16 @@ def test_what_an_engine_inspector_says() -> None:
     gemm = {"Name": "fc", "LayerType": "gemm", "Inputs": [{"Dimensions": [1, 8], "Datatype": "Half"}]}
     first, second = layers_of_json(json.dumps({"Layers": [conv, gemm]}))
     assert [tensor.type for tensor in (*first.inputs, *first.constants, *first.outputs)] == ["int8", "int8", "fp16"]
-    assert (first.nodes, first.moved) == ({"conv1", "relu1"}, 32 * 784 + 2 * 64 * 784)
-    assert (second.inputs[0].type, second.nodes, second.moved) == ("fp16", frozenset(), 16)
+    assert (first.nodes, first.moved_bytes) == ({"conv1", "relu1"}, 32 * 784 + 2 * 64 * 784)
+    assert (second.inputs[0].type, second.nodes, second.moved_bytes) == ("fp16", frozenset(), 16)
 
 
-def test_few_layers_in_int8_and_many(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_depends_on_the_share_of_int8(caplog: pytest.LogCaptureFixture) -> None:
     def layer(name: str, macs: int, computes: str) -> LayerReport:
         return LayerReport(node=name, op="Conv", macs=macs, quantized=True, computes=computes, why="")
 
-    warn_of_floats([layer("a", 90, "int8"), layer("b", 10, "fp16")])
+    warn_about_floats([layer("a", 90, "int8"), layer("b", 10, "fp16")])
     assert "1 of 2 quantized layers" in caplog.text
     assert "--trt fp16" not in caplog.text
-    warn_of_floats([layer("a", 10, "int8"), layer("b", 90, "fp16")])
+    warn_about_floats([layer("a", 10, "int8"), layer("b", 90, "fp16")])
     assert "--trt fp16" in caplog.text

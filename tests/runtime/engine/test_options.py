@@ -1,4 +1,4 @@
-"""Progress, Ctrl-C, options and reasons of builds that TensorRT-RTX really makes."""
+"""Progress, Ctrl-C, options and error messages of real TensorRT-RTX builds."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 convolutions of distinct shapes: a second or more for the builder."""
+    """150 convolutions of distinct shapes, which take the builder at least a second."""
     random = np.random.default_rng(0)
     lines, weights, channels, name = [], {}, 3, "input"
     for number in range(150):
@@ -50,43 +50,42 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_progress_never_goes_back_and_ends_near_one(model: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, float]] = []
-    runtime.build(model, tmp_path / "a.engine", sm=(89,), progress=lambda phase, share: told.append((phase, share)))
-    shares = [share for _, share in told]
+def test_progress_never_decreases_and_ends_near_one(model: Path, tmp_path: Path) -> None:
+    reported: list[tuple[str, float]] = []
+    runtime.build(model, tmp_path / "a.engine", sm=(89,), progress=lambda phase, share: reported.append((phase, share)))
+    shares = [share for _, share in reported]
     assert shares == sorted(shares)
     assert 0 <= shares[0] < 0.2
     assert 0.8 < shares[-1] <= 1
-    assert "Building engine" in {phase for phase, _ in told}
+    assert "Building engine" in {phase for phase, _ in reported}
 
 
-def test_phases_within_phases() -> None:
-    told: list[float] = []
-    progress = BuildProgress(lambda phase, share: told.append(share))
+def test_nested_phases() -> None:
+    reported: list[float] = []
+    progress = BuildProgress(lambda phase, share: reported.append(share))
     progress.phase_start("all", None, 2)
     progress.phase_start("part", "all", 4)
     assert progress.step_complete("part", 1)
-    assert told[-1] == 0.25
+    assert reported[-1] == 0.25
     progress.phase_finish("part")
-    progress.phase_start("ring", "ring", 2)  # nobody's word is trusted
+    progress.phase_start("ring", "ring", 2)  # a cycle must not loop forever
     progress.step_complete("all", 0)
-    assert told[-1] == 0.5
+    assert reported[-1] == 0.5
     progress.stop()
     assert not progress.step_complete("all", 1)
 
 
-def test_what_the_callback_raises_stops_the_build(model: Path, tmp_path: Path) -> None:
+def test_an_error_of_the_callback_stops_the_build(model: Path, tmp_path: Path) -> None:
     def refuse(phase: str, share: float) -> None:
         raise LookupError("enough")
 
     with pytest.raises(LookupError, match="enough"):
         runtime.build(model, tmp_path / "a.engine", sm=(89,), progress=refuse)
     assert list(tmp_path.iterdir()) == []
-    runtime.build(model, tmp_path / "a.engine", sm=(89,))  # the next one is right
+    runtime.build(model, tmp_path / "a.engine", sm=(89,))  # the next build succeeds
 
 
-def test_a_signal_stops_the_build_in_the_middle(model: Path, tmp_path: Path) -> None:
-    """An old engine stays as it was."""
+def test_a_signal_stops_the_build_and_keeps_the_old_engine(model: Path, tmp_path: Path) -> None:
     engine = tmp_path / "a.engine"
     before = runtime.build(model, engine, sm=(89,))
 
@@ -100,7 +99,7 @@ def test_a_signal_stops_the_build_in_the_middle(model: Path, tmp_path: Path) -> 
     assert read_sidecar(engine) == before
 
 
-def test_work_that_fails_and_work_that_is_interrupted_twice() -> None:
+def test_errors_and_repeated_interrupts_of_the_work() -> None:
     progress = BuildProgress()
     with pytest.raises(ZeroDivisionError):
         run_interruptibly(lambda: 1 // 0, progress)
@@ -115,21 +114,21 @@ def test_work_that_fails_and_work_that_is_interrupted_twice() -> None:
         run_interruptibly(work, progress)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_on_the_command_line(deep: Path, tmp_path: Path) -> None:
     engine = tmp_path / "a.engine"
     command = [sys.executable, "-m", "advprop.cli", "build", str(deep), "--out", str(engine), "-v"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        seen = next(line for line in process.stdout if "tensorrt_rtx: " in line)  # the builder speaks
+        seen = next(line for line in process.stdout if "tensorrt_rtx: " in line)  # the builder runs
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130, seen + rest
-    assert "stopped: nothing half-written was left" in rest
+    assert "Interrupted. No incomplete file was left behind." in rest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_node_operator_and_reason(tmp_path: Path) -> None:
+def test_messages_have_node_operator_and_reason(tmp_path: Path) -> None:
     text = """<ir_version: 9, opset_import: ["" : 20, "my.domain" : 1]>
     g (float[n, 3, 8, 8] input) => (float[n, 3] logits) { a = Relu(input) logits = my.domain.Magic(a) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
@@ -138,11 +137,11 @@ def test_node_operator_and_reason(tmp_path: Path) -> None:
     named = onnx.parser.parse_model(text.replace("my.domain.Magic(a)", "Conv(a, nothing)"))
     named.graph.node[1].name = "head"
     onnx.save(named, tmp_path / "a.onnx")
-    with pytest.raises(EngineBuildError, match=r"node 'head' \(Conv\): one of its inputs is given by no node"):
+    with pytest.raises(EngineBuildError, match=r"node 'head' \(Conv\): one of its inputs is not the output of a node"):
         runtime.build(tmp_path / "a.onnx", sm=(89,), flavor="tensorrt_rtx")
 
 
-def test_a_workspace_that_is_too_small(tmp_path: Path) -> None:
+def test_a_workspace_that_is_too_small_is_reported(tmp_path: Path) -> None:
     body = "a = Conv(input, w) p = GlobalAveragePool(a) f = Flatten(p) logits = Gemm<transB=1>(f, v)"
     random = np.random.default_rng(0)
     model = graph(body, 32, 32, w=random.normal(size=(2000, 3, 20, 20)), v=random.normal(size=(4, 2000)))
@@ -156,42 +155,44 @@ def test_a_workspace_that_is_too_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"version_compatible": True}, "has no version-compatible engines: each release needs its own"),
-        ({"hardware_compatible": "ampere_plus"}, "no hardware compatibility levels: name the GPU generations"),
+        ({"version_compatible": True}, "has no version-compatible engines: each release needs its own engine"),
+        ({"hardware_compatible": "ampere_plus"}, "no hardware compatibility levels; name the GPU generations"),
         pytest.param(
             {"refit": True},
             "needs a GPU and its driver",
-            marks=pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU"),
+            marks=pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU"),
         ),
         pytest.param(
             {"strip_weights": True},
             "needs a GPU and its driver",
-            marks=pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU"),
+            marks=pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU"),
         ),
     ],
 )
-def test_what_tensorrt_rtx_lacks(model: Path, tmp_path: Path, options: dict[str, object], expected: str) -> None:
+def test_options_that_tensorrt_rtx_does_not_support(
+    model: Path, tmp_path: Path, options: dict[str, object], expected: str
+) -> None:
     with pytest.raises(ConfigError, match=expected):
         runtime.build(model, tmp_path / "a.engine", sm=(89,), options=BuildOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_impossible_options() -> None:
-    with pytest.raises(ConfigError, match="a number of MiB"):
+def test_invalid_options_are_rejected() -> None:
+    with pytest.raises(ConfigError, match="workspace_mib must be a number of MiB"):
         BuildOptions(workspace_mib=-1)
-    with pytest.raises(ConfigError, match="one of ampere_plus, same_compute_capability"):
+    with pytest.raises(ConfigError, match="must be one of ampere_plus, same_compute_capability"):
         BuildOptions(hardware_compatible="all")
 
 
 @pytest.mark.parametrize("option", ["refit", "strip_weights"])
-def test_refitting_is_not_for_int8(option: str) -> None:
+def test_int8_engines_cannot_be_refitted(option: str) -> None:
     flavor = choose_flavor("tensorrt_rtx", (89,))
     with pytest.raises(ConfigError, match="an INT8 engine cannot be refitted"):
         check_options(flavor, BuildOptions(**{option: True}), quantized=True)
 
 
 def test_flags_reach_the_builder() -> None:
-    """The bindings of TensorRT-RTX hold the flags that only full TensorRT and a GPU can build with."""
+    """TensorRT-RTX's bindings accept flags that only full TensorRT supports."""
     trt = choose_flavor("tensorrt_rtx", (89,)).module
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     config = builder.create_builder_config()
@@ -209,7 +210,7 @@ def test_flags_reach_the_builder() -> None:
     )
 
 
-def test_host_code_is_told(model: Path, tmp_path: Path) -> None:
+def test_host_code_is_reported(model: Path, tmp_path: Path) -> None:
     engine = tmp_path / "a.engine"
     runtime.build(model, engine, sm=(89,))
     assert not read_sidecar(engine).has_host_code

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from advprop.cli import main
 from calib.config import CalibrationConfig
 from calib.pipeline import calibrate_file
+from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from tests.support.real_weights import SOURCE, save_lite0
 from tests.support.report_sets import with_fault
@@ -31,7 +32,7 @@ def test_a_scale_times_a_tenth_is_reported_and_int8_without_a_fault_is_not(
         for folder in chosen:
             shutil.copytree(folder, tmp_path / name / folder.name)
     fp32 = export_checkpoint(
-        SOURCE, weights=save_lite0(tmp_path / "lite0.pt"), data=tmp_path / "calib", out=tmp_path / "model"
+        SOURCE, ExportConfig(weights=save_lite0(tmp_path / "lite0.pt"), data=tmp_path / "calib", out=tmp_path / "model")
     ).onnx
     int8, faulty = tmp_path / "sound.onnx", tmp_path / "faulty.onnx"
     calibrate_file(fp32, tmp_path / "calib", int8, CalibrationConfig(images=CALIBRATION), cache=False)

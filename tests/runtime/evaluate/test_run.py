@@ -230,7 +230,7 @@ def test_outputs_that_are_not_finite_count_as_wrong(data: Path, tmp_path: Path) 
 
 def test_a_folder_that_cannot_be_written_is_reported_first(data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OutputError, match="a file of that name is in the way"):
+    with pytest.raises(OutputError, match="a file with that name exists"):
         evaluate([toy()], config("imagenet", data), run_config(tmp_path / "out"))
 
 

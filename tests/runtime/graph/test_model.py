@@ -2,7 +2,7 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime.graph.model import check, infer_shapes, is_large, open_session
+from runtime.graph.model import check, infer_shapes, is_large, open_session, run_batches, save_onnx
 from tests.support.networks import graph
 
 
@@ -14,16 +14,34 @@ def network() -> onnx.ModelProto:
     return model
 
 
-def test_a_model_too_large_for_protobuf_is_run_with_its_weights_beside_it() -> None:
-    """What a limit of 4,000 bytes makes of a small model is what the real one makes of a large model."""
+def images() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(3, 3, 8, 8)).astype(np.float32)
+
+
+def test_a_model_too_large_for_protobuf_runs_with_external_weights() -> None:
+    """A limit of 4,000 bytes makes a small model take the path of a model with more than 2 GiB."""
     model = network()
     assert (is_large(model), is_large(model, 4000)) == (False, True)
     check(model, 4000)
-    images = np.random.default_rng(1).normal(size=(3, 3, 8, 8)).astype(np.float32)
-    whole, light = (open_session(model, limit).run(None, {"input": images})[0] for limit in (10**9, 4000))
-    assert np.array_equal(whole, light)
+    whole, split = (open_session(model, limit).run(None, {"input": images()})[0] for limit in (10**9, 4000))
+    assert np.array_equal(whole, split)
     shapes = {value.name: value.type.tensor_type.shape for value in infer_shapes(model, 4000).value_info}
     assert [size.dim_value for size in shapes["a"].dim][1:] == [64, 6, 6]
+
+
+def test_a_large_model_is_saved_with_external_weights_that_a_smaller_one_removes(tmp_path) -> None:
+    save_onnx(network(), tmp_path / "m.onnx", 4000)
+    assert (tmp_path / "m.onnx").stat().st_size < 4000 < (tmp_path / "m.onnx.data").stat().st_size
+    np.testing.assert_array_equal(
+        run_batches(onnx.load(tmp_path / "m.onnx"), [images()]), run_batches(network(), [images()])
+    )
+    save_onnx(network(), tmp_path / "m.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_batches_are_run_in_order() -> None:
+    split = run_batches(network(), [images()[:1], images()[1:]])
+    np.testing.assert_allclose(split, run_batches(network(), [images()]), rtol=1e-5)
 
 
 def test_a_fault_is_found_without_the_weights() -> None:

@@ -1,30 +1,81 @@
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from runtime.system.locks import file_lock
+from tests.support import ROOT
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from runtime.system.locks import file_lock
+with file_lock(Path(sys.argv[1]), timeout_s=0) as held:
+    print(held, flush=True)
+    time.sleep(600)
+"""
 
 
-def test_a_lock_has_one_holder(tmp_path: Path) -> None:
-    inside, most, waited = 0, 0, []
+def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    """The file is removed on release, and the threads that wait for it must notice."""
+    holders, largest, waits = 0, 0, []
 
     def work() -> None:
-        nonlocal inside, most
+        nonlocal holders, largest
         for _ in range(20):
-            with file_lock(tmp_path / "a.lock", patience_s=60, waiting=lambda: waited.append(1)) as held:
+            with file_lock(tmp_path / "a.lock", timeout_s=60, on_wait=lambda: waits.append(1)) as held:
                 assert held
-                inside += 1
-                most = max(most, inside)
+                holders += 1
+                largest = max(largest, holders)
                 time.sleep(0.0005)
-                inside -= 1
+                holders -= 1
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1
-    assert waited
+    assert largest == 1
+    assert waits
     assert list(tmp_path.iterdir()) == []
-    with file_lock(tmp_path / "nowhere" / "a.lock", patience_s=1) as held:
+
+
+def test_a_lock_that_stays_held_times_out(tmp_path: Path) -> None:
+    waits: list[int] = []
+    with file_lock(tmp_path / "a.lock", timeout_s=0) as first:
+        start = time.monotonic()
+        with file_lock(tmp_path / "a.lock", timeout_s=0.2, on_wait=lambda: waits.append(1)) as second:
+            assert (first, second) == (True, False)
+            assert 0.2 <= time.monotonic() - start < 5
+        assert (tmp_path / "a.lock").exists()  # the second one did not remove it
+    assert waits == [1]
+
+
+@pytest.mark.parametrize("folder", ["missing", "file"])
+def test_a_lock_that_cannot_be_created_is_not_held(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("")
+    with file_lock(tmp_path / folder / "a.lock", timeout_s=60) as held:
         assert not held
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "a.lock"
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        with file_lock(lock, timeout_s=0) as held:
+            assert not held
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert lock.exists()
+    with file_lock(lock, timeout_s=5) as held:
+        assert held
+    assert not lock.exists()

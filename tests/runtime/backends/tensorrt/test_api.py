@@ -1,7 +1,7 @@
-"""Every TensorRT name that our code uses is in TensorRT-RTX, 10.16 and 11.4, or is guarded where it is not.
+"""The names that our code uses exist in TensorRT-RTX, 10.16 and 11.4, or are guarded.
 
-The names of TensorRT 10 and 11 are in `tensorrt_names.json`, written by `scripts/tensorrt_names.py` from the text of
-their wheels, since they cannot be imported without TensorRT's libraries.
+The names of TensorRT 10 and 11 are in `tensorrt_names.json`. `scripts/tensorrt_names.py` extracted
+them from the text of the wheels, which cannot be imported without TensorRT's libraries.
 """
 
 import ast
@@ -23,7 +23,7 @@ RELEASES = {
     for version, names in json.loads(Path(__file__).with_name("tensorrt_names.json").read_text()).items()
 }
 MODULES = ("trt", "module")
-"""What our code calls the library: `trt.Builder`, `flavor.module.Builder`."""
+"""Names of the library in our code: `trt.Builder`, `flavor.module.Builder`."""
 OBJECTS = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -36,15 +36,15 @@ OBJECTS = {
     "engine": "ICudaEngine",
     "inspector": "EngineInspector",
 }
-"""What our code calls the library's objects, in the files below."""
+"""Name of an object in the files below → its TensorRT class."""
 NATIVE = ("engine/plan.py", "engine/options.py", "engine/layers.py")
 
 RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
-"""Used where `flavor.name` is `tensorrt_rtx`."""
+"""Used only if `flavor.name` is `tensorrt_rtx`."""
 
 
 def chains() -> set[tuple[str, ...]]:
-    """Names that follow the module's: `trt.MemoryPoolType.WORKSPACE` → (MemoryPoolType, WORKSPACE)."""
+    """Return the names after the module: `trt.MemoryPoolType.WORKSPACE` → (MemoryPoolType, WORKSPACE)."""
     found = set()
     for path in (ROOT / "runtime").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -61,7 +61,7 @@ def chains() -> set[tuple[str, ...]]:
 
 
 def members() -> set[tuple[str, str]]:
-    """(class, member) of what is called, read or set on the library's objects."""
+    """Return (class, member) for every member of the library's objects that our code uses."""
     found = set()
     for file in NATIVE:
         for node in ast.walk(ast.parse((ROOT / "runtime" / file).read_text())):
@@ -71,15 +71,14 @@ def members() -> set[tuple[str, str]]:
 
 
 def by_name() -> set[tuple[str, str]]:
-    """Enumerators that are looked up by name."""
+    """Return the enumerators that our code looks up by name."""
     options = BuildOptions(version_compatible=True, refit=True, strip_weights=True)
     flags = {("BuilderFlag", name) for name in flag_names(trt, options) if name != "STRONGLY_TYPED"}
     levels = {("HardwareCompatibilityLevel", level.upper()) for level in HARDWARE_LEVELS}
     return flags | levels | {("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")}
 
 
-def test_names_that_the_code_uses_are_found() -> None:
-    """The search itself: what is surely used is seen."""
+def test_the_search_finds_names_in_our_code() -> None:
     assert ("MemoryPoolType", "WORKSPACE") in chains()
     assert {("Builder", "build_serialized_network"), ("IBuilderConfig", "progress_monitor")} <= members()
     assert ("ParserError", "node_operator") in members()
@@ -89,7 +88,7 @@ def test_names_that_the_code_uses_are_found() -> None:
 
 
 @pytest.mark.parametrize("chain", sorted(chains() | members() | by_name()), ids=".".join)
-def test_tensorrt_rtx_has_it(chain: tuple[str, ...]) -> None:
+def test_tensorrt_rtx_has_the_name(chain: tuple[str, ...]) -> None:
     found = trt
     for name in chain:
         assert hasattr(found, name), f"{name} of {'.'.join(chain)}"
@@ -97,17 +96,17 @@ def test_tensorrt_rtx_has_it(chain: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_full_tensorrt_has_it(version: str) -> None:
+def test_full_tensorrt_has_the_names(version: str) -> None:
     used = {name for chain in chains() | members() | by_name() for name in chain if not name.startswith("_")}
-    lacking = used - RELEASES[version] - RTX_ONLY
-    assert not lacking, f"not in TensorRT {version}; guard it, or run scripts/tensorrt_names.py where it is new"
+    missing = used - RELEASES[version] - RTX_ONLY
+    assert not missing, f"not in TensorRT {version}; guard the use, or run scripts/tensorrt_names.py for a new release"
     assert not RTX_ONLY & RELEASES[version]
     assert used >= RTX_ONLY
 
 
-def test_what_only_one_has_is_behind_a_guard() -> None:
-    """Each use of a name of TensorRT-RTX alone is in a function that is called, or goes on, for TensorRT-RTX only."""
-    guarded = {"_set_targets", "check_targets", "_warn_where_it_will_not_run"}
+def test_names_of_tensorrt_rtx_alone_are_guarded() -> None:
+    """They are used only in functions that run, or continue, for TensorRT-RTX alone."""
+    guarded = {"_set_targets", "check_targets", "_warn_if_not_runnable"}
     for path in (ROOT / "runtime").rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and function.name not in guarded:
@@ -115,15 +114,17 @@ def test_what_only_one_has_is_behind_a_guard() -> None:
                 assert not names & RTX_ONLY, f"{path.name}: {function.name}"
 
 
-def test_a_level_that_this_tensorrt_lacks() -> None:
+def test_an_unsupported_hardware_level_is_rejected() -> None:
     """The first releases of TensorRT 10 have AMPERE_PLUS only."""
     level = SimpleNamespace(__members__={"NONE": 0, "AMPERE_PLUS": 1})
     old = SimpleNamespace(__version__="10.0.1", HardwareCompatibilityLevel=level)
     options = BuildOptions(hardware_compatible="same_compute_capability")
-    with pytest.raises(ConfigError, match=r"TensorRT 10\.0\.1 has no same_compute_capability; it has ampere_plus"):
+    with pytest.raises(
+        ConfigError, match=r"TensorRT 10\.0\.1 does not support same_compute_capability; it supports ampere_plus"
+    ):
         check_options(Flavor("tensorrt", old), options, quantized=False)
 
 
-def test_engines_with_host_code_are_announced(caplog: pytest.LogCaptureFixture) -> None:
+def test_host_code_causes_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     check_options(Flavor("tensorrt", trt), BuildOptions(version_compatible=True), quantized=False)
-    assert "loads only where that is allowed (engine_host_code_allowed)" in caplog.text
+    assert "loads only if engine_host_code_allowed is set" in caplog.text

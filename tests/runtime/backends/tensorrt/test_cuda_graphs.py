@@ -1,4 +1,4 @@
-"""When shapes are captured and replayed, on a stand-in for the GPU: see stand_in_driver.py."""
+"""Capture and replay of CUDA graphs, on a stand-in for the GPU: see stand_in_driver.py."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from tests.support.stand_in_machine import Machine, images, means
 
 def test_a_shape_is_launched_then_captured_then_replayed() -> None:
     machine = Machine(contexts=1)
-    assert machine.trt.contexts == 3  # the usual and the largest batch are captured, in contexts of their own
+    # The optimal and the largest batch are captured in their own contexts.
+    assert machine.trt.contexts == 3
     found = []
     for number in range(4):
         batch = images(2, seed=number)
@@ -22,15 +23,15 @@ def test_a_shape_is_launched_then_captured_then_replayed() -> None:
     machine.backend.close()
 
 
-def test_graphs_stop_at_their_number_and_tensorrt_rtx_has_its_own() -> None:
-    machine = Machine(most_graphs=4, contexts=1)
+def test_the_number_of_graphs_is_limited_and_tensorrt_rtx_manages_its_own() -> None:
+    machine = Machine(max_graphs=4, contexts=1)
     for count in (1, 2, 3, 5, 6) * 3:
         machine.backend.run(images(count))
     assert (machine.count("cuGraphInstantiate"), machine.trt.contexts) == (2, 5)
     machine.backend.close()
     for graphs in (True, False):
         machine = Machine(flavor="tensorrt_rtx", cuda_graphs=graphs, contexts=1)
-        config = machine.backend._engine._config
+        (config,) = machine.trt.runtime_configs
         assert config.cuda_graph_strategy.name == ("WHOLE_GRAPH_CAPTURE" if graphs else "DISABLED")
         for _ in range(3):
             machine.backend.run(images(2))
@@ -48,7 +49,7 @@ def test_graphs_stop_at_their_number_and_tensorrt_rtx_has_its_own() -> None:
         ({}, {"cuGraphInstantiate": 901}),
     ],
 )
-def test_what_cannot_be_captured_is_launched(
+def test_shapes_that_cannot_be_captured_run_without_a_graph(
     changes: dict[str, Any], fails: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = Machine(changes=changes, contexts=1)
@@ -60,12 +61,12 @@ def test_what_cannot_be_captured_is_launched(
     assert machine.count("cuGraphLaunch") == 0
     machine.driver.fails = {}
     machine.backend.close()
-    assert len(caplog.records) == 1  # told once a shape
+    assert len(caplog.records) == 1  # one warning per shape
     assert "CUDA graph" in caplog.text
 
 
-def test_memory_that_is_freed_during_a_capture_is_freed_after_it() -> None:
-    """Garbage collection may come at any time, and freeing would spoil the capture; the stand-in asserts that."""
+def test_memory_is_not_freed_during_a_capture() -> None:
+    """Garbage collection may run at any time, and freeing would invalidate the capture."""
     machine = Machine()
     kept = list(machine.on_gpu(images(1)))
     held = machine.cuda.allocated_bytes

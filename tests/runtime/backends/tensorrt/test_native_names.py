@@ -1,4 +1,4 @@
-"""Every name of cuda-bindings and TensorRT that the code which runs engines uses, looked up in the installed ones."""
+"""The names that our code uses exist in the installed cuda-bindings and TensorRT-RTX."""
 
 import ast
 import inspect
@@ -11,8 +11,8 @@ from tests.support import ROOT
 RUNNING = ROOT / "runtime" / "backends" / "tensorrt"
 
 
-def calls_of_the_driver() -> dict[str, int]:
-    """The functions that driver.py calls, and how many arguments it gives them."""
+def driver_calls() -> dict[str, int]:
+    """Return the functions that driver.py calls, with the number of arguments."""
     found = {}
     for node in ast.walk(ast.parse((ROOT / "runtime" / "device" / "driver.py").read_text())):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
@@ -24,9 +24,9 @@ def calls_of_the_driver() -> dict[str, int]:
     return found
 
 
-def test_the_driver_has_what_we_call() -> None:
+def test_cuda_bindings_has_the_functions_that_we_call() -> None:
     driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-    calls = calls_of_the_driver()
+    calls = driver_calls()
     assert len(calls) > 20
     for name, count in {**calls, "cuMemFree": 1, "cuMemFreeHost": 1}.items():
         assert len(inspect.signature(getattr(driver, name)).parameters) == count, name
@@ -52,10 +52,10 @@ OWNERS = {
     "context": "IExecutionContext",
     "config": "IRuntimeConfig",
 }
-"""What TensorRT calls the objects that our code keeps under these names."""
+"""Name in our code → TensorRT class."""
 
 
-def test_tensorrt_has_what_we_call() -> None:
+def test_tensorrt_has_the_members_that_we_use() -> None:
     trt: ModuleType = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     found = set()
     for file in ("engine.py", "context.py"):
@@ -64,7 +64,7 @@ def test_tensorrt_has_what_we_call() -> None:
                 continue
             owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             if file == "context.py" and owner in ("engine", "_engine"):
-                continue  # our own Engine
+                continue  # our own LoadedEngine
             if owner in OWNERS:
                 found.add((OWNERS[owner], node.attr))
             elif owner in ("trt", "_trt"):

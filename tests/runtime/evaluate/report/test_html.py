@@ -209,9 +209,9 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert "found None" in run.stderr
     assert not (tmp_path / "r.html").exists()
     for arguments, message in (
-        (["-o", "r.html"], "give results of advprop eval, or --from"),
-        (["x.json", "-o", "r.html", "--limit", "3"], "--limit goes with --from CKPT"),
-        (["--from", "x.pt", "-o", "r.html"], "--from needs --data DIR"),
+        (["-o", "r.html"], "expected results of advprop eval, or --from"),
+        (["x.json", "-o", "r.html", "--limit", "3"], "--limit requires --from CHECKPOINT"),
+        (["--from", "x.pt", "-o", "r.html"], "--from requires --data DIR"),
     ):
         run = CliRunner().invoke(main, ["report", *arguments])
         assert run.exit_code == 2

@@ -2,24 +2,22 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.layers import layer_errors
+from calib.layer_errors import layer_errors
 from calib.placement import points_of
 from calib.quantize import quantize
-from runtime.graph.model import open_session
+from runtime.graph.compare import tensor_values
 from tests.support.networks import classifier
 
 IMAGES = np.random.default_rng(1).normal(size=(6, 3, 8, 8)).astype(np.float32)
 
 
 def convolution(model: onnx.ModelProto) -> np.ndarray:
-    """The output of the network's convolution, (6, 4, 6, 6)."""
+    """Return the output of the network's convolution, (6, 4, 6, 6)."""
     name = next(node.output[0] for node in model.graph.node if node.op_type == "Conv")
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return open_session(model).run([name], {"input": IMAGES})[0].astype(np.float64)
+    return tensor_values(model, [name], IMAGES)[name].astype(np.float64)
 
 
-def test_errors_are_those_of_the_layer_run_alone() -> None:
+def test_errors_are_those_of_the_quantized_layer_alone() -> None:
     model = classifier()
     points = points_of(model)
     seen: list[int] = []
@@ -36,7 +34,7 @@ def test_errors_are_those_of_the_layer_run_alone() -> None:
     assert found[0].noise > found[1].noise
 
 
-def test_a_corrected_bias_takes_the_mean_error_of_every_channel_away() -> None:
+def test_a_corrected_bias_removes_the_mean_error_of_each_channel() -> None:
     model = classifier()
     points = points_of(model)
     (entry,) = layer_errors(model, points, {"input": [0.5]}, [IMAGES])

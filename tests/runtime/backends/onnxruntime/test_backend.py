@@ -1,3 +1,5 @@
+"""`OnnxRuntimeBackend` with reduced-precision files on a CPU."""
+
 from pathlib import Path
 
 import numpy as np
@@ -13,72 +15,64 @@ from runtime.errors import ModelFileError
 from runtime.graph.model import open_session
 from runtime.graph.rounding import rounded_file, with_roundings
 from runtime.graph.summary import CALIBRATION_KEY
-from runtime.system.cpu import has_exact_int8, tells_exact_int8
 from tests.support.networks import classifier
 
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "exact"),
-    [
-        ("processor : 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\n", True),
-        ("processor : 0\nflags\t\t: fpu avx2 avx_vnni\n", True),
-        ("processor : 0\nflags\t\t: fpu avx2 avx512f\nbugs : avx_vnni\n", False),
-        ("Features\t: fp asimd asimddp\n", True),
-        ("Features\t: fp asimd\n", False),
-        ("", None),
-    ],
-)
-def test_cpus_that_sum_int8_exactly(cpuinfo: str, exact: bool | None) -> None:
-    assert tells_exact_int8(cpuinfo) is exact
+IMAGES = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
 
 
-def test_int8_as_it_is_written(tmp_path: Path) -> None:
-    assert has_exact_int8() in (True, False, None)
+def test_exact_runs_quantized_nodes_in_floating_point(tmp_path: Path) -> None:
     model = classifier()
     model = quantize(model, points_of(model), {"input": 3.0})
     onnx.save(model, tmp_path / "m.onnx")
-    images = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
     backend = OnnxRuntimeBackend(tmp_path / "m.onnx", device="cpu", exact=True)
-    (found,) = backend._run(images)
-    np.testing.assert_array_equal(found, open_session(model).run(None, {"input": images})[0])
+    (found,) = backend.run(IMAGES)
+    np.testing.assert_array_equal(found, open_session(model).run(None, {"input": IMAGES})[0])
+    assert "INT8: computed in floating point" in backend.reasons
     backend.close()
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
-def test_on_a_cpu_every_rounding_of_a_gpu_is_done(tmp_path: Path, kind: str) -> None:
-    """Left to itself ONNX Runtime computes FP16 in FP32, and BF16 not at all."""
+def test_exact_rounds_every_tensor_like_a_gpu(tmp_path: Path, kind: str) -> None:
+    """By itself, ONNX Runtime computes FP16 in FP32, and does not support BF16."""
     model = classifier()
     if kind == "int8":
         model = quantize(model, points_of(model), {"input": 3.0})
     model = to_reduced(model, "bf16" if kind == "bf16" else "fp16")
     onnx.save(model, tmp_path / "m.onnx")
-    images = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
     backend = OnnxRuntimeBackend(tmp_path / "m.onnx", device="cpu", exact=True)
-    (found,) = backend._run(images)
-    assert "FP16: rounded where a GPU rounds" in backend.reasons
+    (found,) = backend.run(IMAGES)
+    assert "FP16: rounded as on a GPU" in backend.reasons
     narrow = 2.0**-8 if kind == "bf16" else 2.0**-11
-    (expected,) = open_session(with_roundings(model)).run(None, {"input": images})
+    (expected,) = open_session(with_roundings(model)).run(None, {"input": IMAGES})
     np.testing.assert_array_equal(found, expected)
     assert np.array_equal(found.astype(np.float16) if kind != "bf16" else found, found)
     backend.close()
-    (wide,) = open_session(classifier()).run(None, {"input": images})
+    (wide,) = open_session(classifier()).run(None, {"input": IMAGES})
     assert 0 < np.abs(found - wide).max() <= (64 * narrow if kind != "int8" else 0.5) * np.abs(wide).max()
 
 
-def test_an_int8_file_of_ours_is_run_as_it_is_written_by_itself(tmp_path: Path) -> None:
-    """ONNX Runtime would compute its weights anew in every run: 37 ms for a ResNet-18 at 32 pixels instead of 1.4."""
+def test_calibrated_int8_files_run_in_floating_point_by_default(tmp_path: Path) -> None:
+    """Otherwise ONNX Runtime would dequantize the weights in every run, which is far slower."""
     model = to_reduced(quantize(classifier(), points_of(classifier()), {"input": 3.0}), "fp16")
     model.metadata_props.add(key=CALIBRATION_KEY, value="0" * 64)
     onnx.save(model, tmp_path / "m.onnx")
-    images = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
     with runtime.load(tmp_path / "m.onnx", device="cpu") as session:
-        (expected,) = open_session(with_roundings(model)).run(None, {"input": images})
-        np.testing.assert_array_equal(session.run(images), expected)
+        (expected,) = open_session(with_roundings(model)).run(None, {"input": IMAGES})
+        np.testing.assert_array_equal(session.run(IMAGES), expected)
         assert "INT8 files are for GPUs" in session.explain()
 
 
-def test_files_without_narrow_tensors_are_run_as_they_are(tmp_path: Path) -> None:
+def test_files_without_reduced_precision_are_not_rewritten(tmp_path: Path) -> None:
     onnx.save(classifier(), tmp_path / "m.onnx")
     assert rounded_file(tmp_path / "m.onnx") == str(tmp_path / "m.onnx")
     with pytest.raises(ModelFileError, match="no such ONNX file"):
         rounded_file(tmp_path / "none.onnx")
+
+
+def test_bf16_files_are_rejected_with_advice(tmp_path: Path) -> None:
+    onnx.save(to_reduced(classifier(), "bf16"), tmp_path / "m.onnx")
+    with pytest.raises(
+        ModelFileError, match=r"cannot run .*m\.onnx on the cpu: .*BF16 files are for TensorRT"
+    ) as error:
+        runtime.load(tmp_path / "m.onnx", device="cpu")
+    assert f"advprop build {tmp_path / 'm.onnx'}" in error.value.fix

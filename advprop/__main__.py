@@ -1,0 +1,5 @@
+"""`python -m advprop`."""
+
+from advprop.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""Reads ONNX files, which may be damaged or hostile, and hashes them."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.errors import BackendUnavailable, ModelFileError
+from runtime.graph.validation import check_bytes, check_nodes, check_tensors, external_files
+from runtime.system.files import sha256_file
+
+__all__ = ["OnnxFile", "read_onnx", "read_onnx_file", "sha256_onnx"]
+
+
+class OnnxFile(NamedTuple):
+    """An ONNX file and its identity."""
+
+    model: Any
+    """The `onnx.ModelProto`; external weights are not loaded."""
+    sha256: str
+    """Hash of the file. If weights are stored externally: the hash of the hashes of all files."""
+    size_bytes: int
+    """Size of the file, external weights included."""
+
+
+def read_onnx(path: Path) -> Any:
+    """Read an ONNX file and return its `onnx.ModelProto`; external weights are not loaded.
+
+    Raises:
+        BackendUnavailable: the `onnx` package is missing.
+        ModelFileError: the file does not exist, is not ONNX, or lacks data that it declares.
+    """
+    return _parse(path, _content(path))
+
+
+def read_onnx_file(path: Path) -> OnnxFile:
+    """Read an ONNX file together with its hash and size.
+
+    Raises:
+        BackendUnavailable, ModelFileError: see `read_onnx`; also if a file of external weights is unusable.
+    """
+    content = _content(path)
+    with ThreadPoolExecutor(1) as pool:
+        own_hash = pool.submit(lambda: hashlib.sha256(content).hexdigest())  # while the file is parsed
+        model = _parse(path, content)
+    external = external_files(model, path)
+    size = len(content) + sum(file.stat().st_size for file in external)
+    return OnnxFile(model, _combined_hash(own_hash.result(), external), size)
+
+
+def sha256_onnx(path: Path) -> str:
+    """Return the hash of an ONNX file: `OnnxFile.sha256`. Raises as `read_onnx_file`."""
+    return read_onnx_file(path).sha256
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise ModelFileError(f"no such ONNX file: {path}")
+    try:
+        check_bytes(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parse(path: Path, content: bytes) -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise BackendUnavailable(f"reading ONNX files needs the onnx package ({error}); pip install onnx") from error
+    try:
+        model = onnx.ModelProto.FromString(content)
+    except Exception as error:  # the class of protobuf's DecodeError differs between releases
+        raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+    if not model.ir_version or not model.HasField("graph"):
+        raise ModelFileError(f"{path} is not an ONNX file: it has no graph or no IR version")
+    check_nodes(model, path)
+    check_tensors(model, path)
+    return model
+
+
+def _combined_hash(own: str, external: list[Path]) -> str:
+    if not external:
+        return own
+    return hashlib.sha256("".join([own, *map(sha256_file, external)]).encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""Looks up parts of an ONNX model: inputs, attributes, shapes, and the layers that have weights.
+
+`onnx` is imported only inside functions and its classes appear as `Any`, because modules that must work without the
+package use these functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.spec import METADATA_KEY, ModelSpec
+
+__all__ = [
+    "WEIGHTED_OPS",
+    "graph_inputs",
+    "initializers_of",
+    "int_attribute",
+    "is_depthwise",
+    "metadata",
+    "node_macs",
+    "opset_of",
+    "output_channel_axis",
+    "shape_of",
+    "spec_of",
+]
+
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that multiply by weights."""
+
+
+def metadata(model: Any, key: str) -> str:
+    """Return the entry `key` of `metadata_props`; empty if there is none."""
+    return next((str(entry.value) for entry in model.metadata_props if entry.key == key), "")
+
+
+def spec_of(model: Any, where: str) -> ModelSpec | None:
+    """Return the spec stored in the model, or None. `where` names the file in errors.
+
+    Raises:
+        SpecError: the spec is not valid.
+    """
+    text = metadata(model, METADATA_KEY)
+    return ModelSpec.from_json(text, where=where) if text else None
+
+
+def opset_of(model: Any) -> int:
+    """Return the version of ONNX's own operator set that the model imports; 0 if it imports none."""
+    return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def initializers_of(graph: Any) -> dict[str, Any]:
+    """Return the graph's initializers by name."""
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
+def graph_inputs(graph: Any) -> list[Any]:
+    """Return the inputs that a caller must pass: those without an initializer."""
+    constants = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in constants]
+
+
+def shape_of(tensor_type: Any) -> tuple[int, ...]:
+    """Return the sizes of a `TypeProto.Tensor`; -1 for a size that is open."""
+    return tuple(max(size.dim_value, -1) if size.HasField("dim_value") else -1 for size in tensor_type.shape.dim)
+
+
+def int_attribute(node: Any, name: str, default: int) -> int:
+    """Return an integer attribute of a node."""
+    return next((int(item.i) for item in node.attribute if item.name == name), default)
+
+
+def is_depthwise(groups: int, weight_shape: Sequence[int]) -> bool:
+    """Return whether a convolution with these weights, (out, in / groups, kernel…), reads one channel per group."""
+    return groups > 1 and weight_shape[1] == 1
+
+
+def output_channel_axis(op: str, rank: int, *, transposed: bool = False) -> int:
+    """Return the axis of a layer's weights that holds its output channels.
+
+    Args:
+        op: one of WEIGHTED_OPS. The axis of a grouped ConvTranspose holds the channels of one group only.
+        rank: number of dimensions of the weights.
+        transposed: `transB` of a Gemm.
+    """
+    if op == "Conv":  # (out, in / groups, kernel…)
+        return 0
+    if op == "ConvTranspose":  # (in, out / groups, kernel…)
+        return 1
+    if op == "Gemm":  # (in, out), or (out, in) if transposed
+        return 0 if transposed else 1
+    return rank - 1  # MatMul: (…, in, out)
+
+
+def node_macs(model: Any) -> dict[str, int]:
+    """Return the multiply-accumulates of each convolution and matrix product for one image.
+
+    Args:
+        model: an `onnx.ModelProto` with unique node names. If it leaves the image size open, its spec's size is used.
+
+    Returns:
+        Node name → MACs, in graph order; empty if shapes are unknown.
+    """
+    shapes = _shapes_for_one_image(model)
+    macs: dict[str, int] = {}
+    for number, node in enumerate(model.graph.node):
+        if node.op_type not in WEIGHTED_OPS:
+            continue
+        data, weight, output = (shapes.get(name, ()) for name in (*node.input[:2], node.output[0]))
+        if not (data and weight and output) or min(*data, *weight, *output) <= 0:
+            return {}
+        if node.op_type == "ConvTranspose":
+            count = math.prod(data) * math.prod(weight[1:])
+        elif node.op_type == "Conv":
+            count = math.prod(output) * math.prod(weight[1:])
+        else:
+            count = math.prod(output) * data[-2 if int_attribute(node, "transA", 0) else -1]
+        macs[node.name or f"{node.op_type}_{number}"] = count
+    return macs
+
+
+def _shapes_for_one_image(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return all known shapes at batch size 1; empty if inference fails."""
+    import onnx
+
+    names = [value.name for value in graph_inputs(model.graph)]
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]
+    for value in fixed.graph.input:
+        if value.name in names[:1]:
+            _fix_sizes(value.type.tensor_type.shape.dim, spec_of(model, "the model file"))
+    for value in fixed.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        graph = onnx.shape_inference.infer_shapes(fixed).graph
+    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: too large for protobuf
+        return {}
+    values = (*graph.value_info, *graph.input, *graph.output)
+    shapes = {value.name: shape_of(value.type.tensor_type) for value in values}
+    return shapes | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+
+
+def _fix_sizes(dims: Any, spec: ModelSpec | None) -> None:
+    """Set the batch size to 1, and open image sizes to those of the spec."""
+    if not dims:
+        return
+    dims[0].dim_value = 1
+    opened = [size for size in dims[1:] if not size.HasField("dim_value")]
+    if spec is not None and len(opened) == 2:
+        opened[0].dim_value, opened[1].dim_value = spec.preprocessing.height, spec.preprocessing.width

@@ -1,0 +1,340 @@
+"""Checks untrusted ONNX files before a native parser or an engine builder reads them.
+
+A small file can declare a lot: weights that it does not contain, a million nodes, shapes of 10⁹ elements. No check
+here allocates memory in proportion to what a file declares. `check_bytes` runs on the raw bytes, the others on the
+parsed model.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ModelFileError
+from runtime.graph.structure import graph_inputs, opset_of
+
+__all__ = ["check_bytes", "check_nodes", "check_tensors", "check_volumes", "external_files"]
+
+_MAX_BYTES = 2**31 - 1
+"""Protobuf's limit; larger models store their weights externally."""
+_MAX_NODES = 100_000
+_MAX_ENTRIES = 1_000_000
+"""Nodes, initializers, inputs, outputs and shapes in a graph."""
+_MAX_ELEMENTS = 2**31 - 1
+"""TensorRT's limit for one tensor."""
+_MAX_CONSTANT_ELEMENTS = 2**28
+"""Limit for a tensor that depends on constants only: 1 GiB of FP32."""
+_MAX_DIMENSIONS = 64
+_MAX_SHAPE_ELEMENTS = 1024
+"""Larger constants cannot be shapes; shape inference does not need their values."""
+
+_GRAPH, _NODE = 7, 1
+"""Field numbers in ModelProto and GraphProto."""
+
+_BITS = {
+    "BOOL": 8, "DOUBLE": 64, "FLOAT": 32, "BFLOAT16": 16, "FLOAT16": 16, "COMPLEX64": 64, "COMPLEX128": 128,
+    "INT2": 2, "INT4": 4, "INT8": 8, "INT16": 16, "INT32": 32, "INT64": 64,
+    "UINT2": 2, "UINT4": 4, "UINT8": 8, "UINT16": 16, "UINT32": 32, "UINT64": 64,
+    "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6, "FLOAT8E4M3FN": 8, "FLOAT8E4M3FNUZ": 8, "FLOAT8E5M2": 8,
+    "FLOAT8E5M2FNUZ": 8, "FLOAT8E8M0": 8,
+}  # fmt: skip
+_TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+
+
+def check_bytes(path: Path) -> None:
+    """Count the entries of the graph in the raw bytes: an entry of two bytes takes a hundred once it is parsed.
+
+    Raises:
+        ModelFileError: the file is empty, larger than protobuf allows, truncated, or has too many entries.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise ModelFileError(f"{path} is not an ONNX file: it is empty")
+    if size > _MAX_BYTES:
+        raise ModelFileError(
+            f"{path} has {size / 1e9:.1f} GB; an ONNX file has at most 2 GB. Store larger weights in an external file"
+        )
+    counts: Counter[int] = Counter()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            for number, start, end in _fields(content, 0, size):
+                if number != _GRAPH:
+                    continue
+                for entry, _, _ in _fields(content, start, end):
+                    counts[entry] += 1
+                    if counts[_NODE] > _MAX_NODES or counts.total() > _MAX_ENTRIES:
+                        raise ModelFileError(
+                            f"{path} has more than {_MAX_NODES:,} nodes or {_MAX_ENTRIES:,} entries; refused, "
+                            "as no classifier is that large"
+                        )
+        except _MalformedError as error:
+            raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+
+
+def check_nodes(model: Any, path: Path) -> None:
+    """Check that names are valid text and that each node of a known operator has enough inputs and outputs.
+
+    Raises:
+        ModelFileError: a name is not UTF-8, or a node has fewer inputs or outputs than its operator requires.
+    """
+    import onnx
+
+    for text in _texts(model):
+        if not isinstance(text, str):  # protobuf returns invalid UTF-8 as bytes
+            raise ModelFileError(f"{path} is not a valid ONNX graph: {text[:40]!r} is not valid text")
+    version = min(max(opset_of(model), 1), onnx.defs.onnx_opset_version())
+    required: dict[str, tuple[int, int]] = {}
+    for node in _nodes(model):
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type not in required:
+            try:
+                schema = onnx.defs.get_schema(node.op_type, version)
+                required[node.op_type] = (schema.min_input, schema.min_output)
+            except onnx.defs.SchemaError:
+                required[node.op_type] = (0, 1)
+        inputs, outputs = required[node.op_type]
+        if len(node.input) < inputs or len(node.output) < outputs:
+            raise ModelFileError(
+                f"{path}: the node {node.name!r} ({node.op_type}) has {len(node.input)} inputs and {len(node.output)} "
+                f"outputs, expected at least {inputs} and {outputs}"
+            )
+
+
+def check_tensors(model: Any, path: Path) -> None:
+    """Compare the declared size of each tensor with the data that the file contains.
+
+    Raises:
+        ModelFileError: a tensor has a negative size, an unknown type, or not the data that its shape requires.
+    """
+    for tensor in _tensors(model):
+        bits = _bits_per_element(tensor, path)
+        if _is_external(tensor):
+            continue  # `external_files` checks those
+        elements = math.prod(tensor.dims)
+        if tensor.HasField("raw_data"):
+            found, expected = len(tensor.raw_data), -(-elements * bits // 8)
+            fits = found == expected
+        else:
+            found = sum(len(getattr(tensor, name)) for name in _TYPED_FIELDS)
+            expected = -(-elements // (8 // bits)) if 0 < bits < 8 else elements
+            fits = found >= expected
+        if not fits:
+            unit = "bytes" if tensor.HasField("raw_data") else "values"
+            raise ModelFileError(
+                f"{path}: {_label(tensor)} declares {elements:,} elements, that is {expected:,} {unit}; "
+                f"found {found:,} {unit}"
+            )
+
+
+def external_files(model: Any, path: Path) -> list[Path]:
+    """Return the files of external weights next to `path`, sorted by name.
+
+    Raises:
+        ModelFileError: a file is outside the folder, missing, or shorter than the weights that it should hold.
+    """
+    files: dict[str, tuple[Path, int]] = {}
+    for tensor in _tensors(model):
+        if not _is_external(tensor):
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        if location not in files:
+            file = _external_file(path, location)
+            files[location] = (file, file.stat().st_size)
+        file, size = files[location]
+        expected = -(-math.prod(tensor.dims) * _bits_per_element(tensor, path) // 8)
+        try:
+            offset = int(entries.get("offset") or 0)
+            length = int(entries.get("length") or expected)
+        except ValueError as error:
+            raise ModelFileError(
+                f"{path}: the position of {_label(tensor)} in {file} is not a number: {error}"
+            ) from error
+        if length != expected or offset < 0 or offset + length > size:
+            raise ModelFileError(
+                f"{path}: {_label(tensor)} needs {expected:,} bytes; it declares {length:,} bytes from byte {offset:,} "
+                f"of {file}, which has {size:,} bytes"
+            )
+    return [files[location][0] for location in sorted(files)]
+
+
+def check_volumes(model: Any, path: Path) -> None:
+    """Infer shapes and refuse tensors that no builder can hold.
+
+    Raises:
+        ModelFileError: an input or a computed tensor has too many elements, counting its known sizes only.
+    """
+    graph = _infer_shapes(model)
+    from_input = {value.name for value in graph_inputs(graph)}
+    for node in graph.node:
+        if node.op_type != "Shape" and any(name in from_input for name in node.input):
+            from_input.update(node.output)
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.dim_value > 0]
+        if len(sizes) > _MAX_DIMENSIONS:
+            raise ModelFileError(f"{path}: the tensor {value.name} has {len(sizes)} dimensions; refused")
+        limit = _MAX_ELEMENTS if value.name in from_input else _MAX_CONSTANT_ELEMENTS
+        if math.prod(sizes) > limit:
+            raise ModelFileError(
+                f"{path}: the tensor {value.name} has a shape of {math.prod(sizes):,} elements, {sizes}; refused, "
+                f"as the limit is {limit:,}"
+            )
+
+
+def _infer_shapes(model: Any) -> Any:
+    """Return the graph with inferred shapes; if that fails, the graph itself, which the builder will refuse."""
+    import onnx
+
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    for tensor in light.graph.initializer:
+        if math.prod(tensor.dims) > _MAX_SHAPE_ELEMENTS:
+            tensor.ClearField("raw_data")
+            for name in _TYPED_FIELDS:
+                tensor.ClearField(name)
+    try:
+        return onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return light.graph
+
+
+def _external_file(path: Path, location: str) -> Path:
+    file = path.parent / location
+    try:
+        inside = path.parent.resolve() in file.resolve().parents
+    except (ValueError, OSError, RuntimeError):  # a NUL in the name, or a loop of links
+        inside = False
+    if not inside:
+        raise ModelFileError(f"{path} refers to weights outside its folder: {str(file)!r}; refused")
+    if not file.is_file():
+        raise ModelFileError(f"{path} needs its weights next to it: no such file: {file}")
+    return file
+
+
+def _graphs(model: Any) -> Iterator[Any]:
+    """Yield the graph, all subgraphs, and all functions."""
+    waiting = [model.graph, *model.functions]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    waiting.append(attribute.g)
+                waiting.extend(attribute.graphs)
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    for graph in _graphs(model):
+        yield from graph.node
+
+
+def _texts(model: Any) -> Iterator[Any]:
+    """Yield every text that is compared, displayed or used as a path."""
+    for tensor in _tensors(model):
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+    for opset in model.opset_import:
+        yield opset.domain
+    for graph in _graphs(model):
+        for values in ("input", "output", "value_info"):
+            for value in getattr(graph, values, ()):
+                yield value if isinstance(value, str | bytes) else value.name  # functions list names only
+        for node in graph.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            for attribute in node.attribute:
+                yield attribute.name
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Yield every tensor in the file: initializers and attributes, also those of subgraphs and functions."""
+    for graph in _graphs(model):
+        yield from getattr(graph, "initializer", ())  # functions have none
+        sparse = list(getattr(graph, "sparse_initializer", ()))
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+                if attribute.HasField("sparse_tensor"):
+                    sparse.append(attribute.sparse_tensor)
+                sparse.extend(attribute.sparse_tensors)
+        for pair in sparse:
+            yield from (pair.values, pair.indices)
+
+
+def _bits_per_element(tensor: Any, path: Path) -> int:
+    """Return the bits per element; 0 for strings and for empty tensor messages. Also checks the dimensions."""
+    from onnx import TensorProto
+
+    if len(tensor.dims) > _MAX_DIMENSIONS:
+        raise ModelFileError(f"{path}: {_label(tensor)} has {len(tensor.dims)} dimensions; refused")
+    if any(size < 0 for size in tensor.dims):
+        raise ModelFileError(f"{path}: {_label(tensor)} has a negative size: {list(tensor.dims)}")
+    try:
+        name = str(TensorProto.DataType.Name(tensor.data_type))
+    except ValueError:
+        name = str(tensor.data_type)
+    if name in ("STRING", "UNDEFINED"):
+        return 0
+    if name not in _BITS:
+        raise ModelFileError(f"{path}: {_label(tensor)} has type {name}, which this version of onnx does not know")
+    return _BITS[name]
+
+
+def _is_external(tensor: Any) -> bool:
+    return bool(tensor.external_data) or tensor.data_location == tensor.EXTERNAL
+
+
+def _label(tensor: Any) -> str:
+    return f"the tensor {tensor.name!r}" if tensor.name else "an unnamed tensor"
+
+
+class _MalformedError(Exception):
+    """The bytes are not a protobuf message."""
+
+
+def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield number, start and end of each length-delimited field of a message; skip all others."""
+    position = start
+    while position < end:
+        tag, position = _varint(content, position, end)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == 0:
+            _, position = _varint(content, position, end)
+            continue
+        if wire_type == 2:
+            length, position = _varint(content, position, end)
+        elif wire_type in (1, 5):
+            length = 8 if wire_type == 1 else 4
+        else:
+            raise _MalformedError(f"byte {position - 1} does not start a protobuf field")
+        if number == 0 or position + length > end:
+            raise _MalformedError(
+                f"the field at byte {position} declares {length:,} bytes, but only {end - position:,} are left"
+            )
+        if wire_type == 2:
+            yield number, position, position + length
+        position += length
+
+
+def _varint(content: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+    """Return the variable-length integer at `position`, and the position behind it."""
+    value, start = 0, position
+    for shift in range(0, 70, 7):
+        if position >= end:
+            raise _MalformedError("it ends inside a number")
+        byte = content[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+    raise _MalformedError(f"the number at byte {start} is too long")

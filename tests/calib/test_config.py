@@ -1,0 +1,18 @@
+import pytest
+
+from calib.config import CalibrationConfig
+from runtime.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"method": "best"}, "method must be one of auto, minmax, percentile, entropy, mse; found 'best'"),
+        ({"leave": ("middle",)}, "kinds of layers are depthwise, gates, first, last; found 'middle'"),
+        ({"images": 0}, "images must be at least 1; found 0"),
+        ({"budget": 101}, "budget must be 0 to 100 percentage points of top-1 accuracy; found 101"),
+    ],
+)
+def test_invalid_settings_are_refused(settings: dict, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        CalibrationConfig(**settings)
