@@ -1,11 +1,11 @@
-"""Kills training runs at random moments and lets `--resume auto` finish them.
+"""Kill training runs at random times and finish them with `--resume auto`.
 
     python benchmarks/kill_and_resume.py                  ten runs, about five minutes on two cores
 
-One run is left alone. Each of the others is killed by SIGKILL at a random moment after its first
-checkpoint, resumed, and compared with the first, bit by bit: weights, moving average, optimizer,
-schedule, random generators, counters and metrics. Says after which step each was killed, and ends
-with 1 if any differs.
+One run is not interrupted. The others are killed by SIGKILL at a random time after their first
+checkpoint, resumed, and compared to the first run bit by bit: weights, moving average, optimizer,
+schedule, random generators, counters and metrics. The script prints the last saved step of each
+killed run and exits with 1 if any run differs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run_whole(arguments: list[str]) -> None:
 
 
 def run_killed(arguments: list[str], last: Path, delay_s: float) -> int:
-    """Kills a run `delay_s` after its first checkpoint. Returns the last step it had saved."""
+    """Kill a run `delay_s` seconds after its first checkpoint; return the last step it saved."""
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         while not last.exists() and run.poll() is None:
             time.sleep(0.01)
@@ -67,10 +67,10 @@ def differences(first: Path, second: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--recipes", nargs="+", default=["advprop", "fast"], help="taken in turn")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes, taken in turn")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=10, help="runs to kill")
+    parser.add_argument("--recipes", nargs="+", default=["advprop", "fast"], help="recipes, used alternately")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes, used alternately")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times")
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     failures = 0
@@ -82,7 +82,7 @@ def main() -> int:
             run_whole(command(folder / recipe, recipe, 0))
             seconds[recipe] = time.monotonic() - began
             steps = load_checkpoint(folder / recipe / "last.pt")["step"]
-            print(f"{recipe}: {steps} steps in {seconds[recipe]:.0f} s, left alone")
+            print(f"{recipe}: {steps} steps in {seconds[recipe]:.0f} s, not interrupted")
         for number in range(arguments.runs):
             recipe = arguments.recipes[number % len(arguments.recipes)]
             workers = arguments.workers[number // len(arguments.recipes) % len(arguments.workers)]
@@ -92,7 +92,7 @@ def main() -> int:
             run_whole(run)
             found = differences(folder / recipe / "last.pt", out / "last.pt")
             failures += bool(found)
-            verdict = f"DIFFERENT: {', '.join(found)}" if found else "the same bits"
+            verdict = f"DIFFERENT: {', '.join(found)}" if found else "equal"
             print(
                 f"{number + 1:2}  {recipe}, {workers} workers, killed after step {at:2} was saved: {verdict}",
                 flush=True,

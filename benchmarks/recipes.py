@@ -1,15 +1,15 @@
-"""Accuracy and robustness of every recipe, by BatchNorm route.
+"""Measure accuracy and robustness of every recipe, by BatchNorm route.
 
     python benchmarks/recipes.py --data cifar10                          one epoch each: about 40 minutes on two cores
     python benchmarks/recipes.py --data cifar10 --epochs 100 --seeds 0 1 2 --amp bf16       on a GPU: full length
 
-Trains the architecture with each recipe for the same number of epochs and with the same attack,
-then measures, through the main route and through every auxiliary one, accuracy on clean images and
-under white-box PGD-10 (untargeted, random start, step 2.5 ε / 10) at ε = 4/255 and 8/255.
-`finetune` starts from the `adversarial` run of the same seed, so it has had twice the epochs.
+Each recipe trains the architecture for the same number of epochs with the same attack. Accuracy is
+then measured through the main route and through every auxiliary one, on clean images and under
+white-box PGD-10 (untargeted, random start, step 2.5 ε / 10) at ε = 4/255 and 8/255. `finetune`
+starts from the `adversarial` run of the same seed, so it trains for twice as many epochs.
 
-Prints a Markdown table and what the AdvProp slides let one expect, met or not. A run that is
-finished is not repeated: after an interruption, start the same command again.
+The script prints a Markdown table, and whether it agrees with the claims of the AdvProp slides.
+Finished runs are not repeated: after an interruption, run the same command again.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ from rich.console import Console
 from runtime.errors import AdvPropError
 from runtime.spec import ModelSpec
 from runtime.system.console import set_up_logging
-from train.attack import evaluation_attack
-from train.build import make_device
+from train.attack import accuracy, evaluation_attack
 from train.checkpoint import load_checkpoint
 from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
 from train.data import ImageData, image_folder
 from train.dual_bn import find_router
-from train.evaluate import accuracy
 from train.loaders import eval_loader
 from train.loop import fit
+from train.models import resolve_device, restore_model
 from train.recipes import MAIN, RECIPES
 from train.reporting import RichReporter
-from train.restore import restore_model
 
 ORDER = ("vanilla", "adversarial", "finetune", "shared-bn", "advprop", "fine-grained", "fast")
 PGD_STEPS = 10
@@ -71,7 +69,7 @@ def folder_of(recipe: str, seed: int, arguments: argparse.Namespace) -> Path:
 
 
 def run(recipe: str, seed: int, data: ImageData, arguments: argparse.Namespace, console: Console) -> Result:
-    """Trains and measures one recipe, or reads what was measured before."""
+    """Train and measure one recipe, or return the stored result of an earlier call."""
     done = folder_of(recipe, seed, arguments) / "result.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
@@ -92,12 +90,12 @@ def run(recipe: str, seed: int, data: ImageData, arguments: argparse.Namespace, 
 
 
 def measure(checkpoint: Path, data: ImageData, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Returns the accuracies of COLUMNS by route."""
+    """Return the accuracies of COLUMNS, by route."""
     content = load_checkpoint(checkpoint)
     spec = ModelSpec.from_json(content["spec"], where=str(checkpoint)).preprocessing
-    device = make_device(arguments.device)
+    device = resolve_device(arguments.device)
     model = restore_model(content, checkpoint, routes=True).to(device).to(memory_format=torch.channels_last)
-    common: dict[str, Any] = {"batch_size": 128, "device": device, "channels_last": True}
+    common: dict[str, Any] = {"batch_size": 128, "device": device}
     settings = DataConfig(root=arguments.data, workers=arguments.workers)
     every = max(1, len(data.val) // arguments.attacked_images)
     router = find_router(model)
@@ -134,22 +132,24 @@ def table(results: list[Result]) -> str:
 
 
 def expectations(results: list[Result]) -> list[str]:
-    """The slides' claims, with the figures that meet them or do not."""
+    """Return the claims of the slides, with the measured numbers."""
 
     def figure(recipe: str, route: str, column: int) -> float:
         return 100 * mean_of([r["routes"][route][column] for r in results if r["recipe"] == recipe])
 
     def line(claim: str, low: float, high: float) -> str:
-        return f"- {claim}: {low:.1f} % against {high:.1f} %: {'met' if low < high else 'NOT met'}"
+        return f"- {claim}: {low:.1f} % and {high:.1f} %: {'confirmed' if low < high else 'NOT confirmed'}"
 
     lines = [
         line(
-            "adversarial training alone costs clean accuracy",
+            "adversarial training alone reduces clean accuracy",
             figure("adversarial", MAIN, 0),
             figure("vanilla", MAIN, 0),
         ),
         line(
-            "one BN for both is below AdvProp on clean images", figure("shared-bn", MAIN, 0), figure("advprop", MAIN, 0)
+            "shared BNs have a lower clean accuracy than AdvProp",
+            figure("shared-bn", MAIN, 0),
+            figure("advprop", MAIN, 0),
         ),
     ]
     for column, strength in enumerate(STRENGTHS, 1):
@@ -168,24 +168,24 @@ def spread(values: list[float]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS and val/CLASS")
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--recipes", nargs="+", default=list(ORDER), choices=ORDER)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epsilon", type=float, default=4.0)
-    parser.add_argument("--attack-steps", type=int, default=2)
-    parser.add_argument("--step-size", type=float, default=3.0)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--attacked-images", type=int, default=1000, help="validation images that are attacked")
-    parser.add_argument("--out", default="runs/recipes")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    parser.add_argument("--arch", default="resnet18", help="timm's architecture")
+    parser.add_argument("--recipes", nargs="+", default=list(ORDER), choices=ORDER, help="recipes to compare")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs per recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each recipe per seed")
+    parser.add_argument("--epsilon", type=float, default=4.0, help="strength of the training attack, in 1/255")
+    parser.add_argument("--attack-steps", type=int, default=2, help="steps of the training attack")
+    parser.add_argument("--step-size", type=float, default=3.0, help="step size of the training attack, in 1/255")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"], help="mixed precision")
+    parser.add_argument("--device", default="auto", help="torch device; auto: a GPU if there is one")
+    parser.add_argument("--workers", type=int, help="loader processes")
+    parser.add_argument("--attacked-images", type=int, default=1000, help="attacked validation images")
+    parser.add_argument("--out", default="runs/recipes", help="folder of all runs")
     arguments = parser.parse_args()
     console = set_up_logging()
     if "finetune" in arguments.recipes and "adversarial" not in arguments.recipes:
-        parser.error("finetune starts from adversarial: give both")
+        parser.error("finetune starts from adversarial; add adversarial to --recipes")
     try:
         data = image_folder(arguments.data)
         order = [name for name in ORDER if name in arguments.recipes]

@@ -1,22 +1,23 @@
-"""Time and memory of a training step, recipe by recipe, against vanilla and a plain reference.
+"""Measure time and memory of a training step of each recipe, compared to vanilla and a reference.
 
-    python benchmarks/train_step.py                              two nets at 64 px, batch 32, about ten minutes
+    python benchmarks/train_step.py                              two networks at 64 px, batch size 32: ten minutes
     python benchmarks/train_step.py --arch resnet18 --rounds 5
 
-All rows of a net are timed in turn, round after round, so that a machine that slows down
-slows all of them; a ratio is taken within its round, and its median, minimum and maximum
-over the rounds are printed. The bound counts passes (forward = input gradient = weight
-gradient = 1): (2K + 6) / 3 for AdvProp with K attack steps, 1.2 for Fast AdvProp. `fast` splits its
-batch into four parts clean and one part adversarial; `fast 4:1` is the published proportion on top
-of a vanilla batch (256 clean + 64 for 256), scaled to the same number of images: what an epoch costs.
+All rows of a network are timed in interleaved rounds, so a machine that becomes slower affects all
+of them. A ratio compares times of the same round; its median, minimum and maximum over the rounds
+are printed. The bound counts passes (forward = input gradient = weight gradient = 1): (2K + 6) / 3
+for AdvProp with K attack steps, 1.2 for Fast AdvProp. `fast` splits its batch into four parts of
+clean images and one of adversarial images. `fast 4:1` adds the published share of adversarial
+images to a vanilla batch (64 to 256 clean ones), and its time is scaled to the same number of
+images: the cost of an epoch.
 
-"reference" is Algorithm 1 written the plain way: a layer with two BatchNorms behind a flag,
-separate forwards for clean and adversarial images, gradients of the attack taken by
-`backward` with parameters not frozen, everything in the default memory format. Ours is
-measured as `train.run` does it, optimizer step included in all rows.
+"reference" is a direct implementation of Algorithm 1: a layer with two BatchNorms and a flag,
+separate forward passes for clean and adversarial images, attack gradients by `backward` without
+freezing the parameters, and the default memory format. The other rows run the step of `train.run`.
+All rows include the optimizer step.
 
-Peak memory is measured in a process of its own for each row: the largest resident size
-above that before the first step.
+Peak memory is measured in a separate process for each row: the maximum resident size minus the
+size before the first step.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# oneDNN keeps 1,024 prepared operations. One recipe needs about half of that; all rows in one process
-# need more, and would make theirs anew at each step.
+# oneDNN caches 1,024 prepared operations. One recipe needs about half of them; all rows in one
+# process need more, and would prepare theirs again in each step.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import timm
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from train.attack import LinfPGD
 from train.config import AttackConfig
 from train.recipes import RECIPES
 from train.task import AdvPropTask
@@ -51,7 +53,7 @@ BOUNDS = {"advprop PGD-1": 8 / 3, "advprop PGD-5": 16 / 3, "fast": 1.2, "fast 4:
 
 
 class TwoBatchNorms(nn.Module):
-    """The reference's layer: one or the other, by a flag on the class."""
+    """BatchNorm of the reference: a flag of the class selects one of two layers."""
 
     adversarial = False
 
@@ -106,10 +108,9 @@ def our_step(
     arch: str, recipe: str, steps: int, device: str = "cpu", amp: torch.dtype | None = None, compiled: bool = False
 ) -> Step:
     model = timm.create_model(arch, num_classes=CLASSES).to(device).to(memory_format=torch.channels_last)
-    attack = AttackConfig(epsilon=max(1, steps - 1), steps=steps, targeted=recipe != "fast")
-    task = AdvPropTask(
-        model, RECIPES[recipe], attack=attack, mean=MEAN, std=STD, amp_dtype=amp, device=torch.device(device)
-    ).train()
+    config = AttackConfig(epsilon=max(1, steps - 1), steps=steps, targeted=recipe != "fast")
+    attack = LinfPGD(config, MEAN, STD)
+    task = AdvPropTask(model, RECIPES[recipe], attack, amp_dtype=amp, device=torch.device(device)).train()
     if compiled:
         task.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -131,7 +132,7 @@ def make_step(arch: str, row: str) -> Step:
 
 
 def images_of(row: str, count: int) -> int:
-    """The batch size of a row where vanilla's is `count`."""
+    """Return the batch size of a row if that of vanilla is `count`."""
     return count * 5 // 4 if row.endswith("4:1") else count
 
 
@@ -144,7 +145,7 @@ def batch(size: int, count: int, row: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def memory_mb(field: str) -> float:
-    """VmRSS (now) or VmHWM (the most so far) of this process, in MB (Linux)."""
+    """Return VmRSS (current) or VmHWM (maximum) of this process, in MB (Linux only)."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024 / 1e6
 
@@ -191,10 +192,10 @@ def measure(arch: str, size: int, count: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["resnet18", "efficientnet_b0"])
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--arch", nargs="+", default=["resnet18", "efficientnet_b0"], help="timm's architectures")
+    parser.add_argument("--size", type=int, default=64, help="image size, in pixels")
+    parser.add_argument("--batch", type=int, default=32, help="images per step")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     for arch in arguments.arch:

@@ -28,9 +28,8 @@ from runtime.system.image_sources import image_paths, spread
 from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
 from train.data import class_names, class_wnids
 from train.dual_bn import select_route
-from train.models import create_model
+from train.models import create_model, load_weights, restore_model
 from train.recipes import MAIN
-from train.restore import load_weights, restore_model
 
 __all__ = ["Source", "load_source", "resized", "timm_spec"]
 

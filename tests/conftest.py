@@ -1,4 +1,4 @@
-"""Fixtures that several packages' tests share: real data, and one real trained checkpoint."""
+"""Fixtures shared by the tests of several packages: real data and a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from tests.support import SHARED_DATA
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.loop import FitResult, fit
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared with other workers; the commands they start read this
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; commands that tests start inherit it
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests, and the commands they start, keep nothing in the user's cache."""
+    """Use a temporary cache folder for tests and the commands that they start."""
     os.environ["ADVPROP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Unpacks an archive of the data folder beside the checkout, or skips where there is none."""
+    """Return a function that unpacks an archive of the data folder next to the checkout.
+
+    The test is skipped if the archive does not exist.
+    """
 
     def unpack(name: str) -> Path:
         archive = SHARED_DATA / name
         if not archive.is_file():
-            pytest.skip(f"needs {name} of the data folder beside the checkout, which is not here")
+            pytest.skip(f"needs {name} in the data folder next to the checkout, which does not exist")
         folder = tmp_path_factory.mktemp("data")
         with tarfile.open(archive) as content:
             content.extractall(folder, filter="data")
@@ -45,7 +48,7 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
-    """One AdvProp epoch of a small ResNet on the embedded digits: a real checkpoint."""
+    """Train a small ResNet with AdvProp on the embedded digits for one epoch."""
     out = tmp_path_factory.mktemp("trained")
     config = TrainConfig(
         arch="resnet10t", epochs=1, out=out, data=DataConfig(workers=0), optim=OptimConfig(ema_decay=0.99)
@@ -55,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """A folder of 2 × 24 training and 2 × 8 validation images: dark and bright noise."""
+    """Write 2 × 24 training and 2 × 8 validation images of dark and bright noise."""
     random = np.random.default_rng(0)
     for part, count in (("train", 24), ("val", 8)):
         for name, level in (("bright", 160), ("dark", 0)):

@@ -1,7 +1,7 @@
-"""AdvProp training: images in, dual-BatchNorm checkpoint out.
+"""AdvProp training: from images to a checkpoint with dual BatchNorm.
 
-`python -m train.run --arch efficientnet_b3` trains; `AdvPropTask` and
-`add_auxiliary_bns` are the pieces for a loop of your own. Names load when used, so that
+`python -m train.run --arch efficientnet_b3` trains a network. `AdvPropTask`, `LinfPGD` and
+`add_auxiliary_bns` are parts for a training loop of your own. Names are imported on first use, so
 command-line help does not wait for torch.
 """
 
@@ -29,7 +29,7 @@ __all__ = [
     "strip_auxiliary",
 ]
 
-_HOMES = {
+_MODULES = {
     "AdvPropTask": "train.task",
     "AttackConfig": "train.config",
     "LinfPGD": "train.attack",
@@ -40,4 +40,4 @@ _HOMES = {
     "strip_auxiliary": "train.dual_bn",
 }
 
-__getattr__ = lazy_names(__name__, _HOMES)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -1,13 +1,13 @@
-"""Images in tar files, read at random and without unpacking.
+"""Images in tar files, with random access and without unpacking.
 
-Two layouts are known, both as timm and WebDataset have them:
+Two layouts of timm and WebDataset are supported:
 
-    by class     train.tar with CLASS/IMAGE in it, or train/CLASS.tar with IMAGE in it
-    WebDataset   shards train*.tar or train/*.tar with KEY.jpg beside KEY.cls, a class number
+    by class     train.tar with CLASS/IMAGE files, or train/CLASS.tar with IMAGE files
+    WebDataset   shards train*.tar or train/*.tar with KEY.jpg and KEY.cls, which is a class number
 
-A tar file is a list of headers, each followed by its file; one pass over the headers finds
-every image, so order, augmentation and resuming are as exact as for a folder. Only plain
-tar files can be read so: a compressed one has no places to jump to.
+A tar file is a list of headers, each followed by a file. One pass over the headers finds every
+image, so order, augmentation and resuming are as exact as for a folder. Compressed tar files are
+not supported because they do not allow random access.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class TarImages:
         return self._members[index].read()
 
     def name(self, index: int) -> str:
-        """The tar file and the path within."""
+        """Return the tar file and the path in it."""
         return f"{self._members[index].archive}:{self._members[index].name}"
 
 
 def find_archives(root: Path) -> dict[str, list[Path]]:
-    """Returns the tar files of `train` and `val` below `root`; empty lists where there are none."""
+    """Return the tar files of `train` and `val` below `root`; a list may be empty."""
     found = {}
     for part, names in _PARTS.items():
         places = (pattern for name in names for pattern in (f"{name}/*.tar", f"{name}.tar", f"*{name}*.tar"))
@@ -67,11 +67,11 @@ def find_archives(root: Path) -> dict[str, list[Path]]:
 
 
 def image_archives(root: Path) -> ImageData:
-    """Reads the headers of the tar files of `root`.
+    """Open the dataset in the tar files of `root`. This reads all of their headers.
 
     Raises:
-        DataError: a part is missing, a file is no plain tar file, there are no images, or
-            their classes do not make a data set.
+        DataError: a part is missing, a file is not an uncompressed tar file, there are no images,
+            or their classes do not form a dataset.
     """
     archives = find_archives(root)
     for part, files in archives.items():
@@ -93,7 +93,7 @@ def image_archives(root: Path) -> ImageData:
 
 
 def _classes(members: Sequence[TarMember]) -> dict[str, list[TarMember]]:
-    """By the folder within the tar file, or else by the tar file's own name."""
+    """Group images by their folder in the tar file, or by the tar file's name without a folder."""
     found: dict[str, list[TarMember]] = defaultdict(list)
     for member in members:
         if not is_image_name(member.name):
@@ -104,7 +104,7 @@ def _classes(members: Sequence[TarMember]) -> dict[str, list[TarMember]]:
 
 
 def _shards(members: Sequence[TarMember], where: Path) -> ImageSet:
-    """WebDataset samples: consecutive files that share the name up to the first dot."""
+    """Return WebDataset samples, whose files have the same name up to the first dot."""
     images: dict[tuple[str, str], TarMember] = {}
     labels: dict[tuple[str, str], int] = {}
     for member in members:
@@ -119,9 +119,9 @@ def _shards(members: Sequence[TarMember], where: Path) -> ImageSet:
             labels[key] = int(text)
     both = [key for key in images if key in labels]
     if not both:
-        raise DataError(f"{where}: found {len(images)} images and {len(labels)} labels, none of which belong together")
-    if len(both) < len(images):
-        log.warning(
-            "%s: %d of %d images have no .cls beside them and are left out", where, len(images) - len(both), len(images)
+        raise DataError(
+            f"{where}: found {len(images)} images and {len(labels)} labels, but no image KEY.jpg has a label KEY.cls"
         )
+    if len(both) < len(images):
+        log.warning("%s: ignored %d of %d images, which have no .cls file", where, len(images) - len(both), len(images))
     return ImageSet(TarImages([images[key] for key in both]), [labels[key] for key in both])

@@ -1,4 +1,4 @@
-"""What a run is made of, built from its TrainConfig: data, model, task, optimizer."""
+"""The parts of a run, built from its TrainConfig: model, task, optimizer and sample images."""
 
 from __future__ import annotations
 
@@ -15,27 +15,19 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.errors import ConfigError, DataError, first_line
+from runtime.errors import ConfigError, DataError
 from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import Preprocessing
+from train.attack import LinfPGD
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import ImageData
 from train.distributed import synchronize_batch_norms, world_size
-from train.models import create_model
+from train.models import create_model, load_weights, route_weights
 from train.recipes import Recipe
-from train.restore import load_weights, route_weights
 from train.task import AdvPropTask
 
-__all__ = [
-    "make_device",
-    "make_model",
-    "make_optimization",
-    "make_sample",
-    "make_task",
-    "model_arguments",
-    "seed_everything",
-]
+__all__ = ["make_model", "make_optimization", "make_sample", "make_task", "model_arguments", "seed_everything"]
 
 log = logging.getLogger(__name__)
 
@@ -44,34 +36,15 @@ _SAMPLE_BYTES = 8 << 20
 _AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_device(name: str) -> torch.device:
-    """Returns the torch device called `name`; `auto` is CUDA where it is available.
-
-    Raises:
-        ConfigError: not a device, or CUDA without a GPU.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is not a torch device: {first_line(error)}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch {torch.__version__} finds no NVIDIA GPU; use --device cpu")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}") from error
-    return device
-
-
 def seed_everything(seed: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators."""
+    """Seed the random generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
 
 
 def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
-    """Returns the keyword arguments of timm's create_model, as the checkpoint keeps them."""
+    """Return the keyword arguments of timm's create_model, as stored in the checkpoint."""
     arguments: dict[str, Any] = {"num_classes": classes}
     if config.drop:
         arguments["drop_rate"] = config.drop
@@ -81,16 +54,16 @@ def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
 
 
 def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
-    """Makes the network, with the weights it starts from.
+    """Create the network with its initial weights.
 
     Raises:
-        ArchError: timm does not have it.
+        ArchError: timm does not have the architecture.
         ConfigError: the recipe needs a checkpoint to start from.
-        CheckpointError: that checkpoint does not fit.
+        CheckpointError: the weights of that checkpoint do not fit.
     """
     if recipe.from_checkpoint and config.init_checkpoint is None:
         raise ConfigError(
-            f"the recipe {config.recipe} starts from another run: --set init_checkpoint=runs/NAME/best.pt"
+            f"the recipe {config.recipe} starts from another run; add --set init_checkpoint=runs/NAME/best.pt"
         )
     model = create_model(config.arch, pretrained=config.pretrained, **model_arguments(config, classes))
     if config.init_checkpoint is not None:
@@ -106,13 +79,13 @@ def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
 
 
 def make_task(
-    config: TrainConfig, recipe: Recipe, model: nn.Module, spec: Preprocessing, classes: int, device: torch.device
+    config: TrainConfig, recipe: Recipe, model: nn.Module, attack: LinfPGD, classes: int, device: torch.device
 ) -> AdvPropTask:
-    """Makes the training task: routed BatchNorms, attack, losses, mixup, AMP, compile, DDP."""
+    """Create the training task: routed BatchNorms, losses, mixup, AMP, torch.compile and DDP."""
     if config.amp != "none" and device.type == "cpu":
         log.warning(
-            "--amp %s on a CPU is mostly slower, and torch's bfloat16 convolutions there may give gradients that are "
-            "not finite; leave it out",
+            "--amp %s is usually slower than FP32 on a CPU, and torch's bfloat16 convolutions can return gradients "
+            "that are not finite there; remove --amp to train in FP32",
             config.amp,
         )
     mixup = None
@@ -126,9 +99,7 @@ def make_task(
     task = AdvPropTask(
         model.to(device).to(memory_format=torch.channels_last),
         recipe,
-        attack=config.resolved_attack(recipe),
-        mean=spec.mean,
-        std=spec.std,
+        attack,
         criterion_kwargs={"smoothing": config.optim.label_smoothing},
         mixup=mixup,
         amp_dtype=_AMP[config.amp],
@@ -147,10 +118,10 @@ def make_task(
 def make_optimization(
     config: TrainConfig, model: nn.Module, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Makes timm's optimizer and schedule, the latter stepped at each update.
+    """Create timm's optimizer and its learning rate schedule, which is stepped at each update.
 
     Raises:
-        ConfigError: timm does not know one of them.
+        ConfigError: timm does not know one of them or rejects its options.
     """
     optim = config.optim
     try:
@@ -158,7 +129,7 @@ def make_optimization(
             model, opt=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, **optim.options
         )
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"timm cannot make the optimizer {optim.optimizer!r}: {error}") from error
+        raise ConfigError(f"timm cannot create the optimizer {optim.optimizer!r}: {error}") from error
     epochs = config.resolved_epochs
     try:
         scheduler, _ = create_scheduler_v2(
@@ -173,7 +144,7 @@ def make_optimization(
             updates_per_epoch=updates_per_epoch,
         )
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"timm cannot make the schedule {optim.schedule!r}: {error}") from error
+        raise ConfigError(f"timm cannot create the schedule {optim.schedule!r}: {error}") from error
     if scheduler is None:
         raise ConfigError(f"timm has no schedule {optim.schedule!r}; use cosine, step, constant, …")
     scheduler.step_update(0)
@@ -181,13 +152,17 @@ def make_optimization(
 
 
 def make_sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]:
-    """Validation images for the exporter to verify itself on."""
+    """Return validation images at the input size and their labels, for the verification of exports.
+
+    Raises:
+        DataError: none of the images can be decoded.
+    """
     size = spec.height * spec.width * 3
     count = max(8, min(_SAMPLE_IMAGES, _SAMPLE_BYTES // size))
     images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     labels: list[int] = []
     for image, label in data.val.probe(count):
-        with contextlib.suppress(DataError):  # an image that cannot be decoded; the loader names it
+        with contextlib.suppress(DataError):  # validation reports images that cannot be decoded
             images.append(fit_to_input(decode(image), spec))
             labels.append(label)
     if not images:

@@ -1,42 +1,41 @@
-"""Checkpoints: one atomic file that a run resumes from and the exporter reads.
+"""Checkpoint files: what a run resumes from and the exporter reads.
 
-Format `advprop.checkpoint/1`, a dict of plain values and tensors that
+Format `advprop.checkpoint/1`: a dict of plain values and tensors that
 `torch.load(weights_only=True)` reads:
 
     format, arch, model_kwargs, recipe (name), spec (ModelSpec as JSON), state_dict,
     ema_state_dict | None, optimizer, scheduler, scaler | None, epoch (finished epochs),
-    batch (finished batches of the epoch after), step (updates), rng, metrics, versions,
-    config (TrainConfig as JSON), sample (uint8 NHWC validation images and their labels)
+    batch (finished batches of the current epoch), step (updates), loss_sum (of the current
+    epoch), rng (by process), metrics, versions, config (TrainConfig as TOML),
+    sample (uint8 NHWC validation images and their labels)
 
-Untrusted files stay untrusted: nothing is ever unpickled beyond tensors and plain values.
+`train.state` fills and restores it. Files may come from anyone: nothing except tensors and plain
+values is unpickled.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from runtime.errors import CheckpointError, OutputError
 from runtime.system.files import atomic_write
 
-__all__ = ["FORMAT", "load_checkpoint", "read_torch_file", "rng_kept", "rng_state", "save_checkpoint", "set_rng_state"]
+__all__ = ["FORMAT", "check_checkpoint", "describe", "load_checkpoint", "read_torch_file", "save_checkpoint"]
 
 FORMAT = "advprop.checkpoint/1"
-_NEEDED = ("arch", "model_kwargs", "recipe", "spec", "state_dict", "epoch", "step", "sample")
+_REQUIRED = ("arch", "model_kwargs", "recipe", "spec", "state_dict", "epoch", "step", "sample")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` as a checkpoint: to a temporary file, fsynced, renamed.
+    """Write `content` as a checkpoint, atomically.
 
     Raises:
-        OutputError: the place cannot be written; a checkpoint that was there stays whole.
+        OutputError: `path` cannot be written; an existing checkpoint stays as it is.
     """
     with atomic_write(path) as file:
         try:
@@ -45,18 +44,22 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             raise OutputError(f"cannot write {path}: {error}; is the disk full?") from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads one of our checkpoints onto the CPU.
+def load_checkpoint(path: Path, *, device: str = "cpu") -> dict[str, Any]:
+    """Read an advprop checkpoint.
+
+    Args:
+        path: the file.
+        device: where its tensors go; `meta` reads shapes only.
 
     Raises:
-        CheckpointError: not a file, truncated, holding pickled code, or not ours; the
-            message says what was found.
+        CheckpointError: the file is missing, truncated, holds pickled code or is not an advprop
+            checkpoint; the message says what was found.
     """
-    return check_checkpoint(read_torch_file(path), path)
+    return check_checkpoint(read_torch_file(path, device=device), path)
 
 
 def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
-    """Returns `content`, read from `path`, if it is one of our checkpoints.
+    """Return `content`, which was read from `path`, if it is an advprop checkpoint.
 
     Raises:
         CheckpointError: it is something else; the message says what.
@@ -64,18 +67,19 @@ def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMAT:
         raise CheckpointError(f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}")
-    missing = [key for key in _NEEDED if key not in content]
+    missing = [key for key in _REQUIRED if key not in content]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; train again, or use another checkpoint")
     checkpoint: dict[str, Any] = content
     return checkpoint
 
 
-def read_torch_file(path: Path) -> Any:
-    """Reads what `torch.save` wrote, refusing anything but tensors and plain values.
+def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
+    """Read a file of `torch.save`, and refuse anything except tensors and plain values.
 
     Raises:
-        CheckpointError: no such file, not a torch file, truncated, or holding pickled code.
+        CheckpointError: the file is missing, is not a torch file, is truncated or holds pickled
+            code.
     """
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
@@ -85,71 +89,35 @@ def read_torch_file(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if not head:
-        raise CheckpointError(f"{path} is empty (0 bytes); the copy or download did not finish")
+        raise CheckpointError(f"{path} is empty (0 bytes): the copy or download did not finish")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: refused or read, the outcome says all
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle stream raises nearly anything
-        if "Unsupported " in str(error) or "Trying to " in str(error):  # global, class or operand
+            warnings.simplefilter("ignore")  # about pickle protocols; loading either works or raises
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged pickle stream can raise almost any exception
+        if "Unsupported " in str(error) or "Trying to " in str(error):  # torch has no type for refused code
             raise CheckpointError(
-                f"{path} holds pickled Python objects, which could run code when loaded; refused, nothing was "
-                f"executed ({_refused(error)}). If you trust its author, save its plain state_dict again"
+                f"{path} holds pickled Python objects, which could run code when loaded. It was refused and nothing "
+                f"was executed ({_refusal(error)}). If you trust its author, save its plain state_dict to a new file"
             ) from error
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path} is a TorchScript archive; expected a checkpoint or a state_dict") from error
-        kind = "is truncated or damaged" if head[:2] == b"PK" else "is not a torch file, or is damaged"
-        raise CheckpointError(f"{path} {kind} ({type(error).__name__}); copy or download it again") from error
+        problem = "is truncated or damaged" if head[:2] == b"PK" else "is not a torch file, or is damaged"
+        raise CheckpointError(f"{path} {problem} ({type(error).__name__}); copy or download it again") from error
 
 
 def describe(content: Any) -> str:
-    """Says in a few words what a torch file holds."""
+    """Return a short description of what a torch file holds, for error messages."""
     if not isinstance(content, Mapping):
         return f"it holds a {type(content).__name__}"
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return f"it is a plain state_dict of {len(content)} tensors (give its architecture with --arch)"
+        return f"it is a plain state_dict of {len(content)} tensors (pass its architecture with --arch)"
     keys = ", ".join(sorted(str(key) for key in content)[:6])
     return f"it is a dict with {keys or 'no keys'}"
 
 
-def rng_state() -> dict[str, Any]:
-    """Returns the state of every random generator that training draws from."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts `rng_state`'s result back."""
-    random.setstate(_as_tuple(state["python"]))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-@contextmanager
-def rng_kept() -> Iterator[None]:
-    """What runs within leaves the generators as they were: a library that draws at its first
-    import must not make a resumed run another one."""
-    before = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(before)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _refused(error: Exception) -> str:
-    """The line of torch's long message that says what was refused."""
+def _refusal(error: Exception) -> str:
+    """Return the line of torch's long message that names the refused object."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if "Unsupported " in line or "Trying to " in line]
-    return told[0].removeprefix("WeightsUnpickler error: ")[:160]
+    relevant = [line for line in lines if "Unsupported " in line or "Trying to " in line]
+    return relevant[0].removeprefix("WeightsUnpickler error: ")[:160]

@@ -1,7 +1,6 @@
-"""`TrainConfig`: every setting of a training run. Standard library only.
+"""`TrainConfig`: every setting of a training run. Uses the standard library only.
 
-Where a field may be None, that means "chosen from the model and the data"; `fit` logs
-what it chose.
+A field whose default is None is chosen from the model and the data; `fit` logs the choice.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ class AttackConfig:
     """L-inf PGD on the training images. The defaults are the paper's weakest attack."""
 
     epsilon: float = 1.0
-    """Largest change of a pixel, in 1/255, whatever the normalization."""
+    """Maximum change of a pixel, in 1/255 of the pixel range."""
     steps: int | None = None
-    """Gradient steps; None: ε + 1, but one at ε = 1, as published."""
+    """Number of gradient steps (default: the published ε + 1, except 1 at ε = 1)."""
     step_size: float = 1.0
-    """Length of a step, in 1/255."""
+    """Size of a step, in 1/255 of the pixel range."""
     targeted: bool = True
-    """Towards a random wrong class (as published), else away from the true one."""
+    """Attack toward a random wrong class, as published; otherwise away from the true class."""
     clean_start_share: float = 0.2
-    """Share of images whose attack starts from the image itself and not from uniform noise."""
+    """Share of images whose attack starts from the clean image instead of uniform noise."""
 
     def __post_init__(self) -> None:
         _check(self.epsilon > 0 and math.isfinite(self.epsilon), "attack.epsilon", "above 0 (in /255)", self.epsilon)
@@ -43,7 +42,7 @@ class AttackConfig:
 
     @property
     def resolved_steps(self) -> int:
-        """Gradient steps, with the published rule applied."""
+        """Number of gradient steps, with the published rule applied."""
         if self.steps is not None:
             return self.steps
         return 1 if self.epsilon <= 1 else math.ceil(self.epsilon) + 1
@@ -51,43 +50,43 @@ class AttackConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Images and how they are cropped."""
+    """The images and their augmentation."""
 
     root: Path | None = None
-    """Folder with `train/CLASS/*` and `val/CLASS/*`, or with tar files of them; where a `dataset` is
-    (to be) kept; None: the embedded digits."""
+    """Folder with `train/CLASS/*` and `val/CLASS/*`, or with tar files of them; with `dataset`, the
+    folder that stores it (default: train on the embedded digits)."""
     dataset: str | None = None
-    """A data set by timm's name: `torch/cifar10`, `hfds/uoft-cs/cifar10`, `wds/…`, `tfds/…`."""
+    """Dataset by timm's name: `torch/cifar10`, `hfds/uoft-cs/cifar10`, `wds/…`, `tfds/…`."""
     train_split: str = "train"
-    """What `dataset` calls the part to train on."""
+    """Split of `dataset` for training."""
     val_split: str = "validation"
-    """What it calls the part to measure on (Hugging Face: often `test`)."""
+    """Split of `dataset` for validation. Hugging Face datasets often call it `test`."""
     input_key: str = ""
-    """Column of the images in a Hugging Face, TFDS or WebDataset set; empty: timm's default."""
+    """Image column of a Hugging Face, TFDS or WebDataset dataset (default: timm's)."""
     target_key: str = ""
-    """Column of the labels likewise."""
+    """Label column of a Hugging Face, TFDS or WebDataset dataset (default: timm's)."""
     num_classes: int = 0
-    """Classes of a stream that does not tell them."""
+    """Number of classes of a stream, if its metadata does not include it."""
     download: bool = False
-    """Let torchvision or TFDS download `dataset`."""
+    """Allow torchvision or TFDS to download `dataset`."""
     img_size: int | None = None
-    """Height and width of the network's input, pixels; None: the model's own, or less
-    where the images are smaller than that."""
+    """Height and width of the network's input, in pixels (default: the model's own, or smaller if
+    the images are smaller)."""
     crop_scale: tuple[float, float] | None = None
-    """Share of the area that a random training crop keeps; None: by image size."""
+    """Range of the area share that a random training crop covers (default: by image size)."""
     auto_augment: str = ""
-    """timm's policy for the clean images, e.g. `original`, `rand-m9-mstd0.5`; empty: none. The
-    `fine-grained` recipe has an AutoAugment view of its own besides."""
+    """timm's augmentation policy for the clean images, e.g. `original` or `rand-m9-mstd0.5`
+    (default: none). The `fine-grained` recipe also has its own AutoAugment view."""
     mixup: float = 0.0
-    """Mixup α on the clean images; 0: none."""
+    """MixUp α for the clean images; 0 disables it."""
     cutmix: float = 0.0
-    """CutMix α on the clean images; 0: none."""
+    """CutMix α for the clean images; 0 disables it."""
     hflip: float | None = None
-    """Probability of mirroring a training image; None: 0.5, but never for the digits."""
+    """Probability of flipping a training image horizontally (default: 0.5; 0 for the digits)."""
     color_jitter: float | None = None
-    """Strength of color jitter; None: 0.4, but none for the digits and small images."""
+    """Strength of color jitter (default: 0.4; 0 for the digits and for small images)."""
     workers: int | None = None
-    """Loader processes; None: by cores and data."""
+    """Loader processes (default: by number of cores and kind of data)."""
 
     def __post_init__(self) -> None:
         _check(self.img_size is None or self.img_size >= 8, "data.img_size", "at least 8 pixels", self.img_size)
@@ -95,7 +94,7 @@ class DataConfig:
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedded digits are what is trained on."""
+        """Whether the run trains on the embedded digits."""
         return self.root is None and self.dataset is None
 
 
@@ -104,29 +103,29 @@ class OptimConfig:
     """Optimizer, schedule and losses, by timm's names."""
 
     optimizer: str = "adamw"
-    """A name of `timm.optim`."""
+    """Name of an optimizer in `timm.optim`."""
     lr: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.02
-    """Weight decay, not applied to biases and BatchNorms."""
+    """Weight decay; biases and BatchNorms have none."""
     schedule: str = "cosine"
-    """A name of `timm.scheduler`, stepped at each update."""
+    """Name of a learning rate schedule in `timm.scheduler`; it advances at each update."""
     warmup_epochs: float = 0.5
     """Epochs of linear warm-up."""
     label_smoothing: float = 0.1
-    """Smoothing of the targets in both losses."""
+    """Label smoothing of the losses of all branches."""
     clip_grad: float = 5.0
-    """Largest gradient norm; 0 does not clip."""
+    """Maximum gradient norm; 0 disables clipping."""
     ema_decay: float = 0.0
-    """Decay of the moving average of weights, warmed up; 0 keeps none."""
+    """Decay of the moving average of the weights, warmed up; 0 disables it."""
     accumulate: int = 1
-    """Batches whose gradients are added up for one update."""
+    """Batches whose gradients are averaged for one update."""
     options: dict[str, float] = field(default_factory=dict)
-    """Further arguments of the optimizer, e.g. `alpha`, `momentum`, `eps`."""
+    """Other arguments of the optimizer, e.g. `alpha`, `momentum`, `eps`."""
     decay_epochs: float = 2.4
-    """Epochs between decays, for the `step` schedule."""
+    """Epochs between decays of the `step` schedule."""
     decay_rate: float = 0.97
-    """Factor of a decay, for the `step` schedule."""
+    """Factor of each decay of the `step` schedule."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0 and math.isfinite(self.lr), "optim.lr", "above 0", self.lr)
@@ -138,66 +137,67 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """Settings of one training run."""
 
     arch: str
     """timm's name of the architecture."""
     recipe: str = "advprop"
-    """A name of `train.recipes.RECIPES`."""
+    """Name of a recipe in `train.recipes.RECIPES`."""
     epochs: int | None = None
-    """Passes over the data; None: 8 on the embedded digits, 100 on a folder."""
+    """Passes over the training images (default: 8 for the embedded digits, otherwise 100)."""
     batch_size: int | None = None
-    """Clean images a step, the adversarial ones come on top; None: 32 on the embedded digits,
-    128 up to 64 px, else 64."""
+    """Clean images per step and process; adversarial ones are added to them (default: 32 for the
+    embedded digits, otherwise 128 up to 64 px and 64 above)."""
     seed: int = 0
-    """Seeds weights, order, augmentation and attack."""
+    """Seed of weights, order, augmentation and attack."""
     device: str = "auto"
-    """A torch device, or `auto`: CUDA where it is available."""
+    """torch device, or `auto` for CUDA if a GPU is available."""
     amp: str = "none"
     """Mixed precision of attack and step: `none`, `bf16` or `fp16`."""
     compile: bool = False
     """Compile the network with torch.compile."""
     pretrained: bool = False
-    """Start from timm's pretrained weights (downloaded by timm)."""
+    """Start from timm's pretrained weights, which timm downloads."""
     init_checkpoint: Path | None = None
-    """Start from the main route's weights of this checkpoint (needed by `finetune`)."""
+    """Checkpoint whose main-route weights training starts from (required by `finetune`)."""
     drop: float = 0.0
     """Dropout rate before the classifier."""
     drop_path: float = 0.0
-    """Stochastic depth rate, for architectures that have it."""
+    """Stochastic depth rate, for architectures that support it."""
     bn_momentum: float | None = None
-    """Momentum of running statistics in torch's sense (0.01 keeps 99 %); None: the model's."""
+    """Momentum of running statistics; as in torch, 0.01 keeps 99 % (default: the model's)."""
     sync_bn: bool = True
-    """With several processes: batch statistics over all of them, route by route."""
+    """Compute batch statistics over all processes, separately for each route."""
     save_every: int = 0
-    """Also write `last.pt` each so many steps; 0: after each epoch only."""
+    """Updates between additional saves of `last.pt`; 0 saves after each epoch only."""
     log_every: int = 50
-    """Updates between the entries of TensorBoard and W&B: loss by branch, learning rate."""
+    """Updates between TensorBoard and W&B entries of losses and learning rate."""
     tensorboard: bool = True
     """Write event files for TensorBoard."""
     wandb: str = ""
-    """Project of Weights & Biases to log to (needs the package `wandb`); empty: none."""
+    """Weights & Biases project to log to; needs the package `wandb` (default: none)."""
     out: Path | None = None
-    """Folder of checkpoints and metrics; None: `runs/ARCH`, with `-RECIPE` for any but advprop."""
+    """Folder of checkpoints and metrics (default: `runs/ARCH`, or `runs/ARCH-RECIPE` for recipes
+    other than advprop)."""
     resume: str = "never"
-    """`auto`: continue from `last.pt` in the output folder where there is one; or `never`."""
+    """`auto` continues from `last.pt` in the output folder if it exists; `never` does not."""
     overwrite: bool = False
-    """Start anew in an output folder that has a `last.pt`, which is lost."""
+    """Start a new run in an output folder with a `last.pt`, and replace it."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """The training attack."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Images."""
+    """The images."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimization."""
+    """The optimization."""
     eval_attack_images: int = 512
-    """Validation images, spread evenly, on which accuracy under attack is measured."""
+    """Validation images, evenly spaced, on which accuracy under attack is measured."""
 
     def __post_init__(self) -> None:
         _check(self.epochs is None or self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _check(self.amp in ("none", "bf16", "fp16"), "amp", "none, bf16 or fp16", self.amp)
         _check(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
         _check(self.log_every >= 1, "log_every", "at least 1 update", self.log_every)
-        _check(self.save_every >= 0, "save_every", "0 or more steps", self.save_every)
+        _check(self.save_every >= 0, "save_every", "0 or more updates", self.save_every)
         _check(
             self.batch_size is None or self.batch_size >= 2,
             "batch_size",
@@ -207,25 +207,24 @@ class TrainConfig:
 
     @property
     def resolved_epochs(self) -> int:
-        """Passes over the data, with the default applied."""
+        """Passes over the training images, with the default applied."""
         if self.epochs is not None:
             return self.epochs
         return 8 if self.data.embedded else 100
 
     def resolved_batch_size(self, img_size: int) -> int:
-        """Clean images a step at an input of `img_size` pixels, with the default applied."""
+        """Return the clean images per step for an input of `img_size` pixels."""
         if self.batch_size is not None:
             return self.batch_size
         return 32 if self.data.embedded else 128 if img_size <= 64 else 64
 
     def resolved_attack(self, recipe: Recipe) -> AttackConfig:
-        """The attack: what the recipe prescribes, where a field was left at its default."""
+        """Return the attack settings: those of the recipe replace fields with default values."""
         default = AttackConfig()
-        prescribed = {
+        prescribed: dict[str, Any] = {
             name: value for name, value in recipe.attack.items() if getattr(self.attack, name) == getattr(default, name)
         }
-        changes: dict[str, Any] = dict(prescribed)
-        return replace(self.attack, **changes)
+        return replace(self.attack, **prescribed)
 
     @property
     def resolved_out(self) -> Path:

@@ -1,4 +1,4 @@
-"""TrainConfig from TOML and from `--set section.field=value`, and back to TOML.
+"""Convert a TrainConfig from TOML and `--set section.field=value`, and back to TOML.
 
     arch = "resnet50"
     recipe = "advprop"
@@ -6,36 +6,35 @@
     [attack]
     epsilon = 4.0
 
-Field names are those of `train.config`; the sections are `attack`, `data` and `optim`.
+Field names are those in `train.config`; the sections are `attack`, `data` and `optim`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import ConfigError, nearest
 from train.config import TrainConfig
 
-__all__ = ["flat", "from_mapping", "merge", "parse_setting", "read_toml", "to_mapping", "to_toml"]
+__all__ = ["flatten", "from_mapping", "merge", "parse_setting", "read_toml", "to_mapping", "to_toml"]
 
 _Config = TypeVar("_Config")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Reads a configuration file as nested dicts.
+    """Read a configuration file as nested dicts.
 
     Raises:
-        ConfigError: no such file, or not TOML; the message has the line.
+        ConfigError: the file is missing or is not TOML; the message has the line.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -43,7 +42,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_setting(text: str) -> dict[str, Any]:
-    """Reads `optim.lr=1e-3` as {"optim": {"lr": 0.001}}; a value that is not TOML is a string.
+    """Parse `optim.lr=1e-3` as {"optim": {"lr": 0.001}}; a value that is not TOML is a string.
 
     Raises:
         ConfigError: there is no `=`.
@@ -62,7 +61,7 @@ def parse_setting(text: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts laid over each other, later ones winning."""
+    """Merge nested dicts; later values replace earlier ones."""
     merged = dict(base)
     for other in others:
         for key, value in other.items():
@@ -72,14 +71,16 @@ def merge(base: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]
 
 
 def from_mapping(content: Mapping[str, Any]) -> TrainConfig:
-    """Makes a TrainConfig of nested dicts.
+    """Build a TrainConfig from nested dicts.
 
     Raises:
-        ConfigError: an unknown field (the nearest is named), a value of the wrong type, or a
-            missing `arch`.
+        ConfigError: a field is unknown (the message suggests the nearest), a value has the wrong
+            type, or `arch` is missing.
     """
     if "arch" not in content:
-        raise ConfigError('which architecture? Give --arch NAME, or arch = "NAME" in the configuration file')
+        raise ConfigError(
+            'the architecture is missing: pass --arch NAME, or set arch = "NAME" in the configuration file'
+        )
     return _build(TrainConfig, content, "")
 
 
@@ -88,7 +89,7 @@ def _build(kind: type[_Config], content: Mapping[str, Any], prefix: str) -> _Con
     values = {}
     for key, value in content.items():
         if key not in hints:
-            raise ConfigError(f"there is no setting {prefix}{key}. {nearest(key, hints)}".rstrip())
+            raise ConfigError(f"unknown setting {prefix}{key}. {nearest(key, hints)}".rstrip())
         values[key] = _convert(hints[key], value, prefix + key)
     return kind(**values)
 
@@ -118,7 +119,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Returns a config as nested dicts of TOML's types, fields that are None left out."""
+    """Return a config as nested dicts of TOML types, without the fields that are None."""
     result: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -130,27 +131,15 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """Returns a config as TOML that `--config` reads back to an equal one."""
-    content = to_mapping(config)
-    sections = {key: value for key, value in content.items() if isinstance(value, dict)}
-    lines = list(_lines((key, value) for key, value in content.items() if key not in sections))
-    for name, section in sections.items():
-        lines += ["", f"[{name}]", *_lines(section.items())]
-    return "\n".join(lines) + "\n"
+    """Return a config as TOML that `--config` reads back to an equal one."""
+    import tomli_w  # not needed to parse command lines
+
+    return tomli_w.dumps(to_mapping(config))
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested dicts as one: {"optim": {"lr": 1}} → {"optim.lr": 1}."""
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts: {"optim": {"lr": 1}} → {"optim.lr": 1}."""
     result: dict[str, Any] = {}
     for key, value in content.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        result |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return result
-
-
-def _lines(items: Iterable[tuple[str, Any]]) -> Iterable[str]:
-    for key, value in items:
-        if isinstance(value, dict):
-            inner = ", ".join(f"{name} = {json.dumps(item)}" for name, item in value.items())
-            yield f"{key} = {{{inner}}}"
-        else:
-            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"

@@ -1,8 +1,8 @@
-"""What is trained on: labeled images with their class names, not decoded yet.
+"""Training data: encoded images with labels and class names.
 
-embedded_digits   what comes with scikit-learn
+embedded_digits   the digits of scikit-learn
 image_folder      train/CLASS/*, val/CLASS/*
-train.archives    the same, or WebDataset shards, in tar files
+train.archives    tar files with the same layout, or WebDataset shards
 train.datasets    torchvision, Hugging Face and TFDS names, through timm
 """
 
@@ -49,7 +49,7 @@ _WNID = re.compile(r"n\d{8}")
 
 
 class Images(Protocol):
-    """Encoded images by index, read when asked for: a list of paths, say."""
+    """Encoded images by index, read on access: for example a list of paths."""
 
     def __len__(self) -> int: ...
 
@@ -62,15 +62,15 @@ class Images(Protocol):
 
 @runtime_checkable
 class NamedImages(Images, Protocol):
-    """Images that can be named without reading them."""
+    """Images whose names are known without reading them."""
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Return the name of an image for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Labeled images, not decoded yet."""
+    """Encoded images with labels and random access."""
 
     images: Images
     """Paths, encoded bytes, uint8 arrays of shape (H, W) or (H, W, 3), or PIL images."""
@@ -81,13 +81,13 @@ class ImageSet:
         return len(self.labels)
 
     def probe(self, count: int) -> Iterator[tuple[ImageLike, int]]:
-        """Yields `count` images that can be read, spread evenly, with their labels."""
+        """Yield up to `count` evenly spaced images and their labels; skip unreadable ones."""
         for index in spread(range(len(self)), count):
-            with contextlib.suppress(DataError):  # counted and named when it is decoded
+            with contextlib.suppress(DataError):  # the loader counts and reports it
                 yield self.images[index], self.labels[index]
 
     def name(self, index: int) -> str:
-        """The image's path, or its number where it has none."""
+        """Return the image's path, or its number if it has none."""
         if isinstance(self.images, NamedImages):
             return self.images.name(index)
         image = self.images[index]
@@ -96,7 +96,7 @@ class ImageSet:
 
 @dataclass(frozen=True, slots=True)
 class ImageStream:
-    """Labeled images that come one after the other, in an order of their own."""
+    """Labeled images that can only be read one after the other, in the order of the stream."""
 
     open: Callable[[bool, int, int], Any]
     """(training, batch size, seed) → timm's IterableImageDataset."""
@@ -105,32 +105,32 @@ class ImageStream:
         return len(self.open(False, 1, 0))
 
     def probe(self, count: int) -> Iterator[tuple[ImageLike, int]]:
-        """Yields the first `count` images with their labels."""
+        """Yield the first `count` images and their labels."""
         yield from itertools.islice(self.open(False, 1, 0), count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageData:
-    """A data set with its hold-out."""
+    """A dataset with its validation part."""
 
     name: str
-    """The data set in words, for people."""
+    """Name of the dataset, for display."""
     classes: tuple[str, ...]
     """Names of the classes, in label order."""
     wnids: tuple[str, ...]
-    """WordNet ids where the folders are called so; else empty."""
+    """WordNet ids in label order, if the class folders have such names; otherwise empty."""
     train: ImageSet | ImageStream
-    """What is trained on."""
+    """Training images."""
     val: ImageSet | ImageStream
-    """What is measured on."""
+    """Validation images."""
     short_side: int
-    """Median length of the shorter side, pixels."""
+    """Median length of the shorter side, in pixels."""
     embedded: bool = False
-    """The digits that come with scikit-learn."""
+    """Whether these are the digits of scikit-learn."""
 
 
 def embedded_digits() -> ImageData:
-    """scikit-learn's digits: 1,797 scans of 8×8 pixels, a stratified fifth held out.
+    """Return scikit-learn's digits: 1,797 scans of 8×8 pixels, a stratified fifth for validation.
 
     Source: Optical Recognition of Handwritten Digits (Alpaydin, Kaynak; UCI, 1998).
     """
@@ -156,11 +156,11 @@ def embedded_digits() -> ImageData:
 
 
 def image_folder(root: Path) -> ImageData:
-    """Reads the file names of `root/train/CLASS/*` and `root/val/CLASS/*`.
+    """List the files of `root/train/CLASS/*` and `root/val/CLASS/*`.
 
     Raises:
-        DataError: a folder is missing or empty, there are fewer than two classes, or
-            `val` has classes that `train` has not.
+        DataError: a folder is missing or empty, there are fewer than two classes, or `val` has
+            classes that are missing from `train`.
     """
     for part in ("train", "val"):
         if not (root / part).is_dir():
@@ -177,33 +177,34 @@ def by_class(
     val: Mapping[str, Sequence[_Item]],
     images: Callable[[Sequence[_Item]], Images],
 ) -> ImageData:
-    """Makes a data set of images that are sorted by class.
+    """Build a dataset from images that are grouped by class.
 
     Args:
-        root: where they are.
-        train: what `images` takes, by class name.
-        val: the same for the hold-out.
-        images: makes such items readable.
+        root: folder of the dataset, for its name and for messages.
+        train: training items by class name.
+        val: validation items by class name.
+        images: converts a list of items to `Images`.
 
     Raises:
-        DataError: there are fewer than two classes, or `val` has none, or some that `train` has not.
+        DataError: there are fewer than two classes, `val` is empty, or `val` has classes that are
+            missing from `train`.
     """
     names = sorted((name for name, items in train.items() if items), key=natural_key)
     if len(names) < 2:
         count = sum(len(items) for items in train.values())
         raise DataError(
             f"{root / 'train'}: found {count} images in {len(names)} class folders; expected at least two folders "
-            f"of images ({', '.join(SUFFIXES)}), one a class"
+            f"of images ({', '.join(SUFFIXES)}), one per class"
         )
     filled = [name for name, items in val.items() if items]
-    strangers = sorted(set(filled) - set(names))
-    if strangers:
+    unknown = sorted(set(filled) - set(names))
+    if unknown:
         raise DataError(
-            f"{root / 'val'} has classes that train has not: {', '.join(strangers[:5])}; "
+            f"{root / 'val'} has classes that are missing from train: {', '.join(unknown[:5])}; "
             "both need the same class folders"
         )
     if not filled:
-        raise DataError(f"{root / 'val'}: found no images; expected val/CLASS/IMAGE files to measure on")
+        raise DataError(f"{root / 'val'}: found no images; expected val/CLASS/IMAGE files for validation")
 
     def image_set(items: Mapping[str, Sequence[_Item]]) -> ImageSet:
         pairs = [(item, label) for label, name in enumerate(names) for item in items.get(name, ())]
@@ -234,19 +235,19 @@ def _imagenet_names(wnids: Sequence[str]) -> tuple[str, ...]:
 
 
 def class_names(count: int) -> tuple[str, ...]:
-    """Returns names for classes of which only the number is known; a thousand are ImageNet's."""
+    """Return class names if only their number is known; for 1000 classes, ImageNet's names."""
     if count == 1000:
         return tuple(ImageNetInfo().label_descriptions())
     return tuple(f"class {index}" for index in range(count))
 
 
 def class_wnids(count: int) -> tuple[str, ...]:
-    """Returns the WordNet ids of ImageNet's thousand classes; none for another number."""
+    """Return ImageNet's WordNet ids for 1000 classes, and none for any other number."""
     return tuple(ImageNetInfo().label_names()) if count == 1000 else ()
 
 
 def median_short_side(images: ImageSet | ImageStream, probes: int = 64) -> int:
-    """Looks at the headers of a few images; 0 where none can be read."""
+    """Return the median shorter side of up to `probes` images; 0 if none can be read."""
     sides = []
     for image, _ in images.probe(probes):
         with contextlib.suppress(DataError):
@@ -255,30 +256,35 @@ def median_short_side(images: ImageSet | ImageStream, probes: int = 64) -> int:
 
 
 def choose_preprocessing(data: ImageData, config: DataConfig, model_config: dict[str, Any]) -> Preprocessing:
-    """Picks the input size and crop: the model's own, less where the images are smaller.
+    """Choose input size and crop: the model's own, or a smaller size for smaller images.
 
     Args:
         data: the images.
-        config: explicit wishes.
-        model_config: what `timm.data.resolve_model_data_config` says, and timm's `fixed_input_size`.
+        config: settings, whose input size takes precedence.
+        model_config: result of `train.models.data_config`.
+
+    Raises:
+        ConfigError: the requested input size does not fit the architecture.
     """
     own = int(model_config["input_size"][-1])
     size = config.img_size
     if model_config.get("fixed_input_size"):
         if size not in (None, own):
-            raise ConfigError(f"--img-size {size}: the architecture takes {own} px only")
+            raise ConfigError(f"--img-size {size}: the architecture supports an input size of {own} px only")
         size = own
     if size is None:
         size = 32 if data.embedded else min(own, max(32, 32 * -(-data.short_side // 32)))
         if size != own:
-            log.info("input size %d px: the images are %d px (the model's own is %d)", size, data.short_side, own)
+            log.info(
+                "input size: %d px, because the images have %d px (the model's own is %d)", size, data.short_side, own
+            )
     return Preprocessing(
         height=size,
         width=size,
         mean=tuple(model_config["mean"]),
         std=tuple(model_config["std"]),
         interpolation=model_config["interpolation"],
-        # Enlarging a small image only to cut its border off would lose information.
+        # If a small image is enlarged, cropping it would only lose information.
         crop_pct=1.0 if data.short_side <= size else float(model_config["crop_pct"]),
         crop_mode=model_config.get("crop_mode", "center"),
     )

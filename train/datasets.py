@@ -1,10 +1,10 @@
-"""Data sets by name: torchvision's, Hugging Face's, TFDS's and WebDataset's, through timm.
+"""Datasets by name, read through timm: torchvision, Hugging Face, TFDS and WebDataset.
 
     torch/cifar10            torchvision, downloaded with data.download = true
     hfds/uoft-cs/cifar10     Hugging Face, cached on disk (needs the package `datasets`)
     hfids/…, wds/…, tfds/…   streams: Hugging Face, WebDataset, TensorFlow Datasets
 
-The first two are read at random, like a folder. A stream comes in its own order.
+The first two have random access, like a folder. A stream has its own order.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _NEEDS = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": 
 
 
 def open_data(config: DataConfig) -> ImageData:
-    """Finds the images that `config` names.
+    """Open the dataset that `config` describes.
 
     Raises:
-        DataError: there are none, or they do not make a data set.
-        ConfigError: no such kind of data set, or the package that reads it is missing.
+        DataError: there are no images, or they do not form a dataset.
+        ConfigError: the kind of dataset is unknown, or the package that reads it is missing.
     """
     if config.dataset is not None:
-        if rank() != 0:  # one process downloads, the others find it done
+        if rank() != 0:  # the first process downloads while the others wait
             barrier()
-        data = _named(config.dataset, config)
+        data = _open_named(config.dataset, config)
         if rank() == 0:
             barrier()
         return data
@@ -57,7 +57,7 @@ def open_data(config: DataConfig) -> ImageData:
         return image_archives(config.root) if _is_archived(config.root) else image_folder(config.root)
     data = embedded_digits()
     log.warning(
-        "no --data given: training on the embedded digits, %d images (%d more held out)",
+        "no --data given: training on the embedded digits, %d images (and %d for validation)",
         len(data.train),
         len(data.val),
     )
@@ -65,32 +65,32 @@ def open_data(config: DataConfig) -> ImageData:
 
 
 def _is_archived(root: Path) -> bool:
-    """Whether the images are in tar files and not, as in the end they mostly are, in folders beside them."""
+    """Return whether the images are in tar files, without unpacked class folders next to them."""
     folder = root / "train"
     unpacked = folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir())
     return not unpacked and bool(find_archives(root)["train"])
 
 
-def _named(name: str, config: DataConfig) -> ImageData:
+def _open_named(name: str, config: DataConfig) -> ImageData:
     kind, slash, rest = name.partition("/")
     kind = kind.lower()
     if kind not in _RANDOM + _STREAMED or not slash:
         raise ConfigError(
-            f"--dataset {name!r} is no kind of data set; expected "
+            f"--dataset {name!r}: unknown kind of dataset; expected "
             f"{', '.join(f'{kind}/…' for kind in _RANDOM + _STREAMED)}. "
-            "A folder or tar files are given with --data alone"
+            "For a folder or tar files, pass --data only"
         )
     if kind in _STREAMED:
-        return _streamed(name, kind, config)
+        return _open_streams(name, kind, config)
     train, val = (_create(name, kind, config, split) for split in (config.train_split, config.val_split))
-    images = _torchvision if kind == "torch" else _hugging_face
-    trained, names = images(train, name)
+    image_set = _torchvision if kind == "torch" else _hugging_face
+    trained, names = image_set(train, name)
     return ImageData(
         name=rest,
         classes=names or class_names(1 + max(trained.labels)),
         wnids=(),
         train=trained,
-        val=images(val, name)[0],
+        val=image_set(val, name)[0],
         short_side=median_short_side(trained),
     )
 
@@ -98,22 +98,22 @@ def _named(name: str, config: DataConfig) -> ImageData:
 def _create(name: str, kind: str, config: DataConfig, split: str, **more: Any) -> Any:
     root = None if config.root is None else str(config.root)
     if kind in ("torch", "wds") and root is None:
-        raise ConfigError(f"--dataset {name} needs --data DIR, where its files are")
+        raise ConfigError(f"--dataset {name} needs --data DIR, the folder with its files")
     keys = {"input_key": config.input_key or None, "target_key": config.target_key or None} if kind != "torch" else {}
     try:
         return create_dataset(name, root=root, split=split, download=config.download, **keys, **more)
     except ImportError as error:
         raise ConfigError(f"--dataset {name} needs a package: pip install {_NEEDS.get(kind, 'torchvision')}") from error
     except (RuntimeError, AssertionError, OSError, ValueError, KeyError, TypeError) as error:
-        hint = "; --set data.download=true fetches it" if kind in ("torch", "tfds") and not config.download else ""
+        hint = "; --set data.download=true downloads it" if kind in ("torch", "tfds") and not config.download else ""
         raise DataError(
             f"timm cannot open {name}, split {split!r}, in {root}: {first_line(error) or type(error).__name__}{hint}. "
-            "Splits are named by data.train_split and data.val_split"
+            "The names of the splits are data.train_split and data.val_split"
         ) from error
 
 
 class _Items:
-    """Images that a function reads by index."""
+    """Images that a function reads, by index."""
 
     def __init__(self, read: Callable[[int], ImageLike], indices: Sequence[int], names: Callable[[int], str]) -> None:
         self._read, self._indices, self._names = read, indices, names
@@ -142,7 +142,7 @@ class _Items:
 def _torchvision(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
     labels = getattr(dataset, "targets", None)
     if labels is None:
-        raise DataError(f"{name} has no list of labels to train on")
+        raise DataError(f"{name} has no list of labels, so it cannot be used for training")
 
     def read(index: int) -> ImageLike:
         image: ImageLike = dataset[index][0]
@@ -165,12 +165,12 @@ def _hugging_face(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
 
 
 def _class_names(reader: Any) -> tuple[str, ...]:
-    """The classes that timm's reader knows, in label order; none where it knows none."""
+    """Return the class names that timm's reader provides, in label order; they may be missing."""
     by_index = {index: label for label, index in (getattr(reader, "class_to_idx", None) or {}).items()}
     return tuple(str(by_index[index]) for index in sorted(by_index))
 
 
-def _streamed(name: str, kind: str, config: DataConfig) -> ImageData:
+def _open_streams(name: str, kind: str, config: DataConfig) -> ImageData:
     def opener(split: str) -> Callable[[bool, int, int], Any]:
         def open_stream(training: bool, batch_size: int, seed: int) -> Any:
             return _create(name, kind, config, split, is_training=training, batch_size=batch_size, seed=seed)
@@ -180,7 +180,7 @@ def _streamed(name: str, kind: str, config: DataConfig) -> ImageData:
     train, val = ImageStream(opener(config.train_split)), ImageStream(opener(config.val_split))
     names = _class_names(val.open(False, 1, 0).reader)
     if not names and not config.num_classes:
-        raise ConfigError(f"{name} does not say how many classes it has: --set data.num_classes=N")
+        raise ConfigError(f"the number of classes of {name} is unknown; add --set data.num_classes=N")
     return ImageData(
         name=str(Path(config.root).name) if kind == "wds" and config.root else name.partition("/")[2],
         classes=names or class_names(config.num_classes),

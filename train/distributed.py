@@ -1,13 +1,15 @@
-"""One process or many: who am I, what do we share, and BatchNorm over all of us.
+"""Processes of a run: their group, what they exchange, and BatchNorm over all of them.
 
-`torchrun` starts the processes and sets the environment; nothing here starts any.
+`torchrun` starts the processes and sets their environment variables.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
+    "StopRequest",
     "barrier",
     "gather",
     "process_group",
@@ -31,26 +34,26 @@ __all__ = [
 
 
 def world_size() -> int:
-    """Returns how many processes train together; 1 without torchrun."""
+    """Return how many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Returns this process's number, 0 to `world_size() - 1`."""
+    """Return the number of this process, 0 to `world_size() - 1`."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the group that torchrun announces, if any; yields this process's device."""
+    """Join the group of processes that torchrun started, if any; yield this process's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    # torchrun restarts processes onto the same store. What those before them left there would
-    # be taken for the address of a living one, so each attempt has keys of its own.
+    # torchrun restarts processes with the same store. Addresses that the previous processes left
+    # there would be taken for those of live ones, so each attempt uses its own keys.
     store, number, size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
@@ -65,8 +68,41 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+class StopRequest:
+    """The signal that asked the run to stop, if there was one."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM: the first is recorded, the second raises KeyboardInterrupt."""
+
+        def record(number: int, _: FrameType | None) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = signal.Signals(number)
+
+        try:
+            before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the caller of `fit` handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def share(self, device: torch.device) -> None:
+        """Make every process stop if one was signaled: the others would wait for it forever."""
+        if world_size() > 1:
+            signaled = world_sum(torch.tensor([float(self.signal or 0)], device=device)).item()
+            self.signal = self.signal or (signal.SIGTERM if signaled else None)
+
+
 def world_sum(value: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of a detached tensor over all processes."""
+    """Return the sum of a detached tensor over all processes."""
     if world_size() == 1:
         return value
     value = value.clone()
@@ -75,7 +111,7 @@ def world_sum(value: torch.Tensor) -> torch.Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns every process's `value`, in the order of ranks."""
+    """Return the `value` of every process, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -84,18 +120,19 @@ def gather(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
 
 
 def shuffled_across_processes(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Deals all processes' images out anew, each process getting as many as it gave.
+    """Shuffle the images of all processes; each process gets as many as it had.
 
-    In one process there is nothing to shuffle: a BatchNorm does not see order.
+    A single process returns its images unchanged, because BatchNorm does not depend on their
+    order.
 
     Args:
-        images: (N, …), the same N everywhere, detached.
+        images: (N, …), detached, with the same N in every process.
         labels: (N,).
     """
     if world_size() == 1:
@@ -111,10 +148,10 @@ def shuffled_across_processes(images: torch.Tensor, labels: torch.Tensor) -> tup
 
 
 def synchronize_batch_norms(model: nn.Module) -> nn.Module:
-    """Makes every BatchNorm of `model` normalize over the images of all processes, in place.
+    """Make every BatchNorm of `model` normalize over the images of all processes, in place.
 
-    Call it before `add_auxiliary_bns`: each route then synchronizes by itself. torch's
-    SyncBatchNorm knows no CPU, so this works on any backend of torch.distributed.
+    Call it before `add_auxiliary_bns`: each route then synchronizes separately. Unlike torch's
+    SyncBatchNorm it also works on CPUs, with any backend of torch.distributed.
     """
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, _Synchronized):
@@ -124,19 +161,19 @@ def synchronize_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def unsynchronized(kind: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class that `synchronize_batch_norms` made `kind` of, or `kind` itself."""
+    """Return the class that `synchronize_batch_norms` derived `kind` from, or `kind` itself."""
     return kind.__bases__[1] if issubclass(kind, _Synchronized) else kind
 
 
 class _Synchronized:
-    """Mixin: batch statistics over all processes, differentiable on each."""
+    """Mixin that computes differentiable batch statistics over all processes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = cast(Any, self)
         if world_size() == 1 or not layer.training:
             return cast(torch.Tensor, super().forward(x))  # type: ignore[misc]
         y = _normalize(layer, x)
-        # timm's BatchNormAct2d drops and activates after normalizing.
+        # timm's BatchNormAct2d applies dropout and activation after normalizing.
         return cast(torch.Tensor, layer.act(layer.drop(y)) if hasattr(layer, "act") else y)
 
 
@@ -144,12 +181,13 @@ def _normalize(layer: Any, x: torch.Tensor) -> torch.Tensor:
     dims = [dim for dim in range(x.ndim) if dim != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x.double() if x.device.type == "cpu" else x.float()
-    # Two sums one after the other, not a difference of squares: that loses a small variance beside a large mean.
+    # The mean is subtracted before squaring: E[x²] − E[x]² loses a variance that is small compared
+    # to the mean.
     sums = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() / x.shape[1])])
     totals = cast(torch.Tensor, _AllReduceSum.apply(sums))
     mean, count = totals[:-1] / totals[-1], totals[-1]
-    centerd = wide - mean.view(shape)
-    variance = cast(torch.Tensor, _AllReduceSum.apply(centerd.square().sum(dims))) / count
+    centered = wide - mean.view(shape)
+    variance = cast(torch.Tensor, _AllReduceSum.apply(centered.square().sum(dims))) / count
     if layer.track_running_stats and layer.running_mean is not None:
         with torch.no_grad():
             layer.num_batches_tracked.add_(1)
@@ -157,14 +195,14 @@ def _normalize(layer: Any, x: torch.Tensor) -> torch.Tensor:
             unbiased = variance * count / (count - 1)
             layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
             layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), momentum)
-    y = centerd * torch.rsqrt(variance + layer.eps).view(shape)
+    y = centered * torch.rsqrt(variance + layer.eps).view(shape)
     if layer.affine:
         y = y * layer.weight.view(shape) + layer.bias.view(shape)
     return y.to(x.dtype)
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over processes; its gradient is the sum of the processes' gradients."""
+    """Sum over processes; its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:

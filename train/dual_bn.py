@@ -1,11 +1,11 @@
-"""Routed BatchNorm: one set of statistics and affine parameters for each data distribution.
+"""Routed BatchNorm: separate statistics and affine parameters for each data distribution.
 
-The routed layer is the original layer plus a ModuleDict `aux` with a copy of it for each
-auxiliary route. The main route keeps the plain state-dict keys (`bn1.weight`), auxiliary
-ones have `.aux.` in theirs (`bn1.aux.adv.weight`), so stripping a checkpoint is dropping
-keys, and what remains loads into the stock timm model.
+A routed layer is the original layer plus a ModuleDict `aux` with one copy of it for each auxiliary
+route. The main route keeps the plain state-dict keys (`bn1.weight`); keys of auxiliary routes
+contain `.aux.` (`bn1.aux.adv.weight`). Removing those keys leaves a state dict that loads into the
+stock timm model.
 
-Tensor shapes: N images first, whatever follows.
+In all tensors the first dimension is the image; the others are free.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.errors import ArchError, ConfigError
 from train.distributed import unsynchronized
-from train.joint_norm import affine_map, applies, is_constant, is_plain, normalize_parts
+from train.joint_norm import affine_map, can_normalize_parts, can_use_affine_map, is_plain, normalize_parts
 from train.recipes import MAIN
 
 __all__ = [
@@ -33,43 +33,42 @@ __all__ = [
     "add_auxiliary_bns",
     "auxiliary_routes",
     "find_router",
+    "frozen_statistics",
     "route",
     "select_route",
-    "statistics_kept",
     "strip_auxiliary",
 ]
 
 _AUX_KEY = re.compile(r"\.(?:aux\.([^.]+)|(aux_bn(?:\.\d+)?))\.")
-"""What every auxiliary state-dict key contains and no other key does: `.aux.NAME.` where we
-wrote it, `.aux_bn.0.` in timm's split BatchNorms, `.aux_bn.` in other AdvProp code."""
+"""Matches auxiliary state-dict keys only: `.aux.NAME.` in advprop's checkpoints, `.aux_bn.0.` in
+timm's split BatchNorms, `.aux_bn.` in other AdvProp code."""
 
 _Value = TypeVar("_Value")
 
 
 class Router:
-    """The route that batches take now. All routed layers of a model share one."""
+    """The current route of a model's batches, shared by all of its routed layers."""
 
     def __init__(self, auxiliary: Sequence[str]) -> None:
         self.auxiliary = tuple(auxiliary)
         self.plan: tuple[tuple[str, int], ...] = ((MAIN, 1),)
-        """(route, images) for consecutive parts of the batch. With one part the count is
-        not used; with several they are in proportion where a layer folds other
-        dimensions into the first."""
+        """(route, images) of consecutive parts of the batch. With one part the count is not used.
+        Several counts are scaled in proportion if a layer folds other dimensions into the first."""
 
 
 class RoutedBatchNorm:
-    """Mixin that makes a BatchNorm class choose its statistics by route.
+    """Mixin that makes a BatchNorm class select its statistics by route.
 
-    Works on nn.BatchNorm*, nn.SyncBatchNorm and timm's BatchNormAct2d, whose activation
-    and drop layers are kept: each route is a whole layer of the original class.
+    It works with nn.BatchNorm*, nn.SyncBatchNorm and timm's BatchNormAct2d. Each route is a whole
+    layer of the original class, so activation and dropout layers are preserved.
     """
 
     router: Router
     aux: nn.ModuleDict
     plain: bool
-    """Whether the original class is a BatchNorm like torch's."""
+    """Whether the original class normalizes as torch's BatchNorm does."""
     plain_in_eval: bool
-    """The same for evaluation, where nothing is synchronized."""
+    """Whether it does so in evaluation mode, without synchronization."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = self.router.plan
@@ -80,7 +79,7 @@ class RoutedBatchNorm:
             raise ValueError(f"a batch of {x.shape[0]} cannot be routed as {plan}")
         counts = [count * (x.shape[0] // total) for _, count in plan]
         layers = [self._layer(name) for name, _ in plan]
-        if self.plain and applies(layers, counts, x):
+        if self.plain and can_normalize_parts(layers, counts, x):
             return normalize_parts(layers, counts, x)
         parts = torch.split(x, counts)
         return torch.cat([self._through(name, part) for (name, _), part in zip(plan, parts, strict=True)])
@@ -90,7 +89,7 @@ class RoutedBatchNorm:
 
     def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer(name)
-        if self.plain_in_eval and is_constant(layer, x):
+        if self.plain_in_eval and can_use_affine_map(layer, x):
             return affine_map(layer, x)
         if name == MAIN:
             return cast(torch.Tensor, super().forward(x))  # type: ignore[misc]
@@ -107,28 +106,30 @@ def _routed_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
-    """Gives every BatchNorm of `model` an auxiliary copy for each of `routes`, in place.
+    """Add an auxiliary copy of every BatchNorm of `model` for each of `routes`, in place.
 
-    The copies start from the main layer's parameters and statistics. The main route's
-    output stays bit-equal to that of the unconverted model.
+    The copies start with the parameters and statistics of the main layer. The output of the main
+    route stays bit-equal to that of the unconverted model.
 
     Args:
-        model: any model with BatchNorm layers, not converted yet.
+        model: any model with BatchNorm layers that has no auxiliary routes yet.
         routes: names of the auxiliary routes, e.g. ("adv",).
 
     Returns:
         `model`, on route `main`.
 
     Raises:
-        ArchError: the model has no BatchNorm; the message says which norms it has.
-        ConfigError: a name that cannot be a route, or a model that is converted already.
+        ArchError: the model has no BatchNorm; the message lists the norms it has.
+        ConfigError: a route name is invalid, or the model already has auxiliary routes.
     """
     for name in routes:
         if name == MAIN or not name.isidentifier():
-            raise ConfigError(f"an auxiliary route needs a plain name other than {MAIN!r}; found {name!r}")
+            raise ConfigError(
+                f"the name of an auxiliary route must be an identifier other than {MAIN!r}; found {name!r}"
+            )
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if any(isinstance(layer, RoutedBatchNorm) for layer in layers):
-        raise ConfigError("the model has auxiliary BatchNorms already")
+        raise ConfigError("the model already has auxiliary BatchNorms")
     if not layers:
         raise ArchError(_no_batchnorm(model))
     router = Router(routes)
@@ -147,14 +148,14 @@ def _no_batchnorm(model: nn.Module) -> str:
     found = ", ".join(f"{count} {name}" for name, count in norms.most_common()) or "no normalization layer"
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     return (
-        f"{name} has no BatchNorm: it has {found}. AdvProp keeps adversarial statistics apart in a second "
-        "BatchNorm, so it needs an architecture with BatchNorm (efficientnet_b0, resnet50, regnety_016, "
-        "mobilenetv3_large_100, …). This one can be trained with --recipe vanilla, adversarial or shared-bn"
+        f"{name} has no BatchNorm: it has {found}. AdvProp needs an architecture with BatchNorm (efficientnet_b0, "
+        "resnet50, regnety_016, mobilenetv3_large_100, …), because a second BatchNorm collects the statistics of "
+        "adversarial images. This architecture can be trained with --recipe vanilla, adversarial or shared-bn"
     )
 
 
 def find_router(model: nn.Module) -> Router | None:
-    """Returns the router of `model` (wrapped by DDP or torch.compile or not), or None."""
+    """Return the router of `model`, or None. The model may be wrapped by DDP or torch.compile."""
     for module in model.modules():
         if isinstance(module, RoutedBatchNorm):
             return module.router
@@ -163,10 +164,10 @@ def find_router(model: nn.Module) -> Router | None:
 
 @contextmanager
 def route(model: nn.Module, *plan: str | tuple[str, int]) -> Iterator[None]:
-    """Sends batches through the given BatchNorm route while the context lasts.
+    """Send batches through the given BatchNorm route inside the context.
 
     Args:
-        model: a model; one without auxiliary BNs knows the route `main` only.
+        model: a network; without auxiliary BNs it has the route `main` only.
         plan: one route name, or (name, images) pairs for consecutive parts of a batch.
 
     Raises:
@@ -189,8 +190,8 @@ def route(model: nn.Module, *plan: str | tuple[str, int]) -> Iterator[None]:
 
 
 @contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """BatchNorms in training mode use batch statistics but do not update the running ones."""
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep BatchNorms in training mode from updating their running statistics."""
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
@@ -202,19 +203,19 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 
 def strip_auxiliary(state_dict: Mapping[str, _Value]) -> dict[str, _Value]:
-    """Returns `state_dict` without the auxiliary BatchNorms: the stock model's keys."""
+    """Return `state_dict` without the auxiliary BatchNorms, which has the stock model's keys."""
     return {key: value for key, value in state_dict.items() if _route_of(key) == MAIN}
 
 
 def select_route(state_dict: Mapping[str, _Value], name: str) -> dict[str, _Value]:
-    """Returns `state_dict` with the BatchNorms of route `name` under the stock model's keys.
+    """Return `state_dict` with the BatchNorms of route `name` under the stock model's keys.
 
     Raises:
-        ConfigError: it has no such route.
+        ConfigError: there is no such route.
     """
     known = (MAIN, *auxiliary_routes(state_dict))
     if name not in known:
-        raise ConfigError(f"there is no BatchNorm route {name!r}; there are {', '.join(known)}")
+        raise ConfigError(f"no BatchNorm route {name!r}; available: {', '.join(known)}")
     selected = strip_auxiliary(state_dict)
     if name != MAIN:
         selected |= {_AUX_KEY.sub(".", key): value for key, value in state_dict.items() if _route_of(key) == name}
@@ -222,7 +223,7 @@ def select_route(state_dict: Mapping[str, _Value], name: str) -> dict[str, _Valu
 
 
 def auxiliary_routes(state_dict: Mapping[str, object]) -> tuple[str, ...]:
-    """Returns the names of the auxiliary routes that a state dict has, in its order."""
+    """Return the names of the auxiliary routes of a state dict, in its order."""
     return tuple(name for name in dict.fromkeys(map(_route_of, state_dict)) if name != MAIN)
 
 

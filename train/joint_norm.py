@@ -1,11 +1,11 @@
-"""BatchNorm without detours, for the two places where AdvProp spends time on it.
+"""Faster BatchNorm for the two cases in which AdvProp spends time on it.
 
-`normalize_parts` gives consecutive parts of a batch their own statistics and writes them
-side by side: normalizing slices and joining them with `torch.cat` copies every activation
-twice more. `affine_map` is BatchNorm on running statistics as an attack needs it.
+`normalize_parts` normalizes consecutive parts of a batch with their own statistics and writes the
+results into one tensor; slicing and `torch.cat` would copy every activation two more times.
+`affine_map` is BatchNorm on running statistics for an attack.
 
-Both compute what the layers themselves do; `applies` and `is_constant` say where. Anywhere else
-the layers' own forward is used. Shapes: N images first, C channels, whatever follows.
+Both compute the same as the layers. `can_normalize_parts` and `can_use_affine_map` check whether
+they apply; otherwise the forward of the layers is used. Shapes: (N, C, …), N images, C channels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["affine_map", "applies", "is_constant", "is_plain", "normalize_parts"]
+__all__ = ["affine_map", "can_normalize_parts", "can_use_affine_map", "is_plain", "normalize_parts"]
 
 
 def is_plain(kind: type[nn.Module]) -> bool:
-    """Whether `kind` normalizes as torch's BatchNorm, followed at most by timm's drop and act."""
+    """Return whether `kind` is torch's BatchNorm, optionally with timm's dropout and activation."""
     return any(kind.forward is known.forward for known in (_BatchNorm, BatchNormAct2d))
 
 
-def is_constant(layer: Any, x: torch.Tensor) -> bool:
-    """Whether only the input's gradient is wanted, through running statistics: an attack."""
+def can_use_affine_map(layer: Any, x: torch.Tensor) -> bool:
+    """Return whether only the input's gradient is needed, on running statistics (in an attack)."""
     return (
         torch.is_grad_enabled()
         and x.requires_grad
@@ -38,41 +38,42 @@ def is_constant(layer: Any, x: torch.Tensor) -> bool:
         and layer.running_var is not None
         and not layer.weight.requires_grad
         and layer.weight.dtype == x.dtype
-        and not _is_watched(layer)
+        and not _has_hooks(layer)
     )
 
 
 def affine_map(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A BatchNorm on running statistics as `x * scale + shift`.
+    """Apply a BatchNorm on running statistics as `x * scale + shift`.
 
-    The gradient needs one pass over memory and keeps no activations, where that of a
-    BatchNorm reads them and makes sums over them that an attack has no use for.
+    Its backward pass goes over memory once and stores no activations. That of a BatchNorm also
+    reads the activations and computes sums over them, which an attack does not need.
     """
     shape = [1, -1, *[1] * (x.ndim - 2)]
     scale = layer.weight * torch.rsqrt(layer.running_var + layer.eps)
     shift = layer.bias - layer.running_mean * scale
-    return _activated(layer, torch.addcmul(shift.view(shape), x, scale.view(shape)))
+    return _drop_and_activate(layer, torch.addcmul(shift.view(shape), x, scale.view(shape)))
 
 
-def applies(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> bool:
-    """Whether `normalize_parts` can stand in for the layers.
+def can_normalize_parts(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> bool:
+    """Return whether `normalize_parts` can replace the layers.
 
-    Only for dense inputs. If an input is, say, a slice of channels, `native_batch_norm.out` does not
-    write `save_mean`, normalizes with whatever that memory held and reports no error (torch 2.14).
-    Only on a CPU: it was never measured elsewhere. torch.compile joins the parts by itself.
+    The input must be dense. For others, such as a slice of channels, `native_batch_norm.out` does
+    not write `save_mean`, normalizes with whatever is in that memory and reports no error (torch
+    2.14). The device must be a CPU, since other devices were not measured. torch.compile joins the
+    parts without this function.
     """
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.float64)
         and _is_dense(x)
-        and min(counts) * math.prod(x.shape[2:]) > 1  # the layers refuse to normalize a single value
+        and min(counts) * math.prod(x.shape[2:]) > 1  # the layers raise an error for a single value
         and all(_can_be_joined(layer, x) for layer in layers)
     )
 
 
 def _is_dense(x: torch.Tensor) -> bool:
-    """Whether `x` is contiguous or channels-last, the two layouts that torch's kernel writes in full."""
+    """Return whether `x` is contiguous or channels-last, the layouts torch's kernel supports."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.is_contiguous() or (x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim]))
 
@@ -87,29 +88,29 @@ def _can_be_joined(layer: Any, x: torch.Tensor) -> bool:
             for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var)
         )
         and (layer.momentum is not None or not layer.track_running_stats)
-        and not _is_watched(layer)
+        and not _has_hooks(layer)
     )
 
 
 def normalize_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -> torch.Tensor:
-    """Normalizes the first `counts[0]` images by `layers[0]`, the next by `layers[1]`, and so on.
+    """Normalize the first `counts[0]` images by `layers[0]`, the next by `layers[1]`, and so on.
 
-    Running statistics move as in the layers' own forward; `drop` and `act` of the first layer
-    follow (they are the same in all).
+    Running statistics are updated as in the forward of the layers. `drop` and `act` are those of
+    the first layer; all layers have the same.
     """
     for layer in layers:
         if layer.track_running_stats and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
     parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-    return _activated(layers[0], cast(torch.Tensor, _NormalizedParts.apply(x, layers, counts, *parameters)))
+    return _drop_and_activate(layers[0], cast(torch.Tensor, _NormalizedParts.apply(x, layers, counts, *parameters)))
 
 
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether somebody waits for the layer's own forward."""
+def _has_hooks(layer: nn.Module) -> bool:
+    """Return whether hooks are registered, which only the layer's own forward calls."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _activated(layer: Any, y: torch.Tensor) -> torch.Tensor:
+def _drop_and_activate(layer: Any, y: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, layer.act(layer.drop(y)) if isinstance(layer, BatchNormAct2d) else y)
 
 
@@ -120,13 +121,13 @@ class _NormalizedParts(torch.autograd.Function):
         saved: list[torch.Tensor] = [x]
         for layer, x_part, y_part in zip(layers, torch.split(x, counts), torch.split(y, counts), strict=True):
             mean, inverse_std = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-            kept = layer.track_running_stats
+            tracked = layer.track_running_stats
             torch.ops.aten.native_batch_norm.out(
                 x_part,
                 layer.weight,
                 layer.bias,
-                layer.running_mean if kept else None,
-                layer.running_var if kept else None,
+                layer.running_mean if tracked else None,
+                layer.running_var if tracked else None,
                 True,
                 layer.momentum or 0.0,
                 layer.eps,
@@ -140,7 +141,7 @@ class _NormalizedParts(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # mean and deviation are constants here, so a second derivative would be wrong
+    @once_differentiable  # mean and deviation are constants here: a second derivative would be wrong
     def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
         x, *saved = ctx.saved_tensors
         gradient_x = torch.empty_like(x)

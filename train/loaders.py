@@ -1,4 +1,4 @@
-"""Loaders: batches of decoded, augmented images on the device.
+"""Loaders: batches of decoded and augmented images on the device.
 
 Shape suffixes: N images, V views, C channels, H height, W width.
 """
@@ -20,57 +20,60 @@ from runtime.errors import DataError
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 from train.data import ImageData, ImageSet, ImageStream
+from train.distributed import rank, world_size
 from train.samples import EpochBatches, SeededSamples, StreamedSamples, Transform
 
-__all__ = ["Batches", "SetBatches", "StreamBatches", "eval_loader", "train_loader"]
+__all__ = ["Batches", "SetBatches", "StreamBatches", "eval_loader", "eval_transform", "train_loader"]
 
 log = logging.getLogger(__name__)
 
-_MOST_BAD = 0.01
-_SMALL = 128
+_MAX_BAD_SHARE = 0.01
+_SMALL_IMAGE = 128
 
 
 class Batches:
-    """Iterates over (normalized float32 NCHW images, int64 labels) on the device."""
+    """Iterates over (normalized float32 images, int64 labels) on the device.
 
-    def __init__(self, loader: DataLoader[Any], spec: Preprocessing, device: torch.device, channels_last: bool) -> None:
+    Images are (N, C, H, W) in channels-last memory format, or (N, V, C, H, W).
+    """
+
+    def __init__(self, loader: DataLoader[Any], spec: Preprocessing, device: torch.device) -> None:
         self._loader = loader
         self._mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
         self._device = device
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for pixels, labels in self._loader:
-            kind = self._format if pixels.ndim == 4 else torch.contiguous_format
-            images = pixels.to(self._device, non_blocking=True, memory_format=kind).float()
+            layout = torch.channels_last if pixels.ndim == 4 else torch.contiguous_format
+            images = pixels.to(self._device, non_blocking=True, memory_format=layout).float()
             images = images.div_(255).sub_(self._mean).div_(self._std)
             yield images, labels.to(self._device, non_blocking=True)
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Makes the next iteration that of `epoch`, from its batch number `batch` on."""
-        raise NotImplementedError("evaluation has one order")
+        """Select the epoch, and the batch in it, at which the next iteration starts."""
+        raise NotImplementedError("validation has one order")
 
     def names(self, batch: int) -> list[str]:
-        """The files of batch number `batch` of the epoch, before augmentation."""
-        raise NotImplementedError
+        """Return the files in batch number `batch` of the epoch."""
+        raise NotImplementedError("validation has one order")
 
 
 class SetBatches(Batches):
-    """Batches of images that are read at random."""
+    """Batches of images with random access."""
 
     def __init__(
         self, loader: DataLoader[Any], samples: SeededSamples, sampler: EpochBatches | None, what: str, *rest: Any
     ) -> None:
         super().__init__(loader, *rest)
         self._samples, self._sampler, self._what = samples, sampler, what
-        self._named: set[str] = set()
+        self._reported: set[str] = set()
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        assert self._sampler is not None, "evaluation has one order"
+        assert self._sampler is not None, "validation has one order"
         self._sampler.epoch, self._sampler.start = epoch, batch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -81,23 +84,23 @@ class SetBatches(Batches):
         self.check_bad()
 
     def names(self, batch: int) -> list[str]:
-        assert self._sampler is not None, "evaluation has one order"
+        assert self._sampler is not None, "validation has one order"
         return [self._samples.name(index) for index in self._sampler.indices(batch)]
 
     def check_bad(self) -> None:
-        """Names images that could not be decoded, once each.
+        """Warn about images that could not be decoded, once for each.
 
         Raises:
-            DataError: they are more than one in a hundred.
+            DataError: they are more than 1 % of the images.
         """
         bad = self._samples.bad_images()
-        new = [name for name in bad if name not in self._named]
+        new = [name for name in bad if name not in self._reported]
         for name in new:
             log.warning("skipped an image that cannot be decoded: %s", name)
         if new:
             log.warning("%d of %d %s images cannot be decoded so far", len(bad), len(self._samples), self._what)
-        self._named.update(new)
-        if len(bad) > max(1, _MOST_BAD * len(self._samples)):
+        self._reported.update(new)
+        if len(bad) > max(1, _MAX_BAD_SHARE * len(self._samples)):
             raise DataError(
                 f"{len(bad)} of {len(self._samples)} {self._what} images cannot be decoded, more than 1 %: "
                 f"{', '.join(bad[:3])}, …; remove or replace them"
@@ -105,7 +108,7 @@ class SetBatches(Batches):
 
 
 class StreamBatches(Batches):
-    """Batches of a stream. Going on within an epoch means reading what came before again."""
+    """Batches of a stream. Resuming within an epoch reads the images before it again."""
 
     def __init__(self, loader: DataLoader[Any], samples: StreamedSamples, batches: int, *rest: Any) -> None:
         super().__init__(loader, *rest)
@@ -122,7 +125,7 @@ class StreamBatches(Batches):
         self._start = batch
 
     def names(self, batch: int) -> list[str]:
-        return ["(a stream does not tell)"]
+        return ["(images of a stream have no names)"]
 
 
 def train_loader(
@@ -133,29 +136,38 @@ def train_loader(
     batch_size: int,
     seed: int,
     device: torch.device,
-    channels_last: bool,
     views: int = 1,
-    rank: int = 0,
-    world: int = 1,
 ) -> Batches:
-    """Shuffled, augmented batches of the training images, (N, C, H, W); with two views, of
-    which the second has AutoAugment, (N, 2, C, H, W)."""
+    """Return shuffled, augmented batches of the training images of this process.
+
+    Args:
+        data: the images.
+        config: settings of augmentation and workers.
+        spec: input size and normalization.
+        batch_size: images per batch and process.
+        seed: seed of order and augmentation.
+        device: where the batches go.
+        views: 1 yields (N, C, H, W); 2 yields (N, 2, C, H, W) with AutoAugment in the second view.
+
+    Raises:
+        DataError: there are fewer images than in one batch of all processes.
+    """
     transforms = _train_transforms(data, config, spec, views)
-    options = _workers(config, data, device)
+    options = _loader_options(config, data, device)
     if isinstance(data.train, ImageStream):
         stream = data.train.open(True, batch_size, seed)
         stream.set_loader_cfg(num_workers=options["num_workers"])
         streamed = StreamedSamples(stream, transforms, seed)
-        # Workers start anew each epoch: that is how they learn which it is.
+        # New workers in each epoch, because a worker learns the epoch only when it starts.
         loader = DataLoader(streamed, batch_size, drop_last=True, **options | {"persistent_workers": False})
-        batches = len(stream) // (batch_size * world)
+        batches = len(stream) // (batch_size * world_size())
         _check_one_batch(batches, len(stream))
-        return StreamBatches(loader, streamed, batches, spec, device, channels_last)
+        return StreamBatches(loader, streamed, batches, spec, device)
     samples = SeededSamples(data.train, transforms, seed, train=True)
-    _check_one_batch(len(samples) // (batch_size * world), len(samples))
-    sampler = EpochBatches(len(samples), batch_size, seed, rank, world)
+    _check_one_batch(len(samples) // (batch_size * world_size()), len(samples))
+    sampler = EpochBatches(len(samples), batch_size, seed, rank(), world_size())
     loader = DataLoader(samples, batch_sampler=sampler, **options)
-    return SetBatches(loader, samples, sampler, "training", spec, device, channels_last)
+    return SetBatches(loader, samples, sampler, "training", spec, device)
 
 
 def eval_loader(
@@ -165,30 +177,35 @@ def eval_loader(
     *,
     batch_size: int,
     device: torch.device,
-    channels_last: bool,
     every: int = 1,
-    rank: int = 0,
-    world: int = 1,
 ) -> Batches:
-    """Batches of every `every`-th validation image, in order, by timm's evaluation transform;
-    of those, this process's share."""
-    options = _workers(config, data, device)
+    """Return batches of the validation images of this process, in order, by timm's transform.
+
+    Args:
+        data: the images.
+        config: setting of the number of workers.
+        spec: input size, crop and normalization.
+        batch_size: images per batch and process.
+        device: where the batches go.
+        every: use only every n-th image.
+    """
+    options = _loader_options(config, data, device)
     if isinstance(data.val, ImageStream):
         streamed = StreamedSamples(data.val.open(False, batch_size, 0), [eval_transform(spec)], 0, every)
-        return Batches(DataLoader(streamed, batch_size, **options), spec, device, channels_last)
-    mine = slice(rank * every, None, world * every)
+        return Batches(DataLoader(streamed, batch_size, **options), spec, device)
+    mine = slice(rank() * every, None, world_size() * every)
     samples = SeededSamples(
         ImageSet(data.val.images[mine], data.val.labels[mine]), [eval_transform(spec)], 0, train=False
     )
     order = [(0, index) for index in range(len(samples))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     loader = DataLoader(samples, batch_sampler=batches, **options)
-    return SetBatches(loader, samples, None, "validation", spec, device, channels_last)
+    return SetBatches(loader, samples, None, "validation", spec, device)
 
 
 def _train_transforms(data: ImageData, config: DataConfig, spec: Preprocessing, views: int) -> list[Transform]:
-    """timm's training transforms up to the uint8 CHW tensor, one a view."""
-    small = spec.height < _SMALL
+    """Return timm's training transform of each view; its output is a uint8 CHW tensor."""
+    small = spec.height < _SMALL_IMAGE
     hflip = config.hflip if config.hflip is not None else (0.0 if data.embedded else 0.5)
     jitter = config.color_jitter if config.color_jitter is not None else (0.0 if small else 0.4)
     scale = config.crop_scale or ((0.8, 1.0) if data.embedded else (0.5, 1.0) if small else (0.08, 1.0))
@@ -215,7 +232,7 @@ def _check_one_batch(batches: int, images: int) -> None:
 
 
 def eval_transform(spec: Preprocessing) -> Transform:
-    """timm's evaluation transform up to the uint8 CHW tensor."""
+    """Return timm's evaluation transform; its output is a uint8 CHW tensor."""
     transform: Transform = create_transform(
         (3, spec.height, spec.width),
         is_training=False,
@@ -228,23 +245,27 @@ def eval_transform(spec: Preprocessing) -> Transform:
     return transform
 
 
-def _leave_signals_to_the_main_process(_: int) -> None:
-    """Ctrl-C and most schedulers signal all processes of a run; loaders must live until it has saved."""
+def _ignore_stop_signals(_: int) -> None:
+    """Ignore SIGINT and SIGTERM in a loader process.
+
+    Ctrl-C and most schedulers signal all processes of a run, but the loaders have to live until the
+    main process has saved.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _workers(config: DataConfig, data: ImageData, device: torch.device) -> dict[str, Any]:
-    """Loader options: the digits need no process of their own, CPU training little help."""
+def _loader_options(config: DataConfig, data: ImageData, device: torch.device) -> dict[str, Any]:
+    """Return DataLoader options; the digits need no workers, and training on a CPU needs few."""
     workers = config.workers
     if workers is None:
         cores = os.cpu_count() or 1
         workers = 0 if data.embedded else min(16, cores) if device.type == "cuda" else max(1, cores // 4)
     return {
-        # A loader draws a seed for its workers at every start. Ours seed each sample, so let
-        # that draw not disturb the training's generator.
+        # A loader draws a seed for its workers in each epoch, which is not used: samples are seeded
+        # individually. A separate generator keeps the draw from advancing that of the training.
         "generator": torch.Generator(),
-        "worker_init_fn": _leave_signals_to_the_main_process,
+        "worker_init_fn": _ignore_stop_signals,
         "num_workers": workers,
         "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0,

@@ -3,472 +3,370 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import os
-import shutil
 import signal
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.utils.distributed import distribute_bn
 from timm.utils.model import unwrap_model
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
 from runtime.spec import ModelSpec, Preprocessing
-from runtime.system.files import output_dir, write_text
-from train.attack import evaluation_attack
-from train.build import (
-    make_device,
-    make_model,
-    make_optimization,
-    make_sample,
-    make_task,
-    model_arguments,
-    seed_everything,
-)
-from train.checkpoint import load_checkpoint, rng_kept, rng_state, save_checkpoint, set_rng_state
+from runtime.system.files import link_or_copy, output_dir, write_text
+from train.attack import LinfPGD, Randomness, accuracy, evaluation_attack
+from train.build import make_model, make_optimization, make_sample, make_task, seed_everything
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
-from train.config_file import flat, to_toml
+from train.config_file import to_toml
 from train.data import choose_preprocessing
 from train.datasets import open_data
-from train.distributed import barrier, gather, process_group, rank, world_size, world_sum
-from train.evaluate import accuracy
+from train.distributed import StopRequest, process_group, rank, world_size, world_sum
 from train.loaders import Batches, eval_loader, train_loader
-from train.plots import plot_curves
+from train.models import data_config, resolve_device
 from train.recipes import find_recipe
-from train.reporting import EpochMetrics, Reporter, SilentReporter, best_epoch, read_metrics, write_metrics
+from train.reporting import EpochMetrics, Reporter, SilentReporter, best_epoch, plot_curves, write_metrics
+from train.state import TrainState, preserve_rng
 from train.tracking import Tracker, epoch_values, open_trackers
 
-__all__ = ["FitResult", "fit"]
+__all__ = ["FitResult", "Trainer", "fit"]
 
 log = logging.getLogger(__name__)
 
-_CHECK_EVERY = 50
-"""Steps between looks at the loss on a GPU, where each look waits for it."""
+_GPU_LOSS_INTERVAL = 50
+"""Steps between reads of the loss on a GPU: each read waits for the GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitResult:
-    """What a finished run leaves."""
+    """Result of a finished run."""
 
     last: Path
     """Checkpoint of the last epoch."""
     best: Path
     """Checkpoint of the epoch with the best clean accuracy."""
+    best_epoch: EpochMetrics
+    """The epoch that `best` holds: the first one with the best clean accuracy, unless an earlier
+    `best.pt` was lost (a warning reported it when the run resumed)."""
     metrics: tuple[EpochMetrics, ...]
-    """All epochs."""
-
-    @property
-    def best_epoch(self) -> EpochMetrics:
-        """The epoch that `best` is of: the first with the best clean accuracy."""
-        return best_epoch(self.metrics)
+    """Metrics of all epochs."""
 
 
 def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
-    """Trains as `config` says, writing `last.pt`, `best.pt` and `metrics.csv` after each epoch.
+    """Train as `config` says; write `last.pt`, `best.pt` and `metrics.csv` after each epoch.
 
-    Under torchrun, all processes call it with the same config; the first one writes.
-    SIGINT and SIGTERM end the run after the step in progress: `last.pt` is written first,
-    and `config.resume` continues it where it stopped.
+    Under torchrun, all processes call it with the same config and the first one writes.
+    SIGINT and SIGTERM end the run after the current step: it saves `last.pt` first, and a run with
+    `config.resume` set to "auto" continues from there.
 
     Raises:
-        AdvPropError: any of `runtime.errors`: unknown or unsuitable architecture, unusable
+        AdvPropError: one of `runtime.errors`: an unknown or unsuitable architecture, unusable
             images, an output folder that cannot be written, a loss that is not finite.
-        Interrupted: the run was asked to stop.
+        Interrupted: a signal stopped the run.
     """
     reporter = reporter or SilentReporter()
     try:
-        with process_group(make_device(config.device)) as device:
-            return _Run(config, reporter, device).train()
+        with process_group(resolve_device(config.device)) as device:
+            return Trainer(config, reporter, device).run()
     finally:
         reporter.close()
 
 
-class _Run:
-    """The state of one training run, in one of its processes."""
+class Trainer:
+    """One training run, in one of its processes."""
 
-    def __init__(self, config: TrainConfig, reporter: Reporter, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, reporter: Reporter, device: torch.device, randomness: Randomness | None = None
+    ) -> None:
+        """
+        Args:
+            config: settings of the run.
+            reporter: receives the progress.
+            device: the device of this process.
+            randomness: source of the training attack's random numbers (default: torch's
+                generator).
+        """
         self.config, self.reporter, self.device = config, reporter, device
         recipe = find_recipe(config.recipe)
         self.out = output_dir(config.resolved_out)
+        self.last, self.best = self.out / "last.pt", self.out / "best.pt"
         if self.last.exists() and config.resume == "never" and not config.overwrite:
             raise ConfigError(
-                f"{self.last} is of another run: continue it with --resume, choose another --out, or lose it with "
-                "--overwrite"
+                f"{self.last} belongs to another run: continue that run with --resume, choose another folder with "
+                "--out, or replace its files with --overwrite"
             )
         seed_everything(config.seed)
         self.data = open_data(config.data)
         classes = len(self.data.classes)
         model = make_model(config, recipe, classes)
-        spec = choose_preprocessing(self.data, config.data, _model_config(model))
-        self.spec = ModelSpec(
-            arch=config.arch,
-            classes=self.data.classes,
-            wnids=self.data.wnids,
-            preprocessing=spec,
-            dataset=self.data.name,
-            recipe=config.recipe,
-        )
-        self.task = make_task(config, recipe, model, spec, classes, device)
-        self.model: nn.Module = unwrap_model(self.task.trainable_module)
-        self._open_loaders(spec, recipe.views)
-        updates = -(-len(self.batches) // config.optim.accumulate)
-        self.optimizer, self.scheduler = make_optimization(config, self.model, updates)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.attack = evaluation_attack(config.resolved_attack(recipe).epsilon, spec.mean, spec.std)
-        self.sample = make_sample(self.data, spec)
-        self.epoch = self.batch = self.step = 0
-        self.loss_sum = torch.zeros((), device=device)
+        preprocessing = choose_preprocessing(self.data, config.data, data_config(model))
+        mean, std = preprocessing.mean, preprocessing.std
+        attack = LinfPGD(config.resolved_attack(recipe), mean, std, randomness)
+        self.task = make_task(config, recipe, model, attack, classes, device)
+        self.validation_attack = evaluation_attack(attack.config.epsilon, mean, std)
+        self._open_loaders(preprocessing, recipe.views)
+        self.state = self._initial_state(preprocessing)
+        self.best_epoch: EpochMetrics | None = None
         self.first_bad = torch.full((), -1, device=device)
-        self.rows: list[EpochMetrics] = []
-        self.trackers: list[Tracker] = []
-        self.parts: dict[str, torch.Tensor] = {}
+        self.losses: dict[str, torch.Tensor] = {}
         self.lr = config.optim.lr
-        self.stop: signal.Signals | None = None
-        # Anew: what building drew (a library's first import may draw too) must not show in training.
+        self.trackers: list[Tracker] = []
+        self.stop = StopRequest()
+        # Seed again: the random numbers that setup draws (or that a library draws when it is first
+        # imported) must not change the training.
         seed_everything(config.seed + 1 + rank())
 
-    def _open_loaders(self, spec: Preprocessing, views: int) -> None:
-        config = self.config
-        common: dict[str, Any] = {
-            "device": self.device,
-            "channels_last": True,
-            "rank": rank(),
-            "world": world_size(),
-        }
+    def _open_loaders(self, preprocessing: Preprocessing, views: int) -> None:
+        config, data, device = self.config, self.data, self.device
+        size = config.resolved_batch_size(preprocessing.height)
         self.batches: Batches = train_loader(
-            self.data,
-            config.data,
-            spec,
-            batch_size=config.resolved_batch_size(spec.height),
-            seed=config.seed,
-            views=views,
-            **common,
+            data, config.data, preprocessing, batch_size=size, seed=config.seed, device=device, views=views
         )
-        size = max(2, min(128, config.resolved_batch_size(spec.height)))  # what training has memory for
-        self.val = eval_loader(self.data, config.data, spec, batch_size=size, **common)
-        every = -(-len(self.data.val) // config.eval_attack_images)
-        self.val_attacked = eval_loader(self.data, config.data, spec, batch_size=size, every=every, **common)
+        size = max(2, min(128, size))  # fits in memory, because training does
+        self.val = eval_loader(data, config.data, preprocessing, batch_size=size, device=device)
+        every = -(-len(data.val) // config.eval_attack_images)
+        self.val_attacked = eval_loader(data, config.data, preprocessing, batch_size=size, device=device, every=every)
 
-    def train(self) -> FitResult:
-        """Runs all epochs that are left."""
-        epochs = self.config.resolved_epochs
+    def _initial_state(self, preprocessing: Preprocessing) -> TrainState:
+        config, data = self.config, self.data
+        model: nn.Module = unwrap_model(self.task.trainable_module)
+        ema = self.task.get_trainable_module(ema=True)
+        updates_per_epoch = -(-len(self.batches) // config.optim.accumulate)
+        optimizer, scheduler = make_optimization(config, model, updates_per_epoch)
+        return TrainState(
+            config=config,
+            spec=ModelSpec(
+                arch=config.arch,
+                classes=data.classes,
+                wnids=data.wnids,
+                preprocessing=preprocessing,
+                dataset=data.name,
+                recipe=config.recipe,
+            ),
+            model=model,
+            ema=None if ema is None else unwrap_model(ema.module),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16"),
+            sample=make_sample(data, preprocessing),
+            loss_sum=torch.zeros((), device=self.device),
+        )
+
+    def run(self) -> FitResult:
+        """Train the remaining epochs."""
         if self.config.resume == "auto":
             self._resume()
         if rank() == 0:
             write_text(self.out / "config.toml", to_toml(self.config))
-            with rng_kept():
-                self.trackers = open_trackers(self.config, self.out, self.step)
+            with preserve_rng():
+                self.trackers = open_trackers(self.config, self.out, self.state.step)
         try:
-            with _signals(self):
-                self._train_epochs(epochs)
+            with self.stop.listening():
+                self._run_epochs()
         finally:
             for tracker in self.trackers:
                 tracker.close()
-        return FitResult(last=self.last, best=self.best, metrics=tuple(self.rows))
+        rows = self.state.metrics
+        best = self.best_epoch or best_epoch(rows)
+        return FitResult(last=self.last, best=self.best, best_epoch=best, metrics=tuple(rows))
 
-    def _train_epochs(self, epochs: int) -> None:
+    def _run_epochs(self) -> None:
+        epochs = self.config.resolved_epochs
         seconds: list[float] = []
-        for epoch in range(self.epoch, epochs):
+        for epoch in range(self.state.epoch, epochs):
             began = time.monotonic()
-            trained, images_per_s = self._train_epoch(epoch, epochs)
-            self._save()  # evaluation takes a while, and may be where a run ends
+            trained, images_per_s = self._train_epoch()
+            self._save()  # validation takes a while, and the run may be killed during it
             self.reporter.evaluating()
-            row = self._evaluate(epoch, trained, images_per_s)
-            self.rows.append(row)
-            self.epoch, self.batch, self.loss_sum = epoch + 1, 0, torch.zeros_like(self.loss_sum)
+            row = self._validate(trained, images_per_s)
+            self.state.finish_epoch(row)
             self._save()
             self._publish()
             self._track(epoch_values(row))
             seconds.append(time.monotonic() - began)
             left = (epochs - epoch - 1) * sum(seconds) / len(seconds)
             self.reporter.epoch_ended(row, epochs, left)
-            self._agree_on_stop()
-            if self.epoch < epochs:
-                self._stop_if_asked()
+            self.stop.share(self.device)
+            if self.state.epoch < epochs:
+                self._raise_if_stopped()
 
-    @property
-    def last(self) -> Path:
-        return self.out / "last.pt"
+    def _train_epoch(self) -> tuple[float, float]:
+        """Train the rest of the current epoch.
 
-    @property
-    def best(self) -> Path:
-        return self.out / "best.pt"
+        Returns:
+            Seconds, and clean images per second of all processes together.
+        """
+        state = self.state
+        self.task.train()
+        self.batches.start_at(state.epoch, state.batch)
+        steps = len(self.batches) + state.batch
+        accumulate = self.config.optim.accumulate
+        self.reporter.epoch_started(state.epoch + 1, self.config.resolved_epochs, steps, state.batch)
+        began, images_seen = time.monotonic(), 0
+        for images, labels in self.batches:
+            # The last group of an epoch may be smaller.
+            group = min(accumulate, steps - state.batch // accumulate * accumulate)
+            update = (state.batch + 1) % accumulate == 0 or state.batch + 1 == steps
+            loss = self.step(images, labels, group=group, update=update)
+            state.loss_sum += loss
+            self.first_bad = torch.where((self.first_bad < 0) & ~torch.isfinite(loss), state.batch, self.first_bad)
+            state.batch += 1
+            images_seen += len(labels) * world_size()
+            readable = self.device.type == "cpu" or state.batch % _GPU_LOSS_INTERVAL == 0 or state.batch == steps
+            if readable:
+                self._check_finite()
+            self.reporter.stepped(loss.item() if readable else None)
+            if update and self.trackers and state.step % self.config.log_every == 0:
+                self._track({name: value.item() for name, value in self.losses.items()} | {"lr": self.lr})
+            if update:
+                self._save_if_due()
+        seconds = time.monotonic() - began
+        return seconds, images_seen / max(seconds, 1e-9)
 
-    @property
-    def ema(self) -> nn.Module | None:
-        """The moving average of the weights, where one is kept."""
-        ema = self.task.get_trainable_module(ema=True)
-        return None if ema is None else unwrap_model(ema.module)
+    def step(self, images: torch.Tensor, labels: torch.Tensor, *, group: int, update: bool) -> torch.Tensor:
+        """Add the gradients of one batch; update the weights if it is the last one of its group.
 
-    @rng_kept()
-    def _publish(self) -> None:
-        """Writes what follows from `last.pt` at the end of an epoch; again after a resume, in
-        case that the run was killed in between."""
-        if rank() != 0 or not self.rows:
-            return
-        if self.rows[-1].top1 > max((other.top1 for other in self.rows[:-1]), default=-1.0):
-            _replace_by_copy(self.last, self.best)
-        write_metrics(self.out / "metrics.csv", self.rows)
-        plot_curves(self.out / "curves.png", self.rows, f"{self.config.arch}, {self.config.recipe}, {self.data.name}")
+        Args:
+            images: normalized images, as the loader yields them.
+            labels: int64 labels, (N,).
+            group: number of batches whose gradients are averaged for one update.
+            update: whether this batch is the last one of its group.
 
-    @rng_kept()
-    def _track(self, values: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(self.step, values)
+        Returns:
+            The loss of the batch, detached.
+        """
+        state = self.state
+        with contextlib.nullcontext() if update else self.task.no_sync():
+            result = self.task(images, labels)
+            loss: torch.Tensor = result["loss"]
+            self.losses = {name: value.detach() for name, value in result.items() if name.startswith("loss")}
+            state.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
+        if update:
+            self.lr = state.optimizer.param_groups[0]["lr"]
+            if self.config.optim.clip_grad:
+                state.scaler.unscale_(state.optimizer)
+                nn.utils.clip_grad_norm_(state.model.parameters(), self.config.optim.clip_grad)
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            state.scheduler.step_update(state.step)
+            self.task.update_ema(state.step)
+        return loss.detach()
 
-    def _evaluate(self, epoch: int, seconds: float, images_per_s: float) -> EpochMetrics:
-        """Measures the weights that would be exported: the moving average where there is one."""
+    def _validate(self, seconds: float, images_per_s: float) -> EpochMetrics:
+        """Measure the weights that an export would use: the moving average if there is one."""
+        state = self.state
         if world_size() > 1 and not self.config.sync_bn:
-            distribute_bn(self.model, world_size(), reduce=True)
-        model = self.model if self.ema is None else self.ema
+            distribute_bn(state.model, world_size(), reduce=True)
+        model = state.model if state.ema is None else state.ema
         return EpochMetrics(
-            epoch=epoch + 1,
-            step=self.step,
+            epoch=state.epoch + 1,
+            step=state.step,
             lr=self.lr,
-            loss=world_sum(self.loss_sum).item() / world_size() / max(1, self.batch),
+            loss=world_sum(state.loss_sum).item() / world_size() / max(1, state.batch),
             top1=accuracy(model, self._unless_stopped(self.val)),
-            top1_attacked=accuracy(model, self._unless_stopped(self.val_attacked), self.attack),
+            top1_attacked=accuracy(model, self._unless_stopped(self.val_attacked), self.validation_attack),
             images_per_s=images_per_s,
             seconds=seconds,
         )
 
     def _unless_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Lets a stop end evaluation at once: the epoch is saved already."""
+        """Yield the batches, but end validation at once on a stop: the epoch is already saved."""
         for batch in batches:
             if world_size() == 1:
-                self._stop_if_asked()
+                self._raise_if_stopped()
             yield batch
 
-    def _train_epoch(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Returns the seconds spent and the clean images a second, of all processes together."""
-        self.task.train()
-        self.batches.start_at(epoch, self.batch)
-        steps = len(self.batches) + self.batch
-        accumulate = self.config.optim.accumulate
-        self.reporter.epoch_started(epoch + 1, epochs, steps, self.batch)
-        began, images_seen = time.monotonic(), 0
-        for images, labels in self.batches:
-            # The last group of an epoch may be smaller.
-            group = min(accumulate, steps - self.batch // accumulate * accumulate)
-            updates = (self.batch + 1) % accumulate == 0 or self.batch + 1 == steps
-            loss = self._step(images, labels, group, updates)
-            self.loss_sum += loss
-            self.first_bad = torch.where((self.first_bad < 0) & ~torch.isfinite(loss), self.batch, self.first_bad)
-            self.batch += 1
-            images_seen += len(labels) * world_size()
-            at_hand = self.device.type == "cpu" or self.batch % _CHECK_EVERY == 0 or self.batch == steps
-            if at_hand:
-                self._check_finite()
-            self.reporter.stepped(loss.item() if at_hand else None)
-            if updates and self.trackers and self.step % self.config.log_every == 0:
-                self._track({name: value.item() for name, value in self.parts.items()} | {"lr": self.lr})
-            if updates:
-                self._save_where_due()
-        seconds = time.monotonic() - began
-        return seconds, images_seen / max(seconds, 1e-9)
+    @preserve_rng()
+    def _publish(self) -> None:
+        """Write the files that follow from `last.pt` at the end of an epoch."""
+        rows = self.state.metrics
+        if rank() != 0 or not rows:
+            return
+        if self.best_epoch is None or rows[-1].top1 > self.best_epoch.top1:
+            link_or_copy(self.last, self.best)
+            self.best_epoch = rows[-1]
+        write_metrics(self.out / "metrics.csv", rows)
+        plot_curves(self.out / "curves.png", rows, f"{self.config.arch}, {self.config.recipe}, {self.data.name}")
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor, group: int, updates: bool) -> torch.Tensor:
-        """Adds the gradients of one batch of a `group` and, where it `updates`, makes an update.
-
-        Returns:
-            The batch's loss, detached.
-        """
-        with contextlib.nullcontext() if updates else self.task.no_sync():
-            result = self.task(images, labels)
-            loss: torch.Tensor = result["loss"]
-            self.parts = {name: value.detach() for name, value in result.items() if name.startswith("loss")}
-            self.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
-        if updates:
-            self.lr = self.optimizer.param_groups[0]["lr"]
-            if self.config.optim.clip_grad:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            self.scheduler.step_update(self.step)
-            self.task.update_ema(self.step)
-        return loss.detach()
+    @preserve_rng()
+    def _track(self, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(self.state.step, values)
 
     def _check_finite(self) -> None:
         bad = int(self.first_bad.item())
         if bad < 0:
             return
-        kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was written yet"
+        saved = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was written yet"
         files = self.batches.names(bad)
         raise TrainingDiverged(
-            f"the loss is not finite at epoch {self.epoch + 1}, batch {bad + 1}; {kept}. "
-            f"Lower the learning rate (--lr, now {self.config.optim.lr:g}), or look at the batch's images: "
+            f"the loss is not finite at epoch {self.state.epoch + 1}, batch {bad + 1}; {saved}. "
+            f"Lower the learning rate (--lr, now {self.config.optim.lr:g}), or check the images of this batch: "
             f"{', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''}"
         )
 
-    def _save_where_due(self) -> None:
-        """Saves where a stop was asked for, or `save_every` steps have passed."""
-        every = self.config.save_every
-        together = world_size() == 1 or self.step % 10 == 0
-        if together:
-            self._agree_on_stop()
-        stops = together and self.stop is not None
-        if stops or (every and self.step % every == 0):
-            self._save()
-        if stops:
-            self._stop_if_asked()
-
-    def _agree_on_stop(self) -> None:
-        """Processes stop together or not at all: one that went on would wait for the others."""
-        if world_size() > 1:
-            asked = world_sum(torch.tensor([float(self.stop or 0)], device=self.device)).item()
-            self.stop = self.stop or (signal.SIGTERM if asked else None)
-
-    def _stop_if_asked(self) -> None:
-        if self.stop is not None:
-            code = 130 if self.stop == signal.SIGINT else 143
-            raise Interrupted(
-                f"stopped by {self.stop.name} in epoch {self.epoch + 1} after step {self.step}; saved in "
-                f"{self.last}, --resume continues from there",
-                code,
-            )
-
     def _save(self) -> None:
         self._check_finite()
-        weights: list[torch.Tensor] = list(self.model.parameters())
-        if not torch.stack(torch._foreach_norm(weights)).isfinite().all().item():
-            raise TrainingDiverged(
-                f"weights are not finite after step {self.step} of epoch {self.epoch + 1}; they were not saved. "
-                f"Lower the learning rate (--lr, now {self.config.optim.lr:g})"
-            )
-        generators = gather(rng_state())
-        if rank() == 0:
-            save_checkpoint(self.last, self._checkpoint(generators))
-        barrier()
+        self.state.save(self.last)
 
-    def _checkpoint(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "arch": self.config.arch,
-            "model_kwargs": model_arguments(self.config, len(self.data.classes)),
-            "recipe": self.config.recipe,
-            "spec": self.spec.to_json(),
-            "state_dict": self.model.state_dict(),
-            "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "step": self.step,
-            "loss_sum": self.loss_sum,
-            "rng": generators,
-            "metrics": [dataclasses.asdict(row) for row in self.rows],
-            "config": to_toml(self.config),
-            "sample": self.sample,
-            "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy")},
-        }
+    def _save_if_due(self) -> None:
+        """Save if a stop was requested or `save_every` steps have passed; raise if stopped."""
+        every, step = self.config.save_every, self.state.step
+        in_sync = world_size() == 1 or step % 10 == 0  # processes compare their signals rarely
+        if in_sync:
+            self.stop.share(self.device)
+        stops = in_sync and self.stop.signal is not None
+        if stops or (every and step % every == 0):
+            self._save()
+        if stops:
+            self._raise_if_stopped()
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop.signal is not None:
+            raise Interrupted(
+                f"stopped by {self.stop.signal.name} in epoch {self.state.epoch + 1} after step {self.state.step}; "
+                f"saved in {self.last}. Run the same command with --resume to continue",
+                130 if self.stop.signal == signal.SIGINT else 143,
+            )
 
     def _resume(self) -> None:
         if not self.last.exists():
-            log.info("nothing to resume in %s: starting anew", self.out)
+            log.info("nothing to resume in %s: starting a new run", self.out)
             return
-        checkpoint = load_checkpoint(self.last)
-        _check_same_run(self.last, checkpoint, self.config, self.spec)
-        self.model.load_state_dict(checkpoint["state_dict"])
-        if self.ema is not None and checkpoint["ema_state_dict"] is not None:
-            self.ema.load_state_dict(checkpoint["ema_state_dict"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scheduler.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["scaler"] is not None:
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
-        self.loss_sum = checkpoint["loss_sum"].to(self.device)
-        self.rows = read_metrics(checkpoint["metrics"])
-        if len(checkpoint["rng"]) == world_size():
-            set_rng_state(checkpoint["rng"][rank()])
-        else:
-            log.warning(
-                "%s was written by %d processes, not %d: the attack draws anew",
-                self.last,
-                len(checkpoint["rng"]),
-                world_size(),
-            )
-        if self.batch == 0:
-            self._publish()
-        log.info("resuming %s at epoch %d, step %d", self.last, self.epoch + 1, self.step)
+        self.state.load(self.last)
+        log.info("resuming %s at epoch %d, step %d", self.last, self.state.epoch + 1, self.state.step)
+        if rank() == 0:
+            self._find_best()
+        if self.state.batch == 0:
+            self._publish()  # again, in case the run was killed before it
 
-
-_MAY_CHANGE = {
-    *("out", "resume", "overwrite", "device", "compile", "save_every", "log_every", "tensorboard", "wandb"),
-    *("data.root", "data.workers", "data.download"),
-}
-"""Settings that a resumed run may have otherwise: they do not change what is learned."""
-
-
-def _check_same_run(path: Path, checkpoint: dict[str, Any], config: TrainConfig, spec: ModelSpec) -> None:
-    """Raises CheckpointError where the checkpoint was written under other settings."""
-    before, now = (flat(tomllib.loads(text)) for text in (checkpoint["config"], to_toml(config)))
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name) and name not in _MAY_CHANGE]
-    if not changed:
-        stored = ModelSpec.from_json(checkpoint["spec"], where=str(path))
-        changed = [
-            item.name for item in dataclasses.fields(spec) if getattr(stored, item.name) != getattr(spec, item.name)
-        ]
-        before, now = dataclasses.asdict(stored), dataclasses.asdict(spec)
-    if changed:
-        told = "; ".join(
-            f"{name}: found {str(before.get(name))[:80]}, expected {str(now.get(name))[:80]}" for name in changed
-        )
-        raise CheckpointError(
-            f"{path} was written under other settings ({told}), so the run cannot be resumed; give the settings it was "
-            f"started with (--config {path.with_name('config.toml')}), or another --out"
-        )
-
-
-def _model_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data configuration of the model, and whether its input size is fixed."""
-    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
-    return {**resolve_model_data_config(model), "fixed_input_size": bool(fixed)}
-
-
-def _replace_by_copy(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`: a hard link where possible, atomically."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
+    def _find_best(self) -> None:
+        """Find the epoch that `best.pt` holds, and warn if the file is lost."""
+        rows, between_epochs = self.state.metrics, self.state.batch == 0
+        if not rows or (between_epochs and best_epoch(rows) is rows[-1]):
+            return  # `_publish` writes the first or a new `best.pt`
         try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops after the step in progress, the second at once."""
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if run.stop is not None:
-            raise KeyboardInterrupt
-        run.stop = signal.Signals(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            saved = load_checkpoint(self.best, device="meta")["epoch"]
+            self.best_epoch = next((row for row in rows if row.epoch == saved), None)
+            problem = f"{self.best} belongs to another run"
+        except CheckpointError as error:
+            problem = str(error)
+        if self.best_epoch is None:
+            lost = best_epoch(rows)
+            new = f"epoch {rows[-1].epoch} ({rows[-1].top1:.1%})" if between_epochs else "the epoch in progress"
+            log.warning(
+                "%s. It held epoch %d, the best so far (clean accuracy %.1f%%), whose weights are in no other file. "
+                "best.pt now becomes %s, until a later epoch is better. To keep epoch %d, restore best.pt from a "
+                "backup and resume again",
+                problem,
+                lost.epoch,
+                100 * lost.top1,
+                new,
+                lost.epoch,
+            )

@@ -1,29 +1,35 @@
-"""timm models by name, with errors that help."""
+"""Networks: create one by timm's name, restore one from a checkpoint, choose its device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.data import resolve_model_data_config
 from torch import nn
 
-from runtime.errors import ArchError, BackendUnavailable, first_line, nearest
+from runtime.errors import ArchError, BackendUnavailable, CheckpointError, ConfigError, first_line, nearest
+from train.dual_bn import add_auxiliary_bns, auxiliary_routes, select_route
+from train.recipes import MAIN
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "data_config", "load_weights", "resolve_device", "restore_model", "route_weights"]
 
 
 def create_model(arch: str, **kwargs: Any) -> nn.Module:
-    """Makes timm's model `arch`.
+    """Create timm's model `arch`.
 
     Args:
         arch: an architecture, with or without a pretrained tag (`efficientnet_b3`,
             `tf_efficientnet_b3.ap_in1k`).
-        **kwargs: for `timm.create_model`: num_classes, pretrained, drop_path_rate, …
+        **kwargs: arguments of `timm.create_model`: num_classes, pretrained, drop_path_rate, …
 
     Raises:
-        ArchError: timm has no such architecture; the message has the nearest names. Or it
-            does not take an argument.
-        BackendUnavailable: pretrained weights could not be downloaded.
+        ArchError: timm has no such architecture (the message suggests the nearest names), or
+            the architecture does not accept an argument.
+        BackendUnavailable: the pretrained weights cannot be downloaded.
     """
     name = arch.split(".", 1)[0]
     if not timm.is_model(name):
@@ -32,13 +38,109 @@ def create_model(arch: str, **kwargs: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(arch, **kwargs)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
-        raise ArchError(f"timm cannot make {arch} with {kwargs}: {first_line(error)}") from error
-    except Exception as error:  # the hub client's errors share no base with ours
+        raise ArchError(f"timm cannot create {arch} with {kwargs}: {first_line(error)}") from error
+    except Exception as error:  # the errors of the hub client share no base class with the ones above
         if not kwargs.get("pretrained"):
             raise
         raise BackendUnavailable(
-            f"the pretrained weights of {arch} could not be downloaded ({type(error).__name__}: "
-            f"{first_line(error)}); check the network, or do without: "
-            "advprop-export takes a file, --weights FILE; train without --pretrained"
+            f"cannot download the pretrained weights of {arch} ({type(error).__name__}: {first_line(error)}); "
+            "check the network connection, train without --pretrained, or export a local file with "
+            "advprop-export --weights FILE"
         ) from error
     return model
+
+
+def restore_model(
+    checkpoint: Mapping[str, Any], path: Path, *, routes: bool = False, bn: str = MAIN, ema: bool = True
+) -> nn.Module:
+    """Create the network of an advprop checkpoint and load its weights, on the CPU.
+
+    Args:
+        checkpoint: the content, as `load_checkpoint` returns it.
+        path: the file it was read from, for error messages.
+        routes: keep the auxiliary BatchNorms; otherwise return the stock timm model.
+        bn: the route whose BatchNorms the stock model gets.
+        ema: prefer the moving average of the weights if the checkpoint has one.
+
+    Raises:
+        CheckpointError: the weights do not fit the architecture, or the checkpoint has model
+            arguments that the trainer never writes.
+        ArchError: timm does not have the architecture.
+        ConfigError: the checkpoint has no route `bn`.
+    """
+    arch = str(checkpoint["arch"])
+    model = create_model(arch, **_model_arguments(checkpoint["model_kwargs"], path))
+    if not routes:
+        load_weights(model, route_weights(checkpoint, bn=bn, ema=ema), path, arch)
+        return model
+    weights = _weights(checkpoint, ema)
+    names = auxiliary_routes(weights)
+    try:
+        load_weights(add_auxiliary_bns(model, names) if names else model, weights, path, arch)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} has invalid BatchNorm routes: {error}") from error
+    return model
+
+
+def route_weights(checkpoint: Mapping[str, Any], *, bn: str = MAIN, ema: bool = True) -> dict[str, torch.Tensor]:
+    """Return the weights of route `bn` under the stock model's keys.
+
+    Raises:
+        ConfigError: the checkpoint has no such route.
+    """
+    return select_route(_weights(checkpoint, ema), bn)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
+    """Load `weights` into `model`; their keys and shapes must match exactly.
+
+    Raises:
+        CheckpointError: they do not match; the message shows the first keys or shapes.
+    """
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise CheckpointError(f"the weights in {path} do not fit timm's {arch}: {' '.join(lines)[:300]}") from error
+
+
+def _weights(checkpoint: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
+    return dict((ema and checkpoint.get("ema_state_dict")) or checkpoint["state_dict"])
+
+
+def _model_arguments(found: Any, path: Path) -> dict[str, Any]:
+    """Return the model arguments, if they are among those that the trainer writes.
+
+    Others could make timm read or download files.
+    """
+    allowed = {"num_classes": int, "drop_rate": float, "drop_path_rate": float}
+    valid = isinstance(found, dict) and all(isinstance(found[key], allowed.get(key, ())) for key in found)
+    if not valid:
+        raise CheckpointError(f"{path} has model_kwargs {found!r}; expected only {', '.join(allowed)}")
+    return dict(found)
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """Return timm's data configuration of `model`, and whether its input size is fixed."""
+    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
+    return {**resolve_model_data_config(model), "fixed_input_size": bool(fixed)}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device `name`; `auto` is CUDA if torch finds a GPU, otherwise the CPU.
+
+    Raises:
+        ConfigError: torch does not know the device or cannot use it.
+        BackendUnavailable: `name` is a CUDA device and torch finds no GPU.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is not a torch device: {first_line(error)}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable(f"--device {name}: torch {torch.__version__} finds no NVIDIA GPU; use --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}") from error
+    return device

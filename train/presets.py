@@ -1,17 +1,18 @@
-"""Published recipes: what `--preset paper` sets, explicit settings winning over it.
+"""Published training settings, as `--preset paper` applies them; explicit settings take precedence.
 
-Source: the EfficientNet recipe and AdvProp's, as the CVPR 2020 paper and the TPU reference
-code have them: RMSProp (decay 0.9, momentum 0.9, ε 0.001), weight decay 1e-5, label
-smoothing 0.1, BatchNorm momentum 0.99, 350 epochs, learning rate 0.016 for 256 images, decayed by
-0.97 each 2.4 epochs after 5 epochs of warm-up, moving average of weights 0.9999,
-AutoAugment, stochastic depth 0.2.
+EfficientNets use the EfficientNet recipe and AdvProp's, according to the CVPR 2020 paper and the
+TPU reference code: RMSProp (decay 0.9, momentum 0.9, ε 0.001), weight decay 1e-5, label smoothing
+0.1, BatchNorm momentum 0.99, 350 epochs, a learning rate of 0.016 for 256 images, multiplied by
+0.97 every 2.4 epochs after 5 epochs of warm-up, a moving average of the weights with decay 0.9999,
+AutoAugment and stochastic depth 0.2.
 
-ResNets: SGD with momentum 0.9, learning rate 0.1 for 256 images, weight decay 1e-4, 105 epochs, as in
-Fast AdvProp's published script. That script divides the rate by 10 after epochs 30, 60, 90 and 100 and has
-no warm-up; here it falls along a cosine after 5 epochs of warm-up.
+ResNets use SGD with momentum 0.9, a learning rate of 0.1 for 256 images, weight decay 1e-4 and 105
+epochs, as in Fast AdvProp's published script. That script divides the rate by 10 after epochs 30,
+60, 90 and 100 and has no warm-up; here a cosine schedule follows 5 epochs of warm-up.
 
-The paper's ε grows with the network; here 1 up to B2 and ResNet-50, 2 up to B5 and the
-other ResNets, 4 above (our reading of "weaker for smaller networks", not a published table).
+The paper increases ε with the size of the network. Here ε is 1 up to B2 and ResNet-50, 2 up to B5
+and for larger ResNets, and 4 for larger EfficientNets: our interpretation of "weaker for smaller
+networks", because no table was published.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ _EFFICIENTNET = {  # size, dropout, ε
 _RESNET = {"resnet50": 1.0, "resnet101": 2.0, "resnet152": 2.0, "resnet200": 2.0}
 
 PAPER = (*(f"efficientnet_{size}" for size in _EFFICIENTNET), *_RESNET)
-"""Architectures that have a published recipe, by timm's names."""
+"""Architectures with published settings, by timm's names."""
 
 
 def paper(arch: str, batch_size: int) -> dict[str, Any]:
-    """Returns the published settings of `arch` as nested dicts for `config_file.from_mapping`.
+    """Return the published settings of `arch` as nested dicts for `config_file.from_mapping`.
 
     Args:
-        arch: one of PAPER, with timm's `tf_` in front or not.
-        batch_size: clean images an update; the learning rate is scaled to it.
+        arch: one of PAPER, with or without timm's prefix `tf_`.
+        batch_size: clean images per update; the learning rate is proportional to it.
 
     Raises:
-        ConfigError: no recipe was published for `arch`.
+        ConfigError: no settings were published for `arch`.
     """
     name = arch.split(".")[0].removeprefix("tf_")
     if name in _RESNET:
@@ -67,8 +68,10 @@ def paper(arch: str, batch_size: int) -> dict[str, Any]:
         }
     if name not in PAPER:
         raise ConfigError(
-            f"--preset paper: no recipe was published for {arch}; there are {', '.join(PAPER)}. "
-            f"{nearest(name, PAPER)} Without --preset every architecture with BatchNorm trains".replace("  ", " ")
+            f"--preset paper has no settings for {arch!r}; available: {', '.join(PAPER)}. "
+            f"{nearest(name, PAPER)} Without --preset, every architecture with BatchNorm can be trained".replace(
+                "  ", " "
+            )
         )
     size, drop, epsilon = _EFFICIENTNET[name.removeprefix("efficientnet_")]
     return {

@@ -1,6 +1,6 @@
-"""Recipes as data: which images go through which BatchNorm, with which weight.
+"""Recipes as data: which images go through which BatchNorm, and with which weight.
 
-A recipe is a list of branches; a new idea is a new list, not a new trainer.
+A recipe is a list of branches: a new idea needs a new list, not a new trainer.
 
     vanilla       clean → main
     finetune      clean → main, from a checkpoint: the slides' second stage after `adversarial`
@@ -10,8 +10,8 @@ A recipe is a list of branches; a new idea is a new list, not a new trainer.
                                                Image Recognition", CVPR 2020
     fine-grained  clean → main + AutoAugment → aug + PGD → adv
                                                the slides' Fine-Grained AdvProp
-    fast          80 % clean → main; the other 20 % as noise → adv, whose gradient is used
-                  twice: for the weights and to make the adversarial images → adv
+    fast          80 % clean → main; 20 % with noise → adv. Its gradient updates the weights and
+                  creates the adversarial images → adv
                                                Fast AdvProp (Mei et al., ICLR 2022)
 
 Cost of an epoch in passes, relative to vanilla, with K attack steps: advprop (2K + 6) / 3,
@@ -28,7 +28,7 @@ from runtime.errors import ConfigError, nearest
 __all__ = ["MAIN", "RECIPES", "Branch", "Recipe", "find_recipe"]
 
 MAIN = "main"
-"""The BatchNorm route of inference: the one with the plain state-dict keys."""
+"""The BatchNorm route for inference, which has the plain state-dict keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,50 +36,50 @@ class Branch:
     """One data distribution of a training step."""
 
     name: str
-    """Names the branch's loss in the metrics."""
+    """Name of the branch's loss in logs."""
     source: Literal["clean", "autoaugment", "pgd", "reused-gradient"]
-    """What makes the images: the batch as loaded; its AutoAugment view; PGD on it through
-    this branch's `bn`; or the one-step attack whose noise pass is itself a training pass."""
+    """Source of the images: the batch as loaded, its AutoAugment view, PGD on the batch through
+    this branch's `bn`, or a one-step attack whose noise pass is also a training pass."""
     bn: str
     """BatchNorm route: `main`, or the name of an auxiliary one."""
     weight: float = 1.0
-    """Factor of this branch's mean loss in the sum that is minimized."""
+    """Factor of this branch's mean loss in the total loss."""
     start: float = 0.0
-    """Where this branch's part of the batch begins, as a share of the batch."""
+    """Start of this branch's part of the batch, as a share of the batch."""
     end: float = 1.0
-    """Where it ends."""
+    """End of this branch's part of the batch, as a share of the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The branches of a step, and what goes with them."""
+    """The branches of a training step and the settings that belong to them."""
 
     branches: tuple[Branch, ...]
-    """Data distributions; their losses are added up."""
+    """Data distributions, whose losses are added."""
     synchronize: bool = False
-    """Scale the gradients of each route's BatchNorms by the inverse of the route's total
-    weight, so that they learn as fast as the shared weights ("synchronizing parameter
-    updating speed" of Fast AdvProp)."""
+    """Scale the gradients of each route's BatchNorms by the inverse of the route's total weight, so
+    they learn as fast as the shared weights ("synchronizing parameter updating speed" of Fast
+    AdvProp)."""
     shuffle: bool = False
-    """Shuffle adversarial images across processes, so that batch statistics do not give
-    away which images were attacked together (Fast AdvProp)."""
+    """Shuffle adversarial images across processes, so batch statistics do not reveal which images
+    were attacked together (Fast AdvProp)."""
     from_checkpoint: bool = False
-    """The recipe continues from another run's weights and makes no sense without them."""
+    """The recipe requires the weights of another run to start from."""
     attack: dict[str, float | int | bool] = field(default_factory=dict)
-    """Attack settings that belong to the recipe; explicit ones win."""
+    """Attack settings of the recipe; settings of the user replace them."""
 
     @property
     def auxiliary_routes(self) -> tuple[str, ...]:
-        """The auxiliary BN routes, in order, each once."""
+        """The auxiliary BN routes, in order, without duplicates."""
         return tuple(dict.fromkeys(branch.bn for branch in self.branches if branch.bn != MAIN))
 
     @property
     def views(self) -> int:
-        """Views of each image that the loader must make: 2 with an AutoAugment branch."""
+        """Views of each image that the loader must provide: 2 with an AutoAugment branch."""
         return 2 if any(branch.source == "autoaugment" for branch in self.branches) else 1
 
     def route_weight(self, bn: str) -> float:
-        """Sum of the weights on route `bn`; a reused gradient counts like its adversarial pass."""
+        """Return the sum of the weights on route `bn`; a reused gradient counts twice."""
         return sum(
             branch.weight * (2 if branch.source == "reused-gradient" else 1)
             for branch in self.branches
@@ -98,8 +98,8 @@ RECIPES: dict[str, Recipe] = {
     "shared-bn": Recipe(branches=(_CLEAN, _ADV_ON_MAIN)),
     "advprop": Recipe(branches=(_CLEAN, _ADV)),
     "fine-grained": Recipe(branches=(_CLEAN, Branch(name="aug", source="autoaugment", bn="aug"), _ADV)),
-    # Published as 4 clean images to 1 adversarial, noise and adversarial losses weighted
-    # 0.5 each, all as one mean over images: 0.8, 0.1 and 0.1 of the means.
+    # Published as one mean over all images, with 4 clean images per adversarial one and weights of
+    # 0.5 for noise and adversarial loss: 0.8, 0.1 and 0.1 of the means of the branches.
     "fast": Recipe(
         branches=(
             Branch(name="clean", source="clean", bn=MAIN, weight=0.8, end=0.8),
@@ -113,7 +113,9 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Returns the recipe called `name`. Raises ConfigError, with the names there are."""
+    """Return the recipe called `name`. Raises ConfigError, which lists the available names."""
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}. {nearest(name, RECIPES)}".rstrip())
+        raise ConfigError(
+            f"unknown recipe {name!r}; available: {', '.join(RECIPES)}. {nearest(name, RECIPES)}".rstrip()
+        )
     return RECIPES[name]

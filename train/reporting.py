@@ -1,4 +1,4 @@
-"""What a run tells people while it goes: a progress bar, a line an epoch, metrics.csv."""
+"""Reports of a run: progress bar, epoch lines, `metrics.csv`, `curves.png` and final table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from runtime.system.files import write_text
+from runtime.system.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +22,8 @@ __all__ = [
     "RichReporter",
     "SilentReporter",
     "best_epoch",
-    "duration",
-    "read_metrics",
+    "format_duration",
+    "plot_curves",
     "summary_table",
     "write_metrics",
 ]
@@ -31,28 +31,33 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochMetrics:
-    """One epoch's line in metrics.csv."""
+    """Metrics of one epoch: a row of metrics.csv."""
 
     epoch: int
-    """Finished epochs, from 1."""
+    """Number of the epoch, from 1."""
     step: int
-    """Parameter updates since the start."""
+    """Parameter updates since the start of the run."""
     lr: float
     """Learning rate of the last update."""
     loss: float
-    """Mean of the summed training loss."""
+    """Mean training loss, summed over the branches of the recipe."""
     top1: float
     """Clean validation accuracy through the main BN, in [0, 1]."""
     top1_attacked: float
-    """The same under untargeted PGD-5 at the training ε, white-box on the main route."""
+    """Validation accuracy under untargeted PGD-5 at the training ε, white-box on the main route."""
     images_per_s: float
-    """Clean training images a second, loading included."""
+    """Clean training images per second, including data loading."""
     seconds: float
-    """Training time of the epoch, without evaluation."""
+    """Training time of the epoch, without validation."""
 
 
-def write_metrics(path: Path, rows: list[EpochMetrics]) -> None:
-    """Writes all epochs so far, atomically. Raises OutputError."""
+def best_epoch(rows: Sequence[EpochMetrics]) -> EpochMetrics:
+    """Return the first epoch with the best clean accuracy."""
+    return max(rows, key=lambda row: row.top1)
+
+
+def write_metrics(path: Path, rows: Sequence[EpochMetrics]) -> None:
+    """Write one CSV row per epoch, atomically. Raises OutputError."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [item.name for item in fields(EpochMetrics)], lineterminator="\n")
     writer.writeheader()
@@ -60,57 +65,79 @@ def write_metrics(path: Path, rows: list[EpochMetrics]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_metrics(rows: list[dict[str, Any]]) -> list[EpochMetrics]:
-    """Turns the rows a checkpoint carries back into metrics."""
-    return [EpochMetrics(**row) for row in rows]
+def plot_curves(path: Path, rows: Sequence[EpochMetrics], title: str) -> None:
+    """Plot loss, accuracy and learning rate by epoch into a PNG of 1200 × 400 pixels.
+
+    Raises:
+        OutputError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure  # pyplot would need a display and keeps global state
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row.epoch for row in rows]
+    marker = "o" if len(rows) < 30 else ""
+    figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    loss.plot(epochs, [row.loss for row in rows], marker=marker, label="sum of the branches")
+    loss.set(title="training loss", xlabel="epoch")
+    accuracy.plot(epochs, [100 * row.top1 for row in rows], marker=marker, label="clean")
+    accuracy.plot(epochs, [100 * row.top1_attacked for row in rows], marker=marker, label="under attack (PGD-5)")
+    accuracy.set(title="validation accuracy, main BN, %", xlabel="epoch", ylim=(0, 100))
+    rate.plot(epochs, [row.lr for row in rows], marker=marker, label="end of the epoch")
+    rate.set(title="learning rate", xlabel="epoch")
+    for axes in (loss, accuracy, rate):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
 
 
-def best_epoch(rows: Sequence[EpochMetrics]) -> EpochMetrics:
-    """Returns the first epoch with the best clean accuracy."""
-    return max(rows, key=lambda row: row.top1)
+def summary_table(title: str, best: EpochMetrics, rows: Sequence[EpochMetrics]) -> Table:
+    """Return a table of a finished run.
 
-
-def summary_table(arch: str, recipe: str, rows: Sequence[EpochMetrics]) -> Table:
-    """Returns what a finished run came to, its best and its last epoch side by side."""
+    Args:
+        title: heading of the first column.
+        best: the epoch that best.pt holds.
+        rows: all epochs.
+    """
     from rich.table import Table
 
-    best, last = best_epoch(rows), rows[-1]
-    table = Table(f"{arch}, {recipe}", f"best: epoch {best.epoch}", f"last: epoch {last.epoch}", title_justify="left")
-    for name, form in (("top1", "{:.1%}"), ("top1_attacked", "{:.1%}"), ("loss", "{:.3f}"), ("images_per_s", "{:.0f}")):
-        table.add_row(_IN_WORDS[name], *(form.format(getattr(row, name)) for row in (best, last)))
-    table.add_row("training time", "", duration(sum(row.seconds for row in rows)))
+    last = rows[-1]
+    table = Table(title, f"best: epoch {best.epoch}", f"last: epoch {last.epoch}", title_justify="left")
+    for label, name, form in (
+        ("clean accuracy", "top1", "{:.1%}"),
+        ("accuracy under attack", "top1_attacked", "{:.1%}"),
+        ("training loss", "loss", "{:.3f}"),
+        ("images per second", "images_per_s", "{:.0f}"),
+    ):
+        table.add_row(label, *(form.format(getattr(row, name)) for row in (best, last)))
+    table.add_row("training time", "", format_duration(sum(row.seconds for row in rows)))
     return table
 
 
-_IN_WORDS = {
-    "top1": "clean accuracy",
-    "top1_attacked": "accuracy under attack",
-    "loss": "training loss",
-    "images_per_s": "images a second",
-}
-
-
 class Reporter(Protocol):
-    """Receives a run's progress. `fit` calls it; it never calls back."""
+    """Receives the progress of a run from `fit`."""
 
     def epoch_started(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Epoch `epoch` (from 1) of `epochs` starts at step `done` of `steps`."""
+        """Epoch `epoch` (from 1) of `epochs` starts; `done` of its `steps` are already finished."""
 
     def stepped(self, loss: float | None) -> None:
-        """One training step is done; `loss` where it is known without waiting for the GPU."""
+        """A training step is finished; `loss` is None if reading it would wait for the GPU."""
 
     def evaluating(self) -> None:
-        """Training of the epoch is done, evaluation starts."""
+        """The training steps of the epoch are finished and validation starts."""
 
     def epoch_ended(self, metrics: EpochMetrics, epochs: int, seconds_left: float) -> None:
-        """The epoch is done and saved."""
+        """The epoch is finished and saved; the run takes about `seconds_left` more seconds."""
 
     def close(self) -> None:
-        """The run ended, one way or the other."""
+        """The run ended, with or without an error."""
 
 
 class SilentReporter:
-    """Says nothing: the default in Python."""
+    """Reports nothing. `fit` uses it by default."""
 
     def epoch_started(self, epoch: int, epochs: int, steps: int, done: int) -> None: ...
 
@@ -124,9 +151,12 @@ class SilentReporter:
 
 
 class RichReporter:
-    """A progress bar and a line an epoch; in a log file, a line each half minute instead of the bar."""
+    """Shows a progress bar and prints a line per epoch.
 
-    _LOG_EVERY_S = 30.0
+    If the output is not a terminal, a line every 30 seconds replaces the bar.
+    """
+
+    _LOG_INTERVAL_S = 30.0
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -152,10 +182,11 @@ class RichReporter:
     def stepped(self, loss: float | None) -> None:
         note = {} if loss is None else {"note": f"loss {loss:.3f}"}
         self._bar.update(self._task, advance=1, **note)  # type: ignore[arg-type]
-        if not self._console.is_terminal and time.monotonic() - self._logged > self._LOG_EVERY_S:
+        if not self._console.is_terminal and time.monotonic() - self._logged > self._LOG_INTERVAL_S:
             self._logged = time.monotonic()
             task = self._bar.tasks[0]
-            left = "" if task.time_remaining is None else f"  {duration(task.time_remaining)} left in the epoch"
+            remaining = task.time_remaining
+            left = "" if remaining is None else f"  {format_duration(remaining)} left in this epoch"
             self._console.print(
                 f"{task.description}  step {task.completed:.0f}/{task.total:.0f}  {task.fields['note']}{left}",
                 highlight=False,
@@ -168,7 +199,7 @@ class RichReporter:
         self._console.print(
             f"epoch {metrics.epoch}/{epochs}  loss {metrics.loss:.3f}  "
             f"clean {metrics.top1:.1%}  under attack {metrics.top1_attacked:.1%}  "
-            f"{metrics.images_per_s:.0f} images/s  {duration(seconds_left)} left",
+            f"{metrics.images_per_s:.0f} images/s  {format_duration(seconds_left)} left",
             highlight=False,
         )
 
@@ -176,8 +207,8 @@ class RichReporter:
         self._bar.stop()
 
 
-def duration(seconds: float) -> str:
-    """Returns a time as people write it: 1h05m, 3m07s, 9s."""
+def format_duration(seconds: float) -> str:
+    """Format a duration as 1h05m, 3m07s or 9s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -164,7 +164,7 @@ def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...]
     result = fit(config, RichReporter(console) if _is_first() else SilentReporter())
     if not _is_first():
         return
-    console.print(summary_table(config.arch, config.recipe, result.metrics))
+    console.print(summary_table(f"{config.arch}, {config.recipe}", result.best_epoch, result.metrics))
     console.print(
         f"in {result.last.parent}: last.pt, best.pt, metrics.csv, curves.png, config.toml"
         f"{', tensorboard/' if config.tensorboard else ''}\n"

@@ -1,8 +1,8 @@
-"""Decoded, augmented samples, and the order in which an epoch takes them.
+"""Decoded and augmented samples, and the order of an epoch.
 
-Every sample's augmentation is seeded by (seed, epoch, index), so the images of an epoch
-do not depend on the number of workers nor on where a resumed run starts. Samples of a
-stream have no index: they are seeded by their place in the worker's part of it.
+The augmentation of every sample is seeded by (seed, epoch, index), so the images of an epoch do not
+depend on the number of workers or on where a run resumes. Samples of a stream have no index; they
+are seeded by their position in the part of the stream that their worker reads.
 
 Shape suffixes: V views, C channels, H height, W width.
 """
@@ -30,19 +30,26 @@ __all__ = ["BAD_LABEL", "EpochBatches", "SeededSamples", "StreamedSamples", "Tra
 Transform = Callable[[Image.Image], torch.Tensor]
 
 BAD_LABEL = -1
-"""Label of a validation image that could not be decoded."""
+"""Label of a validation image that cannot be decoded."""
 
 
 class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
     """Decoded, augmented samples. An index is (epoch, position)."""
 
     def __init__(self, images: ImageSet, transforms: Sequence[Transform], seed: int, train: bool) -> None:
-        """Each of `transforms` makes a view; several views are stacked in front of the channels."""
+        """
+        Args:
+            images: encoded images with labels.
+            transforms: one per view; several views are stacked before the channels.
+            seed: seed of the augmentation.
+            train: replace an image that cannot be decoded by the next one, so batches keep their
+                size. Otherwise it becomes a black image with the label BAD_LABEL.
+        """
         self._images = images
         self._transforms = transforms
         self._seed = seed
         self._train = train
-        # One byte an image, shared with the worker processes: 1 where decoding failed.
+        # 1 for each image that could not be decoded; worker processes share this memory.
         self.bad = torch.zeros(len(images.labels), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
@@ -55,7 +62,6 @@ class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
         if image is None and not self._train:
             image, label = Image.new("RGB", (8, 8)), BAD_LABEL
         while image is None:
-            # The next image of the set stands in, so that batches keep their size.
             index = (index + 1) % len(self)
             image, label = self._decode(index), self._images.labels[index]
         with seeded(self._seed, epoch, index):
@@ -71,17 +77,17 @@ class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
             return None
 
     def name(self, index: int) -> str:
-        """The image's path, or its number where it has none."""
+        """Return the image's path, or its number if it has none."""
         return self._images.name(index)
 
     def bad_images(self) -> list[str]:
-        """Names of the images that could not be decoded so far."""
+        """Return the names of the images that could not be decoded so far."""
         return [self.name(index) for index in torch.nonzero(self.bad).flatten().tolist()]
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's generators and puts them back afterwards."""
+    """Seed the CPU generators of Python, NumPy and torch, and restore them after the context."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
@@ -96,10 +102,10 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of one epoch in an order that (seed, epoch) fixes. Incomplete ones are dropped.
+    """Batches of one epoch in an order that depends on (seed, epoch) only.
 
-    With several processes each takes every `world`-th image of a batch `world` times as
-    large, so that together they see the batches that one process would.
+    An incomplete last batch is dropped. With several processes, each takes every `world`-th image
+    of a batch that is `world` times as large, so together they train on the batches of one process.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -107,7 +113,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self._rank, self._world = rank, world
         self.epoch = 0
         self.start = 0
-        """First batch to yield: where a resumed epoch goes on."""
+        """First batch to yield, for an epoch that resumes."""
 
     def __len__(self) -> int:
         return self._count // self._batch_size - self.start
@@ -118,7 +124,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in self._batch(order, batch)]
 
     def indices(self, batch: int) -> list[int]:
-        """The images of one batch of the present epoch."""
+        """Return the indices of the images in one batch of the current epoch."""
         return self._batch(self._order(), batch)
 
     def _order(self) -> list[int]:
@@ -132,10 +138,16 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class StreamedSamples(IterableDataset[tuple[torch.Tensor, int]]):
-    """Augmented samples of a stream that timm reads, each worker its part."""
+    """Augmented samples of a stream that timm reads. Each worker reads its own part."""
 
     def __init__(self, stream: Any, transforms: Sequence[Transform], seed: int, every: int = 1) -> None:
-        """`stream` is a timm IterableImageDataset; `every` takes only each so-manieth of its images."""
+        """
+        Args:
+            stream: timm's IterableImageDataset.
+            transforms: one per view; several views are stacked before the channels.
+            seed: seed of the augmentation.
+            every: use only every n-th image of the stream.
+        """
         self._stream = stream
         self._transforms = transforms
         self._seed = seed
@@ -143,7 +155,7 @@ class StreamedSamples(IterableDataset[tuple[torch.Tensor, int]]):
         self._epoch = 0
 
     def start(self, epoch: int) -> None:
-        """Makes the next iteration, by workers yet to be started, that of `epoch`."""
+        """Select the epoch that workers started later will read."""
         self._epoch = epoch
         self._stream.set_epoch(epoch)
 
@@ -157,6 +169,6 @@ class StreamedSamples(IterableDataset[tuple[torch.Tensor, int]]):
 
 
 def _views(transforms: Sequence[Transform], image: Image.Image) -> torch.Tensor:
-    """Each transform's view of the image, uint8: (C, H, W), or (V, C, H, W) of several."""
+    """Return the image's views as uint8: (C, H, W) for one view, (V, C, H, W) for several."""
     views = [transform(image) for transform in transforms]
     return views[0] if len(views) == 1 else torch.stack(views)

@@ -1,4 +1,4 @@
-"""Where a run's figures go besides metrics.csv: TensorBoard, and Weights & Biases where asked."""
+"""Experiment trackers: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from runtime.errors import ConfigError, first_line
 from train.config import TrainConfig
-from train.config_file import flat, to_mapping
+from train.config_file import flatten, to_mapping
 from train.reporting import EpochMetrics
 
 __all__ = ["TensorBoardTracker", "Tracker", "WandbTracker", "epoch_values", "open_trackers"]
@@ -21,50 +21,50 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Keeps figures over time. A resumed run goes on where it stopped."""
+    """Records values over time. A resumed run continues the record of the interrupted one."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keeps named values of update `step`."""
+        """Record named values of update `step`."""
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Write what is still buffered."""
 
 
 class TensorBoardTracker:
-    """Event files for `tensorboard --logdir runs`."""
+    """Writes event files for `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """`step`: updates done so far; later values that an aborted run left are hidden."""
+        """`step`: finished updates; TensorBoard hides later values of an interrupted run."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        with self._full_disk_told():
+        with self._warn_if_disk_is_full():
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        with self._full_disk_told():
+        with self._warn_if_disk_is_full():
             self._writer.close()
 
     @contextmanager
-    def _full_disk_told(self) -> Iterator[None]:
-        """A run is worth more than its curves: it goes on without them."""
+    def _warn_if_disk_is_full(self) -> Iterator[None]:
+        """Turn a failed write into a warning: training matters more than its curves."""
         try:
             yield
         except OSError as error:
-            log.warning("TensorBoard's event file cannot be written: %s", error)
+            log.warning("cannot write TensorBoard's event file: %s", error)
 
 
 class WandbTracker:
-    """A run of Weights & Biases, by its environment's settings (WANDB_MODE=offline and so on)."""
+    """Logs to Weights & Biases, with the settings of its environment (WANDB_MODE=offline, …)."""
 
     def __init__(self, project: str, folder: Path, config: TrainConfig) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError("wandb is set, but its package is missing: pip install wandb") from error
+            raise ConfigError("the setting wandb needs the package wandb: pip install 'advprop[wandb]'") from error
         try:
             self._run: Any = wandb.init(
                 project=project,
@@ -72,11 +72,11 @@ class WandbTracker:
                 id=_run_id(folder),
                 resume="allow",
                 dir=str(folder),
-                config=flat(to_mapping(config)),
+                config=flatten(to_mapping(config)),
             )
         except wandb.errors.Error as error:
             raise ConfigError(
-                f"Weights & Biases does not start: {first_line(error)}; `wandb login`, or WANDB_MODE=offline"
+                f"Weights & Biases does not start: {first_line(error)}; run `wandb login`, or set WANDB_MODE=offline"
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -87,10 +87,10 @@ class WandbTracker:
 
 
 def open_trackers(config: TrainConfig, folder: Path, step: int) -> list[Tracker]:
-    """Opens what `config` asks for. For the first process alone.
+    """Open the trackers that `config` enables. Only the first process calls it.
 
     Raises:
-        ConfigError: a package is missing, or Weights & Biases refuses.
+        ConfigError: a package is missing, or Weights & Biases does not start.
     """
     trackers: list[Tracker] = []
     if config.tensorboard:
@@ -101,11 +101,11 @@ def open_trackers(config: TrainConfig, folder: Path, step: int) -> list[Tracker]
 
 
 def epoch_values(row: EpochMetrics) -> dict[str, float]:
-    """An epoch's figures, named for trackers."""
+    """Return the metrics of an epoch under the names that trackers show."""
     skip = ("epoch", "step", "seconds")
     return {f"epoch/{name}": value for name, value in dataclasses.asdict(row).items() if name not in skip}
 
 
 def _run_id(folder: Path) -> str:
-    """A resumed run keeps its id, which is that of its folder."""
+    """Return the run's id. It depends on the folder only, so a resumed run has the same one."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]

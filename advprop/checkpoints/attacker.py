@@ -1,21 +1,23 @@
-"""A checkpoint as something that attacks: uint8 images in, adversarial uint8 images out.
+"""Attacks by the gradient of a checkpoint: uint8 images in, adversarial uint8 images out.
 
-What it makes is shown to the checkpoint itself, and to model files, which have no gradient of their own.
+The adversarial images are evaluated on the checkpoint itself and on model files, which have no
+gradient.
 
-Shape suffixes: A attacked copies of each image, N images, C channels, H height, W width, K classes.
+Shape suffixes: A adversarial copies of each image, N images, C channels, H height, W width,
+K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from advprop.checkpoints import LoadedAttacker
 from advprop.checkpoints.predictor import restore_for_evaluation
 from runtime.errors import ConfigError
 from runtime.evaluate.attacks.methods import Craft
@@ -26,35 +28,21 @@ from train.apgd import LOSSES, LinfAPGD
 from train.attack import Randomness, evaluation_attack
 from train.recipes import MAIN
 
-__all__ = ["SeededNoise", "crafter", "load_attacker"]
+__all__ = ["SeededNoise", "gradient_attacks", "load_attacker"]
 
 
-def load_attacker(path: Path, *, route: str = MAIN, device: str = "auto") -> tuple[ModelSpec, Craft, dict[str, Any]]:
-    """Loads a checkpoint to attack with; see `runtime.evaluate.attacks.methods`.
-
-    Args:
-        path: one of our checkpoints.
-        route: the BatchNorms that the gradient goes through.
-        device: `auto` (a GPU where there is one), `cpu` or `cuda`.
-
-    Returns:
-        Its description; the function that attacks; and what a result says of it, plain values.
-
-    Raises:
-        CheckpointError: not a checkpoint of ours.
-        ConfigError: it has no such route.
-        BackendUnavailable: there is no GPU for `cuda`.
-    """
+def load_attacker(path: Path, *, route: str, device: str) -> LoadedAttacker:
+    """Implement `advprop.checkpoints.load_attacker`."""
     spec, model, place, facts = restore_for_evaluation(path, route=route, device=device)
-    return spec, crafter(model, spec, place), facts
+    return LoadedAttacker(spec, gradient_attacks(model, spec, place), facts)
 
 
 class SeededNoise(Randomness):
-    """Starts that follow from a seed an image, whichever images are beside it."""
+    """Start points that depend on one seed per image, not on the other images of the batch."""
 
-    def __init__(self, seeds: Sequence[int], start: int) -> None:
-        """`start`: the number of the restart."""
-        self._keys = [[seed, start] for seed in seeds]
+    def __init__(self, seeds: Sequence[int], restart: int) -> None:
+        """`restart`: number of the restart; each one has other noise."""
+        self._keys = [[seed, restart] for seed in seeds]
 
     def noise(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         shape = images_NCHW.shape[1:]
@@ -62,16 +50,17 @@ class SeededNoise(Randomness):
         return torch.from_numpy(2 * drawn_NCHW - 1).to(images_NCHW)
 
 
-def crafter(model: nn.Module, spec: ModelSpec, place: torch.device) -> Craft:
-    """Returns what attacks a network by PGD (`pgd`) and Auto-PGD with both of its losses (`apgd`).
+def gradient_attacks(model: nn.Module, spec: ModelSpec, device: torch.device) -> Craft:
+    """Return a function that attacks a network by PGD (`pgd`) or Auto-PGD (`apgd`).
 
-    PGD is untargeted, from random starts, with steps of 2.5 ε / steps (Madry et al., 2018). Both walk in pixels that
-    are not rounded, and are rounded at the end.
+    PGD is untargeted, starts from random points and takes steps of 2.5 ε / steps (Madry et al.,
+    2018). Auto-PGD runs with both of its losses. Pixels are rounded only at the end of an attack.
 
     Args:
-        model: a plain network in evaluation mode, from normalized images to logits, on `place`.
-        spec: how its input is normalized, and how many classes it has.
-        place: the device it is on.
+        model: a network without auxiliary routes, in evaluation mode, that maps normalized images
+            to logits.
+        spec: normalization and classes of the network.
+        device: the device that the network is on.
     """
     mean, std = spec.preprocessing.mean, spec.preprocessing.std
     std_C11 = np.asarray(std, np.float32).reshape(-1, 1, 1)
@@ -87,22 +76,22 @@ def crafter(model: nn.Module, spec: ModelSpec, place: torch.device) -> Craft:
         steps: int,
         restarts: int,
     ) -> NDArray[np.uint8]:
-        images_NCHW = torch.from_numpy(normalize(images_NHWC, spec.preprocessing)).to(place)
-        labels = torch.from_numpy(labels_N).to(place)
+        images_NCHW = torch.from_numpy(normalize(images_NHWC, spec.preprocessing)).to(device)
+        labels = torch.from_numpy(labels_N).to(device)
 
-        def attacked() -> Iterator[torch.Tensor]:
-            for start in range(restarts):
-                pgd = evaluation_attack(radius, mean, std, steps, SeededNoise(seeds, start))
+        def run_attacks() -> Iterator[torch.Tensor]:
+            for restart in range(restarts):
+                pgd = evaluation_attack(radius, mean, std, steps, SeededNoise(seeds, restart))
                 if attack == "pgd":
                     yield pgd(model, images_NCHW, labels, MAIN)
                 elif attack == "apgd":
-                    for name in LOSSES if len(spec.classes) > 2 else ("ce",):  # of two classes DLR says nothing
+                    for name in LOSSES if len(spec.classes) > 2 else ("ce",):  # DLR needs three classes
                         yield LinfAPGD(pgd, steps, LOSSES[name])(model, images_NCHW, labels, MAIN)
                 else:
-                    raise ConfigError(f"no attack {attack!r} by gradient; expected pgd or apgd")
+                    raise ConfigError(f"unknown gradient attack {attack!r}; expected pgd or apgd")
 
         copies = []
-        for found_NCHW in attacked():
+        for found_NCHW in run_attacks():
             pixels_NCHW = (found_NCHW.float().cpu().numpy() * std_C11 + mean_C11) * 255
             copies.append(rounded(pixels_NCHW.transpose(0, 2, 3, 1), images_NHWC, radius))
         return np.stack(copies)

@@ -1,4 +1,4 @@
-"""A network in PyTorch, to be timed: what `advprop bench` compares model files with.
+"""Networks in PyTorch to be timed: `advprop bench` compares model files with them.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -15,46 +15,47 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from advprop.checkpoints.predictor import device_for
+from advprop.checkpoints import TorchPeers
 from runtime.bench.targets import EVENTS, HOST
 from runtime.errors import ConfigError
 from runtime.spec import ModelSpec
 from runtime.system.files import sha256_file
 from train.checkpoint import load_checkpoint
-from train.models import create_model
-from train.restore import restore_model
+from train.models import create_model, resolve_device, restore_model
 
-__all__ = ["EagerModel", "open_eager"]
+__all__ = ["TorchModel", "open_torch_peer"]
 
 
-class EagerModel:
-    """A network on a device; what `runtime.bench.targets.TorchPeer` describes."""
+class TorchModel:
+    """A network on a device. It implements `runtime.bench.targets.TorchPeer`."""
 
     def __init__(
-        self, model: nn.Module, place: torch.device, image_size: tuple[int, int], facts: dict[str, Any]
+        self, model: nn.Module, device: torch.device, image_size: tuple[int, int], facts: dict[str, Any]
     ) -> None:
-        """Takes a network that is in evaluation mode and on `place`.
-
+        """
         Args:
-            model: the network.
-            place: its device.
-            image_size: height and width.
-            facts: what a result says of it.
+            model: a network in evaluation mode.
+            device: the device that it is on.
+            image_size: height and width of its images.
+            facts: facts that results record.
         """
         self._model = model
-        self._place = place
+        self._device = device
         self._dtype = next(model.parameters()).dtype
         self.image_size = image_size
         self.facts = facts
 
     def run(self, images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-        """From host memory to host memory; safe to call from several threads."""
+        """Return the logits of images in host memory, in host memory. Thread-safe."""
         with torch.inference_mode():
             logits_NK: NDArray[np.float32] = self._model(self._put(images_NCHW)).float().cpu().numpy()
         return logits_NK
 
     def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
-        """Puts images where the network is; returns a call that gives its milliseconds, by CUDA events on a GPU."""
+        """Copy images to the device; return a function that runs the network on them.
+
+        The function returns milliseconds, measured by CUDA events on a GPU.
+        """
         images = self._put(images_NCHW)
 
         def on_cpu() -> float:
@@ -73,33 +74,17 @@ class EagerModel:
             end.synchronize()
             return float(start.elapsed_time(end))
 
-        return on_gpu if self._place.type == "cuda" else on_cpu
+        return on_gpu if self._device.type == "cuda" else on_cpu
 
     def _put(self, images_NCHW: NDArray[np.float32]) -> torch.Tensor:
-        return torch.from_numpy(images_NCHW).to(self._place).to(self._dtype)
+        return torch.from_numpy(images_NCHW).to(self._device).to(self._dtype)
 
 
-def open_eager(
+def open_torch_peer(
     spec: ModelSpec | None, *, checkpoint: Path | None, half: bool, device: str, threads: int
-) -> tuple[ModelSpec, list[tuple[str, EagerModel]]]:
-    """Makes a network as PyTorch runs it, and on a GPU also compiled.
-
-    Args:
-        spec: architecture, classes and image size, with random weights; None: the checkpoint's own.
-        checkpoint: one of our checkpoints.
-        half: on a GPU, compute in FP16; a CPU computes in FP32.
-        device: `auto` (a GPU where torch has one), `cpu` or `cuda`.
-        threads: CPU threads inside one operator, of the whole process; 0 leaves it to PyTorch.
-
-    Returns:
-        The spec, and (what comes behind the name, network) of each.
-
-    Raises:
-        CheckpointError: not a checkpoint of ours.
-        ArchError: timm does not have the architecture.
-        BackendUnavailable: there is no GPU for `cuda`.
-    """
-    place = device_for(device)
+) -> TorchPeers:
+    """Implement `advprop.checkpoints.open_torch_peer`."""
+    place = resolve_device(device)
     if threads:
         torch.set_num_threads(threads)
     facts: dict[str, Any] = {}
@@ -110,9 +95,12 @@ def open_eager(
         facts |= {"kind": "checkpoint", "sha256": sha256_file(checkpoint)}
     elif spec is not None:
         model = create_model(spec.arch, num_classes=len(spec.classes))
-        facts |= {"kind": "peer", "peer": "the same architecture in PyTorch, with random weights: times are the same"}
+        facts |= {
+            "kind": "peer",
+            "peer": "the same architecture in PyTorch with random weights, which do not change the times",
+        }
     else:
-        raise ConfigError("a spec or a checkpoint is needed")
+        raise ConfigError("a network to time in PyTorch needs a spec or a checkpoint")
     half = half and place.type == "cuda"
     model = model.eval().to(place).to(torch.float16 if half else torch.float32)
     facts |= {
@@ -125,9 +113,9 @@ def open_eager(
     if place.type == "cpu":
         facts["threads"] = torch.get_num_threads()
     size = (spec.preprocessing.height, spec.preprocessing.width)
-    made = [("", EagerModel(model, place, size, {**facts, "mode": "eager"}))]
+    models = [("", TorchModel(model, place, size, {**facts, "mode": "eager"}))]
     if place.type == "cuda":
         compiled: Any = torch.compile(model)
         more = {"mode": "torch.compile", "peer": "the same, compiled"}
-        made.append(("-compiled", EagerModel(compiled, place, size, {**facts, **more})))
-    return spec, made
+        models.append(("-compiled", TorchModel(compiled, place, size, {**facts, **more})))
+    return TorchPeers(spec, models)

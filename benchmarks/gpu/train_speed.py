@@ -1,11 +1,12 @@
-"""Images a second of each recipe on a GPU, compiled and not, each beside vanilla.
+"""Measure the images per second of each recipe on a GPU, compiled and not, compared to vanilla.
 
     python benchmarks/gpu/train_speed.py                    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
     python benchmarks/gpu/train_speed.py --batch 64 --steps 30
 
-Not executed so far. Prints one line a row: clean images a second, ratio to vanilla of the
-same net and mode, peak memory allocated. "reference" is the plain step of benchmarks/train_step.py,
-with PGD-1 like advprop. Accuracy on a GPU: benchmarks/recipes.py with --epochs 100 --seeds 0 1 2 --amp bf16.
+Each row shows clean images per second, the ratio to vanilla of the same network and mode, and the
+peak of allocated memory. "reference" is the step of benchmarks/train_step.py, with PGD-1 like
+advprop. This script has not been run yet. For accuracy on a GPU, run benchmarks/recipes.py with
+--epochs 100 --seeds 0 1 2 --amp bf16.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ROWS = ("vanilla", "advprop", "reference", "shared-bn", "fine-grained", "fast")
 
 
 def measure(arch: str, row: str, compiled: bool, batch: int, steps: int) -> tuple[float, float]:
-    """Returns clean images a second and the peak of allocated memory in GB."""
+    """Return clean images per second and the peak of allocated memory, in GB."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -53,11 +54,11 @@ def measure(arch: str, row: str, compiled: bool, batch: int, steps: int) -> tupl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64, help="clean images per step")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("this benchmark needs an NVIDIA GPU; torch finds none", file=sys.stderr)
+        print("this benchmark needs an NVIDIA GPU, and torch finds none", file=sys.stderr)
         return 2
     print(torch.cuda.get_device_name(), f"torch {torch.__version__}")
     for arch in NETS:
@@ -65,7 +66,7 @@ def main() -> int:
             vanilla = 0.0
             for row in ROWS:
                 if compiled and row == "reference":
-                    continue  # the plain way is not compiled
+                    continue  # the reference is not compiled
                 speed, memory = measure(arch, row, compiled, arguments.batch, arguments.steps)
                 vanilla = vanilla or speed
                 mode = "compiled" if compiled else "eager"

@@ -67,7 +67,7 @@ def test_an_auxiliary_route_is_exported_on_purpose(trained: FitResult) -> None:
     with route(model.eval(), "adv"):
         assert torch.equal(logits(source.model), logits(model))
     assert not torch.equal(logits(source.model), logits(load_source(trained.last, ema=False).model))
-    with pytest.raises(ConfigError, match="no BatchNorm route 'nonsense'; there are main, adv"):
+    with pytest.raises(ConfigError, match="no BatchNorm route 'nonsense'; available: main, adv"):
         load_source(trained.last, route="nonsense")
 
 

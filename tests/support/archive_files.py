@@ -1,4 +1,4 @@
-"""Makes tar files for the tests of archives and streams."""
+"""Creates tar files for the tests of archives and streams."""
 
 import io
 import tarfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def pack(archive: Path, files: dict[str, bytes], mode: str = "w") -> None:
-    """Writes a tar file of (name, content)."""
+    """Write files (name → content) into a tar file."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, mode) as tar:
         for name, content in files.items():
@@ -16,5 +16,5 @@ def pack(archive: Path, files: dict[str, bytes], mode: str = "w") -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Returns the PNG files below a folder, by relative path."""
+    """Return the PNG files below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-from advprop.checkpoints.attacker import crafter
+from advprop.checkpoints.attacker import gradient_attacks
 from runtime.evaluate.attacks.methods import Attacker, image_generator, image_seed
 from runtime.evaluate.attacks.target import AttackTarget, evaluate_images
 from runtime.evaluate.models import Model
@@ -43,7 +43,7 @@ def torch_digit_net(file: Path) -> nn.Module:
 
 def digit_attacker(file: Path, model: Model, name: str = "net.main") -> Attacker:
     """Return that network as a checkpoint to attack with."""
-    craft = crafter(torch_digit_net(file), model.spec, torch.device("cpu"))
+    craft = gradient_attacks(torch_digit_net(file), model.spec, torch.device("cpu"))
     return Attacker(name=name, spec=model.spec, craft=craft, facts={"sha256": "of the checkpoint"})
 
 

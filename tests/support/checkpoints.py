@@ -1,4 +1,4 @@
-"""Checkpoints of networks that were not trained."""
+"""Checkpoints for tests, and their comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.checkpoint import save_checkpoint
 
 
 def save_resnet10t(path: Path, model: nn.Module, images_NHWC: NDArray[np.uint8], recipe: str = "vanilla") -> Path:
-    """Writes a ResNet-10-T of three classes as a checkpoint of ours, with images for its sample."""
+    """Write an untrained ResNet-10-T of three classes as a checkpoint with sample images."""
     content = {
         "arch": "resnet10t",
         "model_kwargs": {"num_classes": 3},
@@ -29,3 +29,14 @@ def save_resnet10t(path: Path, model: nn.Module, images_NHWC: NDArray[np.uint8],
     }
     save_checkpoint(path, content)
     return path
+
+
+def same(first: object, second: object) -> bool:
+    """Return whether two nested values of a checkpoint are equal bit by bit."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second

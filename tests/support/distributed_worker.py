@@ -1,7 +1,7 @@
-"""Run by test_distributed.py, alone or under torchrun: 20 steps, the mean loss of each as JSON.
+"""Script of test_distributed.py, alone or under torchrun: 20 steps, their mean losses as JSON.
 
-Starts and targets of the attack are made from the images' own pixels, so that they do not
-depend on how many processes share a batch. In float64: the attack takes the sign of a
+Start points and targets of the attack are computed from the pixels of each image, so they do not
+depend on how many processes share a batch. The steps use float64: the attack takes the sign of a
 gradient, and in float32 another order of additions flips the signs of tiny ones.
 """
 
@@ -14,7 +14,7 @@ import torch
 from train.attack import Randomness
 from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
 from train.distributed import process_group, rank, shuffled_across_processes, world_size, world_sum
-from train.loop import _Run
+from train.loop import Trainer
 from train.reporting import SilentReporter
 
 
@@ -29,7 +29,7 @@ class FromPixels(Randomness):
         return labels_N % (classes - 1) + 1
 
 
-def main(recipe: str, batch_size: int, out: Path) -> None:
+def train(recipe: str, batch_size: int, out: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     with process_group(torch.device("cpu")) as device:
@@ -43,29 +43,28 @@ def main(recipe: str, batch_size: int, out: Path) -> None:
             data=DataConfig(img_size=16, workers=0),
             optim=OptimConfig(lr=1e-3, optimizer="sgd", warmup_epochs=0.0),
         )
-        run = _Run(config, SilentReporter(), device)
-        run.task.attack._randomness = FromPixels()
-        run.task.train()
-        run.batches.start_at(0)
+        trainer = Trainer(config, SilentReporter(), device, FromPixels())
+        trainer.task.train()
+        trainer.batches.start_at(0)
         losses = []
-        for number, (images, labels) in enumerate(run.batches):
+        for number, (images, labels) in enumerate(trainer.batches):
             if number == 20:
                 break
-            loss = run._step(images.double(), labels, group=1, updates=True)
+            loss = trainer.step(images.double(), labels, group=1, update=True)
             losses.append(world_sum(loss).item() / world_size())
         if rank() == 0:
             (out / "losses.json").write_text(json.dumps(losses))
 
 
 def shuffle(out: Path) -> None:
-    """Each process gives images that say where they come from, and tells what it got."""
+    """Shuffle images whose pixels and labels encode their process, and write the result."""
     with process_group(torch.device("cpu")):
         labels = torch.arange(64) + 64 * rank()
-        images, got = shuffled_across_processes(labels.view(-1, 1, 1, 1).double(), labels)
-        (out / f"{rank()}.json").write_text(json.dumps([images.flatten().tolist(), got.tolist()]))
+        images, received = shuffled_across_processes(labels.view(-1, 1, 1, 1).double(), labels)
+        (out / f"{rank()}.json").write_text(json.dumps([images.flatten().tolist(), received.tolist()]))
 
 
 if __name__ == "__main__" and sys.argv[1] == "shuffle":
     shuffle(Path(sys.argv[3]))
 elif __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    train(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

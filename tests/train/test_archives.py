@@ -20,7 +20,7 @@ SPEC = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, inter
 
 @pytest.fixture
 def packed(image_folder: Path, tmp_path: Path) -> Path:
-    """The image folder as train.tar and val.tar."""
+    """Write the image folder as train.tar and val.tar."""
     for part in ("train", "val"):
         pack(tmp_path / "packed" / f"{part}.tar", files_of(image_folder / part))
     return tmp_path / "packed"
@@ -28,13 +28,13 @@ def packed(image_folder: Path, tmp_path: Path) -> Path:
 
 def batches(root: Path, workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     config = DataConfig(root=root, workers=workers)
-    loader = train_loader(open_data(config), config, SPEC, batch_size=8, seed=5, device=CPU, channels_last=False)
+    loader = train_loader(open_data(config), config, SPEC, batch_size=8, seed=5, device=CPU)
     loader.start_at(0)
     return list(loader)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_tar_file_is_the_same_as_its_folder(image_folder: Path, packed: Path, workers: int) -> None:
+def test_a_tar_file_is_read_like_its_folder(image_folder: Path, packed: Path, workers: int) -> None:
     folder, archive = read_folder(image_folder), image_archives(packed)
     assert archive.classes == folder.classes == ("bright", "dark")
     assert archive.short_side == 36
@@ -44,7 +44,7 @@ def test_a_tar_file_is_the_same_as_its_folder(image_folder: Path, packed: Path, 
         assert torch.equal(labels, truth)
 
 
-def test_a_tar_file_for_each_class(image_folder: Path, tmp_path: Path) -> None:
+def test_one_tar_file_per_class(image_folder: Path, tmp_path: Path) -> None:
     for part in ("train", "validation"):
         for name in ("bright", "dark"):
             files = files_of(image_folder / ("val" if part == "validation" else part) / name)
@@ -71,12 +71,12 @@ def test_webdataset_shards(image_folder: Path, tmp_path: Path) -> None:
         assert image.size == (36, 40)
 
 
-def test_an_unpacked_folder_wins_over_the_archive_it_came_from(image_folder: Path) -> None:
+def test_an_unpacked_folder_takes_precedence_over_its_tar_file(image_folder: Path) -> None:
     pack(image_folder / "train.tar", {"a/1.png": b"", "b/1.png": b""})
     assert open_data(DataConfig(root=image_folder)).classes == ("bright", "dark")
 
 
-def test_archives_that_cannot_be_used(tmp_path: Path, image_folder: Path) -> None:
+def test_unusable_tar_files(tmp_path: Path, image_folder: Path) -> None:
     files = files_of(image_folder / "train")
     pack(tmp_path / "one" / "train.tar", files)
     with pytest.raises(DataError, match=r"no tar files of val; expected val\.tar"):
@@ -85,7 +85,7 @@ def test_archives_that_cannot_be_used(tmp_path: Path, image_folder: Path) -> Non
     with pytest.raises(DataError, match=r"val\.tar as an uncompressed tar file: .*Decompress it first"):
         open_data(DataConfig(root=tmp_path / "one"))
     pack(tmp_path / "one" / "val.tar", {"dark/x.png": b"", "other/x.png": b""})
-    with pytest.raises(DataError, match="classes that train has not: other"):
+    with pytest.raises(DataError, match="classes that are missing from train: other"):
         open_data(DataConfig(root=tmp_path / "one"))
     pack(tmp_path / "two" / "train.tar", {"1.png": files["dark/0.png"], "1.cls": b"cat"})
     pack(tmp_path / "two" / "val.tar", {})
@@ -93,7 +93,7 @@ def test_archives_that_cannot_be_used(tmp_path: Path, image_folder: Path) -> Non
         open_data(DataConfig(root=tmp_path / "two"))
 
 
-def test_a_truncated_archive_is_told_when_it_is_read(packed: Path) -> None:
+def test_a_truncated_tar_file_is_reported(packed: Path) -> None:
     data = image_archives(packed)
     archive = packed / "train.tar"
     archive.write_bytes(archive.read_bytes()[:9000])

@@ -5,9 +5,10 @@ import timm
 import torch
 from torch import nn
 
-from train.attack import LinfPGD, evaluation_attack, frozen
+from train.attack import LinfPGD, accuracy, evaluation_attack, frozen
 from train.config import AttackConfig
 from train.dual_bn import add_auxiliary_bns, route
+from train.samples import BAD_LABEL
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -42,21 +43,21 @@ def test_attacked_images_stay_within_epsilon_and_the_pixel_range(
     found = as_pixels(attacked, mean, std)
     change = (found - pixels).abs()
     assert change.max() <= epsilon / 255 + 1e-6
-    assert change.max() >= 0.99 * epsilon / 255  # the bound is in pixels on every channel, not less
+    assert change.max() >= 0.99 * epsilon / 255  # in pixels, on every channel
     assert change.amax((0, 2, 3)).min() >= 0.99 * epsilon / 255
     assert found.min() >= -1e-6
     assert found.max() <= 1 + 1e-6
 
 
-def test_pixels_that_augmentation_put_outside_the_range_move_by_epsilon_at_most(model: nn.Module) -> None:
+def test_pixels_outside_the_range_move_by_at_most_epsilon(model: nn.Module) -> None:
     torch.manual_seed(0)
-    images = 5 * torch.randn(4, 3, 32, 32)  # as random erasing's noise does
+    images = 5 * torch.randn(4, 3, 32, 32)  # like the noise of random erasing
     attack = LinfPGD(AttackConfig(), *INCEPTION)
     attacked = attack(model, images, torch.randint(0, 5, (4,)), "adv")
     assert (attacked - images).abs().max() <= 2 / 255 + 1e-5
 
 
-def test_the_model_is_left_as_it_was_found(model: nn.Module) -> None:
+def test_attack_does_not_change_the_model(model: nn.Module) -> None:
     model.zero_grad(set_to_none=True)
     frozen_one = next(model.parameters())
     frozen_one.requires_grad_(False)
@@ -74,15 +75,15 @@ def test_the_model_is_left_as_it_was_found(model: nn.Module) -> None:
         model.train()
 
 
-def test_no_weight_gradient_is_computed() -> None:
+def test_frozen_parameters_have_no_gradient() -> None:
     model = nn.Linear(3, 2)
     with frozen(model):
         assert not model(torch.rand(1, 3)).requires_grad
     assert model(torch.rand(1, 3)).requires_grad
 
 
-def test_the_gradient_goes_through_the_running_statistics_of_the_auxiliary_route(model: nn.Module) -> None:
-    """Neither the main statistics nor the other images of the batch have a say."""
+def test_gradient_uses_the_running_statistics_of_the_auxiliary_route(model: nn.Module) -> None:
+    """The main statistics and the other images of the batch have no influence."""
     attack = LinfPGD(AttackConfig(clean_start_share=1.0, targeted=False), *INCEPTION)
     images, labels = torch.rand(4, 3, 32, 32), torch.randint(0, 5, (4,))
     expected = attack(model, images, labels, "adv")
@@ -92,17 +93,17 @@ def test_the_gradient_goes_through_the_running_statistics_of_the_auxiliary_route
             buffer.add_(1.0)
     assert torch.equal(attack(other, images, labels, "adv"), expected)
     alone = attack(model, images[:1], labels[:1], "adv")
-    assert (alone != expected[:1]).float().mean() < 0.01  # float noise may flip a sign of a tiny gradient
+    assert (alone != expected[:1]).float().mean() < 0.01  # rounding may flip the sign of a tiny gradient
     for name, buffer in other.named_buffers():
         if name.endswith("running_mean") and ".aux." in name:
             buffer.add_(torch.randn_like(buffer))
     assert not torch.equal(attack(other, images, labels, "adv"), expected)
 
 
-def test_targets_are_wrong_classes_and_all_of_them() -> None:
+def test_targets_are_all_the_wrong_classes() -> None:
     attack = LinfPGD(AttackConfig(), *INCEPTION)
     labels = torch.arange(5).repeat(200)
-    goals = attack._goal(labels, 5)
+    goals = attack.goal(labels, 5)
     assert not (goals == labels).any()
     assert {(int(label), int(goal)) for label, goal in zip(labels, goals, strict=True)} == {
         (i, j) for i in range(5) for j in range(5) if i != j
@@ -123,7 +124,7 @@ def test_published_number_of_steps() -> None:
 
 
 @torch.no_grad()
-def test_attack_does_more_than_noise_of_the_same_size(model: nn.Module) -> None:
+def test_attack_increases_the_loss_more_than_noise_does(model: nn.Module) -> None:
     images, labels = torch.rand(8, 3, 32, 32), torch.randint(0, 5, (8,))
     attack = evaluation_attack(8, *INCEPTION)
     attacked = attack(model, images, labels, "main")
@@ -137,3 +138,48 @@ def test_attack_does_more_than_noise_of_the_same_size(model: nn.Module) -> None:
     finally:
         model.train()
     assert after - clean > 3 * abs(noise - clean)
+
+
+class Brightness(nn.Module):
+    """Class 1 for bright images, class 0 for dark ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.norm(x).mean((1, 2, 3))
+        return torch.stack([-mean, mean], 1)
+
+
+def flat_images(*brightness: float) -> torch.Tensor:
+    return torch.tensor(brightness).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).clone()
+
+
+BATCHES = [
+    (flat_images(-0.5, 0.5, 0.01, -0.01), torch.tensor([0, 1, 1, 0])),
+    (flat_images(0.5, -0.5, 0.3), torch.tensor([0, 0, BAD_LABEL])),
+]
+
+
+def test_accuracy_does_not_count_bad_images() -> None:
+    assert accuracy(Brightness(), BATCHES) == 5 / 6
+    assert accuracy(Brightness(), []) == 0
+
+
+def test_accuracy_under_attack() -> None:
+    """ε = 4/255 of the pixel range is 8/255 here: it changes the class of the images at ±0.01."""
+    model = Brightness().train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert accuracy(model, BATCHES, evaluation_attack(4, *INCEPTION)) == 3 / 6
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_accuracy_of_each_route() -> None:
+    model = add_auxiliary_bns(Brightness(), ["adv"])
+    model.norm.aux["adv"].weight.data.fill_(-1)
+    assert accuracy(model, BATCHES, bn="adv") == 1 / 6
+    assert accuracy(model, BATCHES) == 5 / 6

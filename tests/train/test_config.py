@@ -1,3 +1,4 @@
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import timm
 import torch
 
 from runtime.errors import ConfigError
-from runtime.spec import Preprocessing
+from train.attack import LinfPGD
 from train.build import make_model, make_task
 from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
 from train.config_file import from_mapping, merge, parse_setting, read_toml, to_mapping, to_toml
@@ -25,6 +26,18 @@ def test_toml_round_trip(tmp_path: Path) -> None:
     assert from_mapping(read_toml(tmp_path / "c.toml")) == config
 
 
+def test_toml_of_earlier_versions(tmp_path: Path) -> None:
+    """They wrote dicts inline and arrays on one line."""
+    (tmp_path / "c.toml").write_text(
+        'arch = "resnet18"\nout = "runs/é"\n\n[data]\ncrop_scale = [0.1, 1.0]\n\n[optim]\noptions = {alpha = 0.9}\n',
+        "utf-8",
+    )
+    config = from_mapping(read_toml(tmp_path / "c.toml"))
+    assert config.data.crop_scale == (0.1, 1.0)
+    assert config.optim.options == {"alpha": 0.9}
+    assert from_mapping(tomllib.loads(to_toml(config))) == config
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -39,7 +52,7 @@ def test_settings_on_the_command_line(text: str, expected: dict[str, object]) ->
     assert parse_setting(text) == expected
 
 
-def test_later_settings_win_field_by_field() -> None:
+def test_later_settings_replace_earlier_ones_field_by_field() -> None:
     merged = merge({"arch": "a", "optim": {"lr": 1, "ema_decay": 0.9}}, {"optim": {"lr": 2}})
     assert merged == {"arch": "a", "optim": {"lr": 2, "ema_decay": 0.9}}
 
@@ -47,21 +60,21 @@ def test_later_settings_win_field_by_field() -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({}, "which architecture"),
-        ({"arch": "a", "epoch": 3}, "no setting epoch. did you mean epochs"),
-        ({"arch": "a", "optim": {"learning": 3}}, "no setting optim.learning"),
+        ({}, "the architecture is missing: pass --arch NAME"),
+        ({"arch": "a", "epoch": 3}, "unknown setting epoch. did you mean epochs"),
+        ({"arch": "a", "optim": {"learning": 3}}, "unknown setting optim.learning"),
         ({"arch": "a", "epochs": "three"}, "epochs must be int; found 'three'"),
         ({"arch": "a", "epochs": True}, "epochs must be int; found True"),
         ({"arch": "a", "optim": 3}, "optim is a section"),
         ({"arch": "a", "amp": "fp8"}, "amp must be none, bf16 or fp16"),
     ],
 )
-def test_settings_that_do_not_exist_or_fit(content: dict[str, object], expected: str) -> None:
+def test_invalid_settings(content: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         from_mapping(content)
 
 
-def test_files_that_are_not_settings(tmp_path: Path) -> None:
+def test_invalid_settings_files(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("arch = resnet18")
     with pytest.raises(ConfigError, match=r"bad\.toml is not TOML.*line 1"):
         read_toml(tmp_path / "bad.toml")
@@ -71,7 +84,7 @@ def test_files_that_are_not_settings(tmp_path: Path) -> None:
         parse_setting("epochs")
 
 
-def test_recipe_prescribes_its_attack_unless_set_explicitly() -> None:
+def test_a_recipe_sets_the_attack_unless_the_user_does() -> None:
     fast = RECIPES["fast"]
     assert TrainConfig(arch="a").resolved_attack(fast).targeted is False
     explicit = TrainConfig(arch="a", attack=AttackConfig(epsilon=2.0)).resolved_attack(fast)
@@ -84,12 +97,12 @@ def test_finetune_needs_a_checkpoint() -> None:
         make_model(TrainConfig(arch="resnet10t", recipe="finetune"), RECIPES["finetune"], 10)
 
 
-def test_preset_of_an_architecture_that_has_none() -> None:
-    with pytest.raises(ConfigError, match="no recipe was published for resnet18"):
+def test_an_architecture_without_a_preset() -> None:
+    with pytest.raises(ConfigError, match="--preset paper has no settings for 'resnet18'"):
         paper("resnet18", 256)
 
 
-def test_published_numbers() -> None:
+def test_published_settings() -> None:
     b3 = paper("tf_efficientnet_b3.ap_in1k", 2048)
     assert b3["data"]["img_size"] == 300
     assert b3["optim"]["lr"] == pytest.approx(0.128)
@@ -99,7 +112,7 @@ def test_published_numbers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", PAPER)
-def test_every_preset_builds_converts_and_steps(arch: str) -> None:
+def test_a_training_step_of_every_preset(arch: str) -> None:
     content = merge(paper(arch, 2), {"arch": arch, "optim": {"warmup_epochs": 0.0}})
     config = from_mapping(content)
     torch.manual_seed(0)
@@ -107,21 +120,20 @@ def test_every_preset_builds_converts_and_steps(arch: str) -> None:
     model = make_model(config, recipe, 4)
     momenta = {layer.momentum for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)}
     assert momenta == {config.bn_momentum or 0.1}
-    spec = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
-    task = make_task(config, recipe, model, spec, 4, torch.device("cpu")).train()
+    # One attack step for every preset: this tests the network, not the attack.
+    attack = LinfPGD(AttackConfig(), (0.5,) * 3, (0.5,) * 3)
+    task = make_task(config, recipe, model, attack, 4, torch.device("cpu")).train()
     optimizer = timm.optim.create_optimizer_v2(
         model, opt=config.optim.optimizer, lr=config.optim.lr, **config.optim.options
     )
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    # One attack step, whatever ε: the test is of the network.
-    task.attack.config = AttackConfig()
     loss = task(torch.rand(4, 3, 32, 32), torch.tensor([0, 3, 1, 2]))["loss"]
     loss.backward()
     optimizer.step()
     assert torch.isfinite(loss)
-    # All have a gradient; zero ones are left where they were (zero-initialized residual branches).
+    # Every parameter has a gradient. It may be 0 in zero-initialized residual branches.
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
-    assert moved[0]
-    assert moved[-1]
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert changed[0]
+    assert changed[-1]
     assert to_mapping(config)["attack"]["epsilon"] >= 1

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,8 @@ from PIL import Image
 from runtime.errors import DataError
 from runtime.spec import Preprocessing
 from train.config import DataConfig
-from train.data import (
-    ImageSet,
-    choose_preprocessing,
-    embedded_digits,
-    image_folder,
-)
+from train.data import ImageSet, choose_preprocessing, embedded_digits
+from train.data import image_folder as open_folder
 from train.loaders import eval_loader, train_loader
 from train.samples import BAD_LABEL
 
@@ -31,12 +28,12 @@ MODEL = {
 
 def batches(root: Path, workers: int = 0, epoch: int = 0, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     config = DataConfig(root=root, workers=workers)
-    loader = train_loader(image_folder(root), config, SPEC, batch_size=8, seed=5, device=CPU, channels_last=False)
+    loader = train_loader(open_folder(root), config, SPEC, batch_size=8, seed=5, device=CPU)
     loader.start_at(epoch, start)
     return list(loader)
 
 
-def test_digits_are_whole_and_split_by_class() -> None:
+def test_digits_are_complete_and_split_by_class() -> None:
     data = embedded_digits()
     assert (len(data.train.labels), len(data.val.labels)) == (1437, 360)
     assert min(np.bincount(data.val.labels)) >= 34
@@ -55,7 +52,7 @@ def test_batches_depend_on_seed_and_epoch_only(image_folder: Path) -> None:
     assert not torch.equal(first[0][0], other[0][0])
 
 
-def test_loading_leaves_the_training_generators_alone(image_folder: Path) -> None:
+def test_loading_does_not_advance_the_random_generators(image_folder: Path) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -63,20 +60,20 @@ def test_loading_leaves_the_training_generators_alone(image_folder: Path) -> Non
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_size_is_the_models_or_that_of_small_images(image_folder: Path) -> None:
-    data = globals()["image_folder"](image_folder)
+def test_input_size_is_reduced_for_small_images(image_folder: Path) -> None:
+    data = open_folder(image_folder)
     chosen = choose_preprocessing(data, DataConfig(root=image_folder), MODEL)
-    assert (chosen.height, chosen.crop_pct) == (64, 1.0)  # 36 px, rounded up to the stride
+    assert (chosen.height, chosen.crop_pct) == (64, 1.0)  # 36 px, rounded up to a multiple of 32
     explicit = choose_preprocessing(data, DataConfig(root=image_folder, img_size=24), MODEL)
     assert (explicit.height, explicit.crop_pct) == (24, 0.9)
 
 
-def test_wnids_get_their_names(tmp_path: Path) -> None:
+def test_names_of_wordnet_ids(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for wnid in ("n01440764", "n01443537"):
             (tmp_path / part / wnid).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / wnid / "a.png")
-    data = image_folder(tmp_path)
+    data = open_folder(tmp_path)
     assert data.wnids == ("n01440764", "n01443537")
     assert [name.split(",")[0] for name in data.classes] == ["tench", "goldfish"]
 
@@ -91,10 +88,10 @@ def test_wnids_get_their_names(tmp_path: Path) -> None:
         (["train/a/x.png", "val/a/x.png"], "1 images in 1 class folders; expected at least two"),
         (["train/x.png", "train/a/x.png", "val/a/x.png"], "in 1 class folders"),
         (["train/a/x.png", "train/b/x.png", "val/"], "found no images"),
-        (["train/a/x.png", "train/b/x.png", "val/c/x.png"], "classes that train has not: c"),
+        (["train/a/x.png", "train/b/x.png", "val/c/x.png"], "classes that are missing from train: c"),
     ],
 )
-def test_folders_that_cannot_be_used(tmp_path: Path, folders: list[str], expected: str) -> None:
+def test_unusable_folders(tmp_path: Path, folders: list[str], expected: str) -> None:
     root = tmp_path / "root"
     for name in folders:
         path = root / name
@@ -102,11 +99,11 @@ def test_folders_that_cannot_be_used(tmp_path: Path, folders: list[str], expecte
         if path.suffix:
             Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(DataError, match=expected):
-        image_folder(root)
+        open_folder(root)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_is_named_and_skipped(
+def test_a_corrupt_image_is_reported_and_skipped(
     image_folder: Path, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
     bad = image_folder / "train" / "dark" / "7.png"
@@ -118,28 +115,24 @@ def test_a_corrupt_image_is_named_and_skipped(
     assert "1 of 48 training images" in caplog.text
 
 
-def test_more_than_one_corrupt_image_in_a_hundred_is_an_error(image_folder: Path) -> None:
+def test_more_than_one_percent_of_corrupt_images_is_an_error(image_folder: Path) -> None:
     for number in range(3):
         (image_folder / "train" / "dark" / f"{number}.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match="3 of 48 training images cannot be decoded, more than 1 %"):
         batches(image_folder)
 
 
-def test_a_corrupt_validation_image_is_left_out_of_the_count(image_folder: Path) -> None:
+def test_a_corrupt_validation_image_is_not_counted(image_folder: Path) -> None:
     (image_folder / "val" / "dark" / "0.png").write_bytes(b"not an image")
-    data = globals()["image_folder"](image_folder)
-    loader = eval_loader(data, DataConfig(workers=0), SPEC, batch_size=8, device=CPU, channels_last=False)
+    data = open_folder(image_folder)
+    loader = eval_loader(data, DataConfig(workers=0), SPEC, batch_size=8, device=CPU)
     labels = torch.cat([labels for _, labels in loader])
     assert (labels == BAD_LABEL).sum() == 1
 
 
-def test_all_images_corrupt_ends(tmp_path: Path) -> None:
+def test_only_corrupt_images_is_an_error(tmp_path: Path) -> None:
     images = ImageSet([str(tmp_path / "a.png"), str(tmp_path / "b.png")], [0, 1])
     data = embedded_digits()
-    from dataclasses import replace
-
-    loader = train_loader(
-        replace(data, train=images), DataConfig(workers=0), SPEC, batch_size=2, seed=0, device=CPU, channels_last=False
-    )
+    loader = train_loader(replace(data, train=images), DataConfig(workers=0), SPEC, batch_size=2, seed=0, device=CPU)
     with pytest.raises(DataError):
         list(loader)

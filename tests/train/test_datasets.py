@@ -28,7 +28,7 @@ webdataset_leaves_files_open = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded digits in MNIST's files."""
+    """Write the embedded digits in the file format of MNIST."""
     root = tmp_path_factory.mktemp("mnist")
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -44,7 +44,7 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shards(image_folder: Path, tmp_path: Path) -> Path:
-    """The image folder as WebDataset shards with an index, as timm's stream reader wants them."""
+    """Write the image folder as WebDataset shards, with the index that timm needs."""
     root = tmp_path / "shards"
     splits = {}
     for part in ("train", "val"):
@@ -75,7 +75,7 @@ def test_torchvision(mnist: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_torchvision_set_can_be_trained_on(mnist: Path, tmp_path: Path) -> None:
+def test_training_on_a_torchvision_dataset(mnist: Path, tmp_path: Path) -> None:
     config = TrainConfig(
         arch="resnet10t",
         epochs=1,
@@ -101,7 +101,7 @@ def test_hugging_face(image_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 @webdataset_leaves_files_open
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_is_repeatable_and_resumes(shards: Path, workers: int) -> None:
+def test_a_stream_is_reproducible_and_resumes(shards: Path, workers: int) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
     config = DataConfig(dataset="wds/", root=shards, val_split="val", num_classes=2, workers=workers)
     data = open_data(config)
@@ -109,7 +109,7 @@ def test_a_stream_is_repeatable_and_resumes(shards: Path, workers: int) -> None:
     assert (data.classes, data.short_side) == (("class 0", "class 1"), 36)
 
     def epoch(number: int, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        loader = train_loader(data, config, SPEC, batch_size=8, seed=5, device=CPU, channels_last=False)
+        loader = train_loader(data, config, SPEC, batch_size=8, seed=5, device=CPU)
         loader.start_at(number, start)
         batches = list(loader)
         assert len(batches) == len(loader) == 6 - start
@@ -121,7 +121,7 @@ def test_a_stream_is_repeatable_and_resumes(shards: Path, workers: int) -> None:
     assert not torch.equal(first[0][0], other[0][0])
     assert torch.cat([labels for _, labels in first]).bincount().tolist() == [24, 24]
 
-    common = {"batch_size": 8, "device": CPU, "channels_last": False}
+    common = {"batch_size": 8, "device": CPU}
     labels = torch.cat([labels for _, labels in eval_loader(data, config, SPEC, **common)])
     assert sorted(labels.tolist()) == [0] * 8 + [1] * 8
     some = torch.cat([labels for _, labels in eval_loader(data, config, SPEC, every=4, **common)])
@@ -130,33 +130,31 @@ def test_a_stream_is_repeatable_and_resumes(shards: Path, workers: int) -> None:
 
 @webdataset_leaves_files_open
 @pytest.mark.slow
-def test_a_stream_can_be_trained_on(shards: Path, tmp_path: Path) -> None:
+def test_training_on_a_stream(shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
     data = DataConfig(dataset="wds/", root=shards, val_split="val", num_classes=2, workers=1)
     result = fit(TrainConfig(arch="resnet10t", epochs=2, batch_size=8, out=tmp_path / "run", data=data))
     assert [row.step for row in result.metrics] == [6, 12]
-    assert result.best_epoch.top1 == 1.0  # bright against dark
+    assert result.best_epoch.top1 == 1.0  # bright versus dark images
 
 
 @pytest.mark.parametrize(
     ("config", "kind", "expected"),
     [
-        ({"dataset": "cifar10"}, ConfigError, r"'cifar10' is no kind of data set; expected torch/…, hfds/…"),
+        ({"dataset": "cifar10"}, ConfigError, r"'cifar10': unknown kind of dataset; expected torch/…, hfds/…"),
         ({"dataset": "torch/mnist"}, ConfigError, "needs --data DIR"),
         ({"dataset": "torch/mnist", "root": "here"}, DataError, r"timm cannot open torch/mnist.*data\.download=true"),
         ({"dataset": "torch/nonsense", "root": "here"}, DataError, "Unknown torchvision dataset nonsense"),
     ],
 )
-def test_names_that_cannot_be_opened(
-    tmp_path: Path, config: dict[str, str], kind: type[Exception], expected: str
-) -> None:
+def test_unusable_names(tmp_path: Path, config: dict[str, str], kind: type[Exception], expected: str) -> None:
     root = {"root": tmp_path} if "root" in config else {}
     with pytest.raises(kind, match=expected):
         open_data(DataConfig(**{**config, **root}))
 
 
 @webdataset_leaves_files_open
-def test_a_stream_that_does_not_tell_its_classes(shards: Path) -> None:
+def test_a_stream_without_class_names(shards: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
-    with pytest.raises(ConfigError, match=r"how many classes it has: --set data\.num_classes=N"):
+    with pytest.raises(ConfigError, match=r"the number of classes of wds/ is unknown; add --set data\.num_classes=N"):
         open_data(DataConfig(dataset="wds/", root=shards, val_split="val"))

@@ -19,7 +19,8 @@ from train.dual_bn import add_auxiliary_bns
 WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 
 
-def work(out: Path, what: str, processes: int) -> None:
+def run_worker(out: Path, what: str, processes: int) -> None:
+    """Run the worker script in a number of processes."""
     out.mkdir()
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *launch, str(WORKER), what, "20", str(out)]
@@ -29,14 +30,14 @@ def work(out: Path, what: str, processes: int) -> None:
 
 
 def losses(out: Path, recipe: str, processes: int) -> list[float]:
-    work(out, recipe, processes)
+    run_worker(out, recipe, processes)
     return json.loads((out / "losses.json").read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over the loopback interface, as POSIX names it")
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo uses the POSIX name of the loopback interface")
 @pytest.mark.parametrize("recipe", ["advprop", "fast"])
-def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path, recipe: str) -> None:
+def test_two_processes_train_like_one_with_twice_the_batch_size(tmp_path: Path, recipe: str) -> None:
     one = losses(tmp_path / "one", recipe, 1)
     two = losses(tmp_path / "two", recipe, 2)
     assert len(one) == len(two) == 20
@@ -44,7 +45,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path, recip
     assert one[-1] != one[0]
 
 
-def test_synchronized_batch_norm_is_the_ordinary_one_in_a_single_process() -> None:
+def test_synchronized_batch_norm_in_a_single_process() -> None:
     torch.manual_seed(0)
     plain = timm.create_model("efficientnet_b0", num_classes=3).train()
     synchronized = synchronize_batch_norms(timm.create_model("efficientnet_b0", num_classes=3)).train()
@@ -54,20 +55,22 @@ def test_synchronized_batch_norm_is_the_ordinary_one_in_a_single_process() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over the loopback interface, as POSIX names it")
-def test_adversarial_images_change_processes_with_their_labels(tmp_path: Path) -> None:
-    work(tmp_path / "two", "shuffle", 2)
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo uses the POSIX name of the loopback interface")
+def test_images_are_shuffled_across_processes_with_their_labels(tmp_path: Path) -> None:
+    run_worker(tmp_path / "two", "shuffle", 2)
     results = [json.loads((tmp_path / "two" / f"{rank}.json").read_text()) for rank in range(2)]
     for rank, (images, labels) in enumerate(results):
         assert images == labels
-        strangers = sum(label // 64 != rank for label in labels)
-        assert 16 <= strangers <= 48  # 32 ± 4 by chance
+        received = sum(label // 64 != rank for label in labels)
+        assert 16 <= received <= 48  # expected: 32 ± 4
     assert sorted(results[0][1] + results[1][1]) == list(range(128))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc, as Linux has it")
-def test_torchrun_restarts_a_killed_process_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds the processes of torchrun in /proc, which only Linux has"
+)
+def test_a_run_resumes_after_torchrun_restarts_a_killed_process(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     settings = ["--arch", "resnet10t", "--img-size", "16", "--epochs", "2", "--batch-size", "64", "--workers", "0"]
     settings += ["--out", str(tmp_path), "--resume", "auto", "--set", "save_every=2"]
@@ -86,7 +89,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_goes_on(tmp_path: Path) 
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 22)
 
 
-def test_nothing_is_shuffled_in_a_single_process() -> None:
+def test_a_single_process_does_not_shuffle() -> None:
     images, labels = torch.rand(3, 2), torch.arange(3)
     assert world_size() == 1
     assert shuffled_across_processes(images, labels)[0] is images

@@ -16,12 +16,12 @@ def model_and_images(arch: str, seed: int = 0) -> tuple[nn.Module, torch.Tensor]
 
 
 def batch_norms(model: nn.Module, of: str) -> dict[str, torch.Tensor]:
-    """Running statistics of the main or of the auxiliary layers."""
+    """Return the running statistics of the main or the auxiliary layers."""
     running = {key: value.clone() for key, value in model.state_dict().items() if "running" in key or "batches" in key}
     return {key: value for key, value in running.items() if (".aux." in key) == (of == "aux")}
 
 
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(before[key], after[key]) for key in before)
 
 
@@ -41,7 +41,7 @@ def test_main_route_is_bit_equal_to_the_unconverted_model(arch: str, training: b
     assert all(torch.equal(value, stripped[key]) for key, value in plain.state_dict().items())
 
 
-def test_batch_norm_act_keeps_its_activation_on_every_route() -> None:
+def test_batch_norm_act_has_its_activation_on_every_route() -> None:
     model, _ = model_and_images("efficientnet_b0")
     before = {name: type(module.act) for name, module in model.named_modules() if isinstance(module, BatchNormAct2d)}
     add_auxiliary_bns(model, ["adv"])
@@ -61,18 +61,18 @@ def test_stripped_state_dict_loads_into_the_stock_model() -> None:
     )
 
 
-def test_each_route_moves_its_own_statistics_only() -> None:
+def test_each_route_updates_its_own_statistics_only() -> None:
     model, images = model_and_images("resnet10t")
     add_auxiliary_bns(model, ["adv"]).train()
     main, aux = batch_norms(model, "main"), batch_norms(model, "aux")
     with route(model, "adv"):
         model(images)
-    assert not moved(main, batch_norms(model, "main"))
-    assert moved(aux, batch_norms(model, "aux"))
+    assert not changed(main, batch_norms(model, "main"))
+    assert changed(aux, batch_norms(model, "aux"))
     aux = batch_norms(model, "aux")
     model(images)
-    assert moved(main, batch_norms(model, "main"))
-    assert not moved(aux, batch_norms(model, "aux"))
+    assert changed(main, batch_norms(model, "main"))
+    assert not changed(aux, batch_norms(model, "aux"))
 
 
 def test_joint_forward_equals_separate_forwards() -> None:
@@ -89,7 +89,7 @@ def test_joint_forward_equals_separate_forwards() -> None:
         torch.testing.assert_close(value, twin.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
-def test_copies_of_a_model_have_one_router_of_their_own() -> None:
+def test_a_copied_model_has_its_own_router() -> None:
     model, _ = model_and_images("resnet10t")
     twin = copy.deepcopy(add_auxiliary_bns(model, ["adv"]))
     routers = {id(layer.router) for layer in twin.modules() if isinstance(layer, RoutedBatchNorm)}
@@ -97,7 +97,7 @@ def test_copies_of_a_model_have_one_router_of_their_own() -> None:
     assert find_router(twin) is not find_router(model)
 
 
-def test_route_is_put_back_after_an_error() -> None:
+def test_route_is_restored_after_an_error() -> None:
     model, images = model_and_images("resnet10t")
     add_auxiliary_bns(model, ["adv"])
     with pytest.raises(RuntimeError), route(model, "adv"):
@@ -105,14 +105,14 @@ def test_route_is_put_back_after_an_error() -> None:
     assert find_router(model).plan == (("main", 1),)
 
 
-def test_architecture_without_batch_norm_says_which_norm_it_has() -> None:
+def test_architecture_without_batch_norm_is_reported_with_its_norms() -> None:
     model = timm.create_model("convnext_atto", num_classes=5)
     with pytest.raises(ArchError, match=r"convnext_atto has no BatchNorm: it has \d+ LayerNorm.*--recipe vanilla"):
         add_auxiliary_bns(model, ["adv"])
 
 
 @pytest.mark.parametrize("name", ["main", "a.b", ""])
-def test_impossible_route_names(name: str) -> None:
+def test_invalid_route_names(name: str) -> None:
     model, _ = model_and_images("resnet10t")
     with pytest.raises(ConfigError):
         add_auxiliary_bns(model, [name])

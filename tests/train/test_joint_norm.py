@@ -7,7 +7,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from train.dual_bn import add_auxiliary_bns, route
-from train.joint_norm import affine_map, applies, is_constant, is_plain, normalize_parts
+from train.joint_norm import affine_map, can_normalize_parts, can_use_affine_map, is_plain, normalize_parts
 
 
 def layer(kind: str, **changes: object) -> nn.Module:
@@ -25,12 +25,12 @@ def images(memory_format: torch.memory_format = torch.channels_last) -> torch.Te
 
 @pytest.mark.parametrize("kind", ["torch", "timm"])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_parts_are_normalized_as_the_layers_do_it(kind: str, memory_format: torch.memory_format) -> None:
+def test_parts_are_normalized_like_the_layers_do(kind: str, memory_format: torch.memory_format) -> None:
     layers = [layer(kind), layer(kind)]
     nn.init.normal_(layers[1].weight)
     others = copy.deepcopy(layers)
     x = images(memory_format)
-    assert applies(layers, [7, 3], x)
+    assert can_normalize_parts(layers, [7, 3], x)
     y = normalize_parts(layers, [7, 3], x)
     direction = torch.randn_like(y)
     gradients = torch.autograd.grad(y, [x, layers[0].weight, layers[1].weight, layers[1].bias], direction)
@@ -39,9 +39,9 @@ def test_parts_are_normalized_as_the_layers_do_it(kind: str, memory_format: torc
     torch.testing.assert_close(y, z)
     torch.testing.assert_close(gradients, expected)
     assert y.is_contiguous(memory_format=memory_format)
-    for mine, other in zip(layers, others, strict=True):
-        torch.testing.assert_close(mine.state_dict(), other.state_dict())
-        assert mine.num_batches_tracked == 1
+    for own, other in zip(layers, others, strict=True):
+        torch.testing.assert_close(own.state_dict(), other.state_dict())
+        assert own.num_batches_tracked == 1
 
 
 def dense() -> torch.Tensor:
@@ -67,8 +67,8 @@ INPUTS: dict[str, Callable[[], torch.Tensor]] = {
 
 @pytest.mark.parametrize("case", INPUTS)
 @pytest.mark.parametrize("spread_gradient", [False, True])
-def test_a_joint_forward_equals_separate_ones_whatever_the_inputs_layout(case: str, spread_gradient: bool) -> None:
-    """Slices of channels once got values that were never written (lambda layers, NextViT)."""
+def test_a_joint_forward_equals_separate_ones_for_every_input_layout(case: str, spread_gradient: bool) -> None:
+    """NextViT and lambda layers pass slices of channels, for which torch's kernel is wrong."""
     torch.manual_seed(0)
     x = INPUTS[case]()
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[x.ndim]
@@ -93,13 +93,13 @@ def test_a_joint_forward_equals_separate_ones_whatever_the_inputs_layout(case: s
     torch.testing.assert_close(joint.state_dict(), separate.state_dict())
 
 
-def test_a_part_of_one_value_is_refused_as_by_the_layer() -> None:
+def test_a_part_of_one_value_is_an_error_like_in_the_layer() -> None:
     joint = add_auxiliary_bns(nn.Sequential(nn.BatchNorm2d(6)), ["adv"]).train()
     with route(joint, ("main", 3), ("adv", 1)), pytest.raises(ValueError, match="more than 1 value per channel"):
         joint(torch.randn(4, 6, 1, 1))
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_is_an_error() -> None:
     x = images()
     y = normalize_parts([layer("torch"), layer("torch")], [7, 3], x)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -108,10 +108,10 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["torch", "timm"])
-def test_an_attack_sees_the_same_layer_as_an_affine_map(kind: str) -> None:
+def test_affine_map_equals_the_layer_in_evaluation_mode(kind: str) -> None:
     norm = layer(kind).eval().requires_grad_(False)
     x = images()
-    assert is_constant(norm, x)
+    assert can_use_affine_map(norm, x)
     y, expected = affine_map(norm, x), norm(x)
     direction = torch.randn_like(y)
     torch.testing.assert_close(y, expected)
@@ -120,21 +120,21 @@ def test_an_attack_sees_the_same_layer_as_an_affine_map(kind: str) -> None:
     )
 
 
-def test_where_the_layers_themselves_are_used() -> None:
+def test_conditions_of_the_fast_paths() -> None:
     norm, x = layer("torch"), images()
-    assert applies([norm], [10], x)
-    assert not applies([layer("torch", momentum=None)], [10], x)
-    assert not applies([layer("torch").eval()], [10], x)
-    assert not applies([norm], [10], x.to(torch.bfloat16))
-    assert not applies([norm.double()], [10], x)
+    assert can_normalize_parts([norm], [10], x)
+    assert not can_normalize_parts([layer("torch", momentum=None)], [10], x)
+    assert not can_normalize_parts([layer("torch").eval()], [10], x)
+    assert not can_normalize_parts([norm], [10], x.to(torch.bfloat16))
+    assert not can_normalize_parts([norm.double()], [10], x)
     norm.float()
-    assert not is_constant(norm.eval(), x)  # its own gradient is wanted
+    assert not can_use_affine_map(norm.eval(), x)  # the layer's parameters need a gradient
     norm.requires_grad_(False)
-    assert is_constant(norm, x)
+    assert can_use_affine_map(norm, x)
     with torch.no_grad():
-        assert not is_constant(norm, x)  # inference stays bit-equal to the stock model
+        assert not can_use_affine_map(norm, x)  # inference stays bit-equal to the stock model
     norm.register_forward_hook(lambda *_: None)
-    assert not is_constant(norm, x)
+    assert not can_use_affine_map(norm, x)
 
     class Other(nn.BatchNorm2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_where_the_layers_themselves_are_used() -> None:
     assert not is_plain(Other)
 
 
-def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+def test_a_layer_with_another_forward_is_not_replaced() -> None:
     class Doubled(nn.BatchNorm2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * 2

@@ -1,8 +1,8 @@
 import csv
 import dataclasses
+import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
-from train.checkpoint import load_checkpoint
+from runtime.errors import ConfigError, Interrupted, TrainingDiverged
+from tests.support.checkpoints import same
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import DataConfig, OptimConfig, TrainConfig
-from train.loop import FitResult, _Run, fit
+from train.config_file import from_mapping, read_toml
+from train.loop import FitResult, Trainer, fit
 from train.reporting import SilentReporter
 
 CPU = torch.device("cpu")
 
 
 def small(out: Path, **changes: object) -> TrainConfig:
-    """A run of seconds: the digits at 16 px, 11 steps an epoch."""
+    """Return the settings of a run that takes seconds: the digits at 16 px, 11 steps per epoch."""
     settings = {
         "arch": "resnet10t",
         "epochs": 2,
@@ -48,19 +51,10 @@ class StopAt(SilentReporter):
             os.kill(os.getpid(), self.number)
 
 
-def same(first: object, second: object) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
-    return first == second
-
-
-def test_a_run_leaves_what_it_promises(trained: FitResult) -> None:
+def test_files_of_a_run(trained: FitResult) -> None:
     assert trained.last.name == "last.pt"
     assert trained.best.name == "best.pt"
+    assert trained.best_epoch == trained.metrics[0]
     with (trained.last.parent / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1"]
@@ -73,7 +67,9 @@ def test_a_run_leaves_what_it_promises(trained: FitResult) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_stopped_mid_epoch_resumes_to_the_same_bits(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_stopped_run_resumes_within_the_epoch_to_the_same_bits(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     fit(small(tmp_path / "whole"))
     with pytest.raises(Interrupted, match=r"stopped by SIG\w+ in epoch 2 after step 15; saved") as stopped:
         fit(small(tmp_path / "broken"), StopAt(15, number))
@@ -88,25 +84,19 @@ def test_a_run_stopped_mid_epoch_resumes_to_the_same_bits(tmp_path: Path, number
     assert losses[0] == losses[1]
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path: Path, trained: FitResult) -> None:
-    (tmp_path / "last.pt").write_bytes(trained.last.read_bytes())
-    with pytest.raises(CheckpointError, match=r"recipe: found advprop, expected vanilla.*config\.toml"):
-        fit(small(tmp_path, recipe="vanilla", resume="auto"))
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    wild = OptimConfig(lr=1e30, warmup_epochs=0, clip_grad=0, optimizer="sgd")
+    diverging = OptimConfig(lr=1e30, warmup_epochs=0, clip_grad=0, optimizer="sgd")
     with pytest.raises(
         TrainingDiverged, match=r"not finite at epoch 1, batch \d+; no checkpoint.*Lower the learning.*image \d+"
     ):
-        fit(small(tmp_path, optim=wild))
+        fit(small(tmp_path, optim=diverging))
     assert not (tmp_path / "last.pt").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_ctrl_c_on_the_command_line(tmp_path: Path, workers: str) -> None:
-    """As from a terminal: all processes of the run get the signal, the loaders too."""
+    """A terminal sends the signal to all processes of the run, including the loaders."""
     command = [sys.executable, "-m", "train.run", "--arch", "resnet10t", "--img-size", "16", "--out", str(tmp_path)]
     command += ["--workers", workers]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -118,14 +108,14 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path, workers: str) -> None:
         os.killpg(run.pid, signal.SIGINT)
         output, errors = run.communicate(timeout=60)
     assert run.returncode == 130, output + errors
-    assert re.search(r"stopped by SIGINT .*--resume continues from there", errors)
+    assert re.search(r"stopped by SIGINT .*Run the same command with --resume to continue", errors.replace("\n", " "))
     assert "Traceback" not in errors
     load_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
-    """A limit on file size stands in for the disk: writing past it fails in the same place."""
+def test_a_full_disk_leaves_no_incomplete_file(tmp_path: Path) -> None:
+    """A limit on the file size acts like a full disk: writing beyond it fails."""
     program = (
         "import resource, sys\n"
         "import torch, train.loop\n"
@@ -141,34 +131,31 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "tensorboard"}
 
 
-def test_another_runs_checkpoint_is_not_lost_by_accident(tmp_path: Path, trained: FitResult) -> None:
+def test_the_checkpoint_of_another_run_is_not_replaced(tmp_path: Path, trained: FitResult) -> None:
     (tmp_path / "last.pt").write_bytes(trained.last.read_bytes())
-    with pytest.raises(ConfigError, match=r"last\.pt is of another run: continue it with --resume.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"last\.pt belongs to another run: continue.*with --resume.*--overwrite"):
         fit(small(tmp_path))
     assert (tmp_path / "last.pt").read_bytes() == trained.last.read_bytes()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    class Poison(SilentReporter):
-        """An update that overflows where the loss before it was finite: the last one of the epoch."""
+    class Overflow(SilentReporter):
+        """Makes a weight infinite after a step, as an update can do although its loss is finite."""
 
-        def evaluating(self) -> None:
-            raise AssertionError("the poisoned weights were saved")
+        model: nn.Module
 
-    class Run(_Run):
-        def _step(self, images: torch.Tensor, labels: torch.Tensor, group: int, updates: bool) -> torch.Tensor:
-            loss = super()._step(images, labels, group, updates)
+        def stepped(self, loss: float | None) -> None:
             next(self.model.parameters()).data[0] = float("inf")
-            return loss
 
+    reporter = Overflow()
+    trainer = Trainer(small(tmp_path, save_every=1), reporter, CPU)
+    reporter.model = trainer.state.model
     with pytest.raises(TrainingDiverged, match="weights are not finite after step 1 of epoch 1"):
-        Run(small(tmp_path, save_every=1), Poison(), torch.device("cpu")).train()
+        trainer.run()
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_config_toml_of_a_run_repeats_it(tmp_path: Path, trained: FitResult) -> None:
-    from train.config_file import from_mapping, read_toml
-
+def test_config_toml_repeats_its_run(tmp_path: Path, trained: FitResult) -> None:
     config = from_mapping(read_toml(trained.last.parent / "config.toml"))
     again = fit(dataclasses.replace(config, out=tmp_path))
     first, second = (load_checkpoint(run.last)["state_dict"] for run in (trained, again))
@@ -176,7 +163,7 @@ def test_config_toml_of_a_run_repeats_it(tmp_path: Path, trained: FitResult) -> 
 
 
 @pytest.mark.slow
-def test_accumulating_batches_makes_fewer_updates(tmp_path: Path) -> None:
+def test_accumulated_batches_make_fewer_updates(tmp_path: Path) -> None:
     fit(small(tmp_path, epochs=1, optim=OptimConfig(accumulate=4), save_every=2, recipe="vanilla"))
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert checkpoint["step"] == 3  # 11 batches: 4, 4 and 3
@@ -184,26 +171,27 @@ def test_accumulating_batches_makes_fewer_updates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batches", [2, 4])
 def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path: Path, batches: int) -> None:
-    """Two or four small batches update the weights as their mean loss does."""
-    config = small(tmp_path, recipe="vanilla", batch_size=16, amp="none")
-    runs = [_Run(dataclasses.replace(config, out=tmp_path / str(n)), SilentReporter(), CPU) for n in range(2)]
-    for run in runs:
-        run.task.eval()  # batch statistics would differ between the small batches and the large one
-    images, labels = next(iter(runs[0].batches))
-    for part, target in zip(images.chunk(batches), labels.chunk(batches), strict=True):
-        runs[0].task(part, target)["loss"].div(batches).backward()
-    expected = [parameter.grad.clone() for parameter in runs[0].model.parameters()]
-    gradients: list[torch.Tensor] = []
-    runs[1].optimizer.register_step_pre_hook(
-        lambda *_: gradients.extend(parameter.grad.clone() for parameter in runs[1].model.parameters())
+    config = small(tmp_path, recipe="vanilla", batch_size=16, optim=OptimConfig(clip_grad=0.0))
+    reference, trainer = (
+        Trainer(dataclasses.replace(config, out=tmp_path / name), SilentReporter(), CPU) for name in ("a", "b")
     )
-    runs[1].config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_grad=0.0))
-    for number, (part, target) in enumerate(zip(images.chunk(batches), labels.chunk(batches), strict=True), 1):
-        runs[1]._step(part, target, batches, number == batches)
+    for run in (reference, trainer):
+        run.task.eval()  # batch statistics would differ between small and large batches
+    images, labels = next(iter(reference.batches))
+    parts = list(zip(images.chunk(batches), labels.chunk(batches), strict=True))
+    for part, target in parts:
+        reference.task(part, target)["loss"].div(batches).backward()
+    expected = [parameter.grad for parameter in reference.state.model.parameters()]
+    gradients: list[torch.Tensor] = []
+    trainer.state.optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(parameter.grad.clone() for parameter in trainer.state.model.parameters())
+    )
+    for number, (part, target) in enumerate(parts, 1):
+        trainer.step(part, target, group=batches, update=number == batches)
     assert same(gradients, expected)
 
 
-def test_a_run_leaves_curves_and_event_files(trained: FitResult) -> None:
+def test_curves_and_event_files(trained: FitResult) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = trained.last.parent
@@ -216,7 +204,7 @@ def test_a_run_leaves_curves_and_event_files(trained: FitResult) -> None:
     assert (clean.step, clean.value) == (44, pytest.approx(trained.metrics[0].top1))
 
 
-def test_tensorboard_keeps_each_branchs_loss(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_loss_of_each_branch(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     fit(small(tmp_path, epochs=1, log_every=5))
@@ -228,19 +216,78 @@ def test_tensorboard_keeps_each_branchs_loss(tmp_path: Path) -> None:
         assert all(0 < value.value < 100 for value in values)
 
 
-def test_best_is_written_again_where_a_kill_came_before_it(tmp_path: Path) -> None:
-    fit(small(tmp_path, epochs=2))
-    before = load_checkpoint(tmp_path / "best.pt")["epoch"]
-    shutil.copy(tmp_path / "best.pt", tmp_path / "kept.pt")
-    (tmp_path / "best.pt").unlink()
-    (tmp_path / "metrics.csv").unlink()
-    fit(small(tmp_path, epochs=2, resume="auto"))
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a finished run."""
+    out = tmp_path_factory.mktemp("two-epochs")
+    fit(small(out))
+    return out
+
+
+def copy_with_best(two_epochs: Path, out: Path, best: int, **changes: object) -> None:
+    """Copy `last.pt` of a run, as if epoch `best` were the better one."""
+    checkpoint = load_checkpoint(two_epochs / "last.pt")
+    config = checkpoint["config"].replace(str(two_epochs), str(out))
+    for row in checkpoint["metrics"]:
+        row["top1"] = 0.75 if row["epoch"] == best else 0.5
+    save_checkpoint(out / "last.pt", {**checkpoint, "config": config, **changes})
+
+
+def test_a_run_killed_before_it_wrote_best_pt_writes_it_on_resume(tmp_path: Path, two_epochs: Path) -> None:
+    copy_with_best(two_epochs, tmp_path, best=2)
+    save_checkpoint(tmp_path / "best.pt", {**load_checkpoint(tmp_path / "last.pt"), "epoch": 1})
+    result = fit(small(tmp_path, resume="auto"))
+    assert load_checkpoint(result.best)["epoch"] == 2
+    assert result.best_epoch.epoch == 2
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
-    assert (tmp_path / "best.pt").exists() == (before == 2)
+
+
+def test_best_pt_of_an_earlier_epoch_is_kept_on_resume(
+    tmp_path: Path, two_epochs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy_with_best(two_epochs, tmp_path, best=1)
+    save_checkpoint(tmp_path / "best.pt", {**load_checkpoint(tmp_path / "last.pt"), "epoch": 1})
+    before = (tmp_path / "best.pt").read_bytes()
+    result = fit(small(tmp_path, resume="auto"))
+    assert (tmp_path / "best.pt").read_bytes() == before
+    assert result.best_epoch.epoch == 1
+    assert "best.pt" not in caplog.text
+
+
+@pytest.mark.parametrize(("content", "problem"), [(None, "no such checkpoint"), (b"PK\x03\x04", "is truncated")])
+def test_a_lost_best_pt_is_reported_and_replaced(
+    tmp_path: Path, two_epochs: Path, caplog: pytest.LogCaptureFixture, content: bytes | None, problem: str
+) -> None:
+    """Epoch 1 was better, and only best.pt had its weights."""
+    copy_with_best(two_epochs, tmp_path, best=1)
+    if content is not None:
+        (tmp_path / "best.pt").write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        result = fit(small(tmp_path, resume="auto"))
+    assert problem in caplog.text
+    assert "It held epoch 1, the best so far (clean accuracy 75.0%), whose weights are in no other file" in caplog.text
+    assert "best.pt now becomes epoch 2 (50.0%)" in caplog.text
+    assert "restore best.pt from a backup" in caplog.text
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
+    assert result.best_epoch.epoch == 2
+    caplog.clear()
+    assert fit(small(tmp_path, resume="auto")).best_epoch.epoch == 2  # what best.pt holds, not the best row
+    assert "whose weights are in no other file" not in caplog.text
+
+
+def test_a_lost_best_pt_is_reported_within_an_epoch(
+    tmp_path: Path, two_epochs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = load_checkpoint(two_epochs / "last.pt")["metrics"][:1]
+    copy_with_best(two_epochs, tmp_path, best=1, epoch=1, batch=10, metrics=metrics)
+    with caplog.at_level(logging.WARNING):
+        result = fit(small(tmp_path, resume="auto"))
+    assert "best.pt now becomes the epoch in progress" in caplog.text
+    assert result.best_epoch.epoch == load_checkpoint(result.best)["epoch"] == 2
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_step_and_resumed_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     settings = ["--arch", "resnet10t", "--epochs", "2", "--batch-size", "128", "--set", "save_every=3"]
     command = [sys.executable, "-m", "train.run", *settings, "--img-size", "16", "--workers", "0"]
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)

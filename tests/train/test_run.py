@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from train.run import main
@@ -20,7 +21,7 @@ from train.run import main
         (["--arch", "resnet10t", "--out", "/proc/nowhere"], "error: cannot write /proc/nowhere"),
     ],
 )
-def test_bad_input_has_a_message_and_exit_code_2(
+def test_bad_input_exits_with_2_and_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -28,6 +29,14 @@ def test_bad_input_has_a_message_and_exit_code_2(
     assert result.exit_code == 2, result.output
     assert expected in result.stderr.replace("\n", " ")
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_exits_with_3(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["--arch", "resnet10t", "--device", "cuda", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 3
+    assert "finds no NVIDIA GPU; use --device cpu" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_has_examples() -> None:

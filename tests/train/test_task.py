@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -8,18 +7,20 @@ import torch
 from torch import nn
 
 from runtime.errors import ConfigError
+from train.attack import LinfPGD
 from train.config import AttackConfig
-from train.dual_bn import add_auxiliary_bns, route, statistics_kept
+from train.dual_bn import add_auxiliary_bns, frozen_statistics, route
 from train.recipes import RECIPES, Branch, Recipe, find_recipe
 from train.task import AdvPropTask
 
 HALF = (0.5, 0.5, 0.5)
+ATTACK = LinfPGD(AttackConfig(), HALF, HALF)
 
 
-def make_task(recipe: str, seed: int = 0) -> AdvPropTask:
-    torch.manual_seed(seed)
+def make_task(recipe: str) -> AdvPropTask:
+    torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
-    return AdvPropTask(model, RECIPES[recipe], attack=AttackConfig(), mean=HALF, std=HALF).train()
+    return AdvPropTask(model, RECIPES[recipe], ATTACK).train()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +34,7 @@ def statistics(model: nn.Module, auxiliary: bool) -> list[torch.Tensor]:
     ]
 
 
-def test_advprop_step_is_algorithm_1_written_out() -> None:
+def test_advprop_step_equals_algorithm_1() -> None:
     task = make_task("advprop")
     images, labels = batch()
     model = copy.deepcopy(task.trainable_module)
@@ -46,23 +47,23 @@ def test_advprop_step_is_algorithm_1_written_out() -> None:
     with route(model, "adv"):
         loss = loss + nn.functional.cross_entropy(model(attacked), labels)
     loss.backward()
-    for (name, mine), reference in zip(task.trainable_module.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-3, atol=1e-5, msg=name)
-    for mine, reference in zip(task.trainable_module.buffers(), model.buffers(), strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+    for (name, own), reference in zip(task.trainable_module.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, reference.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for own, reference in zip(task.trainable_module.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "main_moves", "aux_moves"),
+    ("recipe", "main_changes", "auxiliary_changes"),
     [("vanilla", True, False), ("adversarial", True, False), ("shared-bn", True, False), ("advprop", True, True)],
 )
-def test_statistics_that_a_step_moves(recipe: str, main_moves: bool, aux_moves: bool) -> None:
+def test_a_step_updates_the_statistics_of_its_routes(recipe: str, main_changes: bool, auxiliary_changes: bool) -> None:
     task = make_task(recipe)
     before = [statistics(task.trainable_module, auxiliary) for auxiliary in (False, True)]
     task(*batch())
     after = [statistics(task.trainable_module, auxiliary) for auxiliary in (False, True)]
-    moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)]
-    assert moved == [main_moves, aux_moves]
+    changed = [not all(map(torch.equal, *pair)) for pair in zip(before, after, strict=True)]
+    assert changed == [main_changes, auxiliary_changes]
 
 
 def test_clean_and_adversarial_images_of_shared_bn_share_batch_statistics() -> None:
@@ -82,34 +83,35 @@ def test_losses_are_reported_and_weighted() -> None:
     assert result["output"].shape == (6, 5)
 
 
-def test_a_branch_may_see_a_share_of_the_batch() -> None:
+def test_a_branch_can_use_a_share_of_the_batch() -> None:
     adversarial = Branch(name="adv", source="pgd", bn="adv", end=0.5)
     recipe = Recipe(branches=(RECIPES["advprop"].branches[0], adversarial))
     model = timm.create_model("resnet10t", num_classes=5)
-    task = AdvPropTask(model, recipe, attack=AttackConfig(), mean=HALF, std=HALF).train()
+    task = AdvPropTask(model, recipe, ATTACK).train()
     sizes: list[int] = []
     model.bn1.aux["adv"].register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
     task(*batch())
     assert sizes[-1] == 3
 
 
-def test_a_recipe_without_auxiliary_routes_leaves_the_model_unconverted() -> None:
+def test_a_recipe_without_auxiliary_routes_does_not_convert_the_model() -> None:
     task = make_task("vanilla")
     assert not any(".aux." in key for key in task.trainable_module.state_dict())
     assert RECIPES["vanilla"].auxiliary_routes == ()
 
 
-def test_a_model_that_is_converted_already_is_taken_as_it_is() -> None:
+def test_a_converted_model_is_accepted() -> None:
     model = add_auxiliary_bns(timm.create_model("resnet10t", num_classes=5), ["adv"])
-    AdvPropTask(model, RECIPES["advprop"], attack=AttackConfig(), mean=HALF, std=HALF)
+    task = AdvPropTask(model, RECIPES["advprop"], ATTACK).train()
+    assert set(task(*batch())) > {"loss/clean", "loss/adv"}
 
 
-def test_unknown_recipe_names_the_nearest() -> None:
+def test_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean advprop"):
         find_recipe("advpro")
 
 
-def test_fine_grained_sends_the_autoaugment_view_through_its_own_route() -> None:
+def test_fine_grained_uses_a_route_for_the_autoaugment_view() -> None:
     task = make_task("fine-grained")
     images, labels = batch()
     seen: dict[str, torch.Tensor] = {}
@@ -121,18 +123,19 @@ def test_fine_grained_sends_the_autoaugment_view_through_its_own_route() -> None
     assert torch.equal(seen["joint"][6:12], -images)
     assert {"loss/clean", "loss/aug", "loss/adv"} < set(result)
     after = layer.state_dict()
-    moved = [
+    changed = [
         route
         for route in ("", "aux.aug.", "aux.adv.")
         if (after[f"{route}running_mean"] != before[f"{route}running_mean"]).any()
     ]
-    assert moved == ["", "aux.aug.", "aux.adv."]
+    assert changed == ["", "aux.aug.", "aux.adv."]
 
 
-def test_fast_is_the_published_step_written_out() -> None:
-    """Three passes, gradients averaged over images, each parameter divided by the images it saw."""
-    task = make_task("fast")
-    task.attack.config = dataclasses.replace(AttackConfig(), **RECIPES["fast"].attack)
+def test_fast_step_equals_the_published_one() -> None:
+    """Three passes; gradients are averaged over the images that each parameter sees."""
+    torch.manual_seed(0)
+    attack = LinfPGD(AttackConfig(**RECIPES["fast"].attack), HALF, HALF)
+    task = AdvPropTask(timm.create_model("resnet10t", num_classes=5), RECIPES["fast"], attack).train()
     torch.manual_seed(3)
     images, labels = torch.rand(10, 3, 32, 32) * 2 - 1, torch.randint(0, 5, (10,))
     model = copy.deepcopy(task.trainable_module)
@@ -143,7 +146,7 @@ def test_fast_is_the_published_step_written_out() -> None:
     clean, few, few_labels = images[:8], images[8:], labels[8:]
     ball = task.attack.ball(few)
     noisy = task.attack.start(ball).requires_grad_(True)
-    with statistics_kept(model), route(model, "adv"):
+    with frozen_statistics(model), route(model, "adv"):
         (nn.functional.cross_entropy(model(noisy), few_labels, reduction="sum") / 2).backward()
     attacked = task.attack.step(ball, noisy.detach(), noisy.grad)
     assert (attacked - few).abs().max() <= 2 / 255 + 1e-6
@@ -157,12 +160,12 @@ def test_fast_is_the_published_step_written_out() -> None:
         for parameter in module.parameters(recurse=False)
     }
     names = dict(model.named_parameters())
-    for name, mine in task.trainable_module.named_parameters():
+    for name, own in task.trainable_module.named_parameters():
         seen_images = 10 if names[name] not in norms else 2 if ".aux." in name else 8
-        torch.testing.assert_close(mine.grad, names[name].grad / seen_images, rtol=2e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(own.grad, names[name].grad / seen_images, rtol=2e-3, atol=2e-5, msg=name)
 
 
-def test_fast_moves_auxiliary_statistics_once_a_step() -> None:
+def test_fast_updates_auxiliary_statistics_once_per_step() -> None:
     task = make_task("fast")
     with pytest.raises(ConfigError, match=r"adv gets 1 of 6 images.*larger --batch-size"):
         task(*batch())
@@ -174,20 +177,20 @@ def test_fast_moves_auxiliary_statistics_once_a_step() -> None:
     assert counts == {1}
 
 
-def test_mixup_touches_the_clean_branch_only() -> None:
+def test_mixup_changes_the_clean_branch_only() -> None:
     from timm.data import Mixup
 
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
     mixup = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=5)
-    task = AdvPropTask(model, RECIPES["advprop"], attack=AttackConfig(), mean=HALF, std=HALF, mixup=mixup).train()
+    task = AdvPropTask(model, RECIPES["advprop"], ATTACK, mixup=mixup).train()
     images, labels = batch()
-    np.random.seed(0)  # timm's mixup draws from NumPy's generator
-    kept = images.clone()
+    np.random.seed(0)  # timm's mixup uses NumPy's generator
+    original = images.clone()
     joint: list[torch.Tensor] = []
     model.conv1.register_forward_hook(lambda module, args, output: joint.append(args[0].detach()))
     task(images, labels)
-    assert torch.equal(images, kept)
+    assert torch.equal(images, original)
     assert (joint[-1][:6] - images).abs().max() > 0.1
     assert (joint[-1][6:] - images).abs().max() <= 2 / 255 + 1e-6
 
@@ -195,9 +198,7 @@ def test_mixup_touches_the_clean_branch_only() -> None:
 def test_bf16_attack_and_step_run_under_autocast() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
-    task = AdvPropTask(
-        model, RECIPES["advprop"], attack=AttackConfig(), mean=HALF, std=HALF, amp_dtype=torch.bfloat16
-    ).train()
+    task = AdvPropTask(model, RECIPES["advprop"], ATTACK, amp_dtype=torch.bfloat16).train()
     kinds: list[torch.dtype] = []
     model.fc.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
     result = task(*batch())
@@ -209,26 +210,26 @@ def test_bf16_attack_and_step_run_under_autocast() -> None:
 def fast_gradients(amp_dtype: torch.dtype | None, factor: float) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
-    task = AdvPropTask(model, RECIPES["fast"], attack=AttackConfig(), mean=HALF, std=HALF, amp_dtype=amp_dtype).train()
+    task = AdvPropTask(model, RECIPES["fast"], ATTACK, amp_dtype=amp_dtype).train()
     torch.manual_seed(4)
     images, labels = torch.rand(80, 3, 32, 32) * 2 - 1, torch.randint(0, 5, (80,))
     (task(images, labels)["loss"] * factor).backward()
     return [parameter.grad / factor for parameter in model.parameters()]
 
 
-def test_the_reused_gradient_follows_the_scale_of_the_loss() -> None:
-    """As a GradScaler and gradient accumulation need it."""
+def test_reused_gradient_is_proportional_to_the_loss() -> None:
+    """GradScaler and gradient accumulation rely on it."""
     for scaled, plain in zip(fast_gradients(None, 64), fast_gradients(None, 1), strict=True):
         torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-8)
 
 
-def test_float16_keeps_the_reused_gradient() -> None:
+def test_reused_gradient_in_float16() -> None:
     half, full = (torch.cat([g.flatten() for g in fast_gradients(kind, 1024)]) for kind in (torch.float16, None))
     assert torch.isfinite(half).all()
     assert nn.functional.cosine_similarity(half, full, dim=0) > 0.98
 
 
-def test_the_routes_of_a_recipe_and_their_weights() -> None:
+def test_routes_of_a_recipe_and_their_weights() -> None:
     fast = RECIPES["fast"]
     assert fast.auxiliary_routes == ("adv",)
     assert (fast.route_weight("main"), fast.route_weight("adv")) == (0.8, 0.2)

@@ -23,8 +23,7 @@ from tests.support.checkpoints import save_resnet10t
 from tests.support.evaluation_sets import labeled_folder, spec_of, toy_onnx
 from train.checkpoint import load_checkpoint
 from train.dual_bn import add_auxiliary_bns, route
-from train.models import create_model
-from train.restore import restore_model
+from train.models import create_model, restore_model
 
 
 def run(*arguments: object) -> Result:

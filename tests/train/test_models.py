@@ -4,14 +4,14 @@ import pytest
 import timm
 import torch
 
-from runtime.errors import CheckpointError
+from runtime.errors import ArchError, BackendUnavailable, CheckpointError, ConfigError
 from train.checkpoint import load_checkpoint
 from train.dual_bn import route
 from train.loop import FitResult
-from train.restore import restore_model, route_weights
+from train.models import create_model, resolve_device, restore_model, route_weights
 
 
-def test_both_routes_come_back(trained: FitResult) -> None:
+def test_both_routes_are_restored(trained: FitResult) -> None:
     content = load_checkpoint(trained.last)
     stock, routed = (restore_model(content, trained.last, routes=routes).eval() for routes in (False, True))
     assert type(stock) is type(timm.create_model(content["arch"]))
@@ -24,7 +24,7 @@ def test_both_routes_come_back(trained: FitResult) -> None:
     assert routed.state_dict().keys() == content["state_dict"].keys()
 
 
-def test_the_moving_average_is_preferred(trained: FitResult) -> None:
+def test_moving_average_is_preferred(trained: FitResult) -> None:
     content = load_checkpoint(trained.last)
     content["ema_state_dict"] = {key: value + 1 for key, value in content["state_dict"].items()}
     key = next(iter(content["state_dict"]))
@@ -32,12 +32,35 @@ def test_the_moving_average_is_preferred(trained: FitResult) -> None:
     assert torch.equal(route_weights(content, ema=False)[key], content["state_dict"][key])
 
 
-def test_what_does_not_fit_is_named(trained: FitResult) -> None:
+def test_mismatch_of_weights_is_reported(trained: FitResult) -> None:
     content = {**load_checkpoint(trained.last), "ema_state_dict": None}
     with pytest.raises(CheckpointError, match=r"do not fit timm's resnet10t: .*extra"):
         restore_model({**content, "state_dict": {**content["state_dict"], "extra": torch.zeros(1)}}, Path("x.pt"))
     with pytest.raises(CheckpointError, match="has model_kwargs"):
         restore_model({**content, "model_kwargs": {"checkpoint_path": "evil"}}, Path("x.pt"))
-    with pytest.raises(CheckpointError, match="routes that cannot be"):
+    with pytest.raises(CheckpointError, match="invalid BatchNorm routes"):
         evil = {**content["state_dict"], "bn1.aux.a-b.weight": torch.zeros(1)}
         restore_model({**content, "state_dict": evil}, Path("x.pt"), routes=True)
+
+
+def test_unknown_architecture_suggests_the_nearest() -> None:
+    with pytest.raises(ArchError, match="did you mean resnet10t"):
+        create_model("resnet10tt")
+    with pytest.raises(ArchError, match="timm cannot create resnet10t with"):
+        create_model("resnet10t", nonsense=1)
+
+
+def test_devices() -> None:
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="--device 'gpu' is not a torch device"):
+        resolve_device("gpu")
+    with pytest.raises(ConfigError, match="--device meta cannot be used here"):
+        resolve_device("meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_cuda_without_a_gpu(name: str) -> None:
+    with pytest.raises(BackendUnavailable, match=rf"--device {name}: torch .* finds no NVIDIA GPU; use --device cpu"):
+        resolve_device(name)
