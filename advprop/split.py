@@ -11,11 +11,12 @@ from pathlib import Path
 from calib.images import CalibrationImage, CalibrationSet, calibration_set
 from runtime.errors import ConfigError, DataError
 from runtime.evaluate.cells import Cell, SuiteConfig
-from runtime.evaluate.images import Folder, LabeledImages
+from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.suites import open_suite
 from runtime.preprocessing import decode
 from runtime.spec import ModelSpec
 from runtime.system.files import sha256_file
+from runtime.system.image_sources import FolderSource
 
 __all__ = ["LEAST", "Split", "split"]
 
@@ -65,7 +66,7 @@ def split(suite: SuiteConfig, spec: ModelSpec, calib_data: Path | None, count: i
 def _of_one_folder(suite: SuiteConfig, spec: ModelSpec, count: int) -> Split:
     cells = open_suite(dataclasses.replace(suite, limit=None), spec).cells
     every, source = cells[0].images, cells[0].images.source
-    if any(cell.images is not every for cell in cells) or not isinstance(source, Folder):
+    if any(cell.images is not every for cell in cells) or not isinstance(source, FolderSource):
         raise ConfigError(f"the images of {suite.name} are no calibration images; give some: --calib-data DIR")
     limit = suite.limit if suite.limit is not None else len(every) - min(count, len(every) // 4)
     if len(every) - limit < LEAST:
@@ -110,7 +111,7 @@ def _apart(
     """Those whose content is not evaluated."""
     hashes: set[str] = set()
     for source, names in {(cell.images.source, cell.images.names) for cell in cells}:
-        if isinstance(source, Folder):
+        if isinstance(source, FolderSource):
             hashes |= {sha256_file(source.root / name) for name in names}
         else:
             log.warning("%s: whether calibration images are among these arrays is not checked", suite.data)

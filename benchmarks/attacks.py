@@ -41,8 +41,9 @@ from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.intervals import wilson
 from runtime.evaluate.models import Model, load_model
 from runtime.evaluate.suites import open_suite
-from runtime.preprocessing import fit_all, spread
+from runtime.preprocessing import Preprocessor
 from runtime.session import Session
+from runtime.system.image_sources import spread
 from tests.support.real_weights import ARCH, SOURCE, save_lite0
 
 BATCH = 16
@@ -123,7 +124,7 @@ def compare(file: Path, arguments: argparse.Namespace) -> None:
     model, float_logits = load_model(file, device="cpu"), open_float(file)
     config = SuiteConfig(name="imagenet", data=arguments.data, limit=arguments.limit)
     images = open_suite(config, model.spec).cells[0].images
-    clean = fit_all([images.source.read(name) for name in images.names], model.spec.preprocessing)
+    clean = Preprocessor(model.spec.preprocessing).fit([images.source.read(name) for name in images.names])
     labels = np.asarray(images.labels, np.int64)
     right = np.concatenate([evaluate_images(model, clean[part], labels[part])[0] for part in parts(len(labels))])
     print(f"{model.name}: {right.sum()} of {len(right)} correct, ε = {arguments.eps}/255, {arguments.queries} queries")

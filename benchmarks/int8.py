@@ -36,9 +36,10 @@ from runtime.errors import BackendUnavailable
 from runtime.graph.model import open_session
 from runtime.graph.structure import node_macs
 from runtime.graph.summary import summarize
-from runtime.preprocessing import SUFFIXES, fit_all, normalize, spread
+from runtime.preprocessing import Preprocessor, normalize
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
+from runtime.system.image_sources import image_paths, spread
 from tests.support.real_weights import SOURCE, labeled_images, save_lite0
 
 BATCH = 4
@@ -133,7 +134,7 @@ def batch_size(spec: Preprocessing) -> int:
 
 def batches(paths: list[Path], spec: Preprocessing, size: int = BATCH) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(paths), size):
-        yield normalize(fit_all(paths[start : start + size], spec), spec)
+        yield Preprocessor(spec)(paths[start : start + size])
 
 
 def labeled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
@@ -149,7 +150,7 @@ def split(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[Path, list[Pa
     """The calibration images and their folder, the others and their labels."""
     paths, labels = labeled(arguments.val, spec)
     if arguments.calib is not None:
-        others = sorted(path for path in arguments.calib.rglob("*") if path.suffix.lower() in SUFFIXES)
+        others = image_paths(arguments.calib)
         return arguments.calib, spread(others, arguments.images[0]), paths, labels
     chosen = set(np.unique(np.linspace(0, len(paths) - 1, arguments.images[0]).astype(int)).tolist())
     left = [place for place in range(len(paths)) if place not in chosen]
@@ -285,7 +286,7 @@ def store_corrupted(arguments: argparse.Namespace, spec: ModelSpec, folder: Path
 
     _, _, paths, labels = split(arguments, spec)
     chosen = spread(list(zip(paths, labels, strict=True)), arguments.corrupted)
-    fitted = fit_all([path for path, _ in chosen], spec.preprocessing)
+    fitted = Preprocessor(spec.preprocessing).fit([path for path, _ in chosen])
     np.save(folder / "labels.npy", [label for _, label in chosen])
     for name in CORRUPTIONS:
         for severity in range(1, 6):

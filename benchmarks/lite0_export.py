@@ -26,7 +26,7 @@ import runtime
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.graph.rounding import with_roundings
-from runtime.preprocessing import fit_all, network_input, normalize
+from runtime.preprocessing import Preprocessor
 from tests.support.real_weights import ARCH, SOURCE, labeled_images, save_lite0
 
 BATCH = 8
@@ -36,7 +36,6 @@ def torch_logits(weights: Path, paths: list[Path]) -> NDArray[np.float32]:
     model = timm.create_model(ARCH).eval()
     model.load_state_dict(torch.load(weights, weights_only=True), strict=True)
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    rows = []
     with torch.inference_mode():
         for start in range(0, len(paths), BATCH):
             images = [transform(Image.open(path).convert("RGB")) for path in paths[start : start + BATCH]]
@@ -45,13 +44,10 @@ def torch_logits(weights: Path, paths: list[Path]) -> NDArray[np.float32]:
 
 
 def session_logits(file: Path, paths: list[Path]) -> NDArray[np.float32]:
-    rows = []
     with runtime.load(file, device="cpu") as session:
         spec = session.spec
-        for start in range(0, len(paths), BATCH):
-            images = fit_all(paths[start : start + BATCH], spec.preprocessing)
-            rows.append(session.run(network_input(images, spec.preprocessing, spec.input_form)))
-    return np.concatenate(rows)
+        starts = range(0, len(paths), BATCH)
+        return np.concatenate([session.run(Preprocessor.of(spec)(paths[start : start + BATCH])) for start in starts])
 
 
 def rounded_logits(file: Path, paths: list[Path]) -> NDArray[np.float32]:
@@ -59,9 +55,8 @@ def rounded_logits(file: Path, paths: list[Path]) -> NDArray[np.float32]:
         preprocessing = session.spec.preprocessing
     graph = with_roundings(onnx.load(file)).SerializeToString()
     run = ort.InferenceSession(graph, providers=["CPUExecutionProvider"]).run
-    rows = []
     for start in range(0, len(paths), BATCH):
-        batch = normalize(fit_all(paths[start : start + BATCH], preprocessing), preprocessing)
+        batch = Preprocessor(preprocessing)(paths[start : start + BATCH])
         rows.append(run(None, {"input": batch})[0])
     return np.concatenate(rows)
 

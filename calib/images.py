@@ -93,7 +93,9 @@ class CalibrationSet:
         with open_source(self.source) as reader:
             for start in range(0, len(chosen), size):
                 few = chosen[start : start + size]
-                fitted = [fit_to_input(decode(reader.read(image.name)), spec) for image in few]
+                fitted = [
+                    fit_to_input(decode(reader.read(image.name), reader.describe(image.name)), spec) for image in few
+                ]
                 for kind in kinds:
                     pixels = fitted
                     if kind == "corrupted":

@@ -20,7 +20,7 @@ from export.source import Source, resized
 from runtime.errors import VerificationError
 from runtime.graph.model import run_batches
 from runtime.loading import load
-from runtime.preprocessing import network_input, normalize
+from runtime.preprocessing import Preprocessor, normalize
 from runtime.session import softmax
 from runtime.spec import ModelSpec
 
@@ -174,7 +174,7 @@ def check_file(
     with load(path, device="cpu") as session:
         spec = session.spec
         images_NHWC = source.images_NHWC[: len(logits_NK)]
-        found_NK = session.run(network_input(images_NHWC, spec.preprocessing, spec.input_form))
+        found_NK = session.run(Preprocessor.of(spec).convert(images_NHWC))
     expected_NK = _expected_output(logits_NK, spec)
     difference = float(np.abs(found_NK.astype(np.float32) - expected_NK).max())
     if not difference <= tolerance * max(1.0, float(np.abs(expected_NK).max())):

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from runtime.errors import DataError
 from runtime.spec import ModelSpec, Preprocessing
-from runtime.system.image_sources import SUFFIXES, spread  # noqa: F401
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,12 +42,16 @@ ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
 """A path, an encoded file's bytes, a uint8 HWC-RGB or HW-gray array, or a PIL image."""
 
 
-def decode(image: ImageLike) -> Image:
-    """Returns `image` as an RGB PIL image.
+def decode(image: ImageLike, name: str = "the image") -> Image:
+    """Return an image as an RGB PIL image.
+
+    Args:
+        image: a path, an encoded file's bytes, a uint8 array or a PIL image.
+        name: what messages call encoded bytes.
 
     Raises:
-        DataError: no such file, not an image, truncated, or an array of another dtype
-            or shape.
+        DataError: the file does not exist, is not an image or is truncated, or the array has
+            another dtype or shape.
     """
     from PIL import Image
 
@@ -58,7 +61,7 @@ def decode(image: ImageLike) -> Image:
         return _from_array(image)
     if not isinstance(image, str | PathLike | bytes):
         raise DataError(f"an image is a path, bytes, a uint8 array or a PIL image; found {type(image).__name__}")
-    with _opened(image) as opened:
+    with _opened(image, name) as opened:
         return opened.convert("RGB")
 
 
@@ -75,11 +78,12 @@ def image_size(image: ImageLike) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(image: str | PathLike[str] | bytes) -> Iterator[Image]:
+def _opened(image: str | PathLike[str] | bytes, name: str = "the image") -> Iterator[Image]:
     """Opens an encoded image. What goes wrong then or while it is read is a DataError."""
     from PIL import Image, UnidentifiedImageError
 
-    name = "the image bytes" if isinstance(image, bytes) else str(Path(image))
+    if not isinstance(image, bytes):
+        name = str(Path(image))
     try:
         source: Any = io.BytesIO(image) if isinstance(image, bytes) else name
         with Image.open(source) as opened:
@@ -87,8 +91,8 @@ def _opened(image: str | PathLike[str] | bytes) -> Iterator[Image]:
     except FileNotFoundError as error:
         raise DataError(f"no such image file: {name}") from error
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"cannot decode {name} as an image: {reason}") from error
+        reason = "Pillow does not know its format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"cannot decode {name}: {reason}") from error
 
 
 def _from_array(array: NDArray[Any]) -> Image:
@@ -231,15 +235,3 @@ class Preprocessor:
             return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
         images_NCHW = normalize(images_NHWC, self.spec)
         return images_NCHW.astype(np.float16) if self.input_form == "float16 NCHW" else images_NCHW
-
-
-def fit_all(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.uint8]:
-    return Preprocessor(spec).fit(images)
-
-
-def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> NDArray[np.float32]:
-    return Preprocessor(spec)(images)
-
-
-def network_input(images_NHWC: NDArray[np.uint8], spec: Preprocessing, form: str) -> NDArray[Any]:
-    return Preprocessor(spec, form).convert(images_NHWC)

@@ -23,7 +23,7 @@ from runtime.batching.decoder import Decoder
 from runtime.device.arrays import DeviceArray
 from runtime.errors import ConfigError, InputError, SessionClosed, SpecError
 from runtime.prediction import Prediction, predictions_of, softmax
-from runtime.preprocessing import ImageLike, fit_all, network_input
+from runtime.preprocessing import ImageLike, Preprocessor
 from runtime.spec import ModelSpec
 from runtime.system.calls import CallTracker, in_worker_thread
 
@@ -288,9 +288,7 @@ class Session:
         return outputs
 
     def _prepare(self, images: Sequence[ImageLike], spec: ModelSpec) -> NDArray[Any]:
-        fitted_NHWC = fit_all(images, spec.preprocessing)
-        batch = network_input(fitted_NHWC, spec.preprocessing, spec.input_form)
-        batch = batch.astype(self._backend.input.dtype, copy=False)
+        batch = Preprocessor.of(spec)(images).astype(self._backend.input.dtype, copy=False)
         self._backend.check_form(batch)
         return batch
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import runtime
 from export.source import load_source
-from runtime.preprocessing import preprocess
+from runtime.preprocessing import Preprocessor
 from train.data import embedded_digits
 
 NO_ENGINE = 3
@@ -63,7 +63,7 @@ def results(out: Path) -> Table:
     """Accuracy on the held-out digits, size and latency of everything that was made."""
     paths, labels = held_out_files(out / "held-out")
     source = load_source(out / "last.pt")
-    images_NCHW = preprocess(paths, source.spec.preprocessing)
+    images_NCHW = Preprocessor(source.spec.preprocessing)(paths)
     table = Table(title=f"{source.spec.arch}, {len(paths)} held-out images")
     for heading in ("", "accuracy", "MB", "ms an image"):
         table.add_column(heading, no_wrap=True, justify="right" if heading else "left")

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import DataError
 from runtime.preprocessing import image_size
-from runtime.system.image_sources import SUFFIXES
+from runtime.system.image_sources import image_paths
 
 __all__ = ["SYNTHETIC", "encoded_images", "pixels"]
 
@@ -41,10 +40,7 @@ def encoded_images(count: int, folder: Path | None, seed: int) -> list[bytes]:
     """
     if folder is None:
         return [_synthetic_image(number, seed) for number in range(count)]
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise DataError(f"{folder} contains no image files ({', '.join(SUFFIXES)})")
-    paths = paths[:count]
+    paths = image_paths(folder)[:count]
     for path in paths:
         image_size(path)
     return [paths[number % len(paths)].read_bytes() for number in range(count)]

@@ -24,7 +24,7 @@ from runtime.device.driver import Cuda, load_bindings
 from runtime.errors import InputError
 from runtime.graph.read import sha256_onnx
 from runtime.prediction import predictions_of
-from runtime.preprocessing import decode, fit_to_input, network_input, normalize
+from runtime.preprocessing import Preprocessor, decode, normalize
 from runtime.session import Session
 from runtime.spec import ModelSpec
 
@@ -201,7 +201,7 @@ def _backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[
     """
     spec, expected = backend.spec, backend.input
     if spec is not None:
-        made: NDArray[Any] = network_input(pixels_NHWC, spec.preprocessing, spec.input_form)
+        made: NDArray[Any] = Preprocessor.of(spec).convert(pixels_NHWC)
         return made.astype(expected.dtype, copy=False)
     channels_last = expected.shape[-1] == 3
     if not channels_last and expected.shape[1] not in (3, -1):
@@ -251,13 +251,13 @@ def _parts_probe(backend: Backend, encoded: Sequence[bytes]) -> Probe:
     """Return a probe of the steps of `predict`."""
     spec = backend.spec
     assert spec is not None
+    preprocessor = Preprocessor.of(spec)
 
     def probe() -> dict[str, float]:
         marks = [time.perf_counter_ns()]
         images = [decode(image) for image in encoded]
         marks.append(time.perf_counter_ns())
-        fitted = np.stack([fit_to_input(image, spec.preprocessing) for image in images])
-        batch = network_input(fitted, spec.preprocessing, spec.input_form).astype(backend.input.dtype, copy=False)
+        batch = preprocessor(images).astype(backend.input.dtype, copy=False)
         marks.append(time.perf_counter_ns())
         predictions_of(backend.run_checked(batch), spec)
         marks.append(time.perf_counter_ns())

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from runtime.errors import ConfigError, nearest
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, TABLES
-from runtime.evaluate.images import LabeledImages, class_folders, image_files
+from runtime.evaluate.images import LabeledImages, image_files
 from runtime.evaluate.labels import by_folder
 from runtime.spec import ModelSpec
+from runtime.system.image_sources import class_folders
 
 __all__ = ["CLEAN", "IMAGES", "RESIZE", "SEVERITIES", "Cell", "Opening", "SuiteConfig"]
 

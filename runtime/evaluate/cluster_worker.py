@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import AdvPropError, DataError
 from runtime.evaluate.image_workers import Workers, use_one_core
+from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.measure import Counted, Measurement, Unit
 from runtime.evaluate.models import Model, ModelSource
 from runtime.preprocessing import decode
@@ -96,7 +97,7 @@ class ClusterWorker:
         )
         for cell in measurement.suite.cells:
             if cell.id in cells:
-                self._check_readable(cell.images.source.read(cell.images.names[0]))
+                self._check_readable(cell.images)
         self._measurement.probe(cells)
         return self.node, self._measurement.describe("1/1")
 
@@ -116,8 +117,9 @@ class ClusterWorker:
             self._loaded[source] = source.load()
         return self._loaded[source]
 
-    def _check_readable(self, image: Any) -> None:
+    def _check_readable(self, images: LabeledImages) -> None:
+        name = images.names[0]
         try:
-            decode(image)
+            decode(images.source.read(name), images.source.describe(name))
         except DataError as error:
             raise DataError(f"{error}. Every node must see the images under the same path") from error

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailable, DataError
 from runtime.evaluate.corruptions import corrupt
-from runtime.evaluate.images import Source
 from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import Preprocessing
 from runtime.system.files import atomic_write, output_dir
+from runtime.system.image_sources import ImageSource
 
 __all__ = ["Corruption", "Workers", "corrupt_block", "in_order", "load_block", "use_one_core"]
 
@@ -52,7 +52,9 @@ class Corruption:
     """`imagenet`, `tiny` or `cifar`."""
 
 
-def load_block(source: Source, names: Sequence[str], preprocessing: Preprocessing, resize: str) -> NDArray[np.uint8]:
+def load_block(
+    source: ImageSource, names: Sequence[str], preprocessing: Preprocessing, resize: str
+) -> NDArray[np.uint8]:
     """Decode images and bring them to the network's input size.
 
     Args:
@@ -67,9 +69,10 @@ def load_block(source: Source, names: Sequence[str], preprocessing: Preprocessin
     Raises:
         DataError: an image cannot be decoded, or the images differ in size and may not be resized.
     """
+    decoded = (decode(source.read(name), source.describe(name)) for name in names)
     if resize == "fit":
-        return np.stack([fit_to_input(decode(source.read(name)), preprocessing) for name in names])
-    images = [np.asarray(decode(source.read(name))) for name in names]
+        return np.stack([fit_to_input(image, preprocessing) for image in decoded])
+    images = [np.asarray(image) for image in decoded]
     other = next((place for place, image in enumerate(images) if image.shape != images[0].shape), None)
     if other is not None:
         sizes = [f"{image.shape[1]}×{image.shape[0]} ({names[place]})" for place, image in enumerate(images)]

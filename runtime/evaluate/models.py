@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from runtime.backends.open import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from runtime.errors import ConfigError, SpecError
 from runtime.loading import load
-from runtime.preprocessing import network_input, normalize
+from runtime.preprocessing import Preprocessor, normalize
 from runtime.session import Session
 from runtime.spec import ModelSpec
 from runtime.system.files import sha256_file
@@ -217,7 +217,7 @@ def _from_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
         )
 
     def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
-        batch = network_input(images_NHWC, spec.preprocessing, spec.input_form)
+        batch = Preprocessor.of(spec).convert(images_NHWC)
         outputs_NK = session.run(batch.astype(backend.input.dtype, copy=False))
         if spec.output_form == "probs":
             return np.log(np.maximum(outputs_NK.astype(np.float64), _TINY))

@@ -12,9 +12,10 @@ import numpy as np
 from runtime.errors import ConfigError, DataError, nearest
 from runtime.evaluate.cells import CLEAN, IMAGES, SEVERITIES, Cell, Opening, SuiteConfig
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, corrupt, table_for
-from runtime.evaluate.images import ArrayFile, LabeledImages, class_folders, image_files, open_array
+from runtime.evaluate.images import LabeledImages, image_files
 from runtime.evaluate.labels import IMAGENET_A, IMAGENET_R, among, by_cifar_number, by_imagenet_number
 from runtime.spec import ModelSpec, Preprocessing
+from runtime.system.image_sources import ArraySource, class_folders, open_array
 
 __all__ = ["SUITES", "Suite", "open_suite"]
 
@@ -176,7 +177,7 @@ def _cifar10_c(opening: Opening) -> list[Cell]:
         for level in SEVERITIES:
             numbers = range((level - 1) * rows, level * rows)
             images = LabeledImages(
-                ArrayFile(path), tuple(str(row) for row in numbers), tuple(classes[labels[row]] for row in numbers)
+                ArraySource(path), tuple(str(row) for row in numbers), tuple(classes[labels[row]] for row in numbers)
             )
             cells.append(Cell(id=f"{name}/{level}", images=_same_rows(opening, images, rows), resize="fit"))
     _check_found(opening.config, cells, "CORRUPTION.npy files, such as fog.npy, and labels.npy")

@@ -178,6 +178,10 @@ class ImageSource(ABC):
             DataError: the image can't be read.
         """
 
+    @abstractmethod
+    def describe(self, name: str) -> str:
+        """Return what messages call the image."""
+
     def close(self) -> None:  # noqa: B027  # most sources hold nothing open
         """Close what the source holds open."""
 
@@ -205,6 +209,9 @@ class FolderSource(ImageSource):
             raise DataError(f"no such image file: {self.root / name}") from error
         except OSError as error:
             raise DataError(f"cannot read {self.root / name}: {error.strerror or error}") from error
+
+    def describe(self, name: str) -> str:
+        return str(self.root / name)
 
 
 class TarMember(NamedTuple):
@@ -285,6 +292,9 @@ class TarSource(ImageSource):
         except (KeyError, OSError, EOFError, tarfile.TarError) as error:
             raise DataError(f"{self._path}: cannot read {name} ({error})") from error
 
+    def describe(self, name: str) -> str:
+        return f"{self._path}:{name}"
+
     def close(self) -> None:
         self._tar.close()
 
@@ -346,6 +356,9 @@ class ArraySource(ImageSource):
         if not (name.isdecimal() and int(name) < len(self._images)):
             raise DataError(f"{self.path} has no image {name}; it has {len(self._images)} images")
         return np.array(self._images[int(name)])
+
+    def describe(self, name: str) -> str:
+        return f"{self.path}, image {name}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}  # not the mapped file

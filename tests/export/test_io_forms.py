@@ -11,7 +11,7 @@ import runtime
 from calib.precision import to_reduced
 from export.cli import main
 from export.io_forms import with_forms
-from runtime.preprocessing import network_input, normalize
+from runtime.preprocessing import Preprocessor, normalize
 from runtime.session import softmax
 from runtime.spec import INPUT_FORMS, OUTPUT_FORMS, ModelSpec, Preprocessing
 from tests.support.networks import classifier
@@ -52,7 +52,7 @@ def expected_output(logits: np.ndarray, output: str) -> np.ndarray:
 def test_all_forms_have_the_same_outputs(network: onnx.ModelProto, form: str, output: str) -> None:
     (logits,) = run(network, normalize(pixels(), PREPROCESSING))
     changed = with_forms(network, spec(input_form=form, output_form=output))
-    found, *classes = run(changed, network_input(pixels(), PREPROCESSING, form))
+    found, *classes = run(changed, Preprocessor(PREPROCESSING, form).convert(pixels()))
     tolerance = 2e-3 if form == "float16 NCHW" else 1e-6
     np.testing.assert_allclose(found, expected_output(logits, output), rtol=tolerance, atol=tolerance)
     names = {"logits": ["logits"], "probs": ["probs"], "topk": ["probs", "classes"]}[output]
@@ -72,7 +72,7 @@ def test_fp16_input_and_output_need_no_casts(network: onnx.ModelProto, output: s
     casts = [node.op_type for node in changed.graph.node].count("Cast")
     assert casts == (0 if output == "logits" else 2)  # probabilities are computed in float32
     (logits,) = run(network, normalize(pixels(), PREPROCESSING))
-    found = run(changed, network_input(pixels(), PREPROCESSING, "float16 NCHW"))[0]
+    found = run(changed, Preprocessor(PREPROCESSING, "float16 NCHW").convert(pixels()))[0]
     np.testing.assert_allclose(found.astype(np.float32), expected_output(logits, output), rtol=1e-2, atol=1e-2)
 
 

@@ -124,10 +124,10 @@ def test_predictions_from_files_are_those_of_the_checkpoint(
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(pixels).save(paths[-1])
     source = load_source(trained.last)
-    from runtime.preprocessing import preprocess
+    from runtime.preprocessing import Preprocessor
 
     with torch.no_grad():
-        expected = source.model(torch.from_numpy(preprocess(paths, source.spec.preprocessing))).argmax(1).tolist()
+        expected = source.model(torch.from_numpy(Preprocessor(source.spec.preprocessing)(paths))).argmax(1).tolist()
     for path in (exported.onnx, exported.reduced_onnx):
         with runtime.load(path) as session:
             assert [answer.index for answer in session.predict(paths)] == expected

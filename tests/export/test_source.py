@@ -12,7 +12,7 @@ from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from export.source import load_source
 from runtime.errors import CheckpointError, ConfigError
-from runtime.preprocessing import preprocess
+from runtime.preprocessing import Preprocessor
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.dual_bn import add_auxiliary_bns, route
 from train.loop import FitResult
@@ -42,8 +42,8 @@ def test_published_weights_come_with_their_own_mean(published: Path) -> None:
     other = load_source("timm:tf_efficientnet_b0.in1k", weights=published)
     assert other.spec.preprocessing.mean == (0.485, 0.456, 0.406)
     white = np.full((300, 300, 3), 255, np.uint8)
-    assert preprocess([white], source.spec.preprocessing).max() == 1.0
-    assert preprocess([white], other.spec.preprocessing).max() > 2
+    assert Preprocessor(source.spec.preprocessing)([white]).max() == 1.0
+    assert Preprocessor(other.spec.preprocessing)([white]).max() > 2
 
 
 def test_timms_split_batch_norms_are_stripped(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from runtime.errors import DataError
-from runtime.preprocessing import decode, fit_to_input, preprocess
+from runtime.preprocessing import Preprocessor, decode, fit_to_input
 from runtime.spec import INTERPOLATIONS, Preprocessing
 
 SPEC = Preprocessing(
@@ -53,7 +53,7 @@ def noise(width: int, height: int) -> Image.Image:
 def test_bit_equal_to_timms_evaluation_transform(spec: Preprocessing, size: tuple[int, int]) -> None:
     image = noise(*size)
     expected = timm_transform(spec)(image).numpy()
-    found = preprocess([image], spec)[0]
+    found = Preprocessor(spec)([image])[0]
     assert found.dtype == np.float32
     assert found.shape == (3, spec.height, spec.width)
     assert np.array_equal(found, expected)
@@ -69,7 +69,7 @@ def test_bit_equal_on_200_photographs_with_every_interpolation(shared_data: Call
             photograph = image.convert("RGB")
         assert np.array_equal(np.asarray(decode(path)), np.asarray(photograph)), path
         for spec, transform in pairs:
-            assert np.array_equal(preprocess([photograph], spec)[0], transform(photograph).numpy()), (path, spec)
+            assert np.array_equal(Preprocessor(spec)([photograph])[0], transform(photograph).numpy()), (path, spec)
 
 
 def test_all_kinds_of_image_give_the_same_pixels(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_all_kinds_of_image_give_the_same_pixels(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     image.save(path)
     kinds = [image, path, str(path), path.read_bytes(), np.asarray(image)]
-    batch = preprocess(kinds, SPEC)
+    batch = Preprocessor(SPEC)(kinds)
     assert all(np.array_equal(batch[0], other) for other in batch[1:])
 
 
@@ -134,7 +134,7 @@ def test_result_is_contiguous_and_owned() -> None:
 def test_a_strip_that_would_fill_the_memory_is_refused(size: tuple[int, int]) -> None:
     for spec in (replace(SPEC, height=224, width=224), replace(SPEC, height=200, width=224)):
         with pytest.raises(DataError, match="too long and narrow"):
-            preprocess([Image.new("RGB", size)], spec)
+            Preprocessor(spec)([Image.new("RGB", size)])
 
 
 def test_what_is_no_image_at_all() -> None:

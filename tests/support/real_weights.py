@@ -14,7 +14,7 @@ import timm
 import torch
 
 from export.source import timm_spec
-from runtime.preprocessing import fit_all
+from runtime.preprocessing import Preprocessor
 from train.checkpoint import save_checkpoint
 
 ARCH = "tf_efficientnet_lite0"
@@ -46,7 +46,7 @@ def save_lite0_checkpoint(path: Path, data: Path, images: int = 64) -> None:
     paths, labels = labeled_images(data)
     step = max(1, len(paths) // images)
     sample = {
-        "images": torch.from_numpy(fit_all(paths[::step][:images], spec.preprocessing)),
+        "images": torch.from_numpy(Preprocessor(spec.preprocessing).fit(paths[::step][:images])),
         "labels": torch.tensor(labels[::step][:images]),
     }
     content = {"arch": ARCH, "model_kwargs": {"num_classes": 1000}, "recipe": "vanilla", "spec": spec.to_json()}

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runtime.evaluate.attacks.methods import Craft
 from torch import nn
 
 from advprop.checkpoints.attacker import gradient_attacks
 from runtime.errors import ConfigError
+from runtime.evaluate.attacks.methods import Craft
 from runtime.evaluate.models import Model, load_model
 from tests.support.attack_sets import held_digits, torch_digit_net
 from tests.support.report_sets import digit_net

@@ -10,12 +10,13 @@ from PIL import Image
 
 from runtime.errors import BackendUnavailable, ConfigError, DataError, SpecError
 from runtime.evaluate.corruptions.weather import frost_texture
-from runtime.evaluate.images import Folder, LabeledImages
+from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.labels import CIFAR10, IMAGENET_A, IMAGENET_R
 from runtime.evaluate.results import Result
 from runtime.evaluate.run import evaluate
 from runtime.evaluate.suites import SUITES, open_suite
 from runtime.spec import ModelSpec
+from runtime.system.image_sources import FolderSource
 from tests.support.evaluation_sets import (
     COLORS,
     WNIDS,
@@ -280,7 +281,7 @@ def test_the_table_of_severities_depends_on_the_input_size_of_the_network(
 
 def test_a_limit_is_stratified_seeded_and_nested() -> None:
     names = tuple(f"{label}/{number}" for label in range(4) for number in range((1, 10, 30, 60)[label]))
-    images = LabeledImages(Folder(Path()), names, tuple(int(name[0]) for name in names))
+    images = LabeledImages(FolderSource(Path()), names, tuple(int(name[0]) for name in names))
     ten = images.limited(10, 0)
     assert np.bincount(ten.labels, minlength=4).tolist() == [0, 1, 3, 6]
     assert ten.names == tuple(name for name in names if name in set(ten.names))
