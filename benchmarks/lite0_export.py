@@ -37,6 +37,7 @@ def torch_logits(weights: Path, paths: list[Path]) -> NDArray[np.float32]:
     model.load_state_dict(torch.load(weights, weights_only=True), strict=True)
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     with torch.inference_mode():
+        rows = []
         for start in range(0, len(paths), BATCH):
             images = [transform(Image.open(path).convert("RGB")) for path in paths[start : start + BATCH]]
             rows.append(model(torch.stack(images)).numpy())
@@ -55,6 +56,7 @@ def rounded_logits(file: Path, paths: list[Path]) -> NDArray[np.float32]:
         preprocessing = session.spec.preprocessing
     graph = with_roundings(onnx.load(file)).SerializeToString()
     run = ort.InferenceSession(graph, providers=["CPUExecutionProvider"]).run
+    rows = []
     for start in range(0, len(paths), BATCH):
         batch = Preprocessor(preprocessing)(paths[start : start + BATCH])
         rows.append(run(None, {"input": batch})[0])

@@ -9,8 +9,8 @@ import click
 
 from calib.options import calibration_options
 from runtime.spec import INTERPOLATIONS, Preprocessing
-from runtime.system.command import Command, Option, as_config
-from runtime.system.console import counting_bars, set_up_logging
+from runtime.system.command import Command, Option, as_config, data_option, out_option, with_options
+from runtime.system.console import progress_bars, set_up_logging
 
 if TYPE_CHECKING:
     from calib.config import CalibrationConfig
@@ -77,21 +77,15 @@ def _preprocessing(given: dict[str, Any]) -> Preprocessing | None:
 
 @click.command("calibrate", cls=Command, epilog=EXAMPLES)
 @click.argument("onnx", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Images like those that the model will see: a folder, a tar or NumPy file, or a calib.json.",
+@with_options(
+    data_option(
+        required=True,
+        metavar="PATH",
+        help="Images like those that the model will see: a folder, a tar or NumPy file, or a calib.json.",
+    ),
+    out_option("INT8 file to write (default: NAME.int8.onnx).", "FILE"),
+    Option(["--no-cache"], is_flag=True, help="Do not keep histograms for later runs."),
 )
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="INT8 file to write (default: NAME.int8.onnx).",
-)
-@click.option("--no-cache", is_flag=True, help="Do not keep histograms for later runs.")
 @calibration_options
 @as_config("preprocessing", _PREPROCESSING, _preprocessing)
 def main(
@@ -113,7 +107,7 @@ def main(
     from calib.report import print_calibration
 
     target = out or onnx.with_suffix(".int8.onnx")
-    with counting_bars(console) as bars:
+    with progress_bars() as bars:
         tasks = {}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -10,8 +10,8 @@ from click.core import ParameterSource
 
 from calib.options import CALIBRATION_OPTIONS, calibration_options
 from runtime.engine.command_line import ENGINE_OPTIONS, build_arguments
-from runtime.system.command import Command, Option, as_config, image_size_option
-from runtime.system.console import engine_bar, set_up_logging
+from runtime.system.command import Command, Option, as_config, image_size_option, out_option, with_options
+from runtime.system.console import engine_bar, print_lines, set_up_logging, status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,39 +107,33 @@ _FORM_OPTIONS = (
 
 @click.command("export", cls=Command, epilog=EXAMPLES)
 @click.argument("checkpoint")
-@click.option(
-    "--trt", cls=Option, group="Output", type=click.Choice(_PRECISIONS), help="Build an engine of this precision."
-)
-@click.option(
-    "--precision",
-    cls=Option,
-    group="Output",
-    type=click.Choice(_PRECISIONS),
-    help="Write an ONNX file of this precision, but no engine (default: fp32).",
-)
-@click.option(
-    "-o",
-    "--out",
-    cls=Option,
-    group="Output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Output folder (default: the checkpoint's folder).",
+@with_options(
+    _option("Output", "--trt", type=click.Choice(_PRECISIONS), help="Build an engine of this precision."),
+    _option(
+        "Output",
+        "--precision",
+        type=click.Choice(_PRECISIONS),
+        help="Write an ONNX file of this precision, but no engine (default: fp32).",
+    ),
+    out_option("Output folder (default: the checkpoint's folder).", group="Output"),
 )
 @as_config("model", _MODEL_OPTIONS, dict)
 @as_config("forms", _FORM_OPTIONS, dict)
-@image_size_option(
-    "Image size, N or HxW (default: the checkpoint's); MIN:OPT:MAX makes a file that accepts any size.",
-    group="Input and output format",
+@with_options(
+    image_size_option(
+        "Image size, N or HxW (default: the checkpoint's); MIN:OPT:MAX makes a file that accepts any size.",
+        group="Input and output format",
+    )
 )
 @as_config("engine", ENGINE_OPTIONS, build_arguments)
-@click.option(
-    "--calib-data",
-    cls=Option,
-    group="INT8 calibration",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Calibration images (a folder, tar or NumPy file), or the calib.json of an earlier run.",
+@with_options(
+    _option(
+        "INT8 calibration",
+        "--calib-data",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Calibration images (a folder, tar or NumPy file), or the calib.json of an earlier run.",
+    )
 )
 @calibration_options
 def main(
@@ -161,7 +155,7 @@ def main(
     """
     console = set_up_logging()
     _validate_options(trt, precision, forms["io"])
-    with console.status("importing torch") as status:
+    with status("importing torch") as spinner:
         from export.config import EngineConfig, ExportConfig
         from export.pipeline import export_checkpoint
 
@@ -176,7 +170,7 @@ def main(
             **model,
             **forms,
         )
-        result = export_checkpoint(checkpoint, config, progress=status.update, build_progress=engine_bar(status))
+        result = export_checkpoint(checkpoint, config, progress=spinner.update, build_progress=engine_bar(spinner))
     _show(console, result)
 
 
@@ -233,8 +227,7 @@ def _show(console: Console, result: ExportResult) -> None:
         from calib.report import print_calibration
 
         print_calibration(console, result.onnx.name, result.reduced_onnx, result.calibrated)
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, lines)
 
 
 def _bytes(path: Path) -> int:

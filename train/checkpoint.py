@@ -28,6 +28,8 @@ from runtime.system.files import atomic_write
 __all__ = ["FORMAT", "check_checkpoint", "describe", "load_checkpoint", "read_torch_file", "save_checkpoint"]
 
 FORMAT = "advprop.checkpoint/1"
+_MAGIC = (b"PK\x03\x04", b"\x80")
+"""First bytes of the files that torch writes: a zip archive, or up to torch 1.5 a pickle."""
 _REQUIRED = ("arch", "model_kwargs", "recipe", "spec", "state_dict", "epoch", "step", "sample")
 
 
@@ -90,6 +92,8 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if not head:
         raise CheckpointError(f"{path} is empty (0 bytes): the copy or download did not finish")
+    if not head.startswith(_MAGIC):
+        raise CheckpointError(f"{path} is not a torch file; expected a checkpoint (.pt) or a state_dict")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; loading either works or raises
@@ -102,8 +106,9 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
             ) from error
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path} is a TorchScript archive; expected a checkpoint or a state_dict") from error
-        problem = "is truncated or damaged" if head[:2] == b"PK" else "is not a torch file, or is damaged"
-        raise CheckpointError(f"{path} {problem} ({type(error).__name__}); copy or download it again") from error
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({type(error).__name__}); copy or download it again"
+        ) from error
 
 
 def describe(content: Any) -> str:

@@ -11,8 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.system.command import CommaList, Command, Option, as_config, device_option
-from runtime.system.console import counting_bars, set_up_logging
+from runtime.system.command import (
+    CommaList,
+    Command,
+    Option,
+    as_config,
+    batch_size_option,
+    data_option,
+    device_option,
+    json_option,
+    kernels_option,
+    limit_option,
+    out_option,
+    seed_option,
+    threads_option,
+    with_options,
+)
+from runtime.system.console import print_lines, progress_bars, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +55,12 @@ Attacks:
 To resume an interrupted run, repeat its command.
 """
 
+
+def _count(name: str, default: int, help_text: str) -> Option:
+    at_least_one = click.IntRange(min=1)
+    return Option([name], default=default, show_default=True, type=at_least_one, group="Attacks", help=help_text)
+
+
 _ATTACKS = (
     Option(
         ["--attacks"],
@@ -55,14 +76,7 @@ _ATTACKS = (
         group="Attacks",
         help="Maximum change of a pixel, in 1/255 (default: 4; 8 for networks up to 64 px).",
     ),
-    Option(
-        ["--queries"],
-        default=1000,
-        show_default=True,
-        type=click.IntRange(min=1),
-        group="Attacks",
-        help="Square attack: queries per image.",
-    ),
+    _count("--queries", 1000, "Square attack: queries per image."),
     Option(
         ["--initial-share"],
         default=0.8,
@@ -70,90 +84,33 @@ _ATTACKS = (
         group="Attacks",
         help="Square attack: share of the image that the first square covers, 0 to 1.",
     ),
-    Option(
-        ["--draws"],
-        default=10,
-        show_default=True,
-        type=click.IntRange(min=1),
-        group="Attacks",
-        help="Noise draws per image; the worst is reported.",
-    ),
-    Option(
-        ["--steps"],
-        default=20,
-        show_default=True,
-        type=click.IntRange(min=1),
-        group="Attacks",
-        help="PGD and APGD: number of steps.",
-    ),
-    Option(
-        ["--restarts"],
-        default=1,
-        show_default=True,
-        type=click.IntRange(min=1),
-        group="Attacks",
-        help="PGD and APGD: number of random restarts.",
-    ),
+    _count("--draws", 10, "Noise draws per image; the worst is reported."),
+    _count("--steps", 20, "PGD and APGD: number of steps."),
+    _count("--restarts", 1, "PGD and APGD: number of random restarts."),
 )
 
 
 @click.command("attack", cls=Command, epilog=EXAMPLES)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of labeled images, CLASS/IMAGE.",
+@with_options(
+    data_option(required=True),
+    Option(
+        ["--checkpoint"],
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Checkpoint whose gradient PGD and APGD follow.",
+    ),
+    limit_option(),
+    seed_option("sampling and attacks"),
+    out_option("Folder for results.", default=Path("evaluation")),
+    json_option("the results as JSON instead of a table"),
 )
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Checkpoint whose gradient PGD and APGD follow.",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Maximum number of images, sampled from all classes in proportion.",
-)
-@click.option("--seed", default=0, show_default=True, help="Seed for sampling and attacks.")
-@click.option(
-    "-o",
-    "--out",
-    default=Path("evaluation"),
-    show_default=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder for results.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON instead of a table.")
 @as_config("attacks", _ATTACKS, dict)
-@click.option(
-    "--batch-size",
-    cls=Option,
-    group="Execution",
-    default=16,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Images per batch.",
-)
-@click.option(
-    "--threads",
-    cls=Option,
-    group="Execution",
-    default=0,
-    show_default=True,
-    help="CPU threads of ONNX Runtime; 0 uses all cores.",
-)
-@device_option(group="Execution")
-@click.option(
-    "--gpu-kernels/--cpu-kernels",
-    cls=Option,
-    group="Execution",
-    default=True,
-    help="Round as a GPU does, also on a CPU. With --cpu-kernels, attack what services on this CPU compute.",
+@with_options(
+    batch_size_option(16, group="Execution"),
+    threads_option(group="Execution"),
+    device_option(group="Execution"),
+    kernels_option("attack", group="Execution"),
 )
 def main(
     models: tuple[Path, ...],
@@ -196,7 +153,7 @@ def main(
         asked = dataclasses.replace(asked, epsilons=(default_epsilon(loaded[0].spec),))
     suite = SuiteConfig(name="imagenet", data=data, limit=limit, seed=seed)
     targets = _targets(loaded, white_box, asked)
-    results = _attack(console, targets, suite, asked, out, attacker, execution["batch_size"])
+    results = _attack(targets, suite, asked, out, attacker, execution["batch_size"])
     _show(console, results, out, as_json)
 
 
@@ -227,7 +184,6 @@ def _targets(models: Sequence[Any], white_box: Any, config: AttackConfig) -> lis
 
 
 def _attack(
-    console: Console,
     targets: Sequence[AttackedModel],
     data: SuiteConfig,
     config: AttackConfig,
@@ -237,7 +193,7 @@ def _attack(
 ) -> list[AttackResult]:
     from runtime.evaluate import attack
 
-    with counting_bars(console, counts=False) as bars:
+    with progress_bars(counts=False) as bars:
         task = bars.add_task(", ".join(config.attacks), total=None)
 
         def show(done: float, total: int) -> None:
@@ -259,8 +215,7 @@ def _show(console: Console, results: list[AttackResult], out: Path, as_json: boo
         click.echo(json.dumps(results, indent=1, ensure_ascii=False))
         return
     console.print(attack_table(results))
-    for line in (*attack_notes(results), f"wrote {', '.join(written)}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, (*attack_notes(results), f"wrote {', '.join(written)}"))
 
 
 if __name__ == "__main__":

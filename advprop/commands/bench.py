@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.system.command import CommaList, Command, Option, as_config
-from runtime.system.console import counting_bars, set_up_logging
+from runtime.system.command import (
+    CommaList,
+    Command,
+    Option,
+    as_config,
+    data_option,
+    device_option,
+    json_option,
+    out_option,
+    seed_option,
+    threads_option,
+    with_options,
+)
+from runtime.system.console import print_lines, progress_bars, set_up_logging, status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +42,10 @@ Ctrl-C keeps the measurements that are finished.
 """
 
 _NUMBERS = CommaList(int, "whole numbers such as 1,8,32")
+
+
+def _number(name: str, default: float, help_text: str) -> Option:
+    return Option([name], default=default, show_default=True, group="Measurement", help=help_text)
 
 
 def _bench_config(values: dict[str, Any]) -> BenchConfig:
@@ -56,35 +72,11 @@ _MEASUREMENT = (
         group="Measurement",
         help="Numbers of threads that call the model at once.",
     ),
-    Option(
-        ["--warm-up-ms"],
-        default=200.0,
-        show_default=True,
-        group="Measurement",
-        help="Warm-up before each measurement, in milliseconds.",
-    ),
-    Option(
-        ["--duration-s"],
-        default=3.0,
-        show_default=True,
-        group="Measurement",
-        help="Seconds per metric, file and batch size.",
-    ),
-    Option(
-        ["--iterations"],
-        default=10,
-        show_default=True,
-        group="Measurement",
-        help="Minimum number of calls per measurement.",
-    ),
-    Option(["--rounds"], default=10, show_default=True, group="Measurement", help="Interleaved rounds per file."),
-    Option(
-        ["--seed"],
-        default=0,
-        show_default=True,
-        group="Measurement",
-        help="Seed for the order of turns and for generated images.",
-    ),
+    _number("--warm-up-ms", 200.0, "Warm-up before each measurement, in milliseconds."),
+    _number("--duration-s", 3.0, "Seconds per metric, file and batch size."),
+    _number("--iterations", 10, "Minimum number of calls per measurement."),
+    _number("--rounds", 10, "Interleaved rounds per file."),
+    seed_option("the order of turns and for generated images", group="Measurement"),
 )
 
 
@@ -95,13 +87,7 @@ def _load_options(values: dict[str, Any]) -> LoadOptions:
 
 
 _EXECUTION = (
-    Option(
-        ["--threads"],
-        default=0,
-        show_default=True,
-        group="Execution",
-        help="CPU threads per run; 0 leaves the choice to each library.",
-    ),
+    threads_option("CPU threads per run; 0 leaves the choice to each library.", group="Execution"),
     Option(
         ["--spin/--no-spin"],
         default=None,
@@ -120,44 +106,24 @@ _EXECUTION = (
         group="Execution",
         help="Execution contexts per engine, that is, batches in flight (default: one per calling thread).",
     ),
-    Option(
-        ["--device"],
-        default="auto",
-        show_default=True,
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        group="Execution",
-        help="Device to run on; auto uses the GPU if a model can run there.",
-    ),
+    device_option(group="Execution"),
 )
 
 
 @click.command("bench", cls=Command, epilog=EXAMPLES)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option(
-    "--against",
-    default="",
-    type=CommaList(str),
-    metavar="PEERS",
-    help="Peers to measure as well: torch, ort or torch,ort.",
+@with_options(
+    Option(
+        ["--against"],
+        default="",
+        type=CommaList(str),
+        metavar="PEERS",
+        help="Peers to measure as well: torch, ort or torch,ort.",
+    ),
+    data_option(former=["--images"], help="Folder of images for the metric predict (default: generated images)."),
+    out_option("Folder for results.", default=Path("bench")),
+    json_option(),
 )
-@click.option(
-    "--data",
-    cls=Option,
-    former=["--images"],
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of images for the metric predict (default: generated images).",
-)
-@click.option(
-    "-o",
-    "--out",
-    default=Path("bench"),
-    show_default=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder for results.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
 @as_config("config", _MEASUREMENT, _bench_config)
 @as_config("load", _EXECUTION, _load_options)
 def main(
@@ -179,7 +145,7 @@ def main(
     from runtime.system.files import output_dir
 
     output_dir(out)
-    with console.status("loading"):
+    with status("loading"):
         targets = open_targets(files, against, load, max_callers=max(config.concurrency), torch_opener=open_torch_peer)
     try:
         bench = Bench(targets, config, data)
@@ -197,11 +163,11 @@ def _measure(console: Console, bench: Bench, out: Path, images: str, as_json: bo
             click.echo(json.dumps(result, indent=1, ensure_ascii=False))
             return
         console.print(table_of(result))
-        for line in (*notes_of(result), f"wrote {', '.join(path.name for path in written)} to {out}"):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        files = ", ".join(path.name for path in written)
+        print_lines(console, (*notes_of(result), f"wrote {files} to {out}"))
 
     # Drawn between rounds only: a drawing thread would compete with the model that is being measured.
-    with counting_bars(console, auto_refresh=False) as bars:
+    with progress_bars(auto_refresh=False) as bars:
         task = bars.add_task("", total=None)
 
         def progress(done: int, total: int, description: str) -> None:

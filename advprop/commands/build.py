@@ -10,8 +10,8 @@ import click
 
 from runtime.engine.command_line import ENGINE_OPTIONS, build_arguments
 from runtime.spec import ImageSizes
-from runtime.system.command import Command, as_config, image_size_option
-from runtime.system.console import engine_bar, set_up_logging
+from runtime.system.command import Command, as_config, image_size_option, out_option, with_options
+from runtime.system.console import engine_bar, print_lines, set_up_logging, status
 
 EXAMPLES = """\b
 Examples:
@@ -24,14 +24,10 @@ Examples:
 
 @click.command("build", cls=Command, epilog=EXAMPLES)
 @click.argument("onnx", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Engine to write (default: the ONNX file's name with .engine).",
+@with_options(
+    out_option("Engine to write (default: the ONNX file's name with .engine).", "FILE"),
+    image_size_option("Image sizes MIN:OPT:MAX of the engine, if the ONNX file accepts any size."),
 )
-@image_size_option("Image sizes MIN:OPT:MAX of the engine, if the ONNX file accepts any size.")
 @as_config("arguments", ENGINE_OPTIONS, build_arguments)
 def main(onnx: Path, out: Path | None, image_sizes: ImageSizes | None, arguments: dict[str, Any]) -> None:
     """Build a TensorRT engine from the file ONNX, in the precision of its graph."""
@@ -40,17 +36,13 @@ def main(onnx: Path, out: Path | None, image_sizes: ImageSizes | None, arguments
     from runtime.engine.int8 import summary_of
 
     arguments["options"] = dataclasses.replace(arguments["options"], image_sizes=image_sizes)
-    with console.status("building") as status:
-        info = build(onnx, out, progress=engine_bar(status), **arguments)
+    with status("building") as spinner:
+        info = build(onnx, out, progress=engine_bar(spinner), **arguments)
     engine = out or onnx.with_suffix(".engine")
     computed = f"; in INT8: {summary_of(info.layers)}" if info.layers else ""
-    console.print(
-        f"wrote {engine} ({engine.stat().st_size / 1e6:.1f} MB): {info.flavor} {info.version}, "
-        f"{info.precision}, for {', '.join(info.compute_capabilities)}{computed}",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    size, targets = engine.stat().st_size / 1e6, ", ".join(info.compute_capabilities)
+    made = f"{info.flavor} {info.version}, {info.precision}, for {targets}{computed}"
+    print_lines(console, [f"wrote {engine} ({size:.1f} MB): {made}"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from runtime.errors import OutputError
-from runtime.system.command import Command
+from runtime.system.command import Command, json_option, with_options
 from runtime.system.console import set_up_logging
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def path() -> None:
 
 
 @main.command(cls=Command, epilog="\b\nExamples:\n  advprop cache ls\n  advprop cache ls --json")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per entry.")
+@with_options(json_option("a JSON array with one object per entry"))
 def ls(as_json: bool) -> None:
     """List cached entries, most recently used first."""
     found = _entries()

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from runtime.system.command import Command
+from runtime.system.command import Command, json_option, with_options
 from runtime.system.console import set_up_logging
 
 EXAMPLES = """\b
@@ -24,7 +24,7 @@ _COLORS = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
 @click.command("doctor", cls=Command, epilog=EXAMPLES)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with one object per check.")
+@with_options(json_option("a JSON array with one object per check"))
 def main(as_json: bool) -> None:
     """Check which backends work on this machine, why the others do not, and how to fix them."""
     console = set_up_logging()

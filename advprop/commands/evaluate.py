@@ -12,8 +12,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runtime.errors import ConfigError
-from runtime.system.command import Command, Option, as_config, device_option
-from runtime.system.console import counting_bars, set_up_logging
+from runtime.system.command import (
+    Command,
+    Option,
+    as_config,
+    batch_size_option,
+    data_option,
+    device_option,
+    json_option,
+    kernels_option,
+    limit_option,
+    out_option,
+    seed_option,
+    threads_option,
+    with_options,
+    workers_option,
+)
+from runtime.system.console import print_lines, progress_bars, set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +50,6 @@ Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagene
 read the unpacked releases. corruptions makes corrupted images on the fly from any CLASS/IMAGE folder.
 To resume an interrupted run, repeat its command.
 """
-
-_GPU_KERNELS = "Round as a GPU does, also on a CPU. With --cpu-kernels, measure what services on this CPU compute."
 
 
 class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -63,7 +76,7 @@ def suite_config(values: dict[str, Any]) -> SuiteConfig:
 
 _SUITE = (
     Option(["--suite", "name"], required=True, metavar="NAME", help="Test set to measure; see Suites below."),
-    Option(["--data"], required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the test set."),
+    data_option(required=True, help="Folder of the test set."),
     Option(
         ["--clean"],
         type=click.Path(path_type=Path),
@@ -76,13 +89,8 @@ _SUITE = (
         metavar="CELL",
         help="Cell to measure: fog, fog/3, clean (default: all). Repeatable.",
     ),
-    Option(
-        ["--limit"],
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Maximum number of images per cell, sampled from all classes in proportion.",
-    ),
-    Option(["--seed"], default=0, show_default=True, help="Seed for sampling and corruptions."),
+    limit_option("images per cell"),
+    seed_option("sampling and corruptions"),
     Option(
         ["--table"],
         default="auto",
@@ -137,75 +145,42 @@ _RAY = (
 )
 
 
+_EXECUTION = (
+    Option(
+        ["--shard"], group="Execution", default="1/1", type=_Shard(), metavar="I/N", help="Shard to measure, I of N."
+    ),
+    Option(
+        ["--cache"],
+        group="Execution",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder to keep corrupted images in, for later runs.",
+    ),
+    batch_size_option(8, " On a GPU, try 64.", group="Execution"),
+    workers_option(group="Execution"),
+    threads_option("CPU threads of ONNX Runtime; 0 uses all cores, or --ray-cpus.", group="Execution"),
+    device_option(group="Execution"),
+    kernels_option("measure", group="Execution"),
+)
+
+
 @click.command("eval", cls=Command, epilog=EXAMPLES)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
 @as_config("suite", _SUITE, suite_config)
-@click.option(
-    "--reference",
-    type=click.Path(path_type=Path),
-    metavar="MODEL",
-    help="Model to compare with, image by image.",
+@with_options(
+    Option(
+        ["--reference"],
+        type=click.Path(path_type=Path),
+        metavar="MODEL",
+        help="Model to compare with, image by image.",
+    ),
+    Option(
+        ["--route", "routes"], multiple=True, metavar="NAME", help="BatchNorm route of checkpoints (default: main)."
+    ),
+    out_option("Folder for results.", default=Path("evaluation")),
+    json_option("the results as JSON instead of a table"),
+    *_EXECUTION,
 )
-@click.option(
-    "--route",
-    "routes",
-    multiple=True,
-    metavar="NAME",
-    help="BatchNorm route of checkpoints (default: main).",
-)
-@click.option(
-    "-o",
-    "--out",
-    default=Path("evaluation"),
-    show_default=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder for results.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON instead of a table.")
-@click.option(
-    "--shard",
-    cls=Option,
-    group="Execution",
-    default="1/1",
-    type=_Shard(),
-    metavar="I/N",
-    help="Shard to measure, I of N.",
-)
-@click.option(
-    "--cache",
-    cls=Option,
-    group="Execution",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder to keep corrupted images in, for later runs.",
-)
-@click.option(
-    "--batch-size",
-    cls=Option,
-    group="Execution",
-    default=8,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Images per batch. On a GPU, try 64.",
-)
-@click.option(
-    "--workers",
-    cls=Option,
-    group="Execution",
-    type=click.IntRange(min=0),
-    help="Processes that decode and corrupt images (default: number of cores − 1).",
-)
-@click.option(
-    "--threads",
-    cls=Option,
-    group="Execution",
-    default=0,
-    show_default=True,
-    help="CPU threads of ONNX Runtime; 0 uses all cores, or --ray-cpus.",
-)
-@device_option(group="Execution")
-@click.option("--gpu-kernels/--cpu-kernels", cls=Option, group="Execution", default=True, help=_GPU_KERNELS)
 @as_config("cluster", _RAY, _cluster_config)
 def main(
     models: tuple[Path, ...],
@@ -237,7 +212,7 @@ def main(
             checkpoint_loader=load_predictor,
         )
         loaded, compared = load_models(load, models, reference, routes or ("main",))
-        results = _evaluate(console, loaded, compared, suite, run, connected)
+        results = _evaluate(loaded, compared, suite, run, connected)
     show_results(console, results, _write(results, suite, run), as_json)
 
 
@@ -268,7 +243,6 @@ def _connected(config: ClusterConfig | None) -> Iterator[Cluster | None]:
 
 
 def _evaluate(
-    console: Console,
     models: list[Model],
     reference: Model | None,
     suite: SuiteConfig,
@@ -277,7 +251,7 @@ def _evaluate(
 ) -> list[Result]:
     from runtime.evaluate import evaluate
 
-    with counting_bars(console) as bars:
+    with progress_bars() as bars:
         task = bars.add_task(f"{suite.name}, batches of {run.batch_size}", total=None)
 
         def show(done: int, total: int) -> None:
@@ -307,8 +281,7 @@ def show_results(console: Console, results: list[Result], written: Sequence[Path
         click.echo(json.dumps(results, indent=1, ensure_ascii=False))
         return
     console.print(result_table(results))
-    for line in (*result_notes(results), f"wrote {', '.join(map(str, written))}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, (*result_notes(results), f"wrote {', '.join(map(str, written))}"))
 
 
 if __name__ == "__main__":

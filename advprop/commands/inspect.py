@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.system.command import Command
+from runtime.system.command import Command, json_option, with_options
 from runtime.system.console import set_up_logging
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Examples:
 
 @click.command("inspect", cls=Command, epilog=EXAMPLES)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as a JSON object.")
+@with_options(json_option("the facts as a JSON object"))
 def main(file: Path, as_json: bool) -> None:
     """Describe FILE: a checkpoint, ONNX file or engine. An engine's bytes are compared with its sidecar."""
     console = set_up_logging()

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from advprop.commands.evaluate import show_results
-from runtime.system.command import Command
+from runtime.system.command import Command, json_option, out_option, with_options
 from runtime.system.console import set_up_logging
 
 EXAMPLES = """\b
@@ -18,10 +18,10 @@ Examples:
 
 @click.command("eval-merge", cls=Command, epilog=EXAMPLES)
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULT...")
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Merged result to write."
+@with_options(
+    out_option("Merged result to write.", "FILE", required=True),
+    json_option(),
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the merged result as JSON instead of a table.")
 def main(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Merge RESULTs of one model and suite: shards, or cells that were measured separately.
 

@@ -12,7 +12,7 @@ import click
 from runtime.errors import DataError
 from runtime.loading import load
 from runtime.session import Prediction, Session
-from runtime.system.command import Command, device_option
+from runtime.system.command import Command, batch_size_option, device_option, json_option, with_options
 from runtime.system.console import set_up_logging
 from runtime.system.image_sources import image_paths
 
@@ -28,9 +28,7 @@ Examples:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--top", default=1, show_default=True, type=click.IntRange(min=1), help="Classes to list per image.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images per batch.")
-@device_option()
+@with_options(json_option("one JSON object per image"), batch_size_option(32), device_option())
 def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_size: int, device: str) -> None:
     """Classify IMAGES with the exported MODEL.
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from runtime.system.command import CommaList, Command, Option
-from runtime.system.console import set_up_logging
+from runtime.system.command import (
+    CommaList,
+    Command,
+    Option,
+    batch_size_option,
+    data_option,
+    device_option,
+    limit_option,
+    seed_option,
+    threads_option,
+    with_options,
+    workers_option,
+)
+from runtime.system.console import print_lines, set_up_logging, status
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
@@ -33,8 +42,54 @@ With --from, INT8 is never calibrated on images that are evaluated. To resume, r
 _FROM = "Exporting and evaluating a checkpoint"
 
 
-def _from_option(*names: str, **attributes: Any) -> Callable[[_Function], _Function]:
-    return click.option(*names, cls=Option, group=_FROM, **attributes)
+def _from_option(*names: str, **attributes: Any) -> Option:
+    return Option(list(names), group=_FROM, **attributes)
+
+
+_FROM_OPTIONS = (
+    _from_option(
+        "--from",
+        "checkpoint",
+        type=click.Path(path_type=Path),
+        metavar="CHECKPOINT",
+        help="Checkpoint to export and evaluate; the other options of this group require it.",
+    ),
+    data_option(group=_FROM, help="Folder of the test set."),
+    _from_option(
+        "--precisions",
+        default="fp32,fp16,int8",
+        show_default=True,
+        type=CommaList(str),
+        metavar="LIST",
+        help="Precisions to export: fp32, fp16, bf16, int8.",
+    ),
+    _from_option("--suite", default="corruptions", show_default=True, metavar="NAME", help="Test set to measure."),
+    limit_option("images per cell", group=_FROM),
+    seed_option("sampling and corruptions", group=_FROM),
+    _from_option(
+        "--calib-data",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Images to calibrate INT8 on (default: images of --data that are not evaluated).",
+    ),
+    _from_option(
+        "--calib-images",
+        default=256,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Maximum number of calibration images.",
+    ),
+    _from_option(
+        "--work",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder for models and results (default: the first output file without its suffix).",
+    ),
+    batch_size_option(8, group=_FROM),
+    workers_option(group=_FROM),
+    threads_option(group=_FROM),
+    device_option(group=_FROM),
+)
 
 
 @click.command("report", cls=Command, epilog=EXAMPLES)
@@ -51,63 +106,7 @@ def _from_option(*names: str, **attributes: Any) -> Callable[[_Function], _Funct
     metavar="FILE",
     help="File to write: a page (.html), Markdown (.md) or the raw cells (.csv). Repeatable.",
 )
-@_from_option(
-    "--from",
-    "checkpoint",
-    type=click.Path(path_type=Path),
-    metavar="CHECKPOINT",
-    help="Checkpoint to export and evaluate; the other options of this group require it.",
-)
-@_from_option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the test set.")
-@_from_option(
-    "--precisions",
-    default="fp32,fp16,int8",
-    show_default=True,
-    type=CommaList(str),
-    metavar="LIST",
-    help="Precisions to export: fp32, fp16, bf16, int8.",
-)
-@_from_option("--suite", default="corruptions", show_default=True, metavar="NAME", help="Test set to measure.")
-@_from_option(
-    "--limit",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Maximum number of images per cell, sampled from all classes in proportion.",
-)
-@_from_option("--seed", default=0, show_default=True, help="Seed for sampling and corruptions.")
-@_from_option(
-    "--calib-data",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Images to calibrate INT8 on (default: images of --data that are not evaluated).",
-)
-@_from_option(
-    "--calib-images",
-    default=256,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Maximum number of calibration images.",
-)
-@_from_option(
-    "--work",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder for models and results (default: the first output file without its suffix).",
-)
-@_from_option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Images per batch.")
-@_from_option(
-    "--workers",
-    type=click.IntRange(min=0),
-    help="Processes that decode and corrupt images (default: number of cores − 1).",
-)
-@_from_option("--threads", default=0, show_default=True, help="CPU threads of ONNX Runtime; 0 uses all cores.")
-@_from_option(
-    "--device",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Device to run on; auto uses the GPU if a model can run there.",
-)
+@with_options(*_FROM_OPTIONS)
 def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path | None, **options: Any) -> None:
     """Build one report of RESULTS, or of a checkpoint: how accurate and robust each model is.
 
@@ -131,8 +130,7 @@ def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path 
     check_outputs(outputs)
     made = [] if checkpoint is None else _make(console, checkpoint, outputs[0].with_suffix(""), options)
     report = write_report([*results, *made], outputs)
-    for line in (*report.gaps, f"wrote {', '.join(map(str, outputs))}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, (*report.gaps, f"wrote {', '.join(map(str, outputs))}"))
 
 
 def _make(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:
@@ -140,14 +138,12 @@ def _make(console: Console, checkpoint: Path, folder: Path, options: dict[str, A
 
     names = ("precisions", "calib_data", "calib_images", "workers", "batch_size", "device", "threads")
     suite = SuiteConfig(name=options["suite"], data=options["data"], limit=options["limit"], seed=options["seed"])
-    with console.status("importing torch") as status:
+    with status("importing torch") as spinner:
         from advprop.measure_checkpoint import MeasureConfig, measure_checkpoint
 
         config = MeasureConfig(suite=suite, folder=options["work"] or folder, **{name: options[name] for name in names})
-        paths, description = measure_checkpoint(checkpoint, config, status.update)
-    for line in (description, f"models and results are in {config.folder}"):
-        if line:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        paths, description = measure_checkpoint(checkpoint, config, spinner.update)
+    print_lines(console, filter(None, (description, f"models and results are in {config.folder}")))
     return paths
 
 

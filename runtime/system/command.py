@@ -10,34 +10,39 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import click
 
 from runtime.errors import AdvPropError, ConfigError, Interrupted
 from runtime.spec import ImageSizes
+from runtime.system.console import VERBOSITY
 
 __all__ = [
     "CommaList",
     "Command",
     "Option",
     "as_config",
+    "batch_size_option",
+    "data_option",
     "device_option",
     "image_size_option",
-    "verbosity",
+    "json_option",
+    "kernels_option",
+    "limit_option",
+    "out_option",
+    "seed_option",
+    "threads_option",
+    "version_option",
+    "with_options",
+    "workers_option",
 ]
 
-_VERBOSITY = "advprop.verbosity"
 _GENERAL = "General"
 _GENERAL_NAMES = ("--quiet", "--verbose", "--version", "--help")
 _Item = TypeVar("_Item")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def verbosity() -> int:
-    """Return -1 after --quiet, 1 after --verbose and 0 otherwise."""
-    context = click.get_current_context(silent=True)
-    return int(context.find_root().meta.get(_VERBOSITY, 0)) if context else 0
 
 
 class Option(click.Option):
@@ -114,7 +119,7 @@ class Command(click.Command):
 def _verbosity_option(names: list[str], level: int, help_text: str) -> click.Option:
     def store(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
-            ctx.find_root().meta[_VERBOSITY] = level
+            ctx.find_root().meta[VERBOSITY] = level
 
     return click.Option(names, is_flag=True, expose_value=False, callback=store, help=help_text)
 
@@ -152,9 +157,7 @@ def as_config(
             given = {key: values.pop(key) for key in names}
             return function(**{name: make(given)}, **values)
 
-        # click reads a function's options in reverse order of their decorators.
-        wrapped.__click_params__ = [*getattr(function, "__click_params__", []), *reversed(options)]  # type: ignore[attr-defined]
-        return wrapped  # type: ignore[return-value]
+        return with_options(*options)(wrapped)  # type: ignore[return-value]
 
     return decorate
 
@@ -197,11 +200,70 @@ class _ImageSizes(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
-def device_option(**attributes: Any) -> Callable[[_Function], _Function]:
+def with_options(*options: click.Option) -> Callable[[_Function], _Function]:
+    """Return a decorator that adds options to a command."""
+
+    def decorate(function: _Function) -> _Function:
+        # click reads a function's options in reverse order of their decorators.
+        known = getattr(function, "__click_params__", [])
+        function.__click_params__ = [*known, *reversed(options)]  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def data_option(**attributes: Any) -> Option:
+    """Return --data, a folder of labeled images."""
+    shown = {"metavar": "DIR", "help": "Folder of labeled images, CLASS/IMAGE.", **attributes}
+    return Option(["--data"], type=click.Path(path_type=Path), **shown)
+
+
+def out_option(help_text: str, metavar: str = "DIR", **attributes: Any) -> Option:
+    """Return --out, a folder or file to write."""
+    if "default" in attributes:
+        attributes["show_default"] = True
+    return Option(["-o", "--out"], type=click.Path(path_type=Path), metavar=metavar, help=help_text, **attributes)
+
+
+def json_option(content: str = "the result as JSON instead of a table") -> Option:
+    """Return --json."""
+    return Option(["--json", "as_json"], is_flag=True, help=f"Print {content}.")
+
+
+def limit_option(unit: str = "images", **attributes: Any) -> Option:
+    """Return --limit, a number of images that are sampled from all classes."""
+    help_text = f"Maximum number of {unit}, sampled from all classes in proportion."
+    return Option(["--limit"], type=click.IntRange(min=1), metavar="N", help=help_text, **attributes)
+
+
+def seed_option(purpose: str, **attributes: Any) -> Option:
+    """Return --seed."""
+    return Option(["--seed"], default=0, show_default=True, help=f"Seed for {purpose}.", **attributes)
+
+
+def batch_size_option(default: int, note: str = "", **attributes: Any) -> Option:
+    """Return --batch-size, the number of images that a model processes at once."""
+    size = click.IntRange(min=1)
+    return Option(
+        ["--batch-size"], default=default, show_default=True, type=size, help=f"Images per batch.{note}", **attributes
+    )
+
+
+def threads_option(help_text: str = "CPU threads of ONNX Runtime; 0 uses all cores.", **attributes: Any) -> Option:
+    """Return --threads."""
+    return Option(["--threads"], default=0, show_default=True, help=help_text, **attributes)
+
+
+def workers_option(**attributes: Any) -> Option:
+    """Return --workers, the number of processes that prepare images."""
+    help_text = "Processes that decode and corrupt images (default: number of cores − 1)."
+    return Option(["--workers"], type=click.IntRange(min=0), help=help_text, **attributes)
+
+
+def device_option(**attributes: Any) -> Option:
     """Return --device, one of the devices that `runtime.load` accepts."""
-    return click.option(
-        "--device",
-        cls=Option,
+    return Option(
+        ["--device"],
         default="auto",
         show_default=True,
         type=click.Choice(["auto", "cpu", "cuda"]),
@@ -210,8 +272,12 @@ def device_option(**attributes: Any) -> Callable[[_Function], _Function]:
     )
 
 
-def image_size_option(help_text: str, **attributes: Any) -> Callable[[_Function], _Function]:
+def kernels_option(purpose: str, **attributes: Any) -> Option:
+    """Return --gpu-kernels/--cpu-kernels, the arithmetic of ONNX files on a CPU."""
+    help_text = f"Round as a GPU does, also on a CPU. With --cpu-kernels, {purpose} what services on this CPU compute."
+    return Option(["--gpu-kernels/--cpu-kernels"], default=True, help=help_text, **attributes)
+
+
+def image_size_option(help_text: str, **attributes: Any) -> Option:
     """Return --img-size."""
-    return click.option(
-        "--img-size", "image_sizes", cls=Option, type=_ImageSizes(), metavar="SIZE", help=help_text, **attributes
-    )
+    return Option(["--img-size", "image_sizes"], type=_ImageSizes(), metavar="SIZE", help=help_text, **attributes)

@@ -1,51 +1,80 @@
-"""Logging, progress bars and error reporting on the terminal, shared by all commands."""
+"""Logging, progress and results on the terminal, shared by all commands.
+
+Results go to stdout; log messages and progress go to stderr, so that `--json` output can be piped.
+"""
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import click
-
-from runtime.errors import AdvPropError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.status import Status
 
-__all__ = ["cli_errors", "counting_bars", "engine_bar", "set_up_logging"]
+__all__ = ["VERBOSITY", "engine_bar", "print_lines", "progress_bars", "set_up_logging", "status", "verbosity"]
 
-_Parameters = ParamSpec("_Parameters")
+VERBOSITY = "advprop.verbosity"
+"""Key of the verbosity in the metadata of click's context."""
+
 _BAR_WIDTH = 30
 _LOGGERS = ("advprop", "train", "export", "calib", "runtime")
 
 
-def set_up_logging(verbose: bool = False) -> Console:
-    """Send the log of our packages to the terminal through rich, and return the console.
+def verbosity() -> int:
+    """Return -1 after --quiet, 1 after --verbose, and 0 otherwise."""
+    context = click.get_current_context(silent=True)
+    return int(context.find_root().meta.get(VERBOSITY, 0)) if context else 0
+
+
+def set_up_logging() -> Console:
+    """Send the log of our packages to stderr through rich, and return a console for results.
 
     Only commands call this. A program that imports our packages configures `logging` itself.
     """
     from rich.console import Console
     from rich.logging import RichHandler
 
-    console = Console(stderr=False)
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=True, highlighter=None)
+    handler = RichHandler(
+        console=Console(stderr=True), show_time=False, show_path=False, show_level=True, highlighter=None
+    )
+    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity()]
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        logger.setLevel(level)
         logger.handlers = [handler]
-    return console
+    return Console()
 
 
-def counting_bars(console: Console, *, counts: bool = True, auto_refresh: bool = True) -> Progress:
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print lines as they are: not wrapped, not colored, and without markup."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _progress_console() -> Console:
+    """Return the console of the log, which prints messages above a progress bar; a silent one after --quiet."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handlers = logging.getLogger("runtime").handlers
+    shared = next((handler.console for handler in handlers if isinstance(handler, RichHandler)), None)
+    return Console(quiet=True) if verbosity() < 0 or shared is None else shared
+
+
+def status(text: str) -> Status:
+    """Return a spinner with a text, for work of unknown length."""
+    return _progress_console().status(text)
+
+
+def progress_bars(*, counts: bool = True, auto_refresh: bool = True) -> Progress:
     """Return rich progress bars that disappear when they are done.
 
     Args:
-        console: the console to draw on.
         counts: show "done/total" instead of a percentage.
         auto_refresh: redraw from a thread; otherwise only when a bar is updated with
             `refresh=True`.
@@ -59,7 +88,7 @@ def counting_bars(console: Console, *, counts: bool = True, auto_refresh: bool =
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    return progress.Progress(*columns, console=console, transient=True, auto_refresh=auto_refresh)
+    return progress.Progress(*columns, console=_progress_console(), transient=True, auto_refresh=auto_refresh)
 
 
 def engine_bar(status: Status) -> Callable[[str, float], None]:
@@ -72,20 +101,3 @@ def engine_bar(status: Status) -> Callable[[str, float], None]:
         status.update(f"building the engine {bar} {share:4.0%} {escape(phase)}")
 
     return draw
-
-
-def cli_errors(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
-    """Make a command print our errors as `error: …` on stderr and exit with their exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except AdvPropError as error:
-            click.echo(str(error) if isinstance(error, Interrupted) else f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Interrupted. No incomplete file was left behind.", err=True)
-            sys.exit(130)
-
-    return wrapped

@@ -63,9 +63,9 @@ def test_sidecar_says_what_the_engine_is(exported: ExportResult, trained: FitRes
 @pytest.mark.slow
 def test_inspect_tells_how_a_file_was_verified_and_what_runs_it(exported: ExportResult) -> None:
     for name, words in (
-        ("model.onnx", ("against the checkpoint on 64 images", "MMACs an image", "100.0% fp32")),
+        ("model.onnx", ("against the checkpoint on 64 images", "MMACs", "100.0% fp32")),
         ("model.fp16.onnx", ("against model.onnx on 64 images", "% fp16,", "ONNX Runtime on the CPU: yes")),
-        ("model.fp16.engine", ("its ONNX file against model.onnx on 64 images",)),
+        ("model.fp16.engine", ("its ONNX file, against model.onnx on 64 images",)),
     ):
         result = CliRunner().invoke(inspect, [str(exported.onnx.parent / name)], env={"COLUMNS": "200"})
         assert result.exit_code == 0, result.output
@@ -151,7 +151,7 @@ def state_dict(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_plain_state_dict_is_exported_with_arch_and_images(state_dict: Path, image_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"carries no images to verify.*--data DIR"):
+    with pytest.raises(DataError, match=r"contains no images to verify.*--data DIR"):
         export_checkpoint(state_dict, ExportConfig(arch="resnet10t"))
     result = export_checkpoint(state_dict, ExportConfig(arch="resnet10t", data=image_folder))
     assert result.onnx == state_dict.parent / "model.onnx"
@@ -196,7 +196,7 @@ def test_without_a_builder_the_onnx_files_stay_and_the_exit_code_is_3(trained: F
     )
     assert result.exit_code == 3, result.output
     assert "pip install tensorrt-rtx" in result.stderr
-    assert "ONNX files are whole" in result.stderr
+    assert "ONNX files are complete" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.onnx",
         "model.fp16.onnx",
@@ -225,22 +225,22 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
     ("arguments", "expected"),
     [
         (["nowhere.pt"], "no such checkpoint: nowhere.pt"),
-        (["CHECKPOINT", "--sm", "86"], "give --trt fp16 too"),
-        (["CHECKPOINT", "--timing-cache", "cache"], "--timing-cache says how an engine is built"),
+        (["CHECKPOINT", "--sm", "86"], "--sm only applies together with --trt"),
+        (["CHECKPOINT", "--timing-cache", "cache"], "--timing-cache only applies together with --trt"),
         (["CHECKPOINT", "--trt", "int8"], "INT8 needs calibration images: --calib-data DIR"),
-        (["CHECKPOINT", "--trt", "fp16", "--calib-data", "/tmp"], "calibration images are for INT8"),
+        (["CHECKPOINT", "--trt", "fp16", "--calib-data", "/tmp"], "calibration images require the precision int8"),
         (
             ["CHECKPOINT", "--trt", "int8", "--calib-data", "/tmp", "--output", "probs"],
-            "leave --input and --output out",
+            "remove --input and --output",
         ),
-        (["CHECKPOINT", "--io", "fp16"], "--io fp16 is of FP16 files"),
+        (["CHECKPOINT", "--io", "fp16"], "--io fp16 requires --trt fp16"),
         (["CHECKPOINT", "--img-size", "320:160:64"], "image sizes need 1 ≤ min ≤ opt ≤ max"),
         (["CHECKPOINT", "--img-size", "big"], "an image size is N, HEIGHTxWIDTH"),
         (["CHECKPOINT", "--trt", "fp16", "--sm", "ampere"], "--sm takes a compute capability such as 86"),
         (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
-        (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "leave --precision fp32 out"),
+        (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "remove --precision"),
         (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not support SM 90"),
-        (["CHECKPOINT", "--data", "/no/such"], "--data /no/such: no such folder"),
+        (["CHECKPOINT", "--data", "/no/such"], "/no/such: no such folder of images"),
         (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],
 )

@@ -107,7 +107,7 @@ def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp
         (["{published}", "--arch", "tf_efficientnet_b0", "--weights", "{published}"], "--weights goes with timm:NAME"),
         (["{published}"], r"plain state_dict"),
         (["timm:resnet18", "--weights", "{published}"], "does not fit resnet18: it has no fc.weight"),
-        (["timm:tf_efficientnet_b0", "--weights", "{published}"], "give some: --data DIR"),
+        (["timm:tf_efficientnet_b0", "--weights", "{published}"], "add --data DIR"),
     ],
 )
 def test_what_does_not_go_together(published: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:

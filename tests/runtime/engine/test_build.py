@@ -145,7 +145,7 @@ def test_build_and_inspect_on_the_command_line(files: dict[str, Path], tmp_path:
     assert result.exit_code == 0, result.output
     assert "fp16, for sm_86" in result.output
     shown = CliRunner().invoke(main, ["inspect", str(engine)])
-    assert "bytes as built" in shown.output
+    assert "bytes match the sidecar" in shown.output
     shown = CliRunner().invoke(main, ["inspect", str(files["fp16"])])
     assert "100.0% fp16" in shown.output
 

@@ -306,7 +306,7 @@ def test_waiting_for_another_build_times_out(folder: Path) -> None:
 
 def test_the_cache_command_lists_and_prunes(model: Path, folder: Path, tmp_path: Path) -> None:
     run = CliRunner()
-    assert run.invoke(main, ["cache", "ls"]).output == "nothing is cached\n"
+    assert run.invoke(main, ["cache", "ls"]).output == "the cache is empty\n"
     assert run.invoke(main, ["cache", "path"]).output.strip() == str(folder.parent)
     for _ in range(2):
         built = run.invoke(main, ["build", str(model), "--out", str(tmp_path / "a.engine"), "--sm", "89"])

@@ -230,4 +230,4 @@ def test_options_on_the_command_line(model: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "name the GPU generations instead" in refused.stderr
     exported = CliRunner().invoke(main, ["export", "none.pt", "--refit"])
-    assert "--refit says how an engine is built; give --trt fp16 too" in exported.stderr
+    assert "--refit only applies together with --trt" in exported.stderr

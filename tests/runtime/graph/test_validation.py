@@ -178,7 +178,7 @@ def test_inputs_that_are_not_images_are_refused(tmp_path: Path) -> None:
         del shape.dim[:]
         for size in dims:
             shape.dim.add(dim_value=size)
-        with pytest.raises(ModelFileError, match="expected images: four sizes"):
+        with pytest.raises(ModelFileError, match="expected images: four dimensions"):
             runtime.build(save(model, tmp_path / "a.onnx"))
 
 
