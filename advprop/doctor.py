@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,8 +67,9 @@ def _check_onnxruntime() -> Finding:
             fix="pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
         )
     try:
-        runtime = importlib.import_module("onnxruntime")
-        providers = [name.removesuffix("ExecutionProvider") for name in runtime.get_available_providers()]
+        import onnxruntime
+
+        providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
     except (ImportError, OSError, AttributeError) as error:
         package = installed[0] if installed else "onnxruntime-gpu"
         return Finding(
@@ -78,7 +78,7 @@ def _check_onnxruntime() -> Finding:
             found=first_line(error),
             fix=f"pip install --force-reinstall {package}" if installed else f"pip install {package}",
         )
-    return Finding(part=part, state="ok", found=f"{runtime.__version__}, providers {', '.join(providers)}")
+    return Finding(part=part, state="ok", found=f"{onnxruntime.__version__}, providers {', '.join(providers)}")
 
 
 def _check_onnxruntime_gpu() -> Finding:
@@ -86,10 +86,10 @@ def _check_onnxruntime_gpu() -> Finding:
     if find_gpu() is None:
         return Finding(part=part, state="missing", found="there is no GPU; models run on the CPU")
     try:
-        runtime = importlib.import_module("onnxruntime")
+        import onnxruntime
     except (ImportError, OSError) as error:
         return Finding(part=part, state="missing", found=first_line(error), fix="pip install onnxruntime-gpu")
-    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         fix = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
         return Finding(part=part, state="broken", found="this ONNX Runtime was built without CUDA", fix=fix)
     return Finding(part=part, state="ok", found="the CUDA provider is available; it starts when a model is loaded")
@@ -103,23 +103,24 @@ def _check_builder(name: str, part: str, fix: str) -> Finding:
     return Finding(part=part, state="ok", found=flavor.version)
 
 
-def _check_package(part: str, module: str, requirement: str = "") -> Finding:
-    version = _version(module)
-    fix = f"pip install {requirement or module}"
+def _check_package(part: str, package: str, load: Callable[[], None], requirement: str = "") -> Finding:
+    version = _version(package)
+    fix = f"pip install {requirement or package}"
     if version is None:
         return Finding(part=part, state="missing", found="not installed", fix=fix)
     try:
-        importlib.import_module(module)
+        load()
     except (ImportError, OSError, RuntimeError) as error:
         return Finding(part=part, state="broken", found=f"{version} cannot be imported: {first_line(error)}", fix=fix)
     return Finding(part=part, state="ok", found=version)
 
 
 def _check_torch() -> Finding:
-    finding = _check_package("torch (trains, exports)", "torch")
+    finding = _check_package("torch (trains, exports)", "torch", _import_torch)
     if finding.state != "ok":
         return finding
-    torch = importlib.import_module("torch")
+    import torch
+
     has_cuda = torch.cuda.is_available()
     if find_gpu() is not None and not has_cuda:
         return Finding(
@@ -145,6 +146,18 @@ def _check_cpu_int8() -> Finding:
     )
 
 
+def _import_torch() -> None:
+    import torch  # noqa: F401
+
+
+def _import_timm() -> None:
+    import timm  # noqa: F401
+
+
+def _import_pycuda() -> None:
+    import pycuda  # noqa: F401
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -160,8 +173,8 @@ _CHECKS: dict[str, Callable[[], Finding]] = {
     "tensorrt": lambda: _check_builder("tensorrt", "TensorRT (builds engines)", "pip install 'advprop[tensorrt]'"),
     "tensorrt_rtx": lambda: _check_builder("tensorrt_rtx", "TensorRT-RTX (builds engines)", "pip install tensorrt-rtx"),
     "torch": _check_torch,
-    "timm": lambda: _check_package("timm (trains, exports)", "timm"),
-    "pycuda": lambda: _check_package("pycuda (GPUArray inputs)", "pycuda", "'advprop[pycuda]'"),
+    "timm": lambda: _check_package("timm (trains, exports)", "timm", _import_timm),
+    "pycuda": lambda: _check_package("pycuda (GPUArray inputs)", "pycuda", _import_pycuda, "'advprop[pycuda]'"),
     "vnni": _check_cpu_int8,
 }
 """Name → check, in the order of the report."""

@@ -8,7 +8,6 @@ context.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import logging
 import os
 import threading
@@ -335,8 +334,9 @@ def _release_context(api: Any, device: Any, process: int) -> None:
 def load_bindings() -> Any:
     """Return the module `cuda.bindings.driver`. Raises BackendUnavailable if it is missing."""
     try:
-        return importlib.import_module("cuda.bindings.driver")
+        from cuda.bindings import driver
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendUnavailable(
             f"cuda-bindings cannot be imported ({first_line(error)})", fix="pip install 'cuda-bindings>=12.6'"
         ) from error
+    return driver

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.engine.layers import LISTING
-from runtime.errors import BackendUnavailable, ConfigError
+from runtime.errors import BackendUnavailable, ConfigError, first_line
 from runtime.system.gpu import find_gpu
 
 __all__ = ["RTX_DEFAULT_SMS", "Flavor", "check_targets", "choose_flavor", "native_logger", "parse_sm"]
@@ -75,7 +75,7 @@ def choose_flavor(name: str, sms: tuple[int, ...]) -> Flavor:
             return flavor
         problems.append(problem)
     if name != "tensorrt":
-        flavor, problem = _import("tensorrt_rtx")
+        flavor, problem = import_flavor("tensorrt_rtx")
         if flavor:
             return flavor
         problems.append(problem)
@@ -103,7 +103,7 @@ def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavor | None, str]:
         return None, "full TensorRT builds only for the GPU of this machine, and no NVIDIA GPU was found"
     if any(sm != gpu.sm for sm in sms):
         return None, f"full TensorRT builds only for the GPU of this machine, {gpu.name} (SM {gpu.sm})"
-    flavor, problem = _import("tensorrt")
+    flavor, problem = import_flavor("tensorrt")
     if flavor and int(flavor.version.split(".")[0]) < _OLDEST_TENSORRT:
         return None, (
             f"TensorRT {flavor.version} has no strongly typed networks (added in {_OLDEST_TENSORRT}) and could "
@@ -112,15 +112,15 @@ def _full_tensorrt(sms: tuple[int, ...]) -> tuple[Flavor | None, str]:
     return flavor, problem
 
 
-def _import(name: str) -> tuple[Flavor | None, str]:
-    """Return the library, or None and why it cannot be imported."""
+def import_flavor(name: str) -> tuple[Flavor | None, str]:
+    """Return the library called `name`, or None and the reason why it cannot be imported."""
     try:
         module = importlib.import_module(name)
         if not hasattr(module, "Builder"):  # a folder with that name, e.g. with type stubs
             return None, f"{name} is not installed; its name refers to {list(module.__path__)}"
         return Flavor(name, module), ""
     except (ImportError, OSError) as error:  # OSError: the native libraries did not load
-        return None, f"{name} cannot be imported ({error})"
+        return None, f"{name} cannot be imported ({first_line(error)})"
 
 
 @functools.cache

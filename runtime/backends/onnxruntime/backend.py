@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -179,10 +178,11 @@ class _Loading:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if self.providers.device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # finds CUDA and cuDNN where pip installed them
-        unsupported = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state").NotImplemented
+        from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotSupported
+
         try:
             return ort.InferenceSession(self.source, options, providers=list(self.providers.options))
-        except unsupported as error:
+        except NotSupported as error:
             raise ModelFileError(
                 f"ONNX Runtime cannot run {self.path} on the {self.providers.device}: {first_line(error)}",
                 fix=f"BF16 files are for TensorRT: build an engine with advprop build {self.path}",

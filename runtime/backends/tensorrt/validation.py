@@ -7,15 +7,14 @@ Each error states what was found, what was expected, and the command that fixes 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.engine.flavors import RTX_DEFAULT_SMS, Flavor
+from runtime.engine.flavors import RTX_DEFAULT_SMS, Flavor, import_flavor
 from runtime.engine.sidecar import EngineInfo, read_sidecar
-from runtime.errors import BackendUnavailable, ModelFileError, first_line
+from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.system.gpu import Gpu, find_gpu
 
 __all__ = ["ValidatedEngine", "check_gpu", "check_plan", "check_version", "rebuild_command", "validate_engine"]
@@ -61,18 +60,15 @@ def validate_engine(
     plan = path.read_bytes()
     check_plan(path, plan, info, allow_host_code=allow_host_code)
     missing = []
-    try:
-        flavor = Flavor(info.flavor, importlib.import_module(info.flavor))
-    except (ImportError, OSError) as error:  # OSError: its native libraries did not load
-        missing.append(
-            f"{_PRODUCTS[info.flavor]} cannot be imported ({first_line(error)}): pip install {_PACKAGES[info.flavor]}"
-        )
-    else:
+    flavor, problem = import_flavor(info.flavor)
+    if flavor:
         check_version(path, info, flavor.version)
+    else:
+        missing.append(f"{_PRODUCTS[info.flavor]}: {problem}; install it: pip install {_PACKAGES[info.flavor]}")
     gpu = detect_gpu()
     if gpu is None:
         missing.append("no NVIDIA GPU or driver was found: load the ONNX file that the engine was built from")
-    if missing or gpu is None:
+    if flavor is None or gpu is None:
         raise BackendUnavailable(f"{path} cannot run here: {'; '.join(missing)}")
     check_gpu(path, info, gpu)
     return ValidatedEngine(plan, info, flavor, gpu)

@@ -60,7 +60,7 @@ def test_the_message_lists_everything_that_is_missing(engine: Path) -> None:
     change(engine, flavor="tensorrt", version="10.13.0.35")
     with pytest.raises(BackendUnavailable) as error:
         runtime.load(engine)
-    assert "TensorRT cannot be imported" in str(error.value)
+    assert "TensorRT: tensorrt cannot be imported" in str(error.value)
     assert "pip install 'advprop[tensorrt]'; no NVIDIA GPU or driver was found" in str(error.value)
 
 
