@@ -11,7 +11,7 @@ import importlib
 import click
 
 from runtime.errors import nearest
-from runtime.system.command import version_option
+from runtime.system.command import Group
 
 COMMANDS = {
     "train": ("train.run:main", "Train a classifier with AdvProp."),
@@ -30,7 +30,7 @@ COMMANDS = {
 }
 """Command → (module:attribute, one line of help)."""
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop train --arch efficientnet_b3
   advprop export runs/efficientnet_b3/best.pt --trt fp16
@@ -38,7 +38,7 @@ Examples:
 """
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group that imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -63,12 +63,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(
-    cls=LazyGroup,
-    epilog=EXAMPLES,
-    params=[version_option()],
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@click.group(cls=LazyGroup, epilog=EXAMPLES)
 def main() -> None:
     """Train robust image classifiers with AdvProp and deploy them as TensorRT engines."""
 

@@ -15,7 +15,7 @@ from runtime.system.console import progress_bars, set_up_logging
 if TYPE_CHECKING:
     from calib.config import CalibrationConfig
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop calibrate model.onnx --data photos/                  writes model.int8.onnx
   advprop calibrate model.onnx --data photos.tar --budget 0.5  loses at most half a point of top-1

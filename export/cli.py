@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from export.pipeline import ExportResult
     from runtime.spec import ImageSizes
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop-export runs/resnet50/best.pt                       model.onnx
   advprop-export runs/resnet50/best.pt --trt fp16            + model.fp16.onnx and an engine
@@ -36,7 +36,6 @@ Examples:
   advprop-export best.pt --img-size 160:224:320 --trt fp16   any image size, and an engine for that range
   advprop-export best.pt --route adv --out adv/              an auxiliary BatchNorm route, for research
 
-\b
 Exit codes: 0 success; 2 bad input; 3 no engine (the ONNX files are written);
             4 a file does not agree with the one before.
 """

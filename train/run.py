@@ -14,7 +14,7 @@ from runtime.system.console import set_up_logging
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   python -m train.run --arch efficientnet_b3                  the digits of scikit-learn
   python -m train.run --arch resnet50 --data ~/imagenet       train/CLASS/IMAGE, val/CLASS/IMAGE
@@ -25,7 +25,6 @@ Examples:
   python -m train.run --config runs/resnet18/config.toml --set optim.ema_decay=0.999
   torchrun --nproc-per-node 4 -m train.run --arch resnet50 --data ~/imagenet
 
-\b
 All other settings are fields of TrainConfig (train/config.py): use --set FIELD=VALUE or a TOML file.
 Precedence: options, then --set, --config, --preset and the defaults.
 """

@@ -39,19 +39,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop attack model.onnx model.int8.onnx --checkpoint best.pt --data photos/val --limit 200
   advprop attack model.int8.onnx --data photos/val --attacks square,noise --eps 1,2,4 --queries 500 --limit 100
   advprop report evaluation/*.json -o report.html      with the results of advprop eval: accuracy against ε
 
-\b
 Attacks:
   pgd, apgd  use the gradient of --checkpoint; the images are then shown to every MODEL (transfer)
   square     uses each MODEL's own logits
   noise      is the control: random noise with the same ε
 
-\b
 To resume an interrupted run, repeat its command.
 """
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from runtime.bench import Bench, BenchConfig, LoadOptions
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop bench model.fp16.engine --against torch,ort
   advprop bench model.onnx model.int8.onnx --batch-sizes 1,8 --threads 4
@@ -36,7 +36,6 @@ Examples:
   advprop bench model.onnx best.pt --data photos/ --duration-s 10
   advprop report evaluation/*.json bench/*.batch1.json -o report.html
 
-\b
 Models take turns in short rounds. Ratios compare turns of the same round with the first FILE.
 Ctrl-C keeps the measurements that are finished.
 """

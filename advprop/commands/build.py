@@ -13,7 +13,7 @@ from runtime.spec import ImageSizes
 from runtime.system.command import Command, as_config, image_size_option, out_option, with_options
 from runtime.system.console import engine_bar, print_lines, set_up_logging, status
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop build model.fp16.onnx
   advprop build model.fp16.onnx --sm 86 --sm 89 --batch 1:16:64

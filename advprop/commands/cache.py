@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from runtime.errors import OutputError
-from runtime.system.command import Command, json_option, with_options
+from runtime.system.command import Command, Group, json_option, with_options
 from runtime.system.console import set_up_logging
 
 if TYPE_CHECKING:
     from runtime.system.cache import CacheEntry
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop cache ls
   advprop cache prune                     down to ADVPROP_CACHE_GB, oldest first
@@ -26,7 +26,7 @@ Examples:
 """
 
 
-@click.group("cache", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("cache", cls=Group, epilog=EXAMPLES)
 def main() -> None:
     """List and prune cached engines and calibration histograms.
 
@@ -36,7 +36,7 @@ def main() -> None:
     """
 
 
-@main.command(cls=Command, epilog="\b\nExamples:\n  advprop cache path")
+@main.command(cls=Command, epilog="Examples:\n  advprop cache path")
 def path() -> None:
     """Print the cache's folder."""
     from runtime.system.files import cache_folder
@@ -44,7 +44,7 @@ def path() -> None:
     click.echo(cache_folder(""))
 
 
-@main.command(cls=Command, epilog="\b\nExamples:\n  advprop cache ls\n  advprop cache ls --json")
+@main.command(cls=Command, epilog="Examples:\n  advprop cache ls\n  advprop cache ls --json")
 @with_options(json_option("a JSON array with one object per entry"))
 def ls(as_json: bool) -> None:
     """List cached entries, most recently used first."""
@@ -70,7 +70,7 @@ def ls(as_json: bool) -> None:
 
 @main.command(
     cls=Command,
-    epilog="\b\nExamples:\n  advprop cache prune\n  advprop cache prune --max-gb 2\n  advprop cache prune --all",
+    epilog="Examples:\n  advprop cache prune\n  advprop cache prune --max-gb 2\n  advprop cache prune --all",
 )
 @click.option(
     "--max-gb",
@@ -80,7 +80,7 @@ def ls(as_json: bool) -> None:
 )
 @click.option("--all", "everything", is_flag=True, help="Remove all entries.")
 def prune(max_gb: float | None, everything: bool) -> None:
-    """Remove the least recently used entries, and what killed processes left behind."""
+    """Remove the least recently used entries, and incomplete files."""
     from runtime.system import cache
     from runtime.system.files import cache_folder
 

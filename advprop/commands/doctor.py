@@ -11,12 +11,11 @@ import click
 from runtime.system.command import Command, json_option, with_options
 from runtime.system.console import set_up_logging
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop doctor
   advprop doctor --json
 
-\b
 Exit codes: 0 models can run here; 3 they cannot.
 """
 

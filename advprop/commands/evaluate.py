@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from runtime.evaluate import Cluster, ClusterConfig, Model, RunConfig, SuiteConfig
     from runtime.evaluate.results import Result
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop eval model.onnx --suite imagenet --data imagenet/val
   advprop eval model.onnx model.int8.onnx --reference model.onnx --suite corruptions --data photos/val --limit 500
@@ -45,7 +45,6 @@ Examples:
   advprop eval model.onnx --suite corruptions --data photos/val --shard 1/4     merge with advprop eval-merge
   advprop eval model.onnx --suite corruptions --data photos/val --ray auto      on all machines of a Ray cluster
 
-\b
 Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagenet-c, cifar10 and cifar10-c
 read the unpacked releases. corruptions makes corrupted images on the fly from any CLASS/IMAGE folder.
 To resume an interrupted run, repeat its command.

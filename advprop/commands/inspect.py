@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from runtime.engine.int8 import LayerReport
     from runtime.spec import ModelSpec
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop inspect model.fp16.onnx
   advprop inspect model.fp16.engine

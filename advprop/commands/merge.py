@@ -10,7 +10,7 @@ from advprop.commands.evaluate import show_results
 from runtime.system.command import Command, json_option, out_option, with_options
 from runtime.system.console import set_up_logging
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop eval-merge evaluation/model.corruptions.*of4.json --out evaluation/model.corruptions.json
 """

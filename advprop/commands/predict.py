@@ -16,7 +16,7 @@ from runtime.system.command import Command, batch_size_option, device_option, js
 from runtime.system.console import set_up_logging
 from runtime.system.image_sources import image_paths
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop predict model.fp16.onnx a.jpg b.png
   advprop predict model.onnx photos/ --top 5

@@ -26,14 +26,13 @@ from runtime.system.console import print_lines, set_up_logging, status
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXAMPLES = """\b
+EXAMPLES = """
 Examples:
   advprop report evaluation/*.json -o report.html
   advprop report evaluation/*.json bench/*.batch1.json -o report.html -o report.md -o cells.csv
   advprop report --from best.pt --data photos/val --precisions fp32,fp16,int8 -o report.html
   advprop report --from best.pt --data photos/val --calib-data photos/train --limit 500 -o report.html
 
-\b
 RESULTS are files that advprop eval wrote, for any models and suites; shards are merged. Latencies
 (advprop.bench/1) and attacks (advprop.attack/1) may be among them; docs/evaluation.md describes the formats.
 With --from, INT8 is never calibrated on images that are evaluated. To resume, repeat the command.

@@ -18,10 +18,12 @@ import click
 from runtime.errors import AdvPropError, ConfigError, Interrupted
 from runtime.spec import ImageSizes
 from runtime.system.console import VERBOSITY
+from runtime.system.help_page import MAX_WIDTH, write_notes
 
 __all__ = [
     "CommaList",
     "Command",
+    "Group",
     "Option",
     "as_config",
     "batch_size_option",
@@ -41,6 +43,8 @@ __all__ = [
 
 _GENERAL = "General"
 _GENERAL_NAMES = ("--quiet", "--verbose", "--version", "--help")
+_METAVARS = {"integer": "N", "integer range": "N", "float": "X", "float range": "X", "text": "NAME"}
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": MAX_WIDTH}
 _Item = TypeVar("_Item")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -64,6 +68,8 @@ class Option(click.Option):
             attributes: everything else that click takes.
         """
         super().__init__(param_decls, **attributes)
+        if self.metavar is None and self.type.name in _METAVARS:
+            self.metavar = _METAVARS[self.type.name]
         self.group = group
         self._former = click.Option(["--unused", *former], **_flag(attributes)) if former else None
 
@@ -80,12 +86,24 @@ def _flag(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: attributes[name] for name in ("is_flag", "multiple") if name in attributes}
 
 
+class Group(click.Group):
+    """A group of commands with -h, --version and notes that fit the terminal."""
+
+    def __init__(self, name: str | None = None, **attributes: Any) -> None:
+        attributes["params"] = [*attributes.get("params", ()), version_option()]
+        super().__init__(name, **attributes)
+        self.context_settings = {**_CONTEXT, **self.context_settings}
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_notes(formatter, self.epilog or "")
+
+
 class Command(click.Command):
     """A command that lists its options by group and turns our errors into messages and exit codes."""
 
     def __init__(self, name: str | None, **attributes: Any) -> None:
         super().__init__(name, **attributes)
-        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
+        self.context_settings = {**_CONTEXT, **self.context_settings}
         self.params += [
             _verbosity_option(["-q", "--quiet"], -1, "Show warnings, errors and results only."),
             _verbosity_option(["-v", "--verbose"], 1, "Show debug messages too."),
@@ -104,6 +122,9 @@ class Command(click.Command):
             if records:
                 with formatter.section(title or "Options"):
                     formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_notes(formatter, self.epilog or "")
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
