@@ -1,7 +1,7 @@
 """The `advprop` command: a group that imports a subcommand only when it is called.
 
-`advprop --help` needs click and nothing heavier, and a subcommand works wherever the libraries that
-it uses are installed.
+`advprop --help` needs nothing heavier than click, and a subcommand needs only the libraries that it
+uses.
 """
 
 from __future__ import annotations

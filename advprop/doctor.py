@@ -1,4 +1,4 @@
-"""Check what works on this machine, what does not work and why, and how to fix it."""
+"""Check which parts of this machine work, why the others do not, and how to fix them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finding:
 
 
 def run_checks() -> dict[str, Finding]:
-    """Check the CPU, the GPU and every library for models. Return the finding for each name."""
+    """Check the CPU, the GPU and every library that runs or builds models; return findings by name."""
     return {name: check(name) for name in _CHECKS}
 
 

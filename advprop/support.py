@@ -14,7 +14,7 @@ __all__ = ["engine_support", "onnx_support"]
 def onnx_support(summary: OnnxSummary) -> list[str]:
     """Return one line per backend: whether it can run the ONNX file or build an engine from it."""
     has_bf16 = "bf16" in summary.weights
-    cpu = "no, it has no BF16 convolutions there" if has_bf16 else _yes_or_why(check("onnxruntime"))
+    cpu = "no, it has no BF16 convolutions on the CPU" if has_bf16 else _yes_or_why(check("onnxruntime"))
     return [
         f"ONNX Runtime on the CPU: {cpu}",
         f"ONNX Runtime on the GPU: {_yes_or_why(check('onnxruntime_gpu'))}",

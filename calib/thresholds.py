@@ -76,7 +76,7 @@ def _divergence(counts: NDArray[np.float64], size: int) -> float:
 def mse(histogram: Histogram) -> float:
     """Return the threshold with the smallest mean squared error.
 
-    Tries 256 thresholds from 1 % to 100 % of the largest magnitude.
+    Tries 256 thresholds from 1% to 100% of the largest magnitude.
     """
     if not histogram.amax:
         return 0.0

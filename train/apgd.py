@@ -92,7 +92,7 @@ class LinfAPGD:
     def __init__(self, pgd: LinfPGD, steps: int, loss: Loss = cross_entropy) -> None:
         """
         Args:
-            pgd: provides ball, start points and randomness; its steps and step size are not used.
+            pgd: provides ball, start points and randomness; its steps and step size are ignored.
             steps: number of gradients; the paper uses 100.
             loss: the loss that is maximized.
         """

@@ -31,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a configuration file as nested dicts.
 
     Raises:
-        ConfigError: the file is missing or is not TOML; the message has the line.
+        ConfigError: the file is missing or is not TOML; the message includes the line number.
     """
     try:
         return tomllib.loads(path.read_text("utf-8"))

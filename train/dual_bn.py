@@ -5,7 +5,7 @@ route. The main route keeps the plain state-dict keys (`bn1.weight`); keys of au
 contain `.aux.` (`bn1.aux.adv.weight`). Removing those keys leaves a state dict that loads into the
 stock timm model.
 
-In all tensors the first dimension is the image; the others are free.
+The first dimension of every tensor indexes images; the other dimensions are arbitrary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _Value = TypeVar("_Value")
 
 
 class Router:
-    """The current route of a model's batches, shared by all of its routed layers."""
+    """The current route of a model's batches. All routed layers of the model share it."""
 
     def __init__(self, auxiliary: Sequence[str]) -> None:
         self.auxiliary = tuple(auxiliary)
@@ -203,7 +203,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def strip_auxiliary(state_dict: Mapping[str, _Value]) -> dict[str, _Value]:
-    """Return `state_dict` without the auxiliary BatchNorms, which has the stock model's keys."""
+    """Return `state_dict` without the auxiliary BatchNorms; its keys are those of the stock model."""
     return {key: value for key, value in state_dict.items() if _route_of(key) == MAIN}
 
 

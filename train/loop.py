@@ -50,17 +50,17 @@ class FitResult:
     best: Path
     """Checkpoint of the epoch with the best clean accuracy."""
     best_epoch: EpochMetrics
-    """The epoch that `best` holds: the first one with the best clean accuracy, unless an earlier
-    `best.pt` was lost (a warning reported it when the run resumed)."""
+    """The epoch that `best` holds: the first one with the best clean accuracy. It can be another
+    one if an earlier `best.pt` was lost, which a warning reports when the run resumes."""
     metrics: tuple[EpochMetrics, ...]
     """Metrics of all epochs."""
 
 
 def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
-    """Train as `config` says; write `last.pt`, `best.pt` and `metrics.csv` after each epoch.
+    """Train a network; write `last.pt`, `best.pt` and `metrics.csv` after each epoch.
 
     Under torchrun, all processes call it with the same config and the first one writes.
-    SIGINT and SIGTERM end the run after the current step: it saves `last.pt` first, and a run with
+    On SIGINT or SIGTERM, the run finishes the current step, saves `last.pt` and ends. A run with
     `config.resume` set to "auto" continues from there.
 
     Raises:
@@ -180,7 +180,7 @@ class Trainer:
         for epoch in range(self.state.epoch, epochs):
             began = time.monotonic()
             trained, images_per_s = self._train_epoch()
-            self._save()  # validation takes a while, and the run may be killed during it
+            self._save()  # before validation, during which the run may be killed
             self.reporter.evaluating()
             row = self._validate(trained, images_per_s)
             self.state.finish_epoch(row)
@@ -276,7 +276,7 @@ class Trainer:
         )
 
     def _unless_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches, but end validation at once on a stop: the epoch is already saved."""
+        """Yield the batches; abort validation on a stop request, because the epoch is already saved."""
         for batch in batches:
             if world_size() == 1:
                 self._raise_if_stopped()
@@ -284,7 +284,7 @@ class Trainer:
 
     @preserve_rng()
     def _publish(self) -> None:
-        """Write the files that follow from `last.pt` at the end of an epoch."""
+        """Write the files that are derived from `last.pt` at the end of an epoch."""
         rows = self.state.metrics
         if rank() != 0 or not rows:
             return

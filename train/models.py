@@ -1,4 +1,4 @@
-"""Networks: create one by timm's name, restore one from a checkpoint, choose its device."""
+"""Create networks by timm's name, restore them from checkpoints and choose their device."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _model_arguments(found: Any, path: Path) -> dict[str, Any]:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Return timm's data configuration of `model`, and whether its input size is fixed."""
+    """Return timm's data configuration of `model`, plus `fixed_input_size`, a bool."""
     fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
     return {**resolve_model_data_config(model), "fixed_input_size": bool(fixed)}
 

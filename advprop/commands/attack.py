@@ -47,7 +47,7 @@ Examples:
 
 \b
 Attacks:
-  pgd, apgd  use the gradient of --checkpoint; the images are then shown to every MODEL (transfer)
+  pgd, apgd  use the gradient of --checkpoint; every MODEL is then evaluated on the same images (transfer)
   square     uses each MODEL's own logits
   noise      is the control: random noise with the same ε
 
@@ -67,7 +67,7 @@ _ATTACKS = (
         type=CommaList(str),
         metavar="NAMES",
         group="Attacks",
-        help="Attacks to run: pgd, apgd, square, noise (default: all that are possible).",
+        help="Attacks to run: pgd, apgd, square, noise (default: all; pgd and apgd only with --checkpoint).",
     ),
     Option(
         ["--eps", "epsilons"],
@@ -123,7 +123,7 @@ def main(
     attacks: dict[str, Any],
     **execution: Any,
 ) -> None:
-    """Attack MODELs (ONNX files, engines and checkpoints) inside the L-inf ball, with images rounded to uint8.
+    """Attack MODELs (ONNX files, engines and checkpoints) within an L-inf ball, with images rounded to uint8.
 
     Prints a table and writes OUT/MODEL.attack.json, which advprop report plots as accuracy against ε.
     """
@@ -158,7 +158,7 @@ def main(
 
 
 def _attack_config(attacks: dict[str, Any], seed: int, checkpoint: Path | None) -> AttackConfig:
-    """Return the settings, with ε = 1/255 if none was given."""
+    """Return the attack settings."""
     from runtime.evaluate.attacks.config import AttackConfig, default_attacks
 
     values = dict(attacks)

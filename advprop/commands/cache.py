@@ -30,9 +30,9 @@ Examples:
 def main() -> None:
     """List and prune cached engines and calibration histograms.
 
-    The cache is in ADVPROP_CACHE, or else in the folder advprop below XDG_CACHE_HOME or ~/.cache. Each kind of
-    entry may take ADVPROP_CACHE_GB gigabytes (default: 10); the least recently used entries are removed first. 0 turns
-    the cache off.
+    The cache is the folder ADVPROP_CACHE (default: advprop in XDG_CACHE_HOME or ~/.cache). Each kind of entry may
+    occupy ADVPROP_CACHE_GB gigabytes (default: 10); the least recently used entries are removed first. 0 disables the
+    cache.
     """
 
 
@@ -80,7 +80,7 @@ def ls(as_json: bool) -> None:
 )
 @click.option("--all", "everything", is_flag=True, help="Remove all entries.")
 def prune(max_gb: float | None, everything: bool) -> None:
-    """Remove the least recently used entries, and what killed processes left behind."""
+    """Remove the least recently used entries, and the temporary files of killed processes."""
     from runtime.system import cache
     from runtime.system.files import cache_folder
 

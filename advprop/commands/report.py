@@ -108,7 +108,7 @@ _FROM_OPTIONS = (
 )
 @with_options(*_FROM_OPTIONS)
 def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path | None, **options: Any) -> None:
-    """Build one report of RESULTS, or of a checkpoint: how accurate and robust each model is.
+    """Build one report on the accuracy and robustness of models, from RESULTS or from a checkpoint.
 
     The HTML page is a single file that needs no network.
     """

@@ -21,7 +21,7 @@ class Threads:
     image classifiers have branches worth it."""
     spin: bool = True
     """Let idle threads spin for a while before they sleep. It speeds up the next operator and keeps
-    the cores at 100 %. Turn it off if other work needs the cores."""
+    the cores at 100%. Turn it off if other work needs the cores."""
 
     def __post_init__(self) -> None:
         if self.intra < 0 or self.inter < 1:

@@ -63,7 +63,7 @@ class Ratio:
     median: float
     """Median of the rounds' ratios."""
     low: float
-    """Lower end of the median's 95 % interval (percentile bootstrap over rounds)."""
+    """Lower end of the median's 95% interval (percentile bootstrap over rounds)."""
     high: float
     """Upper end of that interval."""
 

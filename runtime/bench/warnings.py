@@ -11,7 +11,7 @@ __all__ = ["warnings_of"]
 
 _MAX_DRIFT = 0.05
 _MAX_COV_PERCENT = 2.5
-"""Above it, trtexec of TensorRT 11 calls times unstable; TensorRT 8 uses 1 %."""
+"""Above it, trtexec of TensorRT 11 calls times unstable; TensorRT 8 uses 1%."""
 _MAX_OTHERS = 0.1
 _MAX_ENQUEUE = 0.8
 """Above this share of the compute time, trtexec considers the host the bottleneck."""

@@ -1,4 +1,4 @@
-"""95 % confidence intervals, computed from counts only."""
+"""95% confidence intervals, computed from counts only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Interval = tuple[float, float]
 """Lower and upper end."""
 
 _Z = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
+"""97.5% quantile of the normal distribution."""
 
 _T: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-"""97.5 % quantiles of Student's t for 1 to 20 degrees of freedom, rounded as in printed tables."""
+"""97.5% quantiles of Student's t for 1 to 20 degrees of freedom, rounded as in printed tables."""
 
 
 def wilson(successes: int, total: int) -> Interval | None:

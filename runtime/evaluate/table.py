@@ -38,7 +38,7 @@ _ATTACK_ROWS = (UNATTACKED, *GRADIENT, SQUARE, WORST, NOISE)
 
 
 def result_table(results: Sequence[Result]) -> Table:
-    """Return a table of evaluations with a column per model, and 95 % intervals in brackets."""
+    """Return a table of evaluations with a column per model, and 95% intervals in brackets."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -121,7 +121,7 @@ def result_notes(results: Sequence[Result]) -> list[str]:
 
 
 def attack_table(results: Sequence[AttackResult]) -> Table:
-    """Return a table of top-1 with 95 % intervals: a row per attack, a column per model and ε."""
+    """Return a table of top-1 with 95% intervals: a row per attack, a column per model and ε."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -48,7 +48,7 @@ def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
         )
         for anchor, heading, content in shown
     ]
-    foot = tag("footer", "Made by advprop report from results of advprop eval. All intervals are 95 % intervals.")
+    foot = tag("footer", "Made by advprop report from results of advprop eval. All intervals are 95% intervals.")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -81,7 +81,7 @@ def _findings(report: Report) -> Markup | None:
 
 def _table(report: Report, columns: list[Column]) -> Markup:
     caption = (
-        "95 % intervals in brackets. Δ: difference from the reference on the same images (of shares in percentage "
+        "95% intervals in brackets. Δ: difference from the reference on the same images (of shares in percentage "
         "points), colored if its interval excludes 0. mCE and mean error are different: mCE is in percent of AlexNet's "
         "errors, mean error is the plain share of wrong answers."
     )

@@ -64,7 +64,7 @@ def _headline(report: Report) -> str:
         for place, entry in enumerate(report.entries)
     ]
     note = (
-        "95 % intervals in brackets. Δ: difference from the reference on the same images, in bold if its interval "
+        "95% intervals in brackets. Δ: difference from the reference on the same images, in bold if its interval "
         "excludes 0. mCE is in percent of AlexNet's errors; mean error is the plain share of wrong answers."
     )
     if any(value.why and value.value is not None for column in columns for value in column.values):

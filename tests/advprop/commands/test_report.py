@@ -95,7 +95,7 @@ def test_calibration_images_are_never_evaluated(data: Path, tmp_path: Path) -> N
         os.link(path, other / f"{number}.png")
     parts = split(suite, spec, other, 256)
     assert len(parts.calibration.images) == 42
-    assert "30 left out because they are evaluated" in parts.words
+    assert "30 others are evaluated and were excluded" in parts.description
     assert not hashes(parts.calibration.images) & evaluated(parts.suite)
     with pytest.raises(ConfigError, match=r"all images of .* are evaluated too"):
         split(dataclasses.replace(suite, limit=None), spec, other, 256)
