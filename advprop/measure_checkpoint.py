@@ -53,9 +53,13 @@ class MeasureConfig:
         for precision in self.precisions:
             if precision not in PRECISIONS:
                 hint = nearest(precision, PRECISIONS)
-                raise ConfigError(f"expected precisions {', '.join(PRECISIONS)}; found {precision!r}. {hint}".rstrip(". "))
+                raise ConfigError(
+                    f"expected precisions {', '.join(PRECISIONS)}; found {precision!r}. {hint}".rstrip(". ")
+                )
         if not self.precisions or len(set(self.precisions)) < len(self.precisions):
-            raise ConfigError(f"expected at least one precision, each precision once; found {','.join(self.precisions) or 'none'}")
+            raise ConfigError(
+                f"expected at least one precision, each precision once; found {','.join(self.precisions) or 'none'}"
+            )
         if self.calib_data is not None and "int8" not in self.precisions:
             raise ConfigError("calibration images require the precision int8, which is not among the precisions")
 

@@ -1,4 +1,4 @@
-"""Settings of a calibration."""
+"""`CalibrationConfig`: settings of a calibration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHOD_NAMES = ("auto", *METHODS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
-    """How a classifier is quantized to INT8.
+    """Settings for the quantization of a classifier to INT8.
 
     Raises:
         ConfigError: a value is not valid.
@@ -28,9 +28,9 @@ class CalibrationConfig:
     images: int = 256
     """Maximum number of calibration images to take from a folder, tar file or array."""
     method: str = "auto"
-    """How clipping thresholds are chosen, one of METHOD_NAMES. `auto` tries several thresholds per tensor, between
-    the one with the smallest squared error and the largest magnitude, and picks the one with which the outputs of
-    the layers that read the tensor have the smallest error."""
+    """Method that chooses clipping thresholds, from METHOD_NAMES. `auto` tries several thresholds per tensor, from the
+    one with the smallest squared error to the largest magnitude. It picks the threshold that minimizes the output error
+    of the layers that read the tensor."""
     correct_bias: bool = True
     """Subtract the mean quantization error of each output channel from its bias."""
     equalize: bool = False
@@ -38,8 +38,8 @@ class CalibrationConfig:
     reconstruct: bool = False
     """Learn whether each weight is rounded up or down (AdaRound)."""
     budget: float | None = None
-    """Maximum loss of top-1 accuracy on held-out images, in percentage points. Layers are kept in floating point
-    until the loss is within the budget. None: no limit, and no images are held out."""
+    """Maximum loss of top-1 accuracy on held-out images, in percentage points (default: no limit, and no images are
+    held out). Layers are kept in floating point until the loss is within the budget."""
     mix: tuple[str, ...] = ("clean",)
     """Variants of each image to calibrate on; see `calib.images.KINDS`."""
     keep: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class CalibrationConfig:
             raise ConfigError(f"method must be one of {', '.join(METHOD_NAMES)}; found {self.method!r}")
         for kind in self.leave:
             if kind not in LAYER_KINDS:
-                raise ConfigError(f"kinds of layers are {', '.join(LAYER_KINDS)}; found {kind!r}")
+                raise ConfigError(f"expected kinds of layers from {', '.join(LAYER_KINDS)}; found {kind!r}")
         if self.images < 1:
             raise ConfigError(f"images must be at least 1; found {self.images}")
         if self.budget is not None and not 0 <= self.budget <= 100:

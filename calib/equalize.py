@@ -1,4 +1,4 @@
-"""Equalizes channels: moves range from the channels of an activation to the weights that read it.
+"""Equalize channels: move range from the channels of an activation to the weights that read it.
 
 If only convolutions read y, then y / s and W · s yield the same output, for each channel of y. Small channels grow
 toward the range of the largest channel, so the single scale of the tensor resolves them better. For a depthwise
@@ -42,7 +42,7 @@ ALPHAS = (0.5, 1.0)
 """Values of α to try; 1 equalizes the activation fully."""
 
 _MAX_GAIN = 256.0
-"""Largest growth of a channel; smaller channels are practically empty."""
+"""Maximum growth of a channel. Channels that need more are practically empty."""
 _POOLS = ("AveragePool", "GlobalAveragePool", "MaxPool", "GlobalMaxPool", "ReduceMean")
 
 _Edit = Callable[[ir.Graph, NDArray[np.float32]], None]
@@ -60,7 +60,7 @@ class _Plan:
 
 
 def equalizable_tensors(model: onnx.ModelProto, tensors: Iterable[str]) -> list[str]:
-    """Return those of `tensors` whose channels can be scaled exactly."""
+    """Return the tensors whose channels can be scaled exactly."""
     values = _values_by_name(_to_ir(model).graph)
     return [name for name in tensors if name in values and _plan_for(values[name]) is not None]
 
@@ -155,7 +155,7 @@ def _plan_for(value: ir.Value) -> _Plan | None:
 
 
 def _multiply_weights(node: ir.Node, value: ir.Value) -> _Edit | None:
-    """Return the edit that multiplies the weights of a reader of `value` by s; None if there is none."""
+    """Return the edit that multiplies the weights of a reader of `value` by s; None if it is not possible."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     if node.inputs[0] is not value or weight is None or weight.const_value is None:
         return None
@@ -253,7 +253,7 @@ def _rank(value: ir.Value | None) -> int:
 
 
 def _scale_weights(node: ir.Node, axis: int, graph: ir.Graph, factors: NDArray[np.float32]) -> None:
-    """Replace the node's weights by a copy multiplied along `axis`; other nodes may share the original."""
+    """Replace the node's weights with a copy multiplied along `axis`; other nodes may share the original."""
     weight = array_of(node.inputs[1])
     name = unused_name(graph, f"{node.name}_equalized")
     node.replace_input_with(1, add_initializer(graph, name, weight * along(factors, axis, weight.ndim)))
@@ -267,14 +267,14 @@ def _divide_conv(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float32]) ->
 
 
 def _restore_input(sigmoid: ir.Node, graph: ir.Graph, scales: NDArray[np.float32]) -> None:
-    """Let the sigmoid of a SiLU read what it read before the division."""
+    """Make the sigmoid of a SiLU read the value from before the division."""
     data = sigmoid.inputs[0]
     assert data is not None
     sigmoid.replace_input_with(0, _multiplied(graph, sigmoid, data, scales))
 
 
 def _replace_hard_swish(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float32]) -> None:
-    """Replace HardSwish(x) by x · HardSigmoid(x · s)."""
+    """Replace HardSwish(x) with x · HardSigmoid(x · s)."""
     data = node.inputs[0]
     assert data is not None
     restored = _multiplied(graph, node, data, scales)

@@ -1,4 +1,4 @@
-"""Collects histograms of a network's activations over any number of images, and caches them on disk."""
+"""Collect histograms of a network's activations over any number of images, and cache them on disk."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ class Histogram:
         return middles
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Count `values`, an array of any shape. Raises ValueError if a value is not finite."""
+        """Count `values`, an array of any shape.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
         magnitudes = np.abs(values).ravel()
         largest = float(magnitudes.max(initial=0.0))
         if not np.isfinite(largest):
@@ -130,7 +134,7 @@ def collect_histograms(
                 save_histograms(cache, histograms, seen)
                 saved = seen
     if not seen:
-        raise DataError("calibration needs images, but there are none")
+        raise DataError("calibration needs at least one batch of images; found none")
     if cache and seen > max(saved, known_images):
         save_histograms(cache, histograms, seen)
     return histograms
@@ -176,7 +180,7 @@ def save_histograms(path: Path, histograms: Mapping[str, Histogram], images: int
 
 
 def load_histograms(path: Path, names: list[str]) -> tuple[dict[str, Histogram], int]:
-    """Return the saved histograms of exactly these tensors and the number of images; ({}, 0) if there are none."""
+    """Return the saved histograms of exactly these tensors, and the number of images; ({}, 0) if none are saved."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             if content["names"].tolist() != names or content["counts"].shape != (len(names), BINS):
@@ -187,7 +191,7 @@ def load_histograms(path: Path, names: list[str]) -> tuple[dict[str, Histogram],
                 histogram.counts = content["counts"][row].astype(np.int64)
                 histogram.top, histogram.amax = (float(value) for value in content["ranges"][row])
                 histogram.zeros = int(content["zeros"][row])
-            os.utime(path)  # marks the file as recently used
+            os.utime(path)  # mark the file as recently used
             return histograms, int(content["images"])
     except FileNotFoundError:
         return {}, 0

@@ -1,4 +1,4 @@
-"""The calibration set: images identified by their content, which makes a calibration reproducible."""
+"""Choose calibration images, identified by their content to make a calibration reproducible."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class CalibrationSet:
         """Yield batches of normalized images, float32 (N, 3, H, W), with N up to `size`.
 
         Args:
-            spec: how an image becomes the network's input.
+            spec: preprocessing of the network.
             count: maximum number of images, all variants together, evenly spaced over the set; 0 for all.
-            kinds: variants to yield; default: the whole mix.
+            kinds: variants to yield (default: the whole mix).
             held: yield the held-out images instead.
             adversary: attacks the images of the variant `adversarial`.
             size: batch size.
@@ -104,7 +104,11 @@ class CalibrationSet:
                     yield adversary(batch) if kind == "adversarial" and adversary else batch
 
     def save(self, path: Path) -> None:
-        """Write the manifest, from which `calibration_set` restores this set. Raises OutputError."""
+        """Write a manifest from which `calibration_set` restores this set.
+
+        Raises:
+            OutputError: `path` cannot be written.
+        """
         content = {
             "format": FORMAT,
             "source": str(self.source),
@@ -122,7 +126,7 @@ def check_mix(mix: Sequence[str], adversary: Adversary | None) -> None:
     for kind in mix:
         if kind not in KINDS:
             raise ConfigError(
-                f"the kinds of a calibration mix are {', '.join(KINDS)}; found {kind!r}; {nearest(kind, KINDS)}"
+                f"a calibration mix contains {', '.join(KINDS)}; found {kind!r}. {nearest(kind, KINDS)}".rstrip(". ")
             )
     if not mix or len(set(mix)) < len(mix):
         raise ConfigError(
@@ -150,14 +154,14 @@ def calibration_set(
         source: a folder, a tar file, an array (see `open_source`), or the manifest (`calib.json`) of an
             earlier set, which is then used unchanged.
         count: maximum number of images, evenly spaced over the sorted names.
-        spec: the network's preprocessing; images that it cannot be applied to are skipped too.
+        spec: the network's preprocessing. If given, images that cannot be preprocessed are skipped.
         held: also hold out images for a budget: up to `count` more, or a quarter of all images if there are
-            not enough.
+            too few.
         mix: variants of each image, from KINDS.
         seed: seed of the corruptions.
 
     Raises:
-        DataError: there are no usable images, all are copies of one, or they differ from those in the manifest.
+        DataError: there are no usable images, all images are copies of one, or they differ from the manifest.
     """
     if source.suffix == ".json":
         return _from_manifest(source)
@@ -171,7 +175,9 @@ def calibration_set(
             "like those that the model will see"
         )
     if len(found) > 1 and len({image.sha256 for image in found}) == 1:
-        raise DataError(f"{source}: all {len(found)} images are copies of one; pass a few hundred different images")
+        raise DataError(
+            f"{source}: all {len(found)} images are copies of the same image; pass a few hundred different images"
+        )
     apart = spread(range(len(found)), max(len(found) - count, len(found) // 4)) if held else []
     return CalibrationSet(
         source=source.resolve(),
@@ -200,7 +206,7 @@ def _readable(reader: ImageSource, names: Sequence[str], spec: Preprocessing | N
         found.append(CalibrationImage(name, _sha256(content)))
     if small and spec is not None:
         log.warning(
-            "%d of %d images are less than half as large as the network's input (%d x %d); enlarged, they lack "
+            "%d of %d images are less than half as large as the network's input (%d x %d); enlarged images lack "
             "the detail of the images that the model will see",
             *(small, len(found), spec.height, spec.width),
         )

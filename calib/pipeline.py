@@ -1,4 +1,4 @@
-"""`calibrate_file`: writes an INT8 ONNX file from a float32 ONNX file and images, with a record and plots."""
+"""Quantize a float32 ONNX file to INT8 with calibration images, and write a record and plots."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class CalibratedFile:
     images: CalibrationSet
     """The calibration images."""
     rounded: onnx.ModelProto
-    """The written graph with every rounding that a GPU does, for ONNX Runtime on a CPU."""
+    """The written graph with every rounding of a GPU, to run in ONNX Runtime on a CPU."""
     parity_images: int
     """Number of images on which the graphs were compared."""
     agreement: float
-    """Share of them on which `rounded` has the same top-1 class as the float32 graph, 0 to 1."""
+    """Share of these images on which `rounded` has the same top-1 class as the float32 graph, 0 to 1."""
 
 
 def calibrate_file(
@@ -74,10 +74,10 @@ def calibrate_file(
         source: a float32 ONNX classifier with float32 input and logits.
         data: real images: a folder, a tar file, an array, or the `calib.json` of an earlier run.
         target: the INT8 file to write.
-        config: settings; default: `CalibrationConfig()`.
-        preprocessing: how an image becomes the input; required if and only if `source` has no spec.
+        config: settings (default: `CalibrationConfig()`).
+        preprocessing: preprocessing of the images; required if and only if `source` has no spec.
         adversary: attacks images; required if the mix has adversarial images.
-        cache: cache histograms, so an interrupted run resumes and another run with the same images is faster.
+        cache: cache histograms. An interrupted run then resumes, and other runs with these images are faster.
         progress: called with the stage, the number of images or layers done, and their total (0 if unknown).
 
     Raises:
@@ -138,7 +138,7 @@ def _choose_images(
 
 
 def _batch_size(model: onnx.ModelProto) -> int:
-    """Return the batch size: 1 if the graph fixes it to 1."""
+    """Return the batch size for calibration: 1 if the graph has a fixed batch size of 1, otherwise `BATCH`."""
     return 1 if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1 else BATCH
 
 

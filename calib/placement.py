@@ -1,4 +1,4 @@
-"""Decides which tensors are quantized, by TensorRT's rules for explicit quantization.
+"""Decide which tensors are quantized, by TensorRT's rules for explicit quantization.
 
 The inputs of convolutions and matrix products are quantized: activations per tensor, weights per output channel.
 Their outputs are not (a SiLU behind them needs the full range), nor are biases or anything in between. On request, the
@@ -43,7 +43,7 @@ _QUANTIZED_OPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A quantization point: a convolution or matrix product, and whether it computes in INT8."""
+    """A quantization point: a convolution or matrix product, with the precision it computes in."""
 
     node: str
     """Name of the node."""

@@ -1,10 +1,10 @@
-"""Converts a float32 graph to FP16 or BF16, except for nodes that would overflow or lose too much accuracy.
+"""Convert a float32 graph to FP16 or BF16, except for nodes that would overflow or lose too much accuracy.
 
 The precision is part of the graph, because TensorRT 11 and TensorRT-RTX have no FP16 flag. The same file then runs on
 every backend.
 
-ONNX Runtime's own converter accepts a list of nodes to keep in FP32, but it rounds every tensor between two of them to
-FP16, so a tensor that overflows still does. Here a tensor has the type of the node that computes it, and is cast only
+ONNX Runtime's own converter accepts a list of nodes to keep in FP32, but it rounds every tensor between two such nodes
+to FP16, where a large tensor still overflows. Here a tensor has the type of the node that computes it, and is cast only
 for readers of another type.
 """
 
@@ -68,7 +68,7 @@ class Decision:
     reason: Literal["overflow", "loss"]
     """`overflow`: a tensor exceeds LIMIT. `loss`: the node, or a node that reads it, has one of the largest errors."""
     tensor: str
-    """The tensor that decided."""
+    """The tensor that caused the decision."""
     amax: float
     """Its largest magnitude on the measured images."""
     error: float = 0.0
@@ -99,8 +99,8 @@ def overflows(model: onnx.ModelProto, amax: Mapping[str, float]) -> list[Decisio
 
     Args:
         model: a float32 graph.
-        amax: largest magnitude of each tensor. If only the deciding tensors are measured, the result shows whether
-            there are such nodes, but does not list all of them.
+        amax: largest magnitude of each tensor. If it has the deciding tensors only, the result is empty if and only if
+            no tensor overflows, but it does not list all nodes.
     """
     graph = ir.from_proto(model).graph
     ranges = {name: value if np.isfinite(value) else float("inf") for name, value in amax.items()}
@@ -124,8 +124,8 @@ def losses(
 ) -> list[Decision]:
     """Return the `count` nodes that add the largest errors, and the nodes whose outputs they read.
 
-    The latter matter because a difference of two large numbers loses accuracy when the numbers are rounded, not when
-    they are subtracted.
+    The producers matter because a difference of two large numbers loses accuracy when the numbers are rounded, not
+    when they are subtracted.
 
     Args:
         model: the float32 graph.

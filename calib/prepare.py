@@ -1,4 +1,4 @@
-"""Reads float32 ONNX classifiers for calibration, and prepares those of other tools.
+"""Read float32 ONNX classifiers for calibration, and prepare files of other tools.
 
 A prepared model has unique node names, weights as initializers, and its BatchNorms folded.
 """
@@ -28,7 +28,7 @@ def read_float_model(source: Path, preprocessing: Preprocessing | None) -> tuple
 
     Args:
         source: an ONNX file, written by advprop or by another tool.
-        preprocessing: how an image becomes the input; required if and only if the file has no spec.
+        preprocessing: preprocessing of the images; required if and only if the file has no spec.
 
     Raises:
         ConfigError: `preprocessing` is given, but the file has a spec.
@@ -67,7 +67,7 @@ def prepare_model(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
 
     Args:
         path: a float32 ONNX classifier of images.
-        preprocessing: how an image becomes its input. It goes into the spec of the result, in which the classes
+        preprocessing: preprocessing of the images. It becomes part of the result's spec, in which the classes
             are named by their numbers.
 
     Raises:

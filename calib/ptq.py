@@ -1,4 +1,4 @@
-"""`calibrate`: quantizes a float32 ONNX classifier to INT8 with real images, without training."""
+"""Quantize a float32 ONNX classifier to INT8 with real images, without training."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _EQUALIZED_NOISE = 0.9
 """Equalization must reduce a tensor's noise to this share to be applied, because it can cost a multiplication."""
 
 Batches: TypeAlias = Callable[[int], Iterator[NDArray[np.float32]]]
-"""Takes a number of images, 0 for all, and yields batches of them: normalized, float32 (N, 3, H, W)."""
+"""Number of images, 0 for all → batches of normalized images, float32 (N, 3, H, W)."""
 Progress: TypeAlias = Callable[[str, int], None]
-"""Called with a stage and the number of images, layers or steps done so far."""
+"""Called with the name of a stage and the number of images, layers or steps done so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """An INT8 graph and how it was made."""
+    """An INT8 graph, and the thresholds and measurements it was made from."""
 
     model: onnx.ModelProto
     """The graph: Q/DQ nodes around INT8 layers, float32 everywhere else."""
@@ -59,7 +59,7 @@ class Calibrated:
     equalized: dict[str, float]
     """Equalized tensor → α; see `calib.equalize`."""
     fallback: Fallback | None
-    """How the budget was met; None if there was no budget."""
+    """The layers kept in floating point for the budget; None without a budget."""
 
     @property
     def int8_share(self) -> float:
@@ -68,7 +68,7 @@ class Calibrated:
 
 
 class _Ranges(NamedTuple):
-    """What the pass over all images measured, without the layers and tensors that are always zero."""
+    """Measurements of the pass over all images, without layers and tensors that are always zero."""
 
     points: list[Point]
     residuals: list[tuple[str, str]]
@@ -93,10 +93,10 @@ def calibrate(
         config: settings; `images` and `mix` have no effect here, because the caller provides the images.
         held: held-out images, on which the budget is measured.
         images_sha256: hash of the images. If given, histograms are cached in the user's cache folder.
-        progress: called as the work proceeds.
+        progress: called with the stage and its progress as the work proceeds.
 
     Raises:
-        ConfigError: a node to keep does not exist.
+        ConfigError: a node to keep in floating point does not exist.
         DataError: there are no images, every tensor is zero on them, or a value is not finite.
         ModelFileError: the model is already quantized, or has nothing to quantize.
     """
@@ -154,7 +154,7 @@ class _Tracker:
 def _equalize(
     model: onnx.ModelProto, points: Sequence[Point], batches: Batches, track: _Tracker
 ) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """Return the graph with those tensors equalized whose noise decreases enough, and the α of each."""
+    """Return the graph with the tensors equalized whose noise decreases enough, and the α of each tensor."""
     names = equalizable_tensors(model, _int8_tensors(points))
     if not names:
         log.info("no activation of this network can be equalized exactly")
@@ -200,7 +200,7 @@ def _measure_ranges(
     histograms = collect_histograms(model, batches(0), tensors, track.stage("ranges"), cache=cache)
     images = track.total("ranges")
     if images < MIN_IMAGES:
-        log.warning("%d calibration images are few; use at least %d, better 256", images, MIN_IMAGES)
+        log.warning("found only %d calibration images; use at least %d (recommended: 256)", images, MIN_IMAGES)
     if not any(histogram.amax for histogram in histograms.values()):
         raise DataError("every tensor is zero on the calibration images; check that they are real photographs")
     return _Ranges(
@@ -211,7 +211,7 @@ def _measure_ranges(
 
 
 def _without_zeros(point: Point, histograms: Mapping[str, Histogram]) -> Point:
-    """Keep a layer in floating point if its input is always zero: that does not determine a range."""
+    """Keep a layer in floating point if its input is always zero, because no range can be determined."""
     if not point.int8 or histograms[point.tensor].amax:
         return point
     return dataclasses.replace(point, int8=False, reason=f"{point.tensor} is zero on every calibration image")
@@ -232,7 +232,7 @@ def _choose_thresholds(
         trials = batches(TRIAL_IMAGES)
         thresholds, layers = _pick(layer_errors(model, ranges.points, candidates, trials, track.stage("layers")))
     for _, tensor in ranges.residuals:
-        if tensor not in thresholds:  # no quantized layer reads it whose output could decide
+        if tensor not in thresholds:  # no quantized layer reads the tensor, so no layer error can decide
             thresholds[tensor] = METHODS.get(config.method, mse)(ranges.histograms[tensor])
     return thresholds, layers
 

@@ -1,4 +1,4 @@
-"""Inserts QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float32 graph.
+"""Insert QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float32 graph.
 
 INT8 is symmetric: values in [−127, 127], zero point 0. Scales are rounded up to FP16 numbers. The quantization steps
 therefore stay the same when the rest of the graph is converted to FP16, where TensorRT requires FP16 scales.
@@ -83,7 +83,7 @@ def quantize(
 
 
 class InsertQDQ(ir.passes.InPlacePass):
-    """Inserts Q/DQ pairs before activations, and replaces weights by int8 weights with a DequantizeLinear."""
+    """Inserts Q/DQ pairs at activations, and replaces weights with int8 weights and a DequantizeLinear."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Reports a calibration: the record `NAME.json`, a table for the console, and plots."""
+"""Report a calibration: the record `NAME.json`, a table for the console, and plots."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _budget_record(fallback: Fallback) -> dict[str, Any]:
         "losses": fallback.chosen.losses,
         "agreement": fallback.chosen.agreement,
         "given_back": list(fallback.chosen.floating),
-        "sensitivity": {  # JSON has no number for inf: null
+        "sensitivity": {  # JSON cannot represent inf
             node: value if math.isfinite(value) else None for node, value in fallback.sensitivity.items()
         },
         "trials": [

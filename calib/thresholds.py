@@ -1,4 +1,4 @@
-"""Chooses a clipping threshold (amax) from a histogram of magnitudes, with pure functions.
+"""Choose a clipping threshold (amax) from a histogram of magnitudes.
 
 INT8 represents x as round(x / s), clipped to ±127, with the scale s = threshold / 127. A lower threshold makes the
 steps finer and clips more values.
@@ -25,7 +25,7 @@ _ENTROPY_LEVELS = 128
 
 
 def minmax(histogram: Histogram) -> float:
-    """Return the largest magnitude, which clips nothing."""
+    """Return the largest magnitude, a threshold that clips no value."""
     return histogram.amax
 
 
@@ -107,4 +107,4 @@ METHODS: dict[str, Callable[[Histogram], float]] = {
     "entropy": entropy,
     "mse": mse,
 }
-"""The methods that `--method` accepts, besides `auto`."""
+"""The methods that `--method` accepts, in addition to `auto`."""

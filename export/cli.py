@@ -38,7 +38,7 @@ Examples:
 
 \b
 Exit codes: 0 success; 2 bad input; 3 no engine (the ONNX files are written);
-            4 a file does not agree with the one before.
+            4 a file does not agree with the previous one.
 """
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -59,7 +59,12 @@ _MODEL_OPTIONS = (
         help="Weights of timm:NAME (default: download them).",
     ),
     _option("Model", "--route", default="main", show_default=True, metavar="NAME", help="BatchNorm route to export."),
-    _option("Model", "--ema/--no-ema", default=True, help="Export the moving average of the weights, if there is one."),
+    _option(
+        "Model",
+        "--ema/--no-ema",
+        default=True,
+        help="Export the moving average of the weights, if the checkpoint has one.",
+    ),
     _option(
         "Verification",
         "--data",
@@ -72,7 +77,7 @@ _MODEL_OPTIONS = (
         "--bisect/--no-bisect",
         default=True,
         show_default=True,
-        help="Find the first layer that differs, if a file does not agree with the one before.",
+        help="Find the first layer that differs, if a file does not agree with the previous one.",
     ),
 )
 _FORM_OPTIONS = (
@@ -175,7 +180,7 @@ def main(
 
 
 def _validate_options(trt: str | None, precision: str | None, io: str) -> None:
-    """Reject options that have no effect without another one."""
+    """Reject contradictory options, and options that have no effect without another one."""
     if trt and precision and trt != precision:
         raise click.UsageError(f"--trt {trt} and --precision {precision} contradict each other; remove --precision")
     made = trt or precision or "fp32"
@@ -231,7 +236,7 @@ def _show(console: Console, result: ExportResult) -> None:
 
 
 def _bytes(path: Path) -> int:
-    """Return the size of a file, including weights that are stored next to it."""
+    """Return the size of a file in bytes, including external weights."""
     weights = path.with_name(path.name + ".data")
     return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 

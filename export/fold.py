@@ -1,4 +1,4 @@
-"""Folds BatchNorms with graph passes, in float64 to keep rounding errors out of the weights.
+"""Fold BatchNorms with graph passes, in float64 to keep rounding errors out of the weights.
 
     y = γ (Wx + b − μ) / √(σ² + ε) + β  =  (sW) x + s (b − μ) + β,   s = γ / √(σ² + ε)
 
@@ -114,7 +114,7 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
 def _scaled_weight(
     node: ir.Node, weight: NDArray[np.float64], scale: NDArray[np.float64]
 ) -> NDArray[np.float64] | None:
-    """Multiply each output channel of `weight` by its scale; None if that is not exact."""
+    """Return `weight` with each output channel multiplied by its scale; None if that is not exact."""
     if node.op_type == "ConvTranspose":  # (in, out / groups, kernel…); output channels are ordered by group
         groups = node.attributes.get_int("group", 1)
         per_group = weight.reshape(groups, -1, *weight.shape[1:])

@@ -1,4 +1,4 @@
-"""Changes the inputs and outputs of an exported graph.
+"""Change the inputs and outputs of an exported graph.
 
 The input can be uint8 pixels or FP16 instead of normalized float32. The output can be probabilities, or the most
 probable classes, instead of logits.

@@ -1,4 +1,4 @@
-"""`export_checkpoint`: checkpoint → ONNX → FP16, BF16 or INT8 ONNX → engine, verified at each stage."""
+"""Export a checkpoint to ONNX, reduced precision and an engine, and verify each stage."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ExportResult:
     reduced_onnx: Path | None = None
     """The FP16, BF16 or INT8 ONNX file, if requested."""
     reduced_parity: Parity | None = None
-    """That file compared with the FP32 one, with every rounding of a GPU."""
+    """That file compared with the FP32 file, with every tensor rounded as on a GPU."""
     calibrated: CalibratedFile | None = None
     """Result of the INT8 calibration."""
     kept_fp32: tuple[Decision, ...] = ()
@@ -97,18 +97,18 @@ def export_checkpoint(
     progress: Progress | None = None,
     build_progress: Callable[[str, float], None] | None = None,
 ) -> ExportResult:
-    """Export a checkpoint as `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`), …
+    """Export a checkpoint to `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`), …
 
     Args:
         checkpoint: an advprop checkpoint, a plain timm state dict together with `config.arch`, or `timm:NAME`.
-        config: what to write; default: `model.onnx`.
+        config: settings (default: write `model.onnx` only).
         progress: called with the name of each stage as it starts.
         build_progress: `progress` of `runtime.build`.
 
     Raises:
         AdvPropError: see `load_source`, `to_onnx`, `calibrate_file` and `runtime.build`.
         DataError: there are no real images to verify on.
-        VerificationError: a stage does not agree with the one before; all files are kept.
+        VerificationError: a stage does not agree with the previous one; all files are kept.
     """
     config = config or ExportConfig()
     progress = progress or log.debug

@@ -1,4 +1,4 @@
-"""Converts an FP32 graph to FP16 or BF16 such that it agrees with the original: convert, verify, keep nodes in FP32.
+"""Convert an FP32 graph to FP16 or BF16, and keep nodes in FP32 until the logits agree with the original.
 
 Nodes that would overflow stay in FP32 from the start. While the logits do not agree, the nodes that add the largest
 errors are kept in FP32 too, more of them in each attempt.
@@ -38,7 +38,7 @@ class Reduced:
     model: onnx.ModelProto
     """The graph; its input and output are float32."""
     rounded: onnx.ModelProto
-    """The same graph in float32 with all roundings, for a CPU."""
+    """The same graph in float32 with all roundings, to run on a CPU."""
     decisions: tuple[Decision, ...]
     """Nodes that stay in FP32."""
     parity: Parity

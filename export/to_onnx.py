@@ -1,4 +1,4 @@
-"""Exports a network to ONNX: traces it, folds its BatchNorms, optimizes the graph and adds the spec."""
+"""Export a network to ONNX: trace it, fold its BatchNorms, optimize the graph and add the spec."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> on
     """Export a network with its spec.
 
     Args:
-        model: in eval mode, on the CPU; maps float32 (N, 3, H, W) to logits (N, K).
+        model: a network in eval mode on the CPU that maps float32 (N, 3, H, W) to logits (N, K).
         spec: provides the input size and is stored in the model's metadata.
         free_size: leave height and width of the input open, as the dimensions `height` and `width`.
 

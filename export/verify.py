@@ -1,4 +1,4 @@
-"""Verifies each stage of an export on real images: its logits must agree with those of the previous stage.
+"""Verify each stage of an export on real images: its logits must agree with those of the previous stage.
 
 Shape suffixes: N images, H height, W width, C channels, K classes.
 """
@@ -41,7 +41,7 @@ __all__ = [
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.0}
 """Largest allowed |Δlogit| of each precision, relative to the largest |logit| if that is above 1. BF16 has three bits
-less than FP16. INT8 is judged by its top-1 classes."""
+less than FP16. INT8 is verified by its top-1 classes only."""
 MIN_INT8_AGREEMENT = 0.8
 """Minimum share of images on which an INT8 file has the top-1 class of the float32 file; below it, something is
 broken."""
@@ -119,7 +119,7 @@ def require(
         stage: name of what is verified, for the message.
         before: name of the reference, for the message.
         min_agreement: share of images that must have the same top-1 class; one image may always differ.
-        first: returns a sentence on where the two diverge first; called only if they do.
+        first: returns a sentence on the first difference between the two; called only if they differ.
     """
     if agrees(parity, tolerance, min_agreement):
         return
@@ -166,7 +166,7 @@ def check_size(source: Source, model: onnx.ModelProto, size: tuple[int, int]) ->
 def check_file(
     path: Path, source: Source, logits_NK: NDArray[np.float32], tolerance: float = TOLERANCE["fp32"]
 ) -> None:
-    """Load the written file as a user would, and compare its outputs with known logits of the first N images.
+    """Load a written file with the runtime, and compare its outputs with known logits of the first N images.
 
     Raises:
         VerificationError: the outputs differ.
