@@ -58,7 +58,7 @@ def summary(times_ms: Sequence[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """A value ÷ another value, over rounds."""
+    """Ratio of two targets' values over rounds."""
 
     median: float
     """Median of the rounds' ratios."""

@@ -71,7 +71,7 @@ class DeviceView:
             event: an event, which is overwritten.
 
         Raises:
-            InputError: the owner refuses.
+            InputError: the owner cannot synchronize with the stream.
         """
         if self.stream is not None:
             cuda.wait_for(stream, self.stream, event)
@@ -151,7 +151,7 @@ def view_of_interface(interface: Any, owner: Any) -> DeviceView:
 
 
 def stream_handle(stream: object) -> int:
-    """Return the handle of a CUDA stream: of an int, torch, CuPy, pycuda, Numba or cuda.core.
+    """Return the handle of a CUDA stream: an int, or a stream of torch, CuPy, pycuda, Numba or cuda.core.
 
     Raises:
         InputError: the object is not a stream, or is 0, which is ambiguous: 1 is the legacy default
@@ -179,7 +179,7 @@ def _check_stream(stream: Any) -> int:
 
 
 def _with_stream(view: DeviceView, stream: object) -> DeviceView:
-    """Return the view with the writing stream that the caller gave, if any."""
+    """Return the view, with the caller's writing stream if one is passed."""
     return view if stream is None else replace(view, stream=stream_handle(stream), by_dlpack=False)
 
 

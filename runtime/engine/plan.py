@@ -1,4 +1,4 @@
-"""Build a plan from an ONNX file: the native part of a build, the same for every TensorRT."""
+"""Build a plan from an ONNX file: the native part of a build, shared by all TensorRT libraries."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     """Build a plan in the calling thread.
 
     Raises:
-        EngineBuildError: the parser or the builder refused; the message has their reasons.
+        EngineBuildError: the parser or the builder rejected the graph; the message has their reasons.
         OutputError: the timing cache cannot be written.
     """
     trt = request.flavor.module
@@ -93,7 +93,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
 
 
 def _timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
-    """Give the builder the timings of earlier builds, except those of another GPU or version."""
+    """Load the timings of earlier builds into the builder, except those of another GPU or version."""
     timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(timings, ignore_mismatch=False):
         log.warning("%s is for another GPU or TensorRT, and will be replaced", path)
@@ -112,7 +112,7 @@ def _set_targets(trt: Any, config: Any, sms: tuple[int, ...]) -> None:
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
         if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{sm}"], index):
-            raise EngineBuildError(f"TensorRT-RTX {trt.__version__} refused the target SM {sm}")
+            raise EngineBuildError(f"TensorRT-RTX {trt.__version__} rejected the target SM {sm}")
 
 
 def _reasons(request: PlanRequest, errors: list[tensorrt.ParserError]) -> str:

@@ -1,6 +1,6 @@
 """Map folder names and label numbers to a model's classes.
 
-`IMAGENET_A` and `IMAGENET_R` list the 200 of ImageNet's 1,000 classes that these sets contain. The
+`IMAGENET_A` and `IMAGENET_R` list the 200 ImageNet classes that these test sets contain. The
 numbers are those of pytorch-image-models (Apache-2.0),
 `timm/data/_info/imagenet_{a,r}_{indices,synsets}.txt`, which equal the lists of
 github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
@@ -28,14 +28,14 @@ def by_folder(names: Iterable[str], spec: ModelSpec, where: str) -> dict[str, in
 
     Args:
         names: names of the folders.
-        spec: holds the model's classes.
+        spec: spec of the model, with its classes.
         where: the folder that contains them, for messages.
 
     Returns:
         Folder → class, for the folders that match a class of the model.
 
     Raises:
-        DataError: no folder matches, or a folder's name is the name of several classes.
+        DataError: no folder matches a class, or a folder's name matches several classes.
     """
     names = sorted(names)
     wnids = {wnid: place for place, wnid in enumerate(spec.wnids)}
@@ -117,12 +117,12 @@ def by_cifar_number(numbers: Iterable[int], spec: ModelSpec, where: str) -> dict
 def among(
     names: Iterable[str], chosen: Mapping[str, int], spec: ModelSpec, where: str
 ) -> tuple[dict[str, int], tuple[int, ...]]:
-    """Find the 200 classes of ImageNet-A or -R among the model's classes, and those of the folders.
+    """Find the 200 classes of ImageNet-A or -R among the model's classes, and the class of each folder.
 
     Args:
         names: names of the folders; folders of other classes are ignored.
         chosen: the 200 classes: WordNet id → position among ImageNet's 1,000 classes.
-        spec: holds the model's classes.
+        spec: spec of the model, with its classes.
         where: the folder that contains them, for messages.
 
     Returns:

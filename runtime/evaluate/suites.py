@@ -1,4 +1,4 @@
-"""The test sets by name: their layout on disk, their labels, and whether images may be resized."""
+"""Open test sets by name: their layout on disk, their labels, and whether images may be resized."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Suite:
 
     name: str
     cells: tuple[Cell, ...]
-    """In the order of the report."""
+    """Cells, in the order of the report."""
     seed: int
     table: str | None
-    """Table of severities of the corruptions computed here; None if none are."""
+    """Table of severities for corruptions that the evaluation computes; None without them."""
     classes: tuple[int, ...] | None = None
-    """The classes to choose from; None: all of the model's."""
+    """The classes that compete; None for all classes of the model."""
     skipped: tuple[str, ...] = ()
     """Folders that match no class of the model."""
 
@@ -49,7 +49,7 @@ class Suite:
 
         Args:
             cells: ids of cells.
-            size: holds the network's input size.
+            size: preprocessing of the network, with its input size.
 
         Raises:
             BackendUnavailable: a library or file that a corruption needs is missing.
@@ -60,12 +60,12 @@ class Suite:
 
 
 def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
-    """List the images of a set for models with the classes and input size of `spec`.
+    """List the images of a test set for models with the classes and input size of `spec`.
 
     Raises:
         ConfigError: the suite or one of the selected cells does not exist.
-        DataError: the folder has another layout, or no image of the model's classes.
-        SpecError: the set cannot be evaluated with the model's classes.
+        DataError: the folder has an unexpected layout, or no images of the model's classes.
+        SpecError: the test set cannot be evaluated with the model's classes.
     """
     if config.name not in SUITES:
         hint = nearest(config.name, SUITES) or f"expected one of {', '.join(SUITES)}"
@@ -73,7 +73,7 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
     opening = Opening(config, spec)
     cells = [cell for cell in SUITES[config.name](opening) if config.selects(cell.id)]
     if config.resize != "auto":
-        # Clean images next to a set keep their preprocessing, unless the set is made from them.
+        # Images of --clean keep their preprocessing; clean images of `corruptions` follow --resize.
         kept = () if config.name == "corruptions" else (CLEAN,)
         cells = [cell if cell.id in kept else replace(cell, resize=config.resize) for cell in cells]
     found = {cell.id for cell in cells} | {cell.id.split("/")[0] for cell in cells}

@@ -1,4 +1,4 @@
-"""Measures the largest magnitude of tensors over any number of images.
+"""Measure the largest magnitude of tensors over any number of images.
 
 The maxima are computed inside the graph: a run returns a few numbers per tensor, and memory does not grow with the
 number of images.
@@ -65,7 +65,7 @@ def collect(
     *,
     tensors: Collection[str] | None = None,
 ) -> Collected:
-    """Return what `collect_amax` returns and the graph's first output, from a single pass."""
+    """Return the result of `collect_amax` and the graph's first output, from a single pass."""
     ranks = {name: rank for name, rank in _float_tensors(model).items() if tensors is None or name in tensors}
     session = open_session(_with_maxima(model, ranks))
     input_name = session.get_inputs()[0].name

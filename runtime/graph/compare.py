@@ -1,4 +1,4 @@
-"""Compares two graphs tensor by tensor, in the order of computation.
+"""Compare two graphs tensor by tensor, in the order of computation.
 
 The error of a tensor is its largest |Δ| divided by its largest magnitude.
 """

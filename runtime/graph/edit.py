@@ -1,4 +1,4 @@
-"""Edits graphs of ONNX IR: constants, new nodes, replaced nodes."""
+"""Edit graphs of ONNX IR: constants, new nodes, replaced nodes."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def make_node(
         inputs: values that the node reads.
         name: name of the node.
         like: the output gets the shape and the type of this value.
-        dtype: element type of the output, if not that of `like`.
-        output: name of the output; the graph chooses one by default.
+        dtype: element type of the output (default: that of `like`).
+        output: name of the output (default: the graph chooses one).
         attributes: attributes of the node.
     """
     node = ir.node(op, list(inputs), attributes or {}, name=name)

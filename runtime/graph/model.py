@@ -1,4 +1,4 @@
-"""Checks, runs and saves ONNX models of any size that are held in memory.
+"""Check, run and save ONNX models of any size that are held in memory.
 
 Protobuf serializes at most 2 GiB. The checker and shape inference therefore see a larger model without its weights,
 and ONNX Runtime receives the weights separately.

@@ -1,4 +1,4 @@
-"""Reads ONNX files, which may be damaged or hostile, and hashes them."""
+"""Read and hash ONNX files, which may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def read_onnx_file(path: Path) -> OnnxFile:
 
 
 def sha256_onnx(path: Path) -> str:
-    """Return the hash of an ONNX file: `OnnxFile.sha256`. Raises as `read_onnx_file`."""
+    """Return the hash of an ONNX file, `OnnxFile.sha256`.
+
+    Raises:
+        BackendUnavailable, ModelFileError: see `read_onnx_file`.
+    """
     return read_onnx_file(path).sha256
 
 

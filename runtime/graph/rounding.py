@@ -1,4 +1,4 @@
-"""Runs FP16 and BF16 graphs on a CPU with the roundings that a GPU would do.
+"""Run FP16 and BF16 graphs on a CPU with the same roundings as on a GPU.
 
 ONNX Runtime's CPU provider has few FP16 kernels: it computes an FP16 graph in FP32 and omits the roundings between
 nodes, which hides overflows that a GPU would have. It cannot run BF16 at all. `with_roundings` returns a float32 graph
@@ -123,7 +123,7 @@ def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
 
 
 def _widen_cast(node: onnx.NodeProto) -> None:
-    """Let a Cast to FP16 or BF16 return float32; its output is then rounded like any other."""
+    """Make a Cast to FP16 or BF16 output float32, which is then rounded like any other tensor."""
     if node.op_type != "Cast":
         return
     for attribute in node.attribute:

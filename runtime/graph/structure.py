@@ -1,4 +1,4 @@
-"""Looks up parts of an ONNX model: inputs, attributes, shapes, and the layers that have weights.
+"""Look up parts of an ONNX model: inputs, attributes, shapes, and the layers that have weights.
 
 `onnx` is imported only inside functions and its classes appear as `Any`, because modules that must work without the
 package use these functions.
@@ -31,7 +31,7 @@ WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def metadata(model: Any, key: str) -> str:
-    """Return the entry `key` of `metadata_props`; empty if there is none."""
+    """Return the value of `key` in `metadata_props`; empty if the model has no such entry."""
     return next((str(entry.value) for entry in model.metadata_props if entry.key == key), "")
 
 

@@ -1,4 +1,4 @@
-"""Summarizes an ONNX classifier: spec, input, precision of its layers, and work per image."""
+"""Summarize an ONNX classifier: spec, input, precision of its layers, and work per image."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OnnxSummary:
 
     @property
     def precision(self) -> str:
-        """Precision in which most weights are computed; `fp32` if there are none."""
+        """Precision in which most weights are computed; `fp32` if the model has no weights."""
         return max(self.weights, key=lambda name: self.weights[name]) if self.weights else "fp32"
 
     @property
@@ -157,7 +157,7 @@ def _weights_by_precision(graph: Any) -> dict[str, int]:
 def _stored_weight(name: str, producers: dict[str, Any]) -> tuple[str, int | None]:
     """Return the tensor behind the Cast and DequantizeLinear nodes of a weight, and the last type it is cast to."""
     cast_to: int | None = None
-    visited: set[str] = set()  # the nodes of a hostile graph can form a cycle
+    visited: set[str] = set()  # the nodes of a malicious graph can form a cycle
     producer = producers.get(name)
     while producer is not None and producer.op_type in ("Cast", "DequantizeLinear") and name not in visited:
         visited.add(name)

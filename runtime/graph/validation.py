@@ -1,4 +1,4 @@
-"""Checks untrusted ONNX files before a native parser or an engine builder reads them.
+"""Check untrusted ONNX files before a native parser or an engine builder reads them.
 
 A small file can declare a lot: weights that it does not contain, a million nodes, shapes of 10⁹ elements. No check
 here allocates memory in proportion to what a file declares. `check_bytes` runs on the raw bytes, the others on the
@@ -68,8 +68,8 @@ def check_bytes(path: Path) -> None:
                     counts[entry] += 1
                     if counts[_NODE] > _MAX_NODES or counts.total() > _MAX_ENTRIES:
                         raise ModelFileError(
-                            f"{path} has more than {_MAX_NODES:,} nodes or {_MAX_ENTRIES:,} entries; refused, "
-                            "as no classifier is that large"
+                            f"{path} has more than {_MAX_NODES:,} nodes or {_MAX_ENTRIES:,} entries; "
+                            "rejected, because no classifier is that large"
                         )
         except _MalformedError as error:
             raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
@@ -164,7 +164,7 @@ def external_files(model: Any, path: Path) -> list[Path]:
 
 
 def check_volumes(model: Any, path: Path) -> None:
-    """Infer shapes and refuse tensors that no builder can hold.
+    """Infer shapes, and reject tensors that are too large for any builder.
 
     Raises:
         ModelFileError: an input or a computed tensor has too many elements, counting its known sizes only.
@@ -177,17 +177,19 @@ def check_volumes(model: Any, path: Path) -> None:
     for value in (*graph.input, *graph.value_info, *graph.output):
         sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.dim_value > 0]
         if len(sizes) > _MAX_DIMENSIONS:
-            raise ModelFileError(f"{path}: the tensor {value.name} has {len(sizes)} dimensions; refused")
+            raise ModelFileError(
+                f"{path}: the tensor {value.name} has {len(sizes)} dimensions; expected at most {_MAX_DIMENSIONS}"
+            )
         limit = _MAX_ELEMENTS if value.name in from_input else _MAX_CONSTANT_ELEMENTS
         if math.prod(sizes) > limit:
             raise ModelFileError(
-                f"{path}: the tensor {value.name} has a shape of {math.prod(sizes):,} elements, {sizes}; refused, "
-                f"as the limit is {limit:,}"
+                f"{path}: the tensor {value.name} has {math.prod(sizes):,} elements (shape {sizes}); expected at most "
+                f"{limit:,}"
             )
 
 
 def _infer_shapes(model: Any) -> Any:
-    """Return the graph with inferred shapes; if that fails, the graph itself, which the builder will refuse."""
+    """Return the graph with inferred shapes; if inference fails, the graph itself, which the builder will reject."""
     import onnx
 
     light = onnx.ModelProto()
@@ -210,7 +212,7 @@ def _external_file(path: Path, location: str) -> Path:
     except (ValueError, OSError, RuntimeError):  # a NUL in the name, or a loop of links
         inside = False
     if not inside:
-        raise ModelFileError(f"{path} refers to weights outside its folder: {str(file)!r}; refused")
+        raise ModelFileError(f"{path} refers to weights outside its folder, which is not allowed: {str(file)!r}")
     if not file.is_file():
         raise ModelFileError(f"{path} needs its weights next to it: no such file: {file}")
     return file
@@ -276,7 +278,9 @@ def _bits_per_element(tensor: Any, path: Path) -> int:
     from onnx import TensorProto
 
     if len(tensor.dims) > _MAX_DIMENSIONS:
-        raise ModelFileError(f"{path}: {_label(tensor)} has {len(tensor.dims)} dimensions; refused")
+        raise ModelFileError(
+            f"{path}: {_label(tensor)} has {len(tensor.dims)} dimensions; expected at most {_MAX_DIMENSIONS}"
+        )
     if any(size < 0 for size in tensor.dims):
         raise ModelFileError(f"{path}: {_label(tensor)} has a negative size: {list(tensor.dims)}")
     try:

@@ -1,4 +1,4 @@
-"""Derives seeds that are the same in every process and on every machine."""
+"""Derive seeds that are the same in every process and on every machine."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_images_without_information(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_folders_without_usable_images(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="found nothing of that name"):
+    with pytest.raises(DataError, match="found no such file or folder"):
         calibration_set(tmp_path / "none")
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(DataError, match="found 1 images, none of which can be used"):

@@ -119,5 +119,5 @@ def test_what_does_not_go_together(published: Path, tmp_path: Path, arguments: l
 
 def test_a_file_without_weights(tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="expected a state dict of weights in .*: it is a dict with a"):
+    with pytest.raises(CheckpointError, match=r"expected a state dict of weights in .*: it is a dict with a"):
         load_source(tmp_path / "a.pth", "resnet18")

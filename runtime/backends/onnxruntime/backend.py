@@ -106,7 +106,7 @@ class OnnxRuntimeBackend(Backend):
 
     @property
     def session(self) -> Any:
-        """The underlying `onnxruntime.InferenceSession`, for measuring it without our checks."""
+        """The underlying `onnxruntime.InferenceSession`, to measure it without the checks of this class."""
         return self._session
 
     def _run(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
@@ -118,7 +118,7 @@ class OnnxRuntimeBackend(Backend):
         smallest, largest = self.batch_range
         if not smallest <= len(images_NCHW) <= largest:
             raise InputError(
-                f"the model takes batches of {smallest} images; found {len(images_NCHW)}",
+                f"the model accepts batches of {smallest} images; found {len(images_NCHW)}",
                 fix="split or pad the batch, or use run",
             )
         if isinstance(images_NCHW, DeviceView):
@@ -145,7 +145,7 @@ class OnnxRuntimeBackend(Backend):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loading:
-    """How a file is loaded."""
+    """The settings with which a file is loaded."""
 
     path: Path
     providers: Providers

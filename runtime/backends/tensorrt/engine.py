@@ -58,7 +58,7 @@ class LoadedEngine:
             allow_host_code: whether the plan may contain code for the CPU.
 
         Raises:
-            ModelFileError: TensorRT refuses the plan, or it is not an image classifier.
+            ModelFileError: TensorRT rejects the plan, or it is not an image classifier.
         """
         trt = flavor.module
         self._trt = trt
@@ -104,7 +104,7 @@ class LoadedEngine:
                 same time may share it.
 
         Raises:
-            RunFailed: there is not enough memory, or TensorRT refuses.
+            RunFailed: there is not enough memory, or TensorRT cannot create the context.
         """
         how = self._config or self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._lock:  # an engine is thread-safe for reading only

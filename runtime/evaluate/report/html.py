@@ -1,4 +1,4 @@
-"""The report as one HTML page, without scripts and without anything to load."""
+"""Write the report as one HTML page without scripts and external files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runtime.evaluate.report.text import to_csv
 __all__ = ["to_html"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""Prevents a browser from loading or running anything, whatever the name of a model contains."""
+"""Content security policy: a browser loads and runs nothing, whatever a model's name contains."""
 
 
 def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
-    """Return the page."""
+    """Return the report as an HTML page."""
     sections = [
         ("headline", "Summary", _headline(report)),
         ("corruptions", "Corruptions", corruptions(report)),

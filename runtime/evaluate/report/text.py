@@ -1,4 +1,4 @@
-"""The report as text: Markdown for a pull request or a wiki, and the raw cells as CSV."""
+"""Write the report as Markdown, for a pull request or a wiki, and the raw cells as CSV."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def to_markdown(report: Report, title: str = "Accuracy and robustness") -> str:
 
 
 def _escape(text: object) -> str:
-    """Return text that Markdown shows unchanged on one line: no HTML, links or table borders."""
+    """Escape text for Markdown: one line without HTML, links and table borders."""
     return _SPECIAL.sub(r"\\\1", clean(text))
 
 
