@@ -1,4 +1,4 @@
-"""Feed damaged and hostile files to everything that reads them: only our own errors may come out.
+"""Pass damaged and malicious files to every reader, and check that only advprop's errors are raised.
 
     python benchmarks/fuzz.py                      500 cases of each of five kinds, about a minute
     python benchmarks/fuzz.py --native             also pass valid ONNX files to TensorRT-RTX, in a child process
