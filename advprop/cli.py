@@ -55,7 +55,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"no such command: {args[0]!r}. {nearest(args[0], COMMANDS)}".rstrip())
+            ctx.fail(f"no such command: {args[0]!r}; {nearest(args[0], COMMANDS)}".rstrip("; "))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -26,7 +26,7 @@ class Finding:
     state: Literal["ok", "missing", "broken"]
     """`missing`: the part is absent; `broken`: it is installed but does not work."""
     found: str
-    """What was found."""
+    """Version, device or problem."""
     fix: str = ""
     """Command that fixes it; empty if there is none."""
 

@@ -54,7 +54,7 @@ class MeasureConfig:
             if precision not in PRECISIONS:
                 hint = nearest(precision, PRECISIONS)
                 raise ConfigError(
-                    f"expected precisions {', '.join(PRECISIONS)}; found {precision!r}. {hint}".rstrip(". ")
+                    f"expected precisions {', '.join(PRECISIONS)}; found {precision!r}; {hint}".rstrip("; ")
                 )
         if not self.precisions or len(set(self.precisions)) < len(self.precisions):
             raise ConfigError(

@@ -24,7 +24,7 @@ def onnx_support(summary: OnnxSummary) -> list[str]:
 
 
 def engine_support(info: EngineInfo) -> list[str]:
-    """Return whether the engine can run here, or what is missing."""
+    """Return a list with one line: whether the engine can run here, or what is missing."""
     finding = check(info.flavor)
     gpu = find_gpu()
     problems = []

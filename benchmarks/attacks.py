@@ -8,8 +8,8 @@ Without `--net`, the network is EfficientNet-Lite0 with its ImageNet weights. Th
 export it, and calibrate it on images that are not attacked. All attacks run the same INT8 file on
 the same images, with Q/DQ nodes computed as written and every rounding of a GPU.
 
-Both Square attacks have the same ε, size of the first squares and number of squares. Ours rounds
-every image to uint8. ART does not round its pixels in [0, 1], so its images are counted with and
+Both Square attacks have the same ε, size of the first squares and number of squares. advprop
+rounds every image to uint8. ART does not round its pixels in [0, 1], so its images are counted with and
 without rounding. ART queries each image about three times per square; the column `queries` shows
 the number. The benchmark answers repeated queries from a cache, which only reduces ART's seconds.
 """
@@ -67,7 +67,7 @@ def main() -> None:
         "--initial-share", type=float, default=INITIAL_SHARE, help="Share of the pixels in the first squares."
     )
     parser.add_argument(
-        "--parts", nargs="+", default=["all", "ours", "ART"], choices=["all", "ours", "ART"], help="What to run."
+        "--parts", nargs="+", default=["all", "ours", "ART"], choices=["all", "ours", "ART"], help="Parts to run."
     )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,7 @@ def batcher_rate(session: runtime.Session, images: np.ndarray) -> float:
 
 def measure_overhead(path: Path, threads: int, pairs: int) -> None:
     bare = bare_session(path, threads)
-    print(f"{'':22} {'ours':>12} {'by hand':>12}   ratio")
+    print(f"{'':22} {'ours':>12} {'bare':>12}   ratio")
     with runtime.load(path, device="cpu", threads=threads) as session:
         for batch in (1, 8):
             images = np.random.default_rng(0).normal(size=(batch, 3, 224, 224)).astype(np.float32)

@@ -5,7 +5,7 @@ toward the range of the largest channel, so the single scale of the tensor resol
 reader this costs nothing, because its weights have a scale per channel. For other readers the weights of a channel
 spread further, so s is a compromise: max|y|^α / max|W|^(1 − α).
 
-y is divided by s going backward from y, as long as nothing else reads what changes:
+y is divided by s going backward from y, as long as nothing else reads the changed tensors:
 
     y = conv(x)          W, b ← W / s, b / s
     y = relu(x)          x ← x / s
@@ -169,7 +169,7 @@ def _multiply_weights(node: ir.Node, value: ir.Value) -> _Edit | None:
 
 
 def _divide(value: ir.Value, known: set[ir.Node]) -> tuple[_Edit, ...] | None:
-    """Return the edits that divide `value` by s; None if a node outside `known` reads it or it is not possible."""
+    """Return the edits that divide `value` by s; None if it is not possible, or a node outside `known` reads it."""
     node = value.producer()
     if node is None or value.is_graph_output() or not {reader for reader, _ in value.uses()} <= known:
         return None

@@ -126,7 +126,7 @@ def check_mix(mix: Sequence[str], adversary: Adversary | None) -> None:
     for kind in mix:
         if kind not in KINDS:
             raise ConfigError(
-                f"a calibration mix contains {', '.join(KINDS)}; found {kind!r}. {nearest(kind, KINDS)}".rstrip(". ")
+                f"a calibration mix contains {', '.join(KINDS)}; found {kind!r}; {nearest(kind, KINDS)}".rstrip("; ")
             )
     if not mix or len(set(mix)) < len(mix):
         raise ConfigError(

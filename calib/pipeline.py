@@ -40,7 +40,7 @@ _LOW_AGREEMENT = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedFile:
-    """What `calibrate_file` wrote."""
+    """The result of `calibrate_file`."""
 
     calibrated: Calibrated
     """Points, thresholds and histograms."""

@@ -47,7 +47,7 @@ class Calibrated:
     model: onnx.ModelProto
     """The graph: Q/DQ nodes around INT8 layers, float32 everywhere else."""
     source: onnx.ModelProto
-    """The float32 graph that was quantized: the given one, or its equalized version."""
+    """The float32 graph that was quantized: the input graph, or its equalized version."""
     points: tuple[Point, ...]
     """Every convolution and matrix product, and whether it is quantized."""
     thresholds: dict[str, float]

@@ -83,7 +83,7 @@ def print_calibration(console: Console, source: str, target: Path, result: Calib
         console: console to print to.
         source: name of the float32 file.
         target: the INT8 file.
-        result: what `calibrate_file` returned.
+        result: result of `calibrate_file`.
     """
     from rich.table import Table
 

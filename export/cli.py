@@ -126,7 +126,7 @@ _FORM_OPTIONS = (
 @as_config("forms", _FORM_OPTIONS, dict)
 @with_options(
     image_size_option(
-        "Image size, N or HxW (default: the checkpoint's); MIN:OPT:MAX makes a file that accepts any size.",
+        "Image size, N or HxW (default: the checkpoint's); MIN:OPT:MAX writes a file that accepts any size.",
         group="Input and output format",
     )
 )

@@ -1,4 +1,4 @@
-"""`ExportConfig`: what an export writes and how it verifies it."""
+"""`ExportConfig`: settings of an export and of its verification."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
-    """What an export wrote."""
+    """The files of an export, and how they compare with each other."""
 
     onnx: Path
     """The FP32 ONNX file."""
@@ -86,7 +86,7 @@ class _Float32:
     path: Path
     parity: Parity
     amax: dict[str, float]
-    """Largest magnitudes of the tensors that decide what stays in FP32."""
+    """Largest magnitudes of the tensors that decide which nodes stay in FP32."""
     logits_NK: NDArray[float32]
 
 

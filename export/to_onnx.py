@@ -59,8 +59,8 @@ def module_tensors(model: nn.Module, spec: ModelSpec) -> dict[str, str]:
     """Trace `model` again and return the name of each module's output tensor.
 
     Returns:
-        Module path, such as `blocks.0.conv` → tensor name, in the order of computation. Modules that run more than
-        once are omitted.
+        Module path, such as `blocks.0.conv` → tensor name, in the order of computation. Modules that run repeatedly
+        are omitted.
     """
     last: dict[str, str] = {}
     done: set[str] = set()

@@ -48,7 +48,7 @@ broken."""
 _MIN_AGREEMENT = 0.99
 
 FEW_IMAGES = 2
-"""Number of images for checks that hold every tensor in memory, or that confirm what was verified on all images."""
+"""Number of images for checks that hold every tensor in memory, or that confirm a result for all images."""
 _BATCH = 4
 """Batch size: small enough for a layer's output to stay in the CPU caches until the next layer reads it."""
 
@@ -111,12 +111,12 @@ def require(
     *,
     min_agreement: float = _MIN_AGREEMENT,
 ) -> None:
-    """Raise VerificationError unless `parity` is within `tolerance`; values that are not finite never are.
+    """Raise VerificationError unless `parity` is finite and within `tolerance`.
 
     Args:
         parity: comparison of `stage` with `before`.
         tolerance: see TOLERANCE.
-        stage: name of what is verified, for the message.
+        stage: name of the verified stage, for the message.
         before: name of the reference, for the message.
         min_agreement: share of images that must have the same top-1 class; one image may always differ.
         first: returns a sentence on the first difference between the two; called only if they differ.

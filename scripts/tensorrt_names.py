@@ -34,7 +34,7 @@ def names_of_rtx() -> set[str]:
 
 
 def names_of_code() -> set[str]:
-    """Return all attribute names in our code, which include those of TensorRT."""
+    """Return all attribute names in the runtime, which include those of TensorRT."""
     text = "".join(path.read_text() for path in (ROOT / "runtime").rglob("*.py"))
     return set(re.findall(r"\.([A-Za-z]\w+)", text))
 

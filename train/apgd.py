@@ -109,7 +109,7 @@ class LinfAPGD:
 
         Returns:
             Images within ε, detached. For each image it is the candidate with the largest loss,
-            among the candidates that fool the model if there are any.
+            among the candidates that fool the model, if any candidate does.
         """
         ball = self._pgd.ball(images_NCHW)
         with frozen(model), eval_mode(model), route(model, bn):

@@ -92,7 +92,7 @@ class LinfPGD:
             bn: route that the gradient goes through.
 
         Returns:
-            Images within ε of the given ones and inside the pixel range (except pixels that were
+            Images within ε of the input and inside the pixel range (except pixels that were
             outside before). Same shape and memory format, float32 or wider, detached.
         """
         ball = self.ball(images_NCHW)

@@ -1,4 +1,4 @@
-"""Checkpoint files: what a run resumes from and the exporter reads.
+"""Read and write checkpoint files, from which runs resume and exports start.
 
 Format `advprop.checkpoint/1`: a dict of plain values and tensors that
 `torch.load(weights_only=True)` reads:
@@ -37,7 +37,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to a checkpoint file, atomically.
 
     Raises:
-        OutputError: `path` cannot be written; an existing checkpoint stays as it is.
+        OutputError: `path` cannot be written; an existing checkpoint is unchanged.
     """
     with atomic_write(path) as file:
         try:
@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu") -> dict[str, Any]:
 
     Args:
         path: the file.
-        device: where its tensors go; `meta` reads shapes only.
+        device: device for the tensors; `meta` reads shapes only.
 
     Raises:
         CheckpointError: the file is missing, truncated, holds pickled code or is not an advprop
@@ -112,7 +112,7 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
 
 
 def describe(content: Any) -> str:
-    """Return a short description of what a torch file holds, for error messages."""
+    """Return a short description of a torch file's content, for error messages."""
     if not isinstance(content, Mapping):
         return f"it holds a {type(content).__name__}"
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):

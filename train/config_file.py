@@ -89,7 +89,7 @@ def _build(kind: type[_Config], content: Mapping[str, Any], prefix: str) -> _Con
     values = {}
     for key, value in content.items():
         if key not in hints:
-            raise ConfigError(f"unknown setting {prefix}{key}. {nearest(key, hints)}".rstrip())
+            raise ConfigError(f"unknown setting {prefix}{key}; {nearest(key, hints)}".rstrip("; "))
         values[key] = _convert(hints[key], value, prefix + key)
     return kind(**values)
 

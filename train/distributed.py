@@ -45,7 +45,7 @@ def rank() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the group of processes that torchrun started, if any; yield this process's device."""
+    """Join the process group if torchrun started one; yield the device of this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield device
         return
@@ -69,7 +69,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 class StopRequest:
-    """Records the signal that asked the run to stop."""
+    """Records the signal that requested the run to stop."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

@@ -146,7 +146,7 @@ def train_loader(
         spec: input size and normalization.
         batch_size: images per batch and process.
         seed: seed of order and augmentation.
-        device: where the batches go.
+        device: device for the batches.
         views: 1 yields (N, C, H, W); 2 yields (N, 2, C, H, W) with AutoAugment in the second view.
 
     Raises:
@@ -186,7 +186,7 @@ def eval_loader(
         config: settings; only the number of workers is used.
         spec: input size, crop and normalization.
         batch_size: images per batch and process.
-        device: where the batches go.
+        device: device for the batches.
         every: use only every n-th image.
     """
     options = _loader_options(config, data, device)

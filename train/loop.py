@@ -259,7 +259,7 @@ class Trainer:
         return loss.detach()
 
     def _validate(self, seconds: float, images_per_s: float) -> EpochMetrics:
-        """Measure the weights that an export would use: the moving average if there is one."""
+        """Measure the weights that an export would use: the moving average, if enabled."""
         state = self.state
         if world_size() > 1 and not self.config.sync_bn:
             distribute_bn(state.model, world_size(), reduce=True)

@@ -120,6 +120,6 @@ def find_recipe(name: str) -> Recipe:
     """
     if name not in RECIPES:
         raise ConfigError(
-            f"unknown recipe {name!r}; available: {', '.join(RECIPES)}. {nearest(name, RECIPES)}".rstrip()
+            f"unknown recipe {name!r}; available: {', '.join(RECIPES)}; {nearest(name, RECIPES)}".rstrip("; ")
         )
     return RECIPES[name]

@@ -27,7 +27,7 @@ class Tracker(Protocol):
         """Record named values of update `step`."""
 
     def close(self) -> None:
-        """Write what is still buffered."""
+        """Write buffered values."""
 
 
 class TensorBoardTracker:

@@ -1,7 +1,7 @@
 """Training checkpoints for the tools: evaluate one, attack with one, time one, describe one.
 
 The runtime cannot load checkpoints; these functions are passed to it as loaders. Each returns the
-spec of the checkpoint, what the tool calls, and facts (plain values) that results record.
+spec of the checkpoint, a function or network, and facts (plain values) that results record.
 
     load_predictor       images → logits, for `runtime.evaluate`
     load_attacker        images → adversarial images, for `runtime.evaluate.attacks`

@@ -47,7 +47,7 @@ Examples:
 
 \b
 Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagenet-c, cifar10 and cifar10-c
-read the unpacked releases. corruptions makes corrupted images on the fly from any CLASS/IMAGE folder.
+read the unpacked releases. corruptions corrupts the images of any CLASS/IMAGE folder on the fly.
 To resume an interrupted run, repeat its command.
 """
 

@@ -93,7 +93,7 @@ class Batcher:
             images_NCHW: a batch for `Backend.run` in CPU memory. Do not change it before the result
                 is ready.
             timeout_s: deadline of the request, in seconds from now.
-            finish: makes the result from the model's outputs, in a thread of the batcher.
+            finish: converts the model's outputs to the result, in a thread of the batcher.
 
         Returns:
             A future of `finish`'s result. It may fail with DeadlineExceeded, RunFailed or

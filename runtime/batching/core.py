@@ -163,8 +163,8 @@ class BatcherCore:
     def _run_next_batch(self, buffer: _BatchBuffer) -> bool:
         """Run one batch, and return False when there is no more work.
 
-        This is a separate function so that its local variables do not keep the batch alive while
-        the worker waits for the next one.
+        This is a separate function because its local variables would otherwise keep the batch alive
+        while the worker waits for the next one.
         """
         parts = self._next_batch()
         if parts:

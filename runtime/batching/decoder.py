@@ -24,7 +24,7 @@ __all__ = ["Decoder"]
 class Decoder:
     """Prepares the images of reserved requests.
 
-    The batcher's queue limits how many wait here. The threads start on first use.
+    The batcher's queue limits the number of waiting requests. The threads start on first use.
     """
 
     def __init__(self, batcher: Batcher) -> None:

@@ -52,7 +52,7 @@ class Quantity:
     """A time that is measured at each point."""
 
     meaning: str
-    """What is measured."""
+    """Description of the measurement."""
     trtexec: str = ""
     """Name in the log of trtexec 8.5 to 11 and tensorrt_rtx; empty if they do not report it."""
     trtexec_documents: str = ""
@@ -74,7 +74,7 @@ QUANTITIES = {
     ),
     "predict": Quantity(meaning="`Session.predict` from encoded images to labels; host clock"),
     "decode": Quantity(meaning="part of predict: JPEG to RGB"),
-    "transform": Quantity(meaning="part of predict: resize, crop and make the network's input"),
+    "transform": Quantity(meaning="part of predict: resize, crop and convert to the network's input"),
     "run": Quantity(meaning="part of predict: run the network and convert its outputs to labels"),
 }
 """Name → quantity. In JSON, each has `p50_ms` and other statistics."""

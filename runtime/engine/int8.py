@@ -158,7 +158,7 @@ def int8_layers(
 
 
 def summary_of(reports: Sequence[LayerReport]) -> str:
-    """Return how many layers and MACs are in INT8, as one line."""
+    """Return the number of INT8 layers and their share of the MACs, as one line."""
     in_int8 = [report for report in reports if report.int8]
     counts = f"{len(in_int8)} of {len(reports)} layers"
     total = sum(report.macs for report in reports)

@@ -29,7 +29,7 @@ _EXPLANATIONS = (
     ("Plugin not found", "{flavor} has no such operator"),
     ("Node input was not registered", "one of its inputs is not the output of a node, a graph input or a weight"),
 )
-"""Part of a parser message → what it means."""
+"""Part of a parser message → explanation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

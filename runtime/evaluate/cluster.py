@@ -292,8 +292,8 @@ def _check_same(answer: tuple[str, list[dict[str, Any]]], expected: list[dict[st
     differs = next(filter(None, map(difference, found, expected)), "")
     if differs:
         raise DataError(
-            f"on node {node}: {differs}, unlike on the first worker or this machine. Give every node the same files "
-            "and library versions; if only the device differs, set --device"
+            f"on node {node}: {differs}, unlike on the first worker or this machine. Use the same files "
+            "and library versions on every node; if only the device differs, set --device"
         )
 
 

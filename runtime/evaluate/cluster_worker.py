@@ -130,4 +130,4 @@ class ClusterWorker:
         try:
             decode(images.source.read(name), images.source.describe(name))
         except DataError as error:
-            raise DataError(f"{error}. Every node must see the images under the same path") from error
+            raise DataError(f"{error}. Every node needs the images under the same path") from error

@@ -158,7 +158,7 @@ def in_order(
     except BrokenProcessPool as error:
         raise BackendUnavailable(
             "a worker process died, probably because memory ran out: use fewer --workers or a smaller --batch-size. "
-            "The same command resumes. (In a script of your own, put the call below "
+            "The same command resumes. (In your own script, put the call under "
             "`if __name__ == '__main__':`.)"
         ) from error
 

@@ -5,8 +5,8 @@ Two metrics are often confused:
 `mce_alexnet`   mean over fifteen corruptions of the model's error ÷ AlexNet's error under the same
                 corruption, in percent: 100 is as robust as AlexNet. It is defined only for
                 ImageNet's 1,000 classes and ImageNet-C's fifteen corruptions.
-`mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes, and is what
-                papers report for CIFAR-10-C.
+`mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes. Papers report
+                it for CIFAR-10-C.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ _ROUNDING = 1e-9
 """Width below which an interval consists of rounding errors only."""
 
 MCE_UNIT = "percent of AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
-RELATIVE_UNIT = "percent of what corruption adds to AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
+RELATIVE_UNIT = (
+    "percent of the error that corruption adds for AlexNet, mean over the fifteen corruptions; AlexNet is 100"
+)
 MEAN_UNIT = "share of images, plain mean over corruptions and severities; not to be compared with mce_alexnet"
 
 
@@ -247,7 +249,7 @@ def interval_of(cells: Collection[Counts], statistic: Grouped, ends: Interval = 
 
     Returns:
         The interval. None if there are too few images for every group to have one, or if all groups
-        have the same mean although images differ, in which case the variance is unknown.
+        have the same mean although images differ: the variance is then unknown.
     """
     alike = all(counts.top1 in (0, counts.images) for counts in cells)
     return _zero_variance(cells, statistic, ends) if alike else _jackknife(cells, statistic)

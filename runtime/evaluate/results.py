@@ -90,7 +90,7 @@ def describe(
 
 
 def describe_model(model: Model) -> dict[str, Any]:
-    """Return what results record about a model."""
+    """Return the facts about a model that results record."""
     return {"name": model.name, "classes": len(model.spec.classes), **model.facts}
 
 
@@ -265,6 +265,6 @@ def _merge_parts(parts: Iterable[str]) -> list[str]:
 
 
 def _plain(counts: Counts) -> dict[str, Any]:
-    """Return counts as JSON reads them, so that a merged result equals one that was read."""
+    """Return counts as they are after a round trip through JSON, for equality with results from files."""
     plain: dict[str, Any] = json.loads(json.dumps(counts.to_dict()))
     return plain

@@ -53,7 +53,7 @@ def graph_errors(
         candidate: a float32 graph with the same input.
         batch: input of both, a few images: all tensors are held in memory.
         candidate_name: returns the name in `candidate` of a tensor of `reference`. If `candidate` has no such
-            tensor, the tensor of the same name is compared.
+            tensor, the tensor with the same name is compared.
     """
     pairs = _shared_tensors(reference, candidate, candidate_name)
     expected = tensor_values(reference, list(pairs), batch)

@@ -68,7 +68,7 @@ def with_outputs(
 
     Args:
         model: not changed.
-        names: tensors to output; those that are outputs already stay as they are.
+        names: tensors to output; existing outputs are unchanged.
         kinds: ONNX element type of each tensor that is not float32.
     """
     probe = onnx.ModelProto()

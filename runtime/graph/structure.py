@@ -56,7 +56,7 @@ def initializers_of(graph: Any) -> dict[str, Any]:
 
 
 def graph_inputs(graph: Any) -> list[Any]:
-    """Return the inputs that a caller must pass: those without an initializer."""
+    """Return the inputs without an initializer, which a caller must pass."""
     constants = {tensor.name for tensor in graph.initializer}
     return [value for value in graph.input if value.name not in constants]
 

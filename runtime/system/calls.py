@@ -29,7 +29,7 @@ class CallTracker:
         self._changed = threading.Condition()
         self._closed = False
         self.in_flight = 0
-        """Calls that have not returned yet."""
+        """Calls in flight."""
         self.completed = 0
         """Calls that returned without an error."""
         self.images = 0

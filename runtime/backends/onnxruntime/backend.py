@@ -59,7 +59,7 @@ class OnnxRuntimeBackend(Backend):
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA if a GPU and the provider are available.
             threads: CPU threads of one run.
-            exact: on a CPU, compute what a GPU computes, although it is slower: Q/DQ nodes run in
+            exact: on a CPU, compute the results of a GPU, which is slower: Q/DQ nodes run in
                 floating point, and every FP16 or BF16 tensor is rounded. By default it is enabled
                 for INT8 files that advprop calibrated, which run fastest this way; for others, Q/DQ
                 nodes run in floating point if this CPU's INT8 sums saturate.
@@ -151,7 +151,7 @@ class _Loading:
     providers: Providers
     threads: Threads
     as_written: bool
-    """Whether Q/DQ nodes run in floating point, as they are written, instead of as INT8 kernels."""
+    """Whether Q/DQ nodes run as written, in floating point, instead of as INT8 kernels."""
     saturates: bool
     """Whether that is because this CPU's INT8 sums saturate."""
     source: str | bytes

@@ -34,7 +34,7 @@ _EXPLANATIONS = (
     ("utOfMemory", "the GPU is out of memory"),
     ("out of memory", "the GPU is out of memory"),
 )
-"""Part of a TensorRT message → what it means."""
+"""Part of a TensorRT message → explanation."""
 
 
 class LoadedEngine:
@@ -119,7 +119,7 @@ class LoadedEngine:
         return context
 
     def last_errors(self) -> str:
-        """Return TensorRT's last messages and what they mean. They may come from another thread."""
+        """Return TensorRT's last messages with an explanation. They may come from another thread."""
         messages = "; ".join(self._logger.errors[-3:]) or "TensorRT gave no reason"
         self._logger.errors.clear()
         explanation = next((explanation for text, explanation in _EXPLANATIONS if text in messages), "")

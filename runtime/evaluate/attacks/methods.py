@@ -229,7 +229,7 @@ def load_attacker(
     """
     if path.suffix in (".onnx", *ENGINE_SUFFIXES):
         raise CheckpointError(
-            f"{path} is a model file, which has no gradient; give --checkpoint the checkpoint that it was exported "
+            f"{path} is a model file, which has no gradient; pass --checkpoint the checkpoint that it was exported "
             "from, such as best.pt"
         )
     spec, craft, facts = checkpoint_loader(path, route=route, device=device)

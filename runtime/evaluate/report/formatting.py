@@ -12,7 +12,7 @@ from runtime.evaluate.results import Result
 __all__ = ["Finding", "Statement", "difference_of", "findings", "interval_text", "number", "points", "subject"]
 
 _FACTORS = {Unit.SHARE: 100.0, Unit.MCE: 1.0, Unit.MILLISECONDS: 1.0, Unit.BYTES: 1e-6}
-"""Factor from a number to what is displayed."""
+"""Factor from a number to its displayed value."""
 
 
 class Statement(NamedTuple):

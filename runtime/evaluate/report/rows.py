@@ -31,7 +31,7 @@ class Entry:
     label: str
     """Its name, with distinguishing facts if other models have the same name."""
     facts: Mapping[str, Any]
-    """What results record about the model."""
+    """Facts about the model, as results record them."""
     results: Mapping[str, Result]
     """Suite → result."""
     latencies: tuple[Latency, ...] = ()

@@ -51,7 +51,7 @@ def test_from_a_checkpoint_to_the_page(checkpoint: Path, data: Path, tmp_path: P
     run = report(checkpoint, *command)
     assert run.exit_code == 0, run.output
     assert "evaluated on 54 of the 72 images" in run.output
-    assert "calibrated on 18 others of it" in run.output
+    assert "calibrated on 18 of the others" in run.output
     first = page.read_bytes()
     for name in ("best.main", "model", "model.int8"):
         assert f"<bdi>{name}</bdi>" in page.read_text()
