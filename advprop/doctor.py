@@ -32,7 +32,7 @@ class Finding:
 
 
 def run_checks() -> dict[str, Finding]:
-    """Check the CPU, the GPU and every library that runs or builds models; return findings by name."""
+    """Check the CPU, the GPU and all libraries for models; return findings by name."""
     return {name: check(name) for name in _CHECKS}
 
 

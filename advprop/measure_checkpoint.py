@@ -37,7 +37,8 @@ class MeasureConfig:
     folder: Path
     """Folder for exported files and results; an interrupted run resumes from it."""
     calib_data: Path | None = None
-    """Images to calibrate INT8 on (default: images of the suite's folder that are not evaluated)."""
+    """Images to calibrate INT8 on (default: images of the suite's folder that are not
+    evaluated)."""
     calib_images: int = 256
     """Maximum number of calibration images."""
     workers: int | None = None
@@ -67,7 +68,7 @@ class MeasureConfig:
 def measure_checkpoint(
     checkpoint: Path, config: MeasureConfig, progress: Callable[[str], None] | None = None
 ) -> tuple[list[Path], str]:
-    """Export a checkpoint; evaluate it and the exported files. Skip steps that an earlier call finished.
+    """Export a checkpoint, and evaluate it and the exported files. Finished steps are skipped.
 
     Args:
         checkpoint: an advprop checkpoint. It is the reference that the exported files are compared
@@ -126,7 +127,7 @@ def _export(
 
 
 def _is_export(file: Path, checkpoint_sha256: str, calibration_sha256: str) -> bool:
-    """Return whether `file` is a verified export of this checkpoint, calibrated on these images if INT8."""
+    """Return whether `file` is a verified export of this checkpoint with this calibration."""
     record = read_record(file.parent)
     known = record.get("files", {}).get(file.name, {})
     if not file.exists() or record.get("checkpoint_sha256") != checkpoint_sha256:
@@ -163,7 +164,7 @@ def _evaluate(
 
 
 def _has_result(path: Path, skeleton: Result) -> bool:
-    """Return whether `path` holds the complete result of the evaluation that `skeleton` describes."""
+    """Return whether `path` holds the complete result of the evaluation `skeleton`."""
     try:
         found = read_result(path)
         cells = {name: {key: cell[key] for key in cell if key != "counts"} for name, cell in found["cells"].items()}

@@ -8,8 +8,8 @@ Without `--net`, the network is EfficientNet-Lite0 with its ImageNet weights. Th
 export it, and calibrate it on images that are not attacked. All attacks run the same INT8 file on
 the same images, with Q/DQ nodes computed as written and every rounding of a GPU.
 
-Both Square attacks have the same ε, size of the first squares and number of squares. advprop
-rounds every image to uint8. ART does not round its pixels in [0, 1], so its images are counted with and
+Both Square attacks have the same ε, size of the first squares and number of squares. advprop rounds
+every image to uint8. ART does not round its pixels in [0, 1], so its images are counted with and
 without rounding. ART queries each image about three times per square; the column `queries` shows
 the number. The benchmark answers repeated queries from a cache, which only reduces ART's seconds.
 """
@@ -156,7 +156,7 @@ def ours(
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
-    """Run our Square attack. Return the number of robust images by kind, and the number of queries."""
+    """Run advprop's Square attack; return the numbers of robust images and of queries."""
     not_fooled = queries = 0
     for part in parts(len(labels)):
         target = AttackTarget(model, clean[part], labels[part], np.ones(len(labels[part]), bool), arguments.eps, SQUARE)
@@ -176,7 +176,7 @@ def theirs(
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
-    """Run ART's Square attack. Return the number of robust images by kind, and the number of queries."""
+    """Run ART's Square attack; return the numbers of robust images and of queries."""
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 

@@ -6,8 +6,8 @@
 `tests/support/corruption_reference.py` describes the reference file and the comparison.
 
 The peer needs a separate environment, because it installs opencv-python. Both run in turn, in
-processes with one thread. At 32 pixels both use the parameters for ImageNet, because the peer has no
-others; another column shows advprop with the parameters for CIFAR.
+processes with one thread. At 32 pixels both use the parameters for ImageNet, because the peer has
+no others; another column shows advprop with the parameters for CIFAR.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
     python benchmarks/engine_cache.py --data imagenet_dev    twelve networks, about seven minutes
 
-Each network has random weights and its own image size. Engines are TensorRT-RTX engines for SM 89 and batches of 1 to
-32, in FP32, FP16 and INT8. INT8 thresholds are the largest magnitudes on 32 images of `--data`.
+Each network has random weights and its own image size. Engines are TensorRT-RTX engines for SM 89
+and batches of 1 to 32, in FP32, FP16 and INT8. INT8 thresholds are the largest magnitudes on 32
+images of `--data`.
 
     first           a build, added to the cache; libraries are already imported
-    second          the same build from the cache: hash the ONNX file, hash the cached plan and link to it; median of 5
+    second          the same build from the cache: hash both files and link the plan; median of 5
     second, CPU     CPU time of `second`, which is more reliable on a busy machine
-    command         the command `advprop build`, answered from the cache; it mostly imports libraries
+    command         the command `advprop build` with the cache; it mostly imports libraries
     computes in     precision of the engine; for INT8, the INT8 layers and their share of the MACs
 """
 

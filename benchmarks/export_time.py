@@ -1,13 +1,14 @@
 """Compare the time of a whole export with a bare `torch.onnx.export` of the same network.
 
-    python benchmarks/export_time.py                          three networks, about seven minutes on two cores
+    python benchmarks/export_time.py    three networks, about seven minutes on two cores
 
     ours    read a checkpoint, write FP32 and FP16 files, verify both on 64 images; no engine
-    peer    `torch.onnx.export` with its defaults (dynamo, optimized, BatchNorms folded) into one file, not verified
-    bound   the peer plus the runs that a verification needs: 64 images through torch and twice through ONNX Runtime
+    peer    `torch.onnx.export` with its defaults (dynamo, optimized) into one unverified file
+    bound   the peer plus the runs that a verification needs: 64 images through torch, and
+            twice through ONNX Runtime
 
-The three take turns in rounds. A ratio compares times of the same round; its median, minimum and maximum over the
-rounds are printed.
+The three take turns in rounds. A ratio compares times of the same round; its median, minimum and
+maximum over the rounds are printed.
 """
 
 from __future__ import annotations

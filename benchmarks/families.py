@@ -1,12 +1,13 @@
 """Measure the accuracy of an export for one network of each architecture family.
 
-    python benchmarks/families.py --data imagenet_dev       twelve networks, about seven minutes on two cores
+    python benchmarks/families.py --data imagenet_dev    twelve networks, about seven minutes on two cores
 
-The script exports each network at its own image size to FP32 and FP16 ONNX and builds an FP16 engine with
-TensorRT-RTX. EfficientNet-Lite0 has its ImageNet weights and is compared on all images of `--data`. No other trained
-weights are available as a package. The other networks have random weights, ten classes, BatchNorm statistics of the
-images and scales from 0.8 to 1.2, and are compared on 64 images. For random weights, only the differences of the
-logits are meaningful. Errors are the largest |Δlogit| divided by the largest |logit|.
+The script exports each network at its own image size to FP32 and FP16 ONNX and builds an FP16
+engine with TensorRT-RTX. EfficientNet-Lite0 has its ImageNet weights and is compared on all images
+of `--data`. No other trained weights are available as a package. The other networks have random
+weights, ten classes, BatchNorm statistics of the images and scales from 0.8 to 1.2, and are
+compared on 64 images. For random weights, only the differences of the logits are meaningful. Errors
+are the largest |Δlogit| divided by the largest |logit|.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@
     python benchmarks/int8.py --net runs/resnet18/best.pt --calib cifar10/train --val cifar10/val --corrupted 500
         an advprop checkpoint; also the mean error on 500 images under 15 corruptions × 5 severities
 
-Without `--calib`, 256 evenly spaced images of `--val` (`CLASS/*`) are used for calibration, and accuracy is measured on
-the others. For a budget, a quarter of the calibration images is held out. Every graph runs with exact Q/DQ arithmetic
-(`session.disable_quant_qdq`), because ONNX Runtime's INT8 kernels saturate on CPUs without VNNI. Each row runs in a
-separate process, to measure its peak memory. Time and memory are those of the calibration, including decoding. The
-corruption `frost` needs the textures of imagecorruptions-imaug; without them it is skipped, with a message.
+Without `--calib`, 256 evenly spaced images of `--val` (`CLASS/*`) are used for calibration, and
+accuracy is measured on the others. For a budget, a quarter of the calibration images is held out.
+Every graph runs with exact Q/DQ arithmetic (`session.disable_quant_qdq`), because ONNX Runtime's
+INT8 kernels saturate on CPUs without VNNI. Each row runs in a separate process, to measure its peak
+memory. Time and memory are those of the calibration, including decoding. The corruption `frost`
+needs the textures of imagecorruptions-imaug; without them it is skipped, with a message.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def labeled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
 
 
 def split(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[Path, list[Path], list[Path], list[int]]:
-    """Return the calibration folder and its chosen images, and the other images with their labels."""
+    """Return the calibration folder and images, and the validation images with their labels."""
     paths, labels = labeled(arguments.val, spec)
     if arguments.calib is not None:
         others = image_paths(arguments.calib)

@@ -1,13 +1,14 @@
-"""Measure how TensorRT-RTX builds FP32, FP16 and INT8 graphs: plan size, share of INT8 and memory traffic.
+"""Measure TensorRT-RTX engines of FP32, FP16 and INT8 graphs: size, INT8 share, memory traffic.
 
-    python benchmarks/int8_plans.py --data imagenet_dev             three networks, SM 89: about three minutes
+    python benchmarks/int8_plans.py --data imagenet_dev    three networks, SM 89: about three minutes
     python benchmarks/int8_plans.py --data imagenet_dev --sm 75 80 86 120 --variants fp16 int8 int8-best
     python benchmarks/int8_plans.py --data imagenet_dev --nets resnet18 --variants int8 --layers
 
-Engines are only built, which needs no GPU. EfficientNet-Lite0 has its ImageNet weights, the other networks have random
-weights. Thresholds are the largest magnitudes on 32 images of `--data`, because the plan contains a separate kernel for
-each threshold. "moved" is the memory traffic: the bytes of activations that all kernels read and write per image. Less
-traffic is better, but is not a measure of time.
+Engines are only built, which needs no GPU. EfficientNet-Lite0 has its ImageNet weights, the other
+networks have random weights. Thresholds are the largest magnitudes on 32 images of `--data`,
+because the plan contains a separate kernel for each threshold. "moved" is the memory traffic: the
+bytes of activations that all kernels read and write per image. Less traffic is better, but is not a
+measure of time.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def int8(
 
 
 def one_scale(model: onnx.ModelProto, factors: bool = True) -> onnx.ModelProto:
-    """Use one weight scale per convolution, a power of two, and multiply each output channel by the remaining factor.
+    """Use one weight scale per convolution, a power of two, and rescale the output channels.
 
     Args:
         model: an FP16 Q/DQ graph, which is changed.
-        factors: multiply by the factors. Without them, the plan is that of weights quantized per tensor, but the
-            outputs are wrong.
+        factors: multiply by the factors. Without them, the plan is that of weights quantized per
+            tensor, but the outputs are wrong.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {node.output[0]: node for node in model.graph.node}

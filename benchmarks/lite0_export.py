@@ -1,6 +1,6 @@
-"""Measure the top-1 accuracy of EfficientNet-Lite0 with its ImageNet weights at each stage of an export.
+"""Measure the top-1 accuracy of EfficientNet-Lite0 at each stage of an export.
 
-    python benchmarks/lite0_export.py --data imagenet_dev          500 images: about a minute on two cores
+    python benchmarks/lite0_export.py --data imagenet_dev    500 images: about a minute on two cores
 
 `--data` contains `WNID/*.JPEG`. Each row uses the preprocessing of the file's own spec:
 
@@ -67,7 +67,7 @@ def rounded_logits(file: Path, paths: list[Path]) -> NDArray[np.float32]:
 
 
 def measure(data: Path, folder: Path, images: int | None = None) -> dict[str, NDArray[np.float32]]:
-    """Export into `folder`; return the logits of each stage for the first `images` images, spread over classes."""
+    """Export into `folder`; return the logits of each stage for the first `images` images."""
     paths, _ = labeled_images(data)
     paths = paths[: images or len(paths)]
     weights = save_lite0(folder / "lite0.pth")

@@ -5,15 +5,17 @@
 
 The network is EfficientNet-B0 with random weights at 224 pixels.
 
-- run: time of `Session.run` ÷ a bare `InferenceSession.run` with the same file and settings. Goal: ≤ 1.03.
-- predict: time of `Session.predict` from JPEG bytes ÷ the same steps (decode, resize, normalize, run, softmax) written
-  with Pillow and NumPy. Goal: ≤ 1.05.
-- memory: size of the process during 20,000 calls of a tiny model, half `run`, half `submit`. Goal: constant.
-- batcher: throughput of 64 clients that submit one image at a time ÷ throughput of the bare `run` with the best fixed
-  batch size. Goal: ≥ 0.9.
+- run: time of `Session.run` ÷ a bare `InferenceSession.run` with the same file and settings. Goal:
+  ≤ 1.03.
+- predict: time of `Session.predict` from JPEG bytes ÷ the same steps (decode, resize, normalize,
+  run, softmax) written with Pillow and NumPy. Goal: ≤ 1.05.
+- memory: size of the process during 20,000 calls of a tiny model, half `run`, half `submit`. Goal:
+  constant.
+- batcher: throughput of 64 clients that submit one image at a time ÷ throughput of the bare `run`
+  with the best fixed batch size. Goal: ≥ 0.9.
 
-Peers alternate call by call in one process, so changes of the machine's speed affect both. A ratio is the median over
-pairs of adjacent calls, with the quartiles in brackets.
+Peers alternate call by call in one process, so changes of the machine's speed affect both. A ratio
+is the median over pairs of adjacent calls, with the quartiles in brackets.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def report(name: str, times: tuple[list[float], ...], goal: str) -> None:
 
 
 def by_hand(bare: ort.InferenceSession, spec: runtime.ModelSpec, files: list[bytes]) -> np.ndarray:
-    """Classify images with code that is written for this one model; return probabilities, (N, K)."""
+    """Classify images with code written for this one model; return probabilities, (N, K)."""
     plan = spec.preprocessing
     scaled = int(plan.height / plan.crop_pct)
     mean, std = np.float32(plan.mean), np.float32(plan.std)
@@ -129,7 +131,7 @@ def fixed_rate(bare: ort.InferenceSession, images: np.ndarray, batch: int) -> fl
 
 
 def batcher_rate(session: runtime.Session, images: np.ndarray) -> float:
-    """Return the images per second of clients that each wait for a result before the next request."""
+    """Return the images per second of clients that each have one request in flight."""
     numbers = iter(range(len(images)))
     lock = threading.Lock()
 

@@ -1,6 +1,6 @@
 """Measure time and memory of a training step of each recipe, relative to vanilla and a reference.
 
-    python benchmarks/train_step.py                              two networks at 64 px, batch size 32: ten minutes
+    python benchmarks/train_step.py    two networks at 64 px, batch size 32: ten minutes
     python benchmarks/train_step.py --arch resnet18 --rounds 5
 
 All rows of a network are timed in interleaved rounds, so changes of the machine's speed affect all

@@ -101,9 +101,9 @@ def main(
 ) -> None:
     """Quantize the float32 classifier ONNX to INT8, with calibration images.
 
-    Convolutions and matrix products become INT8, everything else FP16. The command also writes calib.json
-    (the images it used), NAME.int8.json (threshold and error of each layer), a plot of the ranges and, with
-    --budget, a plot of accuracy against the share of work in INT8.
+    Convolutions and matrix products become INT8, everything else FP16. The command also writes
+    calib.json (the images it used), NAME.int8.json (threshold and error of each layer), a plot of
+    the ranges and, with --budget, a plot of accuracy against the share of work in INT8.
     """
     console = set_up_logging()
     from calib.pipeline import calibrate_file

@@ -1,9 +1,10 @@
 """Equalize channels: move range from the channels of an activation to the weights that read it.
 
-If only convolutions read y, then y / s and W · s yield the same output, for each channel of y. Small channels grow
-toward the range of the largest channel, so the single scale of the tensor resolves them better. For a depthwise
-reader this costs nothing, because its weights have a scale per channel. For other readers the weights of a channel
-spread further, so s is a compromise: max|y|^α / max|W|^(1 − α).
+If only convolutions read y, then y / s and W · s yield the same output, for each channel of y.
+Small channels grow toward the range of the largest channel, so the single scale of the tensor
+resolves them better. For a depthwise reader this costs nothing, because its weights have a scale
+per channel. For other readers the weights of a channel spread further, so s is a compromise:
+max|y|^α / max|W|^(1 − α).
 
 y is divided by s going backward from y, as long as nothing else reads the changed tensors:
 
@@ -13,11 +14,11 @@ y is divided by s going backward from y, as long as nothing else reads the chang
     y = x · gate         x ← x / s; if the gate pools x, the convolution behind the pool gets W · s
     y = pool(x)          x ← x / s
 
-Each s is a power of two, so all of this is exact in binary floating point: the output of the float32 network does
-not change by a single bit.
+Each s is a power of two, so all of this is exact in binary floating point: the output of the
+float32 network does not change by a single bit.
 
-Sources: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (1906.04721); for the
-compromise: Xiao et al., "SmoothQuant" (2211.10438).
+Sources: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
+(1906.04721); for the compromise: Xiao et al., "SmoothQuant" (2211.10438).
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _channel_scales(
 
 
 def _weight_maxima(readers: Iterable[ir.Node]) -> NDArray[np.float64]:
-    """Return the largest weight that reads each channel, relative to the largest of its output channel.
+    """Return the largest weight per input channel, relative to the largest of its output channel.
 
     It is 1 for depthwise readers.
     """
@@ -155,7 +156,7 @@ def _plan_for(value: ir.Value) -> _Plan | None:
 
 
 def _multiply_weights(node: ir.Node, value: ir.Value) -> _Edit | None:
-    """Return the edit that multiplies the weights of a reader of `value` by s; None if it is not possible."""
+    """Return the edit that multiplies the weights of a reader of `value` by s, or None."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     if node.inputs[0] is not value or weight is None or weight.const_value is None:
         return None
@@ -169,7 +170,7 @@ def _multiply_weights(node: ir.Node, value: ir.Value) -> _Edit | None:
 
 
 def _divide(value: ir.Value, known: set[ir.Node]) -> tuple[_Edit, ...] | None:
-    """Return the edits that divide `value` by s; None if it is not possible, or a node outside `known` reads it."""
+    """Return the edits that divide `value` by s; None if impossible or read outside `known`."""
     node = value.producer()
     if node is None or value.is_graph_output() or not {reader for reader, _ in value.uses()} <= known:
         return None
@@ -253,7 +254,7 @@ def _rank(value: ir.Value | None) -> int:
 
 
 def _scale_weights(node: ir.Node, axis: int, graph: ir.Graph, factors: NDArray[np.float32]) -> None:
-    """Replace the node's weights with a copy multiplied along `axis`; other nodes may share the original."""
+    """Replace the node's weights, which may be shared, with a copy multiplied along `axis`."""
     weight = array_of(node.inputs[1])
     name = unused_name(graph, f"{node.name}_equalized")
     node.replace_input_with(1, add_initializer(graph, name, weight * along(factors, axis, weight.ndim)))

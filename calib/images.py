@@ -27,8 +27,8 @@ FORMAT = "advprop.calib/1"
 BATCH = 4
 """Batch size: small enough for a layer's output to stay in the CPU caches until it is counted."""
 KINDS = ("clean", "corrupted", "adversarial")
-"""Variants of an image: unchanged; corrupted by noise, blur, spatter or saturation (the corruptions that ImageNet-C
-reserves for validation, so its mCE remains a fair test); or adversarial."""
+"""Variants of an image: unchanged; corrupted by noise, blur, spatter or saturation (the corruptions
+that ImageNet-C reserves for validation, so its mCE remains a fair test); or adversarial."""
 
 Adversary: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Returns adversarial versions of normalized images, float32 (N, 3, H, W)."""
@@ -57,11 +57,12 @@ class CalibrationSet:
     mix: tuple[str, ...] = ("clean",)
     """Variants, from KINDS; each image is used once per variant."""
     seed: int = 0
-    """Seed of the corruptions. The corruption of an image depends on this seed and on the image's hash."""
+    """Seed of the corruptions. The corruption of an image depends on this seed and on the image's
+    hash."""
 
     @property
     def sha256(self) -> str:
-        """Hash of the set: its images' hashes in order and, unless the mix is clean only, the mix and the seed."""
+        """Hash of the images' hashes and, unless the mix is clean only, the mix and seed."""
         digest = hashlib.sha256("".join(image.sha256 for image in (*self.images, *self.held)).encode())
         if self.mix != ("clean",):
             digest.update(f"{self.mix} {self.seed}".encode())
@@ -81,7 +82,8 @@ class CalibrationSet:
 
         Args:
             spec: preprocessing of the network.
-            count: maximum number of images, all variants together, evenly spaced over the set; 0 for all.
+            count: maximum number of images, all variants together, evenly spaced over the set; 0
+                for all.
             kinds: variants to yield (default: the whole mix).
             held: yield the held-out images instead.
             adversary: attacks the images of the variant `adversarial`.
@@ -151,17 +153,18 @@ def calibration_set(
     """Choose calibration images.
 
     Args:
-        source: a folder, a tar file, an array (see `open_source`), or the manifest (`calib.json`) of an
-            earlier set, which is then used unchanged.
+        source: a folder, a tar file, an array (see `open_source`), or the manifest (`calib.json`)
+            of an earlier set, which is then used unchanged.
         count: maximum number of images, evenly spaced over the sorted names.
         spec: the network's preprocessing. If given, images that cannot be preprocessed are skipped.
-        held: also hold out images for a budget: up to `count` more, or a quarter of all images if there are
-            too few.
+        held: also hold out images for a budget: up to `count` more, or a quarter of all images if
+            there are too few.
         mix: variants of each image, from KINDS.
         seed: seed of the corruptions.
 
     Raises:
-        DataError: there are no usable images, all images are copies of one, or they differ from the manifest.
+        DataError: there are no usable images, all images are copies of one, or they differ from the
+            manifest.
     """
     if source.suffix == ".json":
         return _from_manifest(source)
@@ -220,7 +223,7 @@ def _sha256(content: bytes | NDArray[np.uint8]) -> str:
 
 
 def _corrupted(image_HWC: NDArray[np.uint8], image: CalibrationImage, seed: int) -> NDArray[np.uint8]:
-    """Apply a validation corruption at a severity of 1 to 5, both chosen by the seed and the image's hash."""
+    """Apply a validation corruption and severity that depend on the seed and the image's hash."""
     from runtime.evaluate.corruptions import EXTRAS, corrupt
 
     draw = int.from_bytes(hashlib.sha256(f"{seed} {image.sha256}".encode()).digest()[:4])

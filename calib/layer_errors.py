@@ -1,8 +1,8 @@
-"""Measure the error that quantizing one layer causes in its output, with everything before the layer exact.
+"""Measure the output error of each quantized layer, with everything before the layer exact.
 
-One graph contains the float network and, next to each layer, copies of the layer with int8 weights and with its input
-through Q/DQ at each candidate threshold. The squared error of the output is used to choose thresholds. The mean error
-of each channel is used for bias correction.
+One graph contains the float network and, next to each layer, copies of the layer with int8 weights
+and with its input through Q/DQ at each candidate threshold. The squared error of the output is used
+to choose thresholds. The mean error of each channel is used for bias correction.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Command-line options for CalibrationConfig, shared by `advprop calibrate` and `advprop-export`."""
+"""Options for CalibrationConfig, shared by `advprop calibrate` and `advprop-export`."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def read_float_model(source: Path, preprocessing: Preprocessing | None) -> tuple
 
     Raises:
         ConfigError: `preprocessing` is given, but the file has a spec.
-        ModelFileError: the file is not a float32 classifier with float32 input and logits, or it has no
-            spec and `preprocessing` is missing.
+        ModelFileError: the file is not a float32 classifier with float32 input and logits, or it
+            has no spec and `preprocessing` is missing.
     """
     summary = summarize(source)
     if set(summary.weights) - {"fp32"}:
@@ -63,16 +63,17 @@ def read_float_model(source: Path, preprocessing: Preprocessing | None) -> tuple
 def prepare_model(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
     """Read and prepare a file of another tool.
 
-    ONNX Runtime's basic optimizations fold BatchNorms and constants; the result has standard operators only.
+    ONNX Runtime's basic optimizations fold BatchNorms and constants; the result has standard
+    operators only.
 
     Args:
         path: a float32 ONNX classifier of images.
-        preprocessing: preprocessing of the images. It becomes part of the result's spec, in which the classes
-            are named by their numbers.
+        preprocessing: preprocessing of the images. It becomes part of the result's spec, in which
+            the classes are named by their numbers.
 
     Raises:
-        ModelFileError: the file is not such a classifier, expects another image size, or uses an operator that
-            ONNX Runtime does not have.
+        ModelFileError: the file is not such a classifier, expects another image size, or uses an
+            operator that ONNX Runtime does not have.
     """
     model = onnx.load(path)
     inputs, outputs = graph_inputs(model.graph), model.graph.output

@@ -32,7 +32,8 @@ MIN_IMAGES = 32
 TRIAL_IMAGES = 64
 """Number of images on which candidate thresholds, equalizations and channel means are measured."""
 _EQUALIZED_NOISE = 0.9
-"""Equalization must reduce a tensor's noise to this share to be applied, because it can cost a multiplication."""
+"""Equalization must reduce a tensor's noise to this share to be applied, because it can cost a
+multiplication."""
 
 Batches: TypeAlias = Callable[[int], Iterator[NDArray[np.float32]]]
 """Number of images, 0 for all → batches of normalized images, float32 (N, 3, H, W)."""
@@ -90,9 +91,11 @@ def calibrate(
     Args:
         model: a float32 graph with unique node names.
         batches: the calibration images.
-        config: settings; `images` and `mix` have no effect here, because the caller provides the images.
+        config: settings; `images` and `mix` have no effect here, because the caller provides the
+            images.
         held: held-out images, on which the budget is measured.
-        images_sha256: hash of the images. If given, histograms are cached in the user's cache folder.
+        images_sha256: hash of the images. If given, histograms are cached in the user's cache
+            folder.
         progress: called with the stage and its progress as the work proceeds.
 
     Raises:
@@ -154,7 +157,7 @@ class _Tracker:
 def _equalize(
     model: onnx.ModelProto, points: Sequence[Point], batches: Batches, track: _Tracker
 ) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """Return the graph with the tensors equalized whose noise decreases enough, and the α of each tensor."""
+    """Equalize the tensors whose noise decreases enough; return the graph and their α."""
     names = equalizable_tensors(model, _int8_tensors(points))
     if not names:
         log.info("no activation of this network can be equalized exactly")
@@ -175,7 +178,7 @@ def _equalize(
 def _noise_per_tensor(
     model: onnx.ModelProto, points: Sequence[Point], names: Sequence[str], batches: Batches, track: _Tracker
 ) -> dict[str, float]:
-    """Return the total noise of the layers that read each tensor, at the threshold of the smallest squared error."""
+    """Return the total noise of each tensor's readers, at the threshold with the smallest error."""
     histograms = collect_histograms(model, batches(TRIAL_IMAGES), names, track.stage("channels"))
     thresholds = {name: [mse(histogram)] for name, histogram in histograms.items() if histogram.amax}
     some = [point for point in points if point.int8 and point.tensor in thresholds]
@@ -193,7 +196,7 @@ def _measure_ranges(
     images_sha256: str,
     track: _Tracker,
 ) -> _Ranges:
-    """Collect the histograms of all quantized tensors, and drop layers and residuals whose input is always zero."""
+    """Collect histograms of all quantized tensors; drop layers with inputs that are always zero."""
     residuals = residual_inputs(model, points) if config.residuals else []
     tensors = [*_int8_tensors(points), *(tensor for _, tensor in residuals)]
     cache = cache_file(model, images_sha256) if images_sha256 else None
@@ -211,7 +214,7 @@ def _measure_ranges(
 
 
 def _without_zeros(point: Point, histograms: Mapping[str, Histogram]) -> Point:
-    """Keep a layer in floating point if its input is always zero, because no range can be determined."""
+    """Keep a layer in floating point if its input is always zero and has no range."""
     if not point.int8 or histograms[point.tensor].amax:
         return point
     return dataclasses.replace(point, int8=False, reason=f"{point.tensor} is zero on every calibration image")
@@ -224,7 +227,7 @@ def _int8_tensors(points: Sequence[Point]) -> list[str]:
 def _choose_thresholds(
     model: onnx.ModelProto, ranges: _Ranges, batches: Batches, config: CalibrationConfig, track: _Tracker
 ) -> tuple[dict[str, float], list[LayerError]]:
-    """Return the threshold of each quantized tensor, and the error of each layer if it was measured."""
+    """Return the threshold of each quantized tensor, and the measured errors of layers."""
     tensors = _int8_tensors(ranges.points)
     candidates = {name: _candidates(ranges.histograms[name], config.method) for name in tensors}
     thresholds, layers = {name: values[0] for name, values in candidates.items()}, list[LayerError]()
@@ -238,7 +241,7 @@ def _choose_thresholds(
 
 
 def _candidates(histogram: Histogram, method: str) -> list[float]:
-    """Return the thresholds to try; for `auto`, from that of the smallest squared error to the largest magnitude."""
+    """Return the thresholds to try; `auto` starts from the one with the smallest squared error."""
     if method != "auto":
         return [METHODS[method](histogram)]
     found = (mse(histogram), percentile(histogram, 99.99), percentile(histogram, 99.999), minmax(histogram))

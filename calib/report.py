@@ -135,7 +135,7 @@ def plot_ranges(calibrated: Calibrated, path: Path) -> None:
 
 
 def plot_fallback(fallback: Fallback, path: Path) -> None:
-    """Plot the lost top-1 accuracy of each measured choice of layers against its share of MACs in INT8."""
+    """Plot the loss of top-1 accuracy of each measured choice against its INT8 share."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")

@@ -155,8 +155,8 @@ def main(
 ) -> None:
     """Export CHECKPOINT to ONNX and, with --trt, to a TensorRT engine.
 
-    Auxiliary BatchNorms are removed and the main ones folded into the convolutions. Each ONNX file contains its
-    preprocessing and class names, and is verified on real images.
+    Auxiliary BatchNorms are removed and the main ones folded into the convolutions. Each ONNX file
+    contains its preprocessing and class names, and is verified on real images.
     """
     console = set_up_logging()
     _validate_options(trt, precision, forms["io"])

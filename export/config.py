@@ -40,7 +40,8 @@ class ExportConfig:
     out: Path | None = None
     """Output folder (default: the checkpoint's folder, or NAME for `timm:NAME`)."""
     precision: str = "fp32"
-    """Precision of the last ONNX file, from PRECISIONS. INT8 files compute the remaining nodes in FP16."""
+    """Precision of the last ONNX file, from PRECISIONS. INT8 files compute the remaining nodes in
+    FP16."""
     engine: EngineConfig | None = None
     """Engine to build from that file (default: no engine)."""
 
@@ -62,11 +63,12 @@ class ExportConfig:
     io: str = "fp32"
     """`fp16`: the FP16 file has FP16 inputs and outputs."""
     sizes: ImageSizes | None = None
-    """Image size, if it differs from the checkpoint's. With a range, the files accept any size and the
-    engine covers that range."""
+    """Image size, if it differs from the checkpoint's. With a range, the files accept any size and
+    the engine covers that range."""
 
     calib_data: Path | None = None
-    """INT8: calibration images (a folder, tar or NumPy file), or the calib.json of an earlier run."""
+    """INT8: calibration images (a folder, tar or NumPy file), or the calib.json of an earlier
+    run."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """INT8: settings of the calibration."""
     bisect: bool = True

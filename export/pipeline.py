@@ -100,7 +100,8 @@ def export_checkpoint(
     """Export a checkpoint to `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`), …
 
     Args:
-        checkpoint: an advprop checkpoint, a plain timm state dict together with `config.arch`, or `timm:NAME`.
+        checkpoint: an advprop checkpoint, a plain timm state dict together with `config.arch`, or
+            `timm:NAME`.
         config: settings (default: write `model.onnx` only).
         progress: called with the name of each stage as it starts.
         build_progress: `progress` of `runtime.build`.

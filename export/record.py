@@ -43,7 +43,7 @@ def save_decisions(path: Path, decisions: Sequence[Decision], amax: Mapping[str,
 
 
 def save_record(folder: Path, checkpoint_sha256: str, stages: Sequence[tuple[Path, str, Parity]]) -> None:
-    """Write how each exported file was verified. Entries of other files of this checkpoint are kept.
+    """Record the verification of exported files. Entries of this checkpoint's other files stay.
 
     Args:
         folder: folder of the exported files.
@@ -78,7 +78,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def verification(folder: Path, sha256: str) -> str:
-    """Return how the file with that hash was verified, as text; "" if `folder` has no record of it."""
+    """Describe the verification of the file with this hash; "" if `folder` has no record of it."""
     try:
         for entry in read_record(folder).get("files", {}).values():
             if entry["sha256"] == sha256:

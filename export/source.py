@@ -136,7 +136,7 @@ def _from_state_dict(path: Path, content: Any, arch: str | None, route: str) -> 
 
 
 def _from_timm(name: str, arch: str | None, weights: Path | None, route: str) -> tuple[nn.Module, ModelSpec, str]:
-    """Return timm's pretrained model, its spec, and a SHA-256: of `weights`, or of the downloaded tensors."""
+    """Return timm's pretrained model, its spec, and the SHA-256 of the file or of the tensors."""
     if arch is not None:
         raise ConfigError(f"{_TIMM}{name} already specifies the architecture; remove --arch")
     if weights is None:

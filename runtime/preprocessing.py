@@ -36,10 +36,12 @@ __all__ = [
 ]
 
 _MAX_PIXELS = 100_000_000
-"""Maximum size of an intermediate image. An image one pixel wide could otherwise exhaust the memory."""
+"""Maximum size of an intermediate image. An image one pixel wide could otherwise exhaust the
+memory."""
 
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
-"""A path, the bytes of an encoded file, a uint8 array, RGB (H, W, 3) or gray (H, W), or a PIL image."""
+"""A path, the bytes of an encoded file, a uint8 array, RGB (H, W, 3) or gray (H, W), or a PIL
+image."""
 
 
 def decode(image: ImageLike, name: str = "the image") -> Image:
@@ -151,7 +153,7 @@ def _resize_short_side(image: Image, size: int, resample: Any) -> Image:
 
 
 def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, resample: Any) -> Image:
-    """Resize like timm's ResizeKeepRatio: cover the target for `center`, fit into it for `border`."""
+    """Resize like timm's ResizeKeepRatio: cover the target (`center`) or fit in (`border`)."""
     image_w, image_h = image.size
     ratio_h, ratio_w = image_h / height, image_w / width
     ratio = max(ratio_h, ratio_w) if crop_mode == "border" else min(ratio_h, ratio_w)
@@ -162,7 +164,7 @@ def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, re
 
 
 def _crop_or_pad(image_HWC: NDArray[np.uint8], height: int, width: int, fill: Sequence[int]) -> NDArray[np.uint8]:
-    """Crop like torchvision's CenterCrop and timm's CenterCropOrPad; pad smaller images with `fill`."""
+    """Crop like torchvision's CenterCrop or timm's CenterCropOrPad; pad with `fill`."""
     image_h, image_w = image_HWC.shape[:2]
     if image_h < height or image_w < width:
         top, left = max(height - image_h, 0) // 2, max(width - image_w, 0) // 2

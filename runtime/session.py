@@ -253,7 +253,7 @@ class Session:
         return await asyncio.wrap_future(self.submit(images_NCHW, timeout_s=timeout_s))
 
     async def apredict(self, images: Sequence[ImageLike], *, timeout_s: float = math.inf) -> list[Prediction]:
-        """Await `submit_predict` without blocking a thread. Canceling the task cancels the request."""
+        """Await `submit_predict` without blocking. Canceling the task cancels the request."""
         import asyncio
 
         return await asyncio.wrap_future(self.submit_predict(images, timeout_s=timeout_s))

@@ -3,8 +3,8 @@
     python scripts/demo.py                       EfficientNet-B3 on the embedded digits
     python scripts/demo.py --arch resnet18 --epochs 1 --out runs/quick
 
-The script runs the advprop commands as subprocesses. It then classifies the held-out digits with the
-checkpoint (in torch) and with both ONNX files (in ONNX Runtime, from PNG files).
+The script runs the advprop commands as subprocesses. It then classifies the held-out digits with
+the checkpoint (in torch) and with both ONNX files (in ONNX Runtime, from PNG files).
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def weights_hash(checkpoint: Path) -> str:
 
 
 def onnx_hash(path: Path) -> str:
-    """Return the hash of an ONNX file without its checkpoint's hash, because checkpoints contain times."""
+    """Return the hash of an ONNX file without its checkpoint's hash, which is not reproducible."""
     model = onnx.load(path)
     for entry in model.metadata_props:
         if entry.key == "advprop.spec":

@@ -1,11 +1,12 @@
 """List the names in TensorRT's Python API, by release, from the strings in its compiled bindings.
 
-    python scripts/tensorrt_names.py            downloads two wheels of bindings (1.3 MB each) and installs nothing
+    python scripts/tensorrt_names.py    downloads two wheels of bindings (1.3 MB each) and installs nothing
 
-The bindings cannot be imported without TensorRT's libraries, which are not on PyPI. Their compiled module contains
-every name as a string, or as the end of a longer string. The script writes `tensorrt_names.json` next to
-`tests/runtime/backends/tensorrt/test_api.py`, which compares it with the names that our code uses. For each release,
-the file lists the names that also occur in the installed TensorRT-RTX or in our code.
+The bindings cannot be imported without TensorRT's libraries, which are not on PyPI. Their compiled
+module contains every name as a string, or as the end of a longer string. The script writes
+`tensorrt_names.json` next to `tests/runtime/backends/tensorrt/test_api.py`, which compares it with
+the names that our code uses. For each release, the file lists the names that also occur in the
+installed TensorRT-RTX or in our code.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu") -> dict[str, Any]:
 
 
 def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
-    """Return `content`, which was read from `path`, after checking that it is an advprop checkpoint.
+    """Return `content`, read from `path`, after checking that it is an advprop checkpoint.
 
     Raises:
         CheckpointError: it is something else; the message names what was found.

@@ -95,7 +95,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def share(self, device: torch.device) -> None:
-        """Make all processes stop if one was signaled; otherwise the others would wait for it forever."""
+        """Make all processes stop if one was signaled; they would wait for it forever."""
         if world_size() > 1:
             signaled = world_sum(torch.tensor([float(self.signal or 0)], device=device)).item()
             self.signal = self.signal or (signal.SIGTERM if signaled else None)

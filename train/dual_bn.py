@@ -203,7 +203,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def strip_auxiliary(state_dict: Mapping[str, _Value]) -> dict[str, _Value]:
-    """Return `state_dict` without the auxiliary BatchNorms; its keys are those of the stock model."""
+    """Return `state_dict` without auxiliary BatchNorms, with the stock model's keys."""
     return {key: value for key, value in state_dict.items() if _route_of(key) == MAIN}
 
 

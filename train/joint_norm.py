@@ -5,7 +5,8 @@ results into one tensor; slicing and `torch.cat` would copy every activation twi
 `affine_map` is BatchNorm on running statistics for an attack.
 
 Both compute the same as the layers. `can_normalize_parts` and `can_use_affine_map` check whether
-they apply; otherwise the forward method of the layers is used. Shapes: (N, C, …), N images, C channels.
+they apply; otherwise the forward method of the layers is used. Shapes: (N, C, …), N images, C
+channels.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _can_be_joined(layer: Any, x: torch.Tensor) -> bool:
 
 
 def normalize_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -> torch.Tensor:
-    """Normalize the first `counts[0]` images with `layers[0]`, the next with `layers[1]`, and so on.
+    """Normalize consecutive parts of a batch, `counts[i]` images with `layers[i]` each.
 
     Running statistics are updated as in the forward method of the layers. All layers have the same
     `drop` and `act`; those of the first layer are applied.

@@ -276,7 +276,7 @@ class Trainer:
         )
 
     def _unless_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches; abort validation on a stop request, because the epoch is already saved."""
+        """Yield the batches, but abort validation on a stop request: the epoch is saved already."""
         for batch in batches:
             if world_size() == 1:
                 self._raise_if_stopped()

@@ -140,9 +140,9 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
 def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...], **options: Any) -> None:
     """Train a classifier on clean and adversarial images together (AdvProp).
 
-    Clean and adversarial images use separate BatchNorms; only the clean one is used for inference. Writes
-    last.pt, best.pt, metrics.csv, curves.png and config.toml. Ctrl-C saves the state before the run ends;
-    --resume continues from it.
+    Clean and adversarial images use separate BatchNorms; only the clean one is used for inference.
+    Writes last.pt, best.pt, metrics.csv, curves.png and config.toml. Ctrl-C saves the state before
+    the run ends; --resume continues from it.
     """
     console = set_up_logging()
     from train.config_file import from_mapping, merge, parse_setting, read_toml

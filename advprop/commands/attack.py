@@ -123,9 +123,10 @@ def main(
     attacks: dict[str, Any],
     **execution: Any,
 ) -> None:
-    """Attack MODELs (ONNX files, engines and checkpoints) within an L-inf ball, with images rounded to uint8.
+    """Attack MODELs (ONNX files, engines, checkpoints) with uint8 images within an L-inf ball.
 
-    Prints a table and writes OUT/MODEL.attack.json, which advprop report plots as accuracy against ε.
+    Prints a table and writes OUT/MODEL.attack.json, which advprop report plots as accuracy against
+    ε.
     """
     console = set_up_logging()
     from advprop import checkpoints
@@ -177,7 +178,8 @@ def _targets(models: Sequence[Any], white_box: Any, config: AttackConfig) -> lis
 
     targets = [AttackedModel(model=model, attacks=config.attacks) for model in models]
     if white_box is not None and all(white_box is not model for model in models):
-        # Square attack is the most expensive one. It attacks the checkpoint only if that is a MODEL too.
+        # Square attack is the most expensive one. It attacks the checkpoint only if that is a MODEL
+        # too.
         cheap = tuple(name for name in config.attacks if name != SQUARE)
         targets.append(AttackedModel(model=white_box, attacks=cheap))
     return targets

@@ -137,7 +137,8 @@ def main(
 ) -> None:
     """Measure latency and throughput of FILEs: ONNX files, engines and checkpoints.
 
-    Prints a table and writes it to OUT, with a plot, all numbers as JSON and CSV, and files for advprop report.
+    Prints a table and writes it to OUT, with a plot, all numbers as JSON and CSV, and files for
+    advprop report.
     """
     console = set_up_logging()
     from advprop.checkpoints import open_torch_peer
@@ -166,7 +167,8 @@ def _measure(console: Console, bench: Bench, out: Path, images: str, as_json: bo
         files = ", ".join(path.name for path in written)
         print_lines(console, (*notes_of(result), f"wrote {files} to {out}"))
 
-    # Drawn between rounds only: a drawing thread would compete with the model that is being measured.
+    # Drawn between rounds only: a drawing thread would compete with the model that is being
+    # measured.
     with progress_bars(auto_refresh=False) as bars:
         task = bars.add_task("", total=None)
 

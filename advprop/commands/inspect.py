@@ -32,7 +32,7 @@ Examples:
 @click.argument("file", type=click.Path(path_type=Path))
 @with_options(json_option("the facts as a JSON object"))
 def main(file: Path, as_json: bool) -> None:
-    """Describe FILE: a checkpoint, ONNX file or engine. An engine's bytes are compared with its sidecar."""
+    """Describe FILE: a checkpoint, ONNX file or engine, which is checked against its sidecar."""
     console = set_up_logging()
     if file.suffix in (".engine", ".plan"):
         facts = _engine(file)

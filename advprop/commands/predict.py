@@ -55,7 +55,7 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
 
 
 def _answers(session: Session, paths: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, Prediction | DataError]]:
-    """Yield the prediction of each image; if a batch fails to decode, predict its images one by one."""
+    """Yield the prediction of each image. If a batch fails to decode, predict its images singly."""
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         try:

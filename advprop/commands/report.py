@@ -1,4 +1,4 @@
-"""`advprop report`: build a report from results, or from a checkpoint that is exported and evaluated first."""
+"""`advprop report`: build a report from results, or export and evaluate a checkpoint for it."""
 
 from __future__ import annotations
 

@@ -1,18 +1,21 @@
 """Run one network on a GPU with every backend, and compare results and latencies.
 
-    python benchmarks/gpu/runtime.py                       efficientnet_b0 with random weights, about ten minutes
+    python benchmarks/gpu/runtime.py    efficientnet_b0 with random weights, about ten minutes
     python benchmarks/gpu/runtime.py --arch resnet50 --batches 1 32 --seconds 1 --json result.json
 
-The script has not been run yet. It has six parts. A part that cannot run reports the reason. `engines` always runs;
-`--parts` selects the others.
+The script has not been run yet. It has six parts. A part that cannot run reports the reason.
+`engines` always runs; `--parts` selects the others.
 
 - engines: build, load and run FP32 and FP16 engines with each installed TensorRT.
-- numerics: largest difference of the logits, relative to the largest logit, and agreement of the classes. The reference
-  is FP32 on the CPU.
-- latency: from host memory to host memory, next to torch, eager and compiled, in interleaved rounds.
+- numerics: largest difference of the logits, relative to the largest logit, and agreement of the
+  classes. The reference is FP32 on the CPU.
+- latency: from host memory to host memory, next to torch, eager and compiled, in interleaved
+  rounds.
 - graphs: engines with and without CUDA graphs.
-- zero-copy: input on the GPU from torch (DLPack), `__cuda_array_interface__` and pycuda; outputs stay on the GPU.
-- threads: eight threads on one engine with 1, 2, 4 and 8 contexts; each result is compared with that of one thread.
+- zero-copy: input on the GPU from torch (DLPack), `__cuda_array_interface__` and pycuda; outputs
+  stay on the GPU.
+- threads: eight threads on one engine with 1, 2, 4 and 8 contexts; each result is compared with
+  that of one thread.
 
 With random weights all logits are nearly equal, so the agreement of the classes is not meaningful.
 """
@@ -97,7 +100,7 @@ def files_of(arch: str, folder: Path) -> dict[str, Path]:
 
 
 def engines_of(files: dict[str, Path], most: int, rows: Rows) -> dict[str, Path]:
-    """Build all engines that can be built, report which of them run on this GPU, and return these."""
+    """Build all engines that can be built, and return those that run on this GPU."""
     engines = {}
     for flavor in FLAVORS:
         for precision, file in files.items():
@@ -145,7 +148,7 @@ def numerics(rows: Rows, files: dict[str, Path], sessions: dict[str, runtime.Ses
 
 
 def torch_calls(arch: str, batch: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """Return calls of the network in torch, from host memory to host memory through pinned memory."""
+    """Return calls of the network in torch, from and to host memory through pinned memory."""
     import timm
     import torch
 

@@ -1,6 +1,6 @@
 """Measure the images per second of each recipe on a GPU, eager and compiled, relative to vanilla.
 
-    python benchmarks/gpu/train_speed.py                    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
+    python benchmarks/gpu/train_speed.py    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
     python benchmarks/gpu/train_speed.py --batch 64 --steps 30
 
 Each row shows clean images per second, the ratio to vanilla with the same network and mode, and the

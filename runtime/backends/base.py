@@ -165,7 +165,7 @@ class Backend(ABC):
     def _outputs_of(
         self, images_NCHW: NDArray[Any] | DeviceView, run: Callable[[NDArray[Any] | DeviceView], tuple[_Output, ...]]
     ) -> tuple[_Output, ...]:
-        """Call `run`, convert its exceptions to advprop errors, and check the number of output rows."""
+        """Call `run`, convert its exceptions, and check the number of output rows."""
         try:
             outputs = run(images_NCHW)
         except AdvPropError:

@@ -50,7 +50,7 @@ def open_backend(file: Path, backend: str, device: str, threads: Threads, engine
 def open_folder(
     folder: Path, backend: str, device: str, threads: Threads, engine: EngineOptions
 ) -> tuple[Backend, Path, tuple[str, ...]]:
-    """Open the best file of an export folder: the fastest engine that runs here, or the FP32 ONNX file.
+    """Open the best file of an export: the fastest engine that runs here, or the FP32 ONNX file.
 
     Args:
         folder: a folder whose files are named as `advprop-export` names them, e.g.

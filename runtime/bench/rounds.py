@@ -67,7 +67,7 @@ class LoadResult:
 
 
 def run_closed_loop(call: Callable[[], object], callers: int, seconds: float, min_calls: int) -> LoadResult:
-    """Call a function repeatedly from several threads, each as soon as its previous call has returned.
+    """Call a function repeatedly from several threads, without pauses between calls.
 
     The first call of each thread is not counted. A single caller runs in the current thread.
 

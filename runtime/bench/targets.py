@@ -158,7 +158,7 @@ class TorchPeer(Protocol):
         """Return the logits of images, both in host memory. Thread-safe."""
 
     def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
-        """Copy images to the device, and return a function that runs the network and returns milliseconds."""
+        """Copy images to the device; return a function that times the network, in milliseconds."""
 
 
 class TorchOpener(Protocol):
@@ -194,7 +194,7 @@ def torch_target(name: str, peer: TorchPeer, spec: ModelSpec) -> BenchTarget:
 
 
 def _backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
-    """Convert pixels to a backend's input. Without a spec, float inputs are pixels scaled to [-1, 1].
+    """Convert pixels to a backend's input; without a spec, float inputs range from -1 to 1.
 
     Raises:
         InputError: the input is not an image with three channels.
@@ -211,7 +211,7 @@ def _backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[
 
 
 def _compute_probe(backend: Backend, batch: NDArray[Any]) -> Probe:
-    """Return a probe that measures the network alone, with CUDA events if the backend supports them."""
+    """Return a probe of the network alone, with CUDA events if the backend supports them."""
     if backend.device == "cpu":
         return timed("compute", lambda: backend.run_checked(batch))
     if backend.device_times(batch) is None:

@@ -11,7 +11,8 @@ __all__ = ["warnings_of"]
 
 _MAX_DRIFT = 0.05
 _MAX_COV_PERCENT = 2.5
-"""Coefficient of variation above which trtexec of TensorRT 11 reports unstable times; TensorRT 8 uses 1%."""
+"""Coefficient of variation above which trtexec of TensorRT 11 reports unstable times; TensorRT 8
+uses 1%."""
 _MAX_OTHERS = 0.1
 _MAX_ENQUEUE = 0.8
 """Share of the compute time above which trtexec reports the enqueue time as the bottleneck."""

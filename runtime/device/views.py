@@ -150,7 +150,7 @@ def view_of_interface(interface: Any, owner: Any) -> DeviceView:
 
 
 def stream_handle(stream: object) -> int:
-    """Return the handle of a CUDA stream: an int, or a stream of torch, CuPy, pycuda, Numba or cuda.core.
+    """Return the handle of a CUDA stream: an int, or the stream object of another library.
 
     Raises:
         InputError: the object is not a stream, or is 0, which is ambiguous: 1 is the legacy default

@@ -250,7 +250,7 @@ def _is_quantized(summary: OnnxSummary) -> bool:
 
 
 def _layer_reports(request: PlanRequest, summary: OnnxSummary, plan: memoryview) -> tuple[LayerReport, ...]:
-    """Return the precision of each layer of a quantized graph; () if the builder does not report it."""
+    """Return the precision of a quantized graph's layers; () if the builder reports none."""
     if not _is_quantized(summary):
         return ()
     flavor = request.flavor

@@ -55,9 +55,11 @@ class BuildOptions:
     """Full TensorRT: `ampere_plus` runs on all GPUs since Ampere, `same_compute_capability` on GPUs
     with the compute capability of this one. Both reduce the speed. Empty for this GPU only."""
     refit: bool = False
-    """Build an engine whose weights can be replaced. Not for INT8, whose scales depend on the weights."""
+    """Build an engine whose weights can be replaced. Not for INT8, whose scales depend on the
+    weights."""
     strip_weights: bool = False
-    """Build a plan without weights, which must be refitted from the same ONNX file. Not for INT8."""
+    """Build a plan without weights, which must be refitted from the same ONNX file. Not for
+    INT8."""
 
     def __post_init__(self) -> None:
         if self.workspace_mib < 0:

@@ -59,7 +59,8 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     """Build a plan in the calling thread.
 
     Raises:
-        EngineBuildError: the parser or the builder rejected the graph; the message has their reasons.
+        EngineBuildError: the parser or the builder rejected the graph; the message has their
+            reasons.
         OutputError: the timing cache cannot be written.
     """
     trt = request.flavor.module
@@ -93,7 +94,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
 
 
 def _timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
-    """Load the timings of earlier builds into the builder, except those of another GPU or version."""
+    """Load the timings of earlier builds, except those of another GPU or version."""
     timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(timings, ignore_mismatch=False):
         log.warning("%s is for another GPU or TensorRT, and will be replaced", path)

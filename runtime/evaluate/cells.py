@@ -38,7 +38,8 @@ class SuiteConfig:
     data: Path
     """Folder of the set."""
     clean: Path | None = None
-    """Folder of clean images, CLASS/IMAGE, to evaluate as well. The suite `corruptions` always does."""
+    """Folder of clean images, CLASS/IMAGE, to evaluate as well. The suite `corruptions` always
+    does."""
     only: tuple[str, ...] = ()
     """Cells, such as `fog/3`, or corruptions, such as `fog` (default: all except the four extra
     corruptions)."""

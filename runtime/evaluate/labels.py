@@ -117,7 +117,7 @@ def by_cifar_number(numbers: Iterable[int], spec: ModelSpec, where: str) -> dict
 def among(
     names: Iterable[str], chosen: Mapping[str, int], spec: ModelSpec, where: str
 ) -> tuple[dict[str, int], tuple[int, ...]]:
-    """Find the 200 classes of ImageNet-A or -R among the model's classes, and the class of each folder.
+    """Find the 200 classes of ImageNet-A or -R in the model, and the class of each folder.
 
     Args:
         names: names of the folders; folders of other classes are ignored.

@@ -133,7 +133,7 @@ def mean_error(errors: Errors) -> float:
 
 
 def calibration_error(counts: Counts) -> float:
-    """Return the expected calibration error, 0 to 1: mean over images of their bin's |accuracy − confidence|.
+    """Return the expected calibration error, 0 to 1: the mean of the bins' |gap| over images.
 
     Source: Guo et al. (ICML 2017), equation 3, with fifteen bins of equal width.
     """

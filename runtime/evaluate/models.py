@@ -86,7 +86,7 @@ class CheckpointLoader(Protocol):
     """
 
     def __call__(self, path: Path, *, route: str, device: str) -> tuple[ModelSpec, Predict, bool, dict[str, Any]]:
-        """Return the spec, the function, whether it accepts any image size, and facts for results."""
+        """Return the spec, the function, whether any image size is accepted, and facts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -265,6 +265,6 @@ def _merge_parts(parts: Iterable[str]) -> list[str]:
 
 
 def _plain(counts: Counts) -> dict[str, Any]:
-    """Return counts as they are after a round trip through JSON, for equality with results from files."""
+    """Return counts as after a round trip through JSON, which makes results comparable."""
     plain: dict[str, Any] = json.loads(json.dumps(counts.to_dict()))
     return plain

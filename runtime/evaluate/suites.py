@@ -185,7 +185,7 @@ def _cifar10_c(opening: Opening) -> list[Cell]:
 
 
 def _same_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledImages:
-    """Apply the limit to one severity, and select the images with the same numbers in all severities."""
+    """Apply the limit to one severity, and select the same image numbers in all severities."""
     if opening.config.limit is None:
         return images
     first = int(images.names[0])

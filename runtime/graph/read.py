@@ -39,7 +39,8 @@ def read_onnx_file(path: Path) -> OnnxFile:
     """Read an ONNX file together with its hash and size.
 
     Raises:
-        BackendUnavailable, ModelFileError: see `read_onnx`; also if a file of external weights is unusable.
+        BackendUnavailable, ModelFileError: see `read_onnx`; also if a file of external weights is
+            unusable.
     """
     content = _content(path)
     with ThreadPoolExecutor(1) as pool:

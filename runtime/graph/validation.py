@@ -1,8 +1,8 @@
 """Check untrusted ONNX files before a native parser or an engine builder reads them.
 
-A small file can declare a lot: weights that it does not contain, a million nodes, shapes of 10⁹ elements. No check
-here allocates memory in proportion to what a file declares. `check_bytes` runs on the raw bytes, the others on the
-parsed model.
+A small file can declare a lot: weights that it does not contain, a million nodes, shapes of 10⁹
+elements. No check here allocates memory in proportion to what a file declares. `check_bytes` runs
+on the raw bytes, the others on the parsed model.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint6
 
 
 def check_bytes(path: Path) -> None:
-    """Count the entries of the graph in the raw bytes: an entry of two bytes takes a hundred once it is parsed.
+    """Limit the entries of the graph, which take up to fifty times more memory once parsed.
 
     Raises:
-        ModelFileError: the file is empty, larger than protobuf allows, truncated, or has too many entries.
+        ModelFileError: the file is empty, larger than protobuf allows, truncated, or has too many
+            entries.
     """
     size = path.stat().st_size
     if size == 0:
@@ -76,10 +77,11 @@ def check_bytes(path: Path) -> None:
 
 
 def check_nodes(model: Any, path: Path) -> None:
-    """Check that names are valid text and that each node of a known operator has enough inputs and outputs.
+    """Check that names are valid text, and that nodes have enough inputs and outputs.
 
     Raises:
-        ModelFileError: a name is not UTF-8, or a node has fewer inputs or outputs than its operator requires.
+        ModelFileError: a name is not UTF-8, or a node has fewer inputs or outputs than its operator
+            requires.
     """
     import onnx
 
@@ -109,7 +111,8 @@ def check_tensors(model: Any, path: Path) -> None:
     """Compare the declared size of each tensor with the data that the file contains.
 
     Raises:
-        ModelFileError: a tensor has a negative size, an unknown type, or not the data that its shape requires.
+        ModelFileError: a tensor has a negative size, an unknown type, or not the data that its
+            shape requires.
     """
     for tensor in _tensors(model):
         bits = _bits_per_element(tensor, path)
@@ -135,7 +138,8 @@ def external_files(model: Any, path: Path) -> list[Path]:
     """Return the files of external weights next to `path`, sorted by name.
 
     Raises:
-        ModelFileError: a file is outside the folder, missing, or shorter than the weights that it should hold.
+        ModelFileError: a file is outside the folder, missing, or shorter than the weights that it
+            should hold.
     """
     files: dict[str, tuple[Path, int]] = {}
     for tensor in _tensors(model):
@@ -167,7 +171,8 @@ def check_volumes(model: Any, path: Path) -> None:
     """Infer shapes, and reject tensors that are too large for any builder.
 
     Raises:
-        ModelFileError: an input or a computed tensor has too many elements, counting its known sizes only.
+        ModelFileError: an input or a computed tensor has too many elements, counting its known
+            sizes only.
     """
     graph = _infer_shapes(model)
     from_input = {value.name for value in graph_inputs(graph)}
@@ -189,7 +194,7 @@ def check_volumes(model: Any, path: Path) -> None:
 
 
 def _infer_shapes(model: Any) -> Any:
-    """Return the graph with inferred shapes; if inference fails, the graph itself, which the builder will reject."""
+    """Return the graph with inferred shapes; if inference fails, without them."""
     import onnx
 
     light = onnx.ModelProto()
@@ -257,7 +262,7 @@ def _texts(model: Any) -> Iterator[Any]:
 
 
 def _tensors(model: Any) -> Iterator[Any]:
-    """Yield every tensor in the file: initializers and attributes, also those of subgraphs and functions."""
+    """Yield all initializers and tensor attributes, including those of subgraphs and functions."""
     for graph in _graphs(model):
         yield from getattr(graph, "initializer", ())  # functions have none
         sparse = list(getattr(graph, "sparse_initializer", ()))
@@ -274,7 +279,7 @@ def _tensors(model: Any) -> Iterator[Any]:
 
 
 def _bits_per_element(tensor: Any, path: Path) -> int:
-    """Return the bits per element; 0 for strings and for empty tensor messages. Also checks the dimensions."""
+    """Check the dimensions; return the bits per element, 0 for strings and empty messages."""
     from onnx import TensorProto
 
     if len(tensor.dims) > _MAX_DIMENSIONS:

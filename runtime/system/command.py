@@ -46,7 +46,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Option(click.Option):
-    """An option with a heading in the help page, and deprecated names that are hidden but still work."""
+    """An option with a heading in the help page, and hidden former names that still work."""
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ def print_lines(console: Console, lines: Iterable[str]) -> None:
 
 
 def _progress_console() -> Console:
-    """Return the console of the log, which prints messages above a progress bar; a silent one after --quiet."""
+    """Return the log's console, which prints messages above progress bars; silent if --quiet."""
     from rich.console import Console
     from rich.logging import RichHandler
 

@@ -1,10 +1,12 @@
 """Find and read images in folders, tar files and NumPy arrays, by one set of rules.
 
 - An image file has one of SUFFIXES, in any case.
-- Hidden and system entries (`.Trash`, `._1.jpg`, `__MACOSX`, `@eaDir`, …) are skipped at every level.
-- Links are followed, except those that lead back to a folder that is being read, or into the folder of
-  another class.
-- An image's name is its path relative to the source, with forward slashes. Names are sorted as text.
+- Hidden and system entries (`.Trash`, `._1.jpg`, `__MACOSX`, `@eaDir`, …) are skipped at every
+  level.
+- Links are followed, except those that lead back to a folder that is being read, or into the folder
+  of another class.
+- An image's name is its path relative to the source, with forward slashes. Names are sorted as
+  text.
 """
 
 from __future__ import annotations
@@ -194,7 +196,7 @@ class ImageSource(ABC):
 
 @dataclass(frozen=True)
 class FolderSource(ImageSource):
-    """The image files below a folder. Small and picklable, because it is sent to worker processes."""
+    """The image files below a folder. Small and picklable, for worker processes."""
 
     root: Path
 
@@ -325,7 +327,7 @@ def _are_images(array: NDArray[Any]) -> bool:
 
 @dataclass(frozen=True)
 class ArraySource(ImageSource):
-    """The rows of a `.npy` file, or of the first array of images in a `.npz` file. An image's name is its row."""
+    """The rows of a `.npy` file, or of the first image array in a `.npz` file, named by number."""
 
     path: Path
 

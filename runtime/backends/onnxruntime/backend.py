@@ -106,7 +106,7 @@ class OnnxRuntimeBackend(Backend):
 
     @property
     def session(self) -> Any:
-        """The underlying `onnxruntime.InferenceSession`, to measure it without the checks of this class."""
+        """The underlying `onnxruntime.InferenceSession`, without the checks of this class."""
         return self._session
 
     def _run(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:

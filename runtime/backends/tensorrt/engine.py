@@ -119,7 +119,7 @@ class LoadedEngine:
         return context
 
     def last_errors(self) -> str:
-        """Return TensorRT's last messages with an explanation. They may come from another thread."""
+        """Return and explain TensorRT's last messages, which may come from another thread."""
         messages = "; ".join(self._logger.errors[-3:]) or "TensorRT gave no reason"
         self._logger.errors.clear()
         explanation = next((explanation for text, explanation in _EXPLANATIONS if text in messages), "")

@@ -237,7 +237,7 @@ def load_attacker(
 
 
 def transfer(target: AttackTarget, attacked_ANHWC: NDArray[np.uint8], progress: Progress) -> None:
-    """Query the model with one adversarial copy after another, for each image that does not fool it yet."""
+    """Query the model with each adversarial copy of the images that do not fool it yet."""
     for number, attacked_NHWC in enumerate(attacked_ANHWC):
         remaining = target.remaining
         target.query(attacked_NHWC[remaining], remaining)

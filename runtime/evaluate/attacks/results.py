@@ -24,7 +24,8 @@ __all__ = ["ATTACK_FORMAT", "WORST", "AttackResult", "Key", "Outcomes", "describ
 ATTACK_FORMAT = "advprop.attack/1"
 
 WORST = "worst"
-"""Name of the curve of images on which every attack fails. Noise is the control and does not count."""
+"""Name of the curve of images on which every attack fails. Noise is the control and does not
+count."""
 
 AttackResult = dict[str, Any]
 

@@ -34,7 +34,8 @@ from runtime.evaluate.suites import open_suite
 __all__ = ["AttackedModel", "attack"]
 
 Progress = Callable[[float, int], None]
-"""Called with the number of finished steps, which may be fractional, and the number of all steps."""
+"""Called with the number of finished steps, which may be fractional, and the number of all
+steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

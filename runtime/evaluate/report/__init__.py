@@ -50,7 +50,8 @@ def write_report(inputs: Sequence[Path], outputs: Sequence[Path]) -> Report:
 
     Raises:
         ConfigError: an output has an unsupported suffix.
-        DataError: an input has an unsupported format or is damaged, or results contradict each other.
+        DataError: an input has an unsupported format or is damaged, or results contradict each
+            other.
         OutputError: an output cannot be written.
     """
     check_outputs(outputs)

@@ -24,7 +24,7 @@ class Markup(str):
 
 
 def clean(text: object) -> str:
-    """Return text with invisible characters, which could hide or reorder other text, replaced by �."""
+    """Replace invisible characters, which could hide or reorder text, with �."""
     return "".join("�" if unicodedata.category(sign) in _HIDDEN else sign for sign in str(text))
 
 

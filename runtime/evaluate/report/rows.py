@@ -83,7 +83,7 @@ class Report:
 
 
 def uncorrupted_cell(result: Result) -> str | None:
-    """Return the cell of images without corruptions: `images`, otherwise `clean`, otherwise None."""
+    """Return the cell of images without corruptions: `images` or `clean`, or None."""
     return next((cell for cell in (IMAGES, CLEAN) if cell in result["cells"]), None)
 
 
