@@ -111,7 +111,7 @@ def _export(
     folder = output_dir(config.folder / precision)
     file = folder / ("model.onnx" if precision == "fp32" else f"model.{precision}.onnx")
     chosen = parts.calibration if parts and precision == "int8" else None
-    if _is_export(file, str(reference.facts["sha256"]), chosen.sha256 if chosen else ""):
+    if _is_current_export(file, str(reference.facts["sha256"]), chosen.sha256 if chosen else ""):
         log.info("%s exists from an earlier run", file)
         return file
     manifest = None
@@ -126,7 +126,7 @@ def _export(
     return file
 
 
-def _is_export(file: Path, checkpoint_sha256: str, calibration_sha256: str) -> bool:
+def _is_current_export(file: Path, checkpoint_sha256: str, calibration_sha256: str) -> bool:
     """Return whether `file` is a verified export of this checkpoint with this calibration."""
     record = read_record(file.parent)
     known = record.get("files", {}).get(file.name, {})

@@ -79,8 +79,8 @@ def _split_folder(suite: SuiteConfig, spec: ModelSpec, count: int) -> Split:
             + (f", or --limit {most} or less" if most > 0 else "")
         )
     evaluated = dataclasses.replace(suite, limit=limit)
-    left = _without(every, every.limited(limit, suite.seed)).limited(count, suite.seed)
-    found = tuple(_readable(source.root, left.names))
+    left = _exclude(every, every.limited(limit, suite.seed)).limited(count, suite.seed)
+    found = tuple(_decodable(source.root, left.names))
     kept = _not_evaluated(found, open_suite(evaluated, spec).cells, suite)
     if not kept:
         raise DataError(f"{suite.data}: none of the images left for calibration can be decoded; pass --calib-data DIR")
@@ -91,13 +91,13 @@ def _split_folder(suite: SuiteConfig, spec: ModelSpec, count: int) -> Split:
     return Split(evaluated, CalibrationSet(source=source.root.resolve(), images=kept), description)
 
 
-def _without(images: LabeledImages, taken: LabeledImages) -> LabeledImages:
+def _exclude(images: LabeledImages, taken: LabeledImages) -> LabeledImages:
     names = set(taken.names)
     pairs = [pair for pair in zip(images.names, images.labels, strict=True) if pair[0] not in names]
     return LabeledImages(images.source, tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
 
 
-def _readable(root: Path, names: Iterable[str]) -> Iterable[CalibrationImage]:
+def _decodable(root: Path, names: Iterable[str]) -> Iterable[CalibrationImage]:
     for name in names:
         try:
             decode(root / name)

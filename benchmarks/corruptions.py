@@ -73,7 +73,7 @@ def measure(who: str, images: Path) -> dict[str, float]:
     import cv2
 
     cv2.setNumThreads(1)
-    call = _ours() if who == "ours" else _peers()
+    call = _import_ours() if who == "ours" else _import_peer()
     times = {}
     with np.load(images) as stored:
         names = [str(name) for name in stored["names"]]
@@ -97,13 +97,13 @@ def _median_ms(call: Callable[..., Any], image: NDArray[np.uint8], name: str, se
     return 1000 * float(np.median(samples))
 
 
-def _ours() -> Callable[..., Any]:
+def _import_ours() -> Callable[..., Any]:
     from runtime.evaluate.corruptions import corrupt
 
     return lambda image, name, severity, table: corrupt(image, name, severity, table=table)
 
 
-def _peers() -> Callable[..., Any]:
+def _import_peer() -> Callable[..., Any]:
     import imagecorruptions
 
     return lambda image, name, severity, table: imagecorruptions.corrupt(image, severity, name)

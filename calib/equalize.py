@@ -271,14 +271,14 @@ def _restore_input(sigmoid: ir.Node, graph: ir.Graph, scales: NDArray[np.float32
     """Make the sigmoid of a SiLU read the value from before the division."""
     data = sigmoid.inputs[0]
     assert data is not None
-    sigmoid.replace_input_with(0, _multiplied(graph, sigmoid, data, scales))
+    sigmoid.replace_input_with(0, _insert_mul(graph, sigmoid, data, scales))
 
 
 def _replace_hard_swish(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float32]) -> None:
     """Replace HardSwish(x) with x · HardSigmoid(x · s)."""
     data = node.inputs[0]
     assert data is not None
-    restored = _multiplied(graph, node, data, scales)
+    restored = _insert_mul(graph, node, data, scales)
     gate = make_node(
         "HardSigmoid", [restored], name=f"{node.name}_gate", like=data, attributes={"alpha": 1 / 6, "beta": 0.5}
     )
@@ -286,7 +286,7 @@ def _replace_hard_swish(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float
     replace_node(graph, node, [gate, product])
 
 
-def _multiplied(graph: ir.Graph, reader: ir.Node, data: ir.Value, scales: NDArray[np.float32]) -> ir.Value:
+def _insert_mul(graph: ir.Graph, reader: ir.Node, data: ir.Value, scales: NDArray[np.float32]) -> ir.Value:
     factor = add_initializer(graph, f"{reader.name}_restored_by", along(scales, 1, 4))
     product = make_node("Mul", [data, factor], name=f"{reader.name}_restored", like=data)
     graph.insert_before(reader, product)

@@ -101,7 +101,7 @@ class CalibrationSet:
                 for kind in kinds:
                     pixels = fitted
                     if kind == "corrupted":
-                        pixels = [_corrupted(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
+                        pixels = [_corrupt(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
                     batch = Preprocessor(spec).convert(np.stack(pixels))
                     yield adversary(batch) if kind == "adversarial" and adversary else batch
 
@@ -171,7 +171,7 @@ def calibration_set(
     with open_source(source) as reader:
         available = len(reader.names)
         total = min(available, 2 * count if held else count)
-        found = _readable(reader, spread(reader.names, total), spec)
+        found = _usable_images(reader, spread(reader.names, total), spec)
     if not found:
         raise DataError(
             f"{source}: found {available} images, none of which can be used; pass a few hundred photographs "
@@ -191,7 +191,7 @@ def calibration_set(
     )
 
 
-def _readable(reader: ImageSource, names: Sequence[str], spec: Preprocessing | None) -> list[CalibrationImage]:
+def _usable_images(reader: ImageSource, names: Sequence[str], spec: Preprocessing | None) -> list[CalibrationImage]:
     found = []
     small = 0
     for name in names:
@@ -222,7 +222,7 @@ def _sha256(content: bytes | NDArray[np.uint8]) -> str:
     return hashlib.sha256(str(content.shape).encode() + content.tobytes()).hexdigest()
 
 
-def _corrupted(image_HWC: NDArray[np.uint8], image: CalibrationImage, seed: int) -> NDArray[np.uint8]:
+def _corrupt(image_HWC: NDArray[np.uint8], image: CalibrationImage, seed: int) -> NDArray[np.uint8]:
     """Apply a validation corruption and severity that depend on the seed and the image's hash."""
     from runtime.evaluate.corruptions import EXTRAS, corrupt
 

@@ -92,9 +92,9 @@ def prepare_model(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
                 f"{path} has opset {opset} and cannot be converted to {OPSET} ({first_line(error)}); "
                 f"export it with opset {OPSET}"
             ) from error
-    model = _optimized(path, model)
+    model = _optimize(path, model)
     _name_nodes(model)
-    onnx.helper.set_model_props(model, {METADATA_KEY: _spec(path, model, preprocessing).to_json()})
+    onnx.helper.set_model_props(model, {METADATA_KEY: _make_spec(path, model, preprocessing).to_json()})
     return model
 
 
@@ -111,7 +111,7 @@ def _check_input(path: Path, value: onnx.ValueInfoProto, preprocessing: Preproce
         )
 
 
-def _optimized(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+def _optimize(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -134,7 +134,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
             node.name = f"{node.op_type}_{number}"
 
 
-def _spec(path: Path, model: onnx.ModelProto, preprocessing: Preprocessing) -> ModelSpec:
+def _make_spec(path: Path, model: onnx.ModelProto, preprocessing: Preprocessing) -> ModelSpec:
     shape = shape_of(tensor_types(model)[model.graph.output[0].name])
     classes = shape[1] if len(shape) == 2 else 0
     if classes < 2:

@@ -207,13 +207,13 @@ def _measure_ranges(
     if not any(histogram.amax for histogram in histograms.values()):
         raise DataError("every tensor is zero on the calibration images; check that they are real photographs")
     return _Ranges(
-        points=[_without_zeros(point, histograms) for point in points],
+        points=[_exclude_zero_input(point, histograms) for point in points],
         residuals=[(node, tensor) for node, tensor in residuals if histograms[tensor].amax],
         histograms=histograms,
     )
 
 
-def _without_zeros(point: Point, histograms: Mapping[str, Histogram]) -> Point:
+def _exclude_zero_input(point: Point, histograms: Mapping[str, Histogram]) -> Point:
     """Keep a layer in floating point if its input is always zero and has no range."""
     if not point.int8 or histograms[point.tensor].amax:
         return point
@@ -233,7 +233,9 @@ def _choose_thresholds(
     thresholds, layers = {name: values[0] for name, values in candidates.items()}, list[LayerError]()
     if config.method == "auto" or config.correct_bias:
         trials = batches(TRIAL_IMAGES)
-        thresholds, layers = _pick(layer_errors(model, ranges.points, candidates, trials, track.stage("layers")))
+        thresholds, layers = _pick_thresholds(
+            layer_errors(model, ranges.points, candidates, trials, track.stage("layers"))
+        )
     for _, tensor in ranges.residuals:
         if tensor not in thresholds:  # no quantized layer reads the tensor, so no layer error can decide
             thresholds[tensor] = METHODS.get(config.method, mse)(ranges.histograms[tensor])
@@ -248,7 +250,7 @@ def _candidates(histogram: Histogram, method: str) -> list[float]:
     return [value for value in dict.fromkeys(found) if value > 0] or [0.0]
 
 
-def _pick(tried: Collection[LayerError]) -> tuple[dict[str, float], list[LayerError]]:
+def _pick_thresholds(tried: Collection[LayerError]) -> tuple[dict[str, float], list[LayerError]]:
     """Pick the threshold of each tensor with the smallest total noise of its readers."""
     noise: dict[str, dict[float, float]] = {}
     for layer in tried:

@@ -176,7 +176,7 @@ def main(
             **forms,
         )
         result = export_checkpoint(checkpoint, config, progress=spinner.update, build_progress=engine_bar(spinner))
-    _show(console, result)
+    _print_result(console, result)
 
 
 def _validate_options(trt: str | None, precision: str | None, io: str) -> None:
@@ -199,7 +199,7 @@ def _reject(options: Sequence[Option], reason: str) -> None:
             raise click.UsageError(f"{option.opts[0]} {reason}")
 
 
-def _show(console: Console, result: ExportResult) -> None:
+def _print_result(console: Console, result: ExportResult) -> None:
     from rich.table import Table
 
     table = Table()
@@ -214,7 +214,7 @@ def _show(console: Console, result: ExportResult) -> None:
     for path, against, parity in rows:
         if path is None:
             continue
-        size = f"{_bytes(path) / 1e6:.1f}"
+        size = f"{_size_bytes(path) / 1e6:.1f}"
         if parity is None:
             table.add_row(path.name, size, "built", "", "", "")
         else:
@@ -235,7 +235,7 @@ def _show(console: Console, result: ExportResult) -> None:
     print_lines(console, lines)
 
 
-def _bytes(path: Path) -> int:
+def _size_bytes(path: Path) -> int:
     """Return the size of a file in bytes, including external weights."""
     weights = path.with_name(path.name + ".data")
     return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)

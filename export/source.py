@@ -109,7 +109,7 @@ def load_source(
         spec = dataclasses.replace(spec, preprocessing=preprocessing)
         sample_NHWC = resized(sample_NHWC, size)
     if data is not None:
-        sample_NHWC = _images(data, spec.preprocessing, images)
+        sample_NHWC = _load_images(data, spec.preprocessing, images)
     return Source(model=model.eval(), spec=spec, images_NHWC=sample_NHWC)
 
 
@@ -128,7 +128,7 @@ def _from_state_dict(path: Path, content: Any, arch: str | None, route: str) -> 
             f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}, or a plain "
             "state_dict together with --arch NAME"
         )
-    weights = select_route(_state_dict(path, content), route)
+    weights = select_route(_extract_state_dict(path, content), route)
     model = create_model(arch, num_classes=_count_classes(arch, weights, path))
     load_weights(model, weights, path, arch)
     log.warning("%s does not contain its preprocessing; using timm's default preprocessing of %s", path, arch)
@@ -146,13 +146,13 @@ def _from_timm(name: str, arch: str | None, weights: Path | None, route: str) ->
             )
         model = create_model(name, pretrained=True)
         return model, timm_spec(model, name), _sha256_of_weights(model)
-    state = select_route(_state_dict(weights, read_torch_file(weights)), route)
+    state = select_route(_extract_state_dict(weights, read_torch_file(weights)), route)
     model = create_model(name, num_classes=_count_classes(name, state, weights))
     load_weights(model, state, weights, name)
     return model, timm_spec(model, name), sha256_file(weights)
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
+def _extract_state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
     # timm's and torch's training scripts nest the weights under one of these keys.
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -207,19 +207,19 @@ def _sha256_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _classifier(model: nn.Module) -> str:
+def _classifier_name(model: nn.Module) -> str:
     name = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a dict timm attaches
     return str(name if isinstance(name, str) else name[0])
 
 
 def _count_classes(arch: str, weights: Mapping[str, torch.Tensor], path: Path) -> int:
-    key = _classifier(create_model(arch)) + ".weight"
+    key = _classifier_name(create_model(arch)) + ".weight"
     if key not in weights:
         raise CheckpointError(f"{path} does not fit {arch}: it has no {key}. Check --arch")
     return int(weights[key].shape[0])
 
 
-def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
+def _load_images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
     paths = image_paths(folder)
     fitted = []
     for path in spread(paths, count):

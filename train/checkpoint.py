@@ -102,7 +102,7 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
         if "Unsupported " in str(error) or "Trying to " in str(error):  # torch has no exception type for rejected code
             raise CheckpointError(
                 f"{path} holds pickled Python objects, which could run code when loaded. It was rejected and nothing "
-                f"was executed ({_refusal(error)}). If you trust its author, save its plain state_dict to a new file"
+                f"was executed ({_rejection(error)}). If you trust its author, save its plain state_dict to a new file"
             ) from error
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path} is a TorchScript archive; expected a checkpoint or a state_dict") from error
@@ -121,7 +121,7 @@ def describe(content: Any) -> str:
     return f"it is a dict with {keys or 'no keys'}"
 
 
-def _refusal(error: Exception) -> str:
+def _rejection(error: Exception) -> str:
     """Return the line of torch's long message that names the rejected object."""
     lines = [line.strip() for line in str(error).splitlines()]
     relevant = [line for line in lines if "Unsupported " in line or "Trying to " in line]

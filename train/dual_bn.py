@@ -73,7 +73,7 @@ class RoutedBatchNorm:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = self.router.plan
         if len(plan) == 1:
-            return self._through(plan[0][0], x)
+            return self._forward_route(plan[0][0], x)
         total = sum(count for _, count in plan)
         if x.shape[0] % total:
             raise ValueError(f"a batch of {x.shape[0]} cannot be routed as {plan}")
@@ -82,12 +82,12 @@ class RoutedBatchNorm:
         if self.plain and can_normalize_parts(layers, counts, x):
             return normalize_parts(layers, counts, x)
         parts = torch.split(x, counts)
-        return torch.cat([self._through(name, part) for (name, _), part in zip(plan, parts, strict=True)])
+        return torch.cat([self._forward_route(name, part) for (name, _), part in zip(plan, parts, strict=True)])
 
     def _layer(self, name: str) -> nn.Module:
         return cast(nn.Module, self if name == MAIN else self.aux[name])
 
-    def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _forward_route(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer(name)
         if self.plain_in_eval and can_use_affine_map(layer, x):
             return affine_map(layer, x)
@@ -131,7 +131,7 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
     if any(isinstance(layer, RoutedBatchNorm) for layer in layers):
         raise ConfigError("the model already has auxiliary BatchNorms")
     if not layers:
-        raise ArchError(_no_batchnorm(model))
+        raise ArchError(_no_batchnorm_message(model))
     router = Router(routes)
     for layer in layers:
         copies = {name: copy.deepcopy(layer) for name in routes}
@@ -142,7 +142,7 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
     return model
 
 
-def _no_batchnorm(model: nn.Module) -> str:
+def _no_batchnorm_message(model: nn.Module) -> str:
     kinds = (type(module).__name__ for module in model.modules() if not any(module.children()))
     norms = Counter(kind for kind in kinds if "Norm" in kind)
     found = ", ".join(f"{count} {name}" for name, count in norms.most_common()) or "no normalization layer"

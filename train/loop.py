@@ -269,13 +269,13 @@ class Trainer:
             step=state.step,
             lr=self.lr,
             loss=world_sum(state.loss_sum).item() / world_size() / max(1, state.batch),
-            top1=accuracy(model, self._unless_stopped(self.val)),
-            top1_attacked=accuracy(model, self._unless_stopped(self.val_attacked), self.validation_attack),
+            top1=accuracy(model, self._until_stopped(self.val)),
+            top1_attacked=accuracy(model, self._until_stopped(self.val_attacked), self.validation_attack),
             images_per_s=images_per_s,
             seconds=seconds,
         )
 
-    def _unless_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _until_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches, but abort validation on a stop request: the epoch is saved already."""
         for batch in batches:
             if world_size() == 1:

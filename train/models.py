@@ -73,7 +73,7 @@ def restore_model(
     if not routes:
         load_weights(model, route_weights(checkpoint, bn=bn, ema=ema), path, arch)
         return model
-    weights = _weights(checkpoint, ema)
+    weights = _stored_weights(checkpoint, ema)
     names = auxiliary_routes(weights)
     try:
         load_weights(add_auxiliary_bns(model, names) if names else model, weights, path, arch)
@@ -88,7 +88,7 @@ def route_weights(checkpoint: Mapping[str, Any], *, bn: str = MAIN, ema: bool = 
     Raises:
         ConfigError: the checkpoint has no such route.
     """
-    return select_route(_weights(checkpoint, ema), bn)
+    return select_route(_stored_weights(checkpoint, ema), bn)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
@@ -104,7 +104,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Pa
         raise CheckpointError(f"the weights in {path} do not fit timm's {arch}: {' '.join(lines)[:300]}") from error
 
 
-def _weights(checkpoint: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
+def _stored_weights(checkpoint: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
     return dict((ema and checkpoint.get("ema_state_dict")) or checkpoint["state_dict"])
 
 

@@ -87,7 +87,7 @@ def load_predictor(path: Path, *, route: str = MAIN, ema: bool = True, device: s
         ConfigError: the checkpoint has no such route, or torch does not know the device.
         BackendUnavailable: torch, timm or the GPU is missing.
     """
-    with _needs_torch(f"evaluating the checkpoint {path}", "evaluate its ONNX file"):
+    with _require_torch(f"evaluating the checkpoint {path}", "evaluate its ONNX file"):
         from advprop.checkpoints import predictor
     return predictor.load_predictor(path, route=route, ema=ema, device=device)
 
@@ -105,7 +105,7 @@ def load_attacker(path: Path, *, route: str = MAIN, device: str = "auto") -> Loa
         ConfigError: the checkpoint has no such route, or torch does not know the device.
         BackendUnavailable: torch, timm or the GPU is missing.
     """
-    with _needs_torch(f"attacking with the gradient of {path}", "run Square attack and noise without --checkpoint"):
+    with _require_torch(f"attacking with the gradient of {path}", "run Square attack and noise without --checkpoint"):
         from advprop.checkpoints import attacker
     return attacker.load_attacker(path, route=route, device=device)
 
@@ -129,7 +129,7 @@ def open_torch_peer(
         ConfigError: neither a spec nor a checkpoint is given, or torch does not know the device.
         BackendUnavailable: torch, timm or the GPU is missing.
     """
-    with _needs_torch("timing a network in PyTorch", "time model files only"):
+    with _require_torch("timing a network in PyTorch", "time model files only"):
         from advprop.checkpoints import torch_peer
     return torch_peer.open_torch_peer(spec, checkpoint=checkpoint, half=half, device=device, threads=threads)
 
@@ -143,7 +143,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is not an advprop checkpoint.
         BackendUnavailable: torch or timm is missing.
     """
-    with _needs_torch(f"reading the checkpoint {path}", "inspect its ONNX file"):
+    with _require_torch(f"reading the checkpoint {path}", "inspect its ONNX file"):
         from train.checkpoint import load_checkpoint
         from train.dual_bn import auxiliary_routes, strip_auxiliary
         from train.reporting import EpochMetrics, best_epoch
@@ -165,7 +165,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _needs_torch(purpose: str, alternative: str) -> Iterator[None]:
+def _require_torch(purpose: str, alternative: str) -> Iterator[None]:
     """Turn the ImportError of a missing package into BackendUnavailable."""
     try:
         yield

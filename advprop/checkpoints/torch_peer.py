@@ -48,7 +48,7 @@ class TorchModel:
     def run(self, images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits, (N, K). Images and logits are in host memory. Thread-safe."""
         with torch.inference_mode():
-            logits_NK: NDArray[np.float32] = self._model(self._put(images_NCHW)).float().cpu().numpy()
+            logits_NK: NDArray[np.float32] = self._model(self._to_device(images_NCHW)).float().cpu().numpy()
         return logits_NK
 
     def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
@@ -56,7 +56,7 @@ class TorchModel:
 
         The function returns the time of one run in milliseconds, on a GPU from CUDA events.
         """
-        images = self._put(images_NCHW)
+        images = self._to_device(images_NCHW)
 
         def on_cpu() -> float:
             with torch.inference_mode():
@@ -76,7 +76,7 @@ class TorchModel:
 
         return on_gpu if self._device.type == "cuda" else on_cpu
 
-    def _put(self, images_NCHW: NDArray[np.float32]) -> torch.Tensor:
+    def _to_device(self, images_NCHW: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(images_NCHW).to(self._device).to(self._dtype)
 
 

@@ -56,7 +56,7 @@ To resume an interrupted run, repeat its command.
 """
 
 
-def _count(name: str, default: int, help_text: str) -> Option:
+def _count_option(name: str, default: int, help_text: str) -> Option:
     at_least_one = click.IntRange(min=1)
     return Option([name], default=default, show_default=True, type=at_least_one, group="Attacks", help=help_text)
 
@@ -76,7 +76,7 @@ _ATTACKS = (
         group="Attacks",
         help="Maximum change of a pixel, in 1/255 (default: 4; 8 for networks up to 64 px).",
     ),
-    _count("--queries", 1000, "Square attack: queries per image."),
+    _count_option("--queries", 1000, "Square attack: queries per image."),
     Option(
         ["--initial-share"],
         default=0.8,
@@ -84,9 +84,9 @@ _ATTACKS = (
         group="Attacks",
         help="Square attack: share of the image that the first square covers, 0 to 1.",
     ),
-    _count("--draws", 10, "Noise draws per image; the worst is reported."),
-    _count("--steps", 20, "PGD and APGD: number of steps."),
-    _count("--restarts", 1, "PGD and APGD: number of random restarts."),
+    _count_option("--draws", 10, "Noise draws per image; the worst is reported."),
+    _count_option("--steps", 20, "PGD and APGD: number of steps."),
+    _count_option("--restarts", 1, "PGD and APGD: number of random restarts."),
 )
 
 
@@ -155,7 +155,7 @@ def main(
     suite = SuiteConfig(name="imagenet", data=data, limit=limit, seed=seed)
     targets = _targets(loaded, white_box, asked)
     results = _attack(targets, suite, asked, out, attacker, execution["batch_size"])
-    _show(console, results, out, as_json)
+    _print_results(console, results, out, as_json)
 
 
 def _attack_config(attacks: dict[str, Any], seed: int, checkpoint: Path | None) -> AttackConfig:
@@ -204,7 +204,7 @@ def _attack(
         return attack(targets, data, config, out=out, attacker=attacker, batch_size=batch_size, progress=show)
 
 
-def _show(console: Console, results: list[AttackResult], out: Path, as_json: bool) -> None:
+def _print_results(console: Console, results: list[AttackResult], out: Path, as_json: bool) -> None:
     from runtime.evaluate import attack_notes, attack_table, result_path
     from runtime.system.files import write_text
 

@@ -44,7 +44,7 @@ Ctrl-C keeps the measurements that are finished.
 _NUMBERS = CommaList(int, "whole numbers such as 1,8,32")
 
 
-def _number(name: str, default: float, help_text: str) -> Option:
+def _number_option(name: str, default: float, help_text: str) -> Option:
     return Option([name], default=default, show_default=True, group="Measurement", help=help_text)
 
 
@@ -72,10 +72,10 @@ _MEASUREMENT = (
         group="Measurement",
         help="Numbers of threads that call the model at once.",
     ),
-    _number("--warm-up-ms", 200.0, "Warm-up before each measurement, in milliseconds."),
-    _number("--duration-s", 3.0, "Seconds per metric, file and batch size."),
-    _number("--iterations", 10, "Minimum number of calls per measurement."),
-    _number("--rounds", 10, "Interleaved rounds per file."),
+    _number_option("--warm-up-ms", 200.0, "Warm-up before each measurement, in milliseconds."),
+    _number_option("--duration-s", 3.0, "Seconds per metric, file and batch size."),
+    _number_option("--iterations", 10, "Minimum number of calls per measurement."),
+    _number_option("--rounds", 10, "Interleaved rounds per file."),
     seed_option("the order of turns and for generated images", group="Measurement"),
 )
 

@@ -202,7 +202,7 @@ def main(
     if cluster is not None and execution["workers"] is not None:
         raise ConfigError("--workers cannot be combined with --ray; use --ray-workers")
     run = _run_config(execution)
-    with _connected(cluster) as connected:
+    with _open_cluster(cluster) as connected:
         loader = load_model if connected is None else connected.load_model
         load = partial(
             loader,
@@ -232,7 +232,7 @@ def _run_config(execution: dict[str, Any]) -> RunConfig:
 
 
 @contextmanager
-def _connected(config: ClusterConfig | None) -> Iterator[Cluster | None]:
+def _open_cluster(config: ClusterConfig | None) -> Iterator[Cluster | None]:
     if config is None:
         yield None
         return

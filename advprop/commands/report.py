@@ -128,12 +128,14 @@ def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path 
     from runtime.evaluate import check_outputs, write_report
 
     check_outputs(outputs)
-    made = [] if checkpoint is None else _make(console, checkpoint, outputs[0].with_suffix(""), options)
+    made = (
+        [] if checkpoint is None else _results_from_checkpoint(console, checkpoint, outputs[0].with_suffix(""), options)
+    )
     report = write_report([*results, *made], outputs)
     print_lines(console, (*report.gaps, f"wrote {', '.join(map(str, outputs))}"))
 
 
-def _make(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:
+def _results_from_checkpoint(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:
     from runtime.evaluate import SuiteConfig
 
     names = ("precisions", "calib_data", "calib_images", "workers", "batch_size", "device", "threads")

@@ -232,7 +232,7 @@ class BatcherCore:
             self.fail(request, error)
             return
         if time.monotonic() >= request.deadline_s:
-            self.fail(request, _late(request))
+            self.fail(request, _deadline_error(request))
             return
         with self._work:
             future = self._close(request)
@@ -243,11 +243,11 @@ class BatcherCore:
 
     def _deadline_loop(self) -> None:
         mark_worker_thread()
-        while (due := self._due()) is not None:
+        while (due := self._wait_for_overdue()) is not None:
             for request in due:
-                self.fail(request, _late(request))
+                self.fail(request, _deadline_error(request))
 
-    def _due(self) -> list[Request] | None:
+    def _wait_for_overdue(self) -> list[Request] | None:
         """Wait for requests whose deadline has passed; None means that there are no more."""
         with self._clock:
             while True:
@@ -320,7 +320,7 @@ def _copy_of(error: Exception) -> AdvPropError:
     return failed
 
 
-def _late(request: Request) -> DeadlineExceeded:
+def _deadline_error(request: Request) -> DeadlineExceeded:
     waited_s = time.monotonic() - request.opened_s
     return DeadlineExceeded(
         f"the deadline of {request.deadline_s - request.opened_s:.3g} s passed; the request is {waited_s:.3g} s old"

@@ -85,7 +85,7 @@ def open_targets(
     for path in paths:
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
-    opener = _Opener(_names(paths), against, options, max_callers, torch_opener)
+    opener = _Opener(_distinct_names(paths), against, options, max_callers, torch_opener)
     try:
         for path in paths:
             opener.add(path)
@@ -132,10 +132,10 @@ class _Opener:
             known = any(target.facts.get("arch") == spec.arch and "peer" in target.facts for target in self.targets)
             if not known:
                 half = facts["precision"] in ("fp16", "int8")
-                self._add_torch(self._unused(f"{_slug(spec.arch)}-torch"), spec, half=half)
+                self._add_torch(self._unique_name(f"{_slug(spec.arch)}-torch"), spec, half=half)
 
     def _add_ort(self, path: Path, session: Session, size: tuple[int, int]) -> None:
-        name = self._unused(f"{self._names[path]}-ort")
+        name = self._unique_name(f"{self._names[path]}-ort")
         backend, threads = session.backend, self._options.threading
         if path.suffix in ENGINE_SUFFIXES:
             onnx = find_onnx_of(path)
@@ -202,7 +202,7 @@ class _Opener:
             facts |= {"threads": options.threads, "spin": options.spin is not False}
         return facts
 
-    def _unused(self, name: str) -> str:
+    def _unique_name(self, name: str) -> str:
         """Return `name`, with a suffix if another target has this name."""
         known = {target.name for target in self.targets} | set(self._names.values())
         while name in known:
@@ -252,7 +252,7 @@ def _image_size(session: Session, path: Path) -> tuple[int, int]:
     return height, width
 
 
-def _names(paths: Sequence[Path]) -> dict[Path, str]:
+def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Return distinct names for files: parts of their paths, as short as possible.
 
     Raises:

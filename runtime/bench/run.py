@@ -98,11 +98,11 @@ def choose_batch_sizes(targets: Sequence[BenchTarget], requested: Sequence[int])
     shared = _shared_sizes(targets)
     if not requested:
         if not shared:
-            supported = "; ".join(f"{target.name} runs {_supported(target)}" for target in targets)
+            supported = "; ".join(f"{target.name} runs {_describe_supported(target)}" for target in targets)
             raise ConfigError(f"no batch size is supported by all files: {supported}. Measure them separately")
         return shared
     problems = [
-        f"{target.name} runs {_supported(target)}"
+        f"{target.name} runs {_describe_supported(target)}"
         for target in targets
         if not all(_supports(target, size) for size in requested)
     ]
@@ -127,7 +127,7 @@ def _supports(target: BenchTarget, size: int) -> bool:
     return target.most_images is None or size <= target.most_images
 
 
-def _supported(target: BenchTarget) -> str:
+def _describe_supported(target: BenchTarget) -> str:
     if target.fixed_batch is not None:
         return f"batches of {target.fixed_batch}"
     if target.most_images is None or target.most_images > 1 << 30:
@@ -243,13 +243,13 @@ class Bench:
                 model=target.name,
                 batch_size=size,
                 concurrency=callers,
-                content=_content(target, tally, None if place == 0 else tallies[0], size, callers, config.seed),
+                content=_point_content(target, tally, None if place == 0 else tallies[0], size, callers, config.seed),
             )
             for place, (target, tally) in enumerate(zip(self.targets, tallies, strict=True))
         ]
 
 
-def _content(
+def _point_content(
     target: BenchTarget, tally: _Tally, first: _Tally | None, size: int, callers: int, seed: int
 ) -> dict[str, Any]:
     quantities = {}

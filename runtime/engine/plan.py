@@ -82,7 +82,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
         _set_targets(trt, config, request.sms)
     # These two must live until the plan is built.
     timing_cache = request.options.timing_cache
-    timings = _timings(config, timing_cache) if timing_cache is not None else None
+    timings = _load_timings(config, timing_cache) if timing_cache is not None else None
     monitor = native_monitor(trt, progress)
     config.progress_monitor = monitor
     plan = None if progress.stopped else builder.build_serialized_network(network, config)
@@ -93,7 +93,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     return memoryview(plan)
 
 
-def _timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
+def _load_timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
     """Load the timings of earlier builds, except those of another GPU or version."""
     timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(timings, ignore_mismatch=False):

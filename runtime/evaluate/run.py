@@ -93,11 +93,11 @@ def evaluate(
     _check_reference(models, reference)
     counting = _count_locally(run.workers) if cluster is None else cluster.counts
     plans = []
-    for group in _grouped(models):
+    for group in _group_by_inputs(models):
         measurement = Measurement(
             models=group,
             reference=reference,
-            suite=open_suite(suite if cluster is None else _absolute(suite), group[0].spec),
+            suite=open_suite(suite if cluster is None else _with_absolute_paths(suite), group[0].spec),
             config=suite,
             batch_size=run.batch_size,
             cache=None if run.cache is None else run.cache.absolute(),
@@ -117,7 +117,7 @@ def evaluate(
     return [results[id(model)] for model in models]
 
 
-def _grouped(models: Sequence[Model]) -> list[list[Model]]:
+def _group_by_inputs(models: Sequence[Model]) -> list[list[Model]]:
     """Group models that can share images."""
     groups: list[list[Model]] = []
     for model in models:
@@ -135,7 +135,7 @@ def _count_locally(workers: int) -> Counting:
     return counting
 
 
-def _absolute(suite: SuiteConfig) -> SuiteConfig:
+def _with_absolute_paths(suite: SuiteConfig) -> SuiteConfig:
     """Return the settings with absolute paths, for processes with another working directory."""
     return replace(suite, data=suite.data.absolute(), clean=None if suite.clean is None else suite.clean.absolute())
 

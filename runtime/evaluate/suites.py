@@ -138,7 +138,7 @@ def _generated(opening: Opening) -> list[Cell]:
         raise ConfigError("the suite corruptions uses --data as its clean images too; remove --clean")
     images = opening.by_class(opening.config.data)
     clean = Cell(id=CLEAN, images=images, resize="fit")
-    return [clean, *(replace(clean, id=f"{name}/{level}", corruption=(name, level)) for name, level in _grid())]
+    return [clean, *(replace(clean, id=f"{name}/{level}", corruption=(name, level)) for name, level in _all_cells())]
 
 
 def _imagenet_c(opening: Opening) -> list[Cell]:
@@ -154,7 +154,7 @@ def _imagenet_c(opening: Opening) -> list[Cell]:
         if (folder / name).is_dir()
     }
     cells = opening.clean()
-    for name, level in _grid(folders):
+    for name, level in _all_cells(folders):
         folder = folders[name] / str(level)
         if opening.config.selects(f"{name}/{level}") and folder.is_dir():
             cells.append(Cell(id=f"{name}/{level}", images=opening.by_class(folder), resize="none"))
@@ -179,12 +179,12 @@ def _cifar10_c(opening: Opening) -> list[Cell]:
             images = LabeledImages(
                 ArraySource(path), tuple(str(row) for row in numbers), tuple(classes[labels[row]] for row in numbers)
             )
-            cells.append(Cell(id=f"{name}/{level}", images=_same_rows(opening, images, rows), resize="fit"))
+            cells.append(Cell(id=f"{name}/{level}", images=_limit_rows(opening, images, rows), resize="fit"))
     _check_found(opening.config, cells, "CORRUPTION.npy files, such as fog.npy, and labels.npy")
     return cells
 
 
-def _same_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledImages:
+def _limit_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledImages:
     """Apply the limit to one severity, and select the same image numbers in all severities."""
     if opening.config.limit is None:
         return images
@@ -210,7 +210,7 @@ def _array_labels(path: Path, images: Path, count: int) -> list[int]:
     return [int(label) for label in labels]
 
 
-def _grid(names: Iterable[str] = _KNOWN) -> list[tuple[str, int]]:
+def _all_cells(names: Iterable[str] = _KNOWN) -> list[tuple[str, int]]:
     return [(name, level) for name in _KNOWN if name in names for level in SEVERITIES]
 
 

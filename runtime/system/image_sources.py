@@ -121,9 +121,9 @@ class _Walk:
     def names(self, folder: str) -> Iterator[str]:
         """Yield the images below a folder."""
         foreign = [real for other, real in self._real.items() if other != folder and real != self._real[folder]]
-        yield from self._below(folder, foreign, (self._real[folder],))
+        yield from self._walk(folder, foreign, (self._real[folder],))
 
-    def _below(self, place: str, foreign: Sequence[str], parents: tuple[str, ...]) -> Iterator[str]:
+    def _walk(self, place: str, foreign: Sequence[str], parents: tuple[str, ...]) -> Iterator[str]:
         with os.scandir(self._root / place) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
         for entry in found:
@@ -140,7 +140,7 @@ class _Walk:
             elif is_folder and any(_is_inside(parent, real) for parent in parents):
                 self.skipped["links to a folder that contains them"] += 1
             elif is_folder:
-                yield from self._below(name, foreign, (*parents, real))
+                yield from self._walk(name, foreign, (*parents, real))
             elif entry.is_file():
                 # ImageNet-C has the same 50,000 names in each of 75 cells.
                 yield sys.intern(name)

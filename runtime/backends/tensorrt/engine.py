@@ -84,11 +84,11 @@ class LoadedEngine:
                 f"{path} has {len(input_names)} inputs and {len(output_names)} outputs, expected 1 and {outputs}: "
                 "it is not an image classifier from advprop build"
             )
-        self.input = self._tensor(input_names[0], "input", 4)
+        self.input = self._read_tensor(input_names[0], "input", 4)
         """The images, (N, C, H, W); -1 for dimensions that differ between profiles."""
-        self.outputs = tuple(self._tensor(name, "output", 2) for name in output_names)
+        self.outputs = tuple(self._read_tensor(name, "output", 2) for name in output_names)
         """(N, K) each."""
-        self.profiles = Profiles([self._profile(index) for index in range(self._engine.num_optimization_profiles)])
+        self.profiles = Profiles([self._read_profile(index) for index in range(self._engine.num_optimization_profiles)])
         """The shapes that it accepts."""
         self.is_rtx = flavor.name == "tensorrt_rtx"
         """Whether contexts manage their own memory and graphs."""
@@ -146,7 +146,7 @@ class LoadedEngine:
             )
         return int(self._engine.device_memory_size_v2)
 
-    def _tensor(self, name: str, role: str, rank: int) -> TensorInfo:
+    def _read_tensor(self, name: str, role: str, rank: int) -> TensorInfo:
         kind = str(self._engine.get_tensor_dtype(name).name)
         shape = sizes_of(self._engine.get_tensor_shape(name))
         on_device = self._engine.get_tensor_location(name) == self._trt.TensorLocation.DEVICE
@@ -159,7 +159,7 @@ class LoadedEngine:
             )
         return TensorInfo(name, np.dtype(_DTYPES[kind]), shape)
 
-    def _profile(self, index: int) -> Profile:
+    def _read_profile(self, index: int) -> Profile:
         """Return a profile as the engine reports it; fixed dimensions are the input tensor's."""
         shapes = self._engine.get_tensor_profile_shape(self.input.name, index)
         fixed = self.input.shape

@@ -48,8 +48,8 @@ def calibration(report: Report) -> Markup | None:
         return None
     text = (
         "Bars show the accuracy of images by the model's confidence. On the dashed diagonal, accuracy equals "
-        "confidence; dashed boxes show the gap. The bars below show how many images each bin has. ECE is the mean gap "
-        "over all images, with fifteen bins."
+        "confidence; dashed boxes show the gap. The bars below show the number of images in each bin. ECE is "
+        "the mean gap over all images, with fifteen bins."
     )
     return join(tag("p", text, class_="quiet"), tag("div", *panels, class_="panels"))
 

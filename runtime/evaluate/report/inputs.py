@@ -114,12 +114,12 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
         elif content["format"] == ATTACK_FORMAT:
             attacks.append(attack_of(content, str(path)))
         else:
-            result = _checked(content, path)
+            result = _check_result(content, path)
             results[json.dumps(result["model"], sort_keys=True), result["suite"]].append((str(path), result))
     if not results:
         raise DataError("a report needs results of advprop eval (MODEL.SUITE.json); found none")
     return Inputs(
-        results=tuple(_merged(parts) for parts in results.values()),
+        results=tuple(_merge_results(parts) for parts in results.values()),
         latencies=tuple(latencies),
         attacks=tuple(attacks),
         files=tuple(files.items()),
@@ -145,7 +145,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     return content, hashlib.sha256(raw).hexdigest()
 
 
-def _checked(content: dict[str, Any], path: Path) -> Result:
+def _check_result(content: dict[str, Any], path: Path) -> Result:
     """Return the result with its metrics recomputed from its counts."""
     try:
         result = finished(content)
@@ -168,7 +168,7 @@ def _checked(content: dict[str, Any], path: Path) -> Result:
     return result
 
 
-def _merged(parts: list[tuple[str, Result]]) -> Result:
+def _merge_results(parts: list[tuple[str, Result]]) -> Result:
     """Return the result of one model on one suite from any number of files."""
     names = ", ".join(name for name, _ in parts)
     try:
