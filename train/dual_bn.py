@@ -71,6 +71,11 @@ class RoutedBatchNorm:
     """Whether it does so in evaluation mode, without synchronization."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize each part of the batch `x`, (N, C, …), through its route.
+
+        Raises:
+            ValueError: N is not a multiple of the images in the router's plan.
+        """
         plan = self.router.plan
         if len(plan) == 1:
             return self._forward_route(plan[0][0], x)

@@ -89,6 +89,9 @@ class Trainer:
             device: the device of this process.
             randomness: source of the training attack's random numbers (default: torch's
                 generator).
+
+        Raises:
+            AdvPropError: see `fit`; also if the output folder holds another run.
         """
         self.config, self.reporter, self.device = config, reporter, device
         recipe = find_recipe(config.recipe)

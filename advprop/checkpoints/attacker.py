@@ -55,6 +55,7 @@ def gradient_attacks(model: nn.Module, spec: ModelSpec, device: torch.device) ->
 
     PGD is untargeted, starts from random points and takes steps of 2.5 ε / steps (Madry et al.,
     2018). Auto-PGD runs with both of its losses. Pixels are rounded only at the end of an attack.
+    The function raises ConfigError for other attacks.
 
     Args:
         model: a network without auxiliary routes, in evaluation mode, that maps normalized images

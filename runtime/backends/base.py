@@ -133,7 +133,12 @@ class Backend(ABC):
             raise InputError(f"the model expects {expected}; found shape {images_NCHW.shape}{detail}", fix=fix)
 
     def run_checked(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
-        """Run a batch that `check` accepted, padded or split to fit `batch_range`."""
+        """Run a batch that `check` accepted, padded or split to fit `batch_range`.
+
+        Raises:
+            InputError: the batch is on the GPU and smaller than `batch_range`.
+            RunFailed: the library failed.
+        """
         smallest, largest = self.batch_range
         count = len(images_NCHW)
         if smallest <= count <= largest:

@@ -102,6 +102,7 @@ class Batcher:
         Raises:
             InputError: the model does not accept the images, or there are more than the queue can
                 hold.
+            ConfigError: `timeout_s` is nan.
             QueueFull: the queue has no room now.
             SessionClosed: the batcher is closed.
         """

@@ -65,7 +65,11 @@ def collect(
     *,
     tensors: Collection[str] | None = None,
 ) -> Collected:
-    """Return the result of `collect_amax` and the graph's first output, from a single pass."""
+    """Return the result of `collect_amax` and the graph's first output, from a single pass.
+
+    Raises:
+        DataError: there is no batch.
+    """
     ranks = {name: rank for name, rank in _float_tensors(model).items() if tensors is None or name in tensors}
     session = open_session(_with_maxima(model, ranks))
     input_name = session.get_inputs()[0].name
