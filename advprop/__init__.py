@@ -1,1 +1,1 @@
-"""From a folder of images to a robust image classifier in a TensorRT engine."""
+"""Train image classifiers with AdvProp, export them to ONNX and build TensorRT engines."""

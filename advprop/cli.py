@@ -1,7 +1,7 @@
 """The `advprop` command: a group that imports a subcommand only when it is called.
 
-`advprop --help` needs click and nothing heavier, and a subcommand works wherever the libraries that
-it uses are installed.
+`advprop --help` needs nothing heavier than click, and a subcommand needs only the libraries that it
+uses.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LazyGroup(Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"no such command: {args[0]!r}. {nearest(args[0], COMMANDS)}".rstrip())
+            ctx.fail(f"no such command: {args[0]!r}; {nearest(args[0], COMMANDS)}".rstrip("; "))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,4 +1,4 @@
-"""Check what works on this machine, what does not work and why, and how to fix it."""
+"""Check which parts of this machine work, why the others do not, and how to fix them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Finding:
     state: Literal["ok", "missing", "broken"]
     """`missing`: the part is absent; `broken`: it is installed but does not work."""
     found: str
-    """What was found."""
+    """Version, device or problem."""
     fix: str = ""
     """Command that fixes it; empty if there is none."""
 
 
 def run_checks() -> dict[str, Finding]:
-    """Check the CPU, the GPU and every library for models. Return the finding for each name."""
+    """Check the CPU, the GPU and all libraries for models; return findings by name."""
     return {name: check(name) for name in _CHECKS}
 
 

@@ -1,4 +1,4 @@
-"""`measure_checkpoint`: checkpoint → files of several precisions → results of their evaluation, for a report."""
+"""Export a checkpoint to several precisions and evaluate all of the files, for a report."""
 
 from __future__ import annotations
 
@@ -28,46 +28,57 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureConfig:
-    """What is made and measured."""
+    """Settings of `measure_checkpoint`."""
 
     precisions: tuple[str, ...]
-    """Of PRECISIONS: the ONNX files to export."""
+    """Precisions to export, from `PRECISIONS`, each at most once."""
     suite: SuiteConfig
+    """Test set to measure."""
     folder: Path
-    """Where exported files and results go, and where a run that was stopped finds them again."""
+    """Folder for exported files and results; an interrupted run resumes from it."""
     calib_data: Path | None = None
-    """Images to calibrate INT8 on; None: those of the suite's folder that are not evaluated."""
+    """Images to calibrate INT8 on (default: images of the suite's folder that are not
+    evaluated)."""
     calib_images: int = 256
-    """The most of them."""
+    """Maximum number of calibration images."""
     workers: int | None = None
-    """Processes that decode and corrupt; None: cores − 1."""
+    """Processes that decode and corrupt images (default: cores − 1)."""
     batch_size: int = 8
+    """Images per batch."""
     device: str = "auto"
+    """Device of checkpoint and files: `auto`, `cpu` or `cuda`."""
     threads: int = 0
+    """CPU threads of ONNX Runtime; 0 uses all cores."""
 
     def __post_init__(self) -> None:
         for precision in self.precisions:
             if precision not in PRECISIONS:
                 hint = nearest(precision, PRECISIONS)
-                raise ConfigError(f"precisions are {', '.join(PRECISIONS)}; found {precision!r}. {hint}".rstrip(". "))
+                raise ConfigError(
+                    f"expected precisions {', '.join(PRECISIONS)}; found {precision!r}; {hint}".rstrip("; ")
+                )
         if not self.precisions or len(set(self.precisions)) < len(self.precisions):
-            raise ConfigError(f"name each precision once, at least one; found {','.join(self.precisions) or 'none'}")
+            raise ConfigError(
+                f"expected at least one precision, each precision once; found {','.join(self.precisions) or 'none'}"
+            )
         if self.calib_data is not None and "int8" not in self.precisions:
-            raise ConfigError("calibration images are for INT8, which is not among the precisions")
+            raise ConfigError("calibration images require the precision int8, which is not among the precisions")
 
 
 def measure_checkpoint(
     checkpoint: Path, config: MeasureConfig, progress: Callable[[str], None] | None = None
 ) -> tuple[list[Path], str]:
-    """Exports a checkpoint, and evaluates it beside its files; what an earlier call finished is not done again.
+    """Export a checkpoint, and evaluate it and the exported files. Finished steps are skipped.
 
     Args:
-        checkpoint: one of ours. It is evaluated too, and is what the files are compared with, image by image.
-        config: what to make.
-        progress: told what is being done.
+        checkpoint: an advprop checkpoint. It is the reference that the exported files are compared
+            with, image by image.
+        config: precisions, test set and folder.
+        progress: receives a description of each step when the step starts.
 
     Returns:
-        The results' files, and in words which images were calibrated on; "" where none were.
+        Result files, the checkpoint's first, and a description of the calibration images ("" if no
+        file is calibrated).
 
     Raises:
         AdvPropError: see `export_checkpoint`, `evaluate` and `split`.
@@ -78,18 +89,18 @@ def measure_checkpoint(
     reference = load_model(checkpoint, device=config.device, checkpoint_loader=load_predictor)
     if config.suite.name == "corruptions":
         opened = open_suite(config.suite, reference.spec)
-        opened.probe({cell.id for cell in opened.cells}, reference.spec.preprocessing)  # not after the exports
+        opened.probe({cell.id for cell in opened.cells}, reference.spec.preprocessing)  # fail before the exports
     parts, suite = None, config.suite
     if "int8" in config.precisions:
         progress("choosing calibration images")
         parts = split(suite, reference.spec, config.calib_data, config.calib_images)
         suite = parts.suite
-    files = [_exported(checkpoint, reference, precision, config, parts, progress) for precision in config.precisions]
+    files = [_export(checkpoint, reference, precision, config, parts, progress) for precision in config.precisions]
     models = [reference, *(load_model(file, device=config.device, threads=config.threads) for file in files)]
-    return _evaluated(models, suite, config, progress), parts.words if parts else ""
+    return _evaluate(models, suite, config, progress), parts.description if parts else ""
 
 
-def _exported(
+def _export(
     checkpoint: Path,
     reference: Model,
     precision: str,
@@ -100,8 +111,8 @@ def _exported(
     folder = output_dir(config.folder / precision)
     file = folder / ("model.onnx" if precision == "fp32" else f"model.{precision}.onnx")
     chosen = parts.calibration if parts and precision == "int8" else None
-    if _is_made(file, str(reference.facts["sha256"]), chosen.sha256 if chosen else ""):
-        log.info("%s is there from an earlier run", file)
+    if _is_current_export(file, str(reference.facts["sha256"]), chosen.sha256 if chosen else ""):
+        log.info("%s exists from an earlier run", file)
         return file
     manifest = None
     if chosen is not None:
@@ -115,8 +126,8 @@ def _exported(
     return file
 
 
-def _is_made(file: Path, checkpoint_sha256: str, calibration_sha256: str) -> bool:
-    """Whether a file was exported of this very checkpoint, and verified; an INT8 one by these very images."""
+def _is_current_export(file: Path, checkpoint_sha256: str, calibration_sha256: str) -> bool:
+    """Return whether `file` is a verified export of this checkpoint with this calibration."""
     record = read_record(file.parent)
     known = record.get("files", {}).get(file.name, {})
     if not file.exists() or record.get("checkpoint_sha256") != checkpoint_sha256:
@@ -125,7 +136,7 @@ def _is_made(file: Path, checkpoint_sha256: str, calibration_sha256: str) -> boo
     return bool(known.get("sha256") == summary.sha256 and (summary.calibration_sha256 or "") == calibration_sha256)
 
 
-def _evaluated(
+def _evaluate(
     models: Sequence[Model], suite: SuiteConfig, config: MeasureConfig, progress: Callable[[str], None]
 ) -> list[Path]:
     folder = output_dir(config.folder / "evaluation")
@@ -140,7 +151,7 @@ def _evaluated(
         describe(model, None if model is reference else reference, opened, suite, run.batch_size, "1/1")
         for model in models
     ]
-    if all(_is_result(path, skeleton) for path, skeleton in zip(paths, wanted, strict=True)):
+    if all(_has_result(path, skeleton) for path, skeleton in zip(paths, wanted, strict=True)):
         log.info("the results in %s are there from an earlier run", folder)
         return paths
 
@@ -152,8 +163,8 @@ def _evaluated(
     return paths
 
 
-def _is_result(path: Path, skeleton: Result) -> bool:
-    """Whether the whole result of this very evaluation is there."""
+def _has_result(path: Path, skeleton: Result) -> bool:
+    """Return whether `path` holds the complete result of the evaluation `skeleton`."""
     try:
         found = read_result(path)
         cells = {name: {key: cell[key] for key in cell if key != "counts"} for name, cell in found["cells"].items()}

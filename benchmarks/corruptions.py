@@ -1,13 +1,13 @@
-"""Compare our corruptions with the original code, and their speed with imagecorruptions-imaug.
+"""Compare the corruptions with the original code, and their speed with imagecorruptions-imaug.
 
     python -m benchmarks.corruptions --reference corruptions_ref.npz    all cells, ten seconds
     python -m benchmarks.corruptions --peer-python peer/bin/python      speed, about two minutes
 
 `tests/support/corruption_reference.py` describes the reference file and the comparison.
 
-The peer needs an environment of its own, because it installs opencv-python. Both run in processes
-with one thread each, in turn. At 32 pixels both use the parameters for ImageNet, the only ones that
-the peer has; another column shows ours for CIFAR.
+The peer needs a separate environment, because it installs opencv-python. Both run in turn, in
+processes with one thread. At 32 pixels both use the parameters for ImageNet, because the peer has
+no others; another column shows advprop with the parameters for CIFAR.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def photograph(side: int) -> NDArray[np.uint8]:
 def measure(who: str, images: Path) -> dict[str, float]:
     """Return milliseconds per image of every cell, the median of `REPEATS` calls.
 
-    It runs in a process of its own, either ours or the peer's.
+    This runs in a separate process, with either advprop or the peer.
     """
     import cv2
 
     cv2.setNumThreads(1)
-    call = _ours() if who == "ours" else _peers()
+    call = _import_ours() if who == "ours" else _import_peer()
     times = {}
     with np.load(images) as stored:
         names = [str(name) for name in stored["names"]]
@@ -97,13 +97,13 @@ def _median_ms(call: Callable[..., Any], image: NDArray[np.uint8], name: str, se
     return 1000 * float(np.median(samples))
 
 
-def _ours() -> Callable[..., Any]:
+def _import_ours() -> Callable[..., Any]:
     from runtime.evaluate.corruptions import corrupt
 
     return lambda image, name, severity, table: corrupt(image, name, severity, table=table)
 
 
-def _peers() -> Callable[..., Any]:
+def _import_peer() -> Callable[..., Any]:
     import imagecorruptions
 
     return lambda image, name, severity, table: imagecorruptions.corrupt(image, severity, name)
@@ -171,7 +171,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.worker, arguments.images)))
         return
     if not arguments.reference and not arguments.peer_python:
-        parser.error("give --reference, --peer-python or both")
+        parser.error("pass --reference, --peer-python or both")
     if arguments.reference:
         print_cells(arguments.reference)
     if arguments.peer_python:

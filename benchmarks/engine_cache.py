@@ -1,13 +1,16 @@
-"""Time of a first build and of the second, which the engine cache answers.
+"""Compare the time of an engine build with the time of fetching the same engine from the cache.
 
-    python benchmarks/engine_cache.py --data imagenet_dev    twelve families in FP32, FP16 and INT8: about seven minutes
+    python benchmarks/engine_cache.py --data imagenet_dev    twelve networks, about seven minutes
 
-Random weights, each net at its own size, engines of TensorRT-RTX for SM 89 and batches of 1 to 32. INT8 thresholds are
-the largest values on 32 images of `--data`. `first`: built and kept. `second`: to another place, from the cache: the
-ONNX file read and hashed, the cached plan hashed and linked to. Medians of five, in seconds of the clock, beside the
-processor's own for `second`: on a busy machine the clock says more about the others. `command`: a whole `advprop build`
-of it, most of it the loading of libraries. Imports are done before the first two. `computes in` is what
-`advprop inspect`, run on the engine of the second build, has read: of INT8 the share of MACs and of layers.
+Each network has random weights and its own image size. Engines are TensorRT-RTX engines for SM 89
+and batches of 1 to 32, in FP32, FP16 and INT8. INT8 thresholds are the largest magnitudes on 32
+images of `--data`.
+
+    first           a build, added to the cache; libraries are already imported
+    second          the same build from the cache: hash both files and link the plan; median of 5
+    second, CPU     CPU time of `second`, which is more reliable on a busy machine
+    command         the command `advprop build` with the cache; it mostly imports libraries
+    computes in     precision of the engine; for INT8, the INT8 layers and their share of the MACs
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ ROUNDS = 5
 
 
 def write_onnx(arch: str, data: Path | None, folder: Path) -> dict[str, Path]:
-    """FP32, FP16 and, where there are images, INT8 files of a net with random weights."""
+    """Write FP32, FP16 and, if `data` is set, INT8 files of a network with random weights."""
     torch.manual_seed(0)
     model = timm.create_model(arch).eval()
     spec = timm_spec(model, arch)
@@ -60,7 +63,7 @@ def write_onnx(arch: str, data: Path | None, folder: Path) -> dict[str, Path]:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the clock and of the processor."""
+    """Return the wall-clock time and the CPU time of `work`, in seconds."""
     clock, processor = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - clock, time.process_time() - processor
@@ -91,9 +94,9 @@ def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=list(NETS))
-    parser.add_argument("--data", type=Path, help="Images to calibrate with, CLASS/IMAGE; without, no INT8.")
+    parser.add_argument("--data", type=Path, help="Calibration images, CLASS/IMAGE (default: no INT8 files).")
     arguments = parser.parse_args()
-    print("| net | | MB | first s | second s | of the processor s | command s | computes in |\n" + "|---" * 8 + "|")
+    print("| network | | MB | first, s | second, s | second, CPU s | command, s | computes in |\n" + "|---" * 8 + "|")
     with tempfile.TemporaryDirectory() as name:
         os.environ["ADVPROP_CACHE"] = str(Path(name) / "cache")
         runtime.build(write_onnx("resnet10t", None, Path(name))["fp16"], sm=(89,), flavor="tensorrt_rtx")  # imports

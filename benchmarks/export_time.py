@@ -1,12 +1,14 @@
-"""Time of a whole export against the bare `torch.onnx.export` of the same network.
+"""Compare the time of a whole export with a bare `torch.onnx.export` of the same network.
 
-    python benchmarks/export_time.py                          three nets, three rounds: about seven minutes on two cores
+    python benchmarks/export_time.py    three networks, about seven minutes on two cores
 
-Ours: the checkpoint read, traced, folded, described; FP32 and FP16 files written and both verified on
-64 images at the network's size; no engine. The peer: `torch.onnx.export` with its defaults (dynamo,
-optimized, BatchNorms folded by torch) of the same network into one file, which verifies nothing. The bound:
-the peer, and what a verification cannot do without: 64 images once through torch and twice (FP32, FP16) through
-ONNX Runtime. In turn, round after round; a ratio is taken within its round.
+    ours    read a checkpoint, write FP32 and FP16 files, verify both on 64 images; no engine
+    peer    `torch.onnx.export` with its defaults (dynamo, optimized) into one unverified file
+    bound   the peer plus the runs that a verification needs: 64 images through torch, and
+            twice through ONNX Runtime
+
+The three take turns in rounds. A ratio compares times of the same round; its median, minimum and
+maximum over the rounds are printed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from train.checkpoint import save_checkpoint
 
 NETS = ("efficientnet_b0", "efficientnet_b3", "resnet50")
 IMAGES = 64
-BATCH = 4  # the quickest here, for all three
+BATCH = 4  # the fastest batch size for all three networks on the test machine
 
 
 def write_checkpoint(arch: str, path: Path) -> torch.nn.Module:

@@ -1,12 +1,13 @@
-"""Parity of an export, architecture family by family.
+"""Measure the accuracy of an export for one network of each architecture family.
 
-    python benchmarks/families.py --data imagenet_dev       twelve nets, about seven minutes on two cores
+    python benchmarks/families.py --data imagenet_dev    twelve networks, about seven minutes on two cores
 
-Each net, at its own image size, goes from torch through FP32 and FP16 ONNX to an FP16 engine of TensorRT-RTX, as
-`advprop-export` does it. EfficientNet-Lite0 has its real ImageNet weights and is compared on all images of
-`--data`. No other real weights come with a package: the other nets are random, with BatchNorm statistics of the
-images themselves, scales drawn from 0.8 to 1.2 and ten classes, and are compared on 64 images. Their logits say
-whether the arithmetic is right, their top-1 little. Errors are the largest |Δlogit| as a share of the largest |logit|.
+The script exports each network at its own image size to FP32 and FP16 ONNX and builds an FP16
+engine with TensorRT-RTX. EfficientNet-Lite0 has its ImageNet weights and is compared on all images
+of `--data`. No other trained weights are available as a package. The other networks have random
+weights, ten classes, BatchNorm statistics of the images and scales from 0.8 to 1.2, and are
+compared on 64 images. For random weights, only the differences of the logits are meaningful. Errors
+are the largest |Δlogit| divided by the largest |logit|.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ NETS = (
 
 
 def save_random(arch: str, data: Path, path: Path) -> None:
-    """Random weights whose BatchNorms know the images, as after training."""
+    """Save random weights with BatchNorm statistics of the images, as after training."""
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=10)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.8, 1.2)
         nn.init.normal_(norm.bias, 0, 0.1)
-        norm.momentum = None  # the mean over all batches
+        norm.momentum = None  # average over all batches
     torch.save(model.state_dict(), path)
     if norms:
         source = load_source(path, arch, data=data)
@@ -66,7 +67,7 @@ def save_random(arch: str, data: Path, path: Path) -> None:
 
 
 def on_all_images(result: ExportResult, weights: Path, arch: str, data: Path) -> tuple[Parity, Parity]:
-    """The parities of `result` once more, on every image of `data`."""
+    """Return both parities of `result`, measured on all images of `data`."""
     source = load_source(weights, arch, data=data, images=1_000_000)
     full = graph_logits(onnx.load(result.onnx), source)
     half = graph_logits(with_roundings(onnx.load(result.reduced_onnx)), source)
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="Images, e.g. WNID/*.JPEG.")
     parser.add_argument("--arch", nargs="+", default=list(NETS))
     arguments = parser.parse_args()
-    print("| net | weights | images | FP32 | FP16 | top-1 same | BN nodes | Casts | in FP32 | engine MB |")
+    print("| network | weights | images | FP32 | FP16 | same top-1 | BN nodes | Casts | in FP32 | engine MB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for arch in arguments.arch:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
-"""Feed damaged and hostile files to everything that reads them: only our own errors may come out.
+"""Pass damaged and malicious files to all readers, which may raise advprop's errors only.
 
-    python benchmarks/fuzz.py                      500 cases of each of five kinds, about a minute
-    python benchmarks/fuzz.py --native             also pass valid ONNX files to TensorRT-RTX, in a child process
+    python benchmarks/fuzz.py             500 cases of each of five kinds, about a minute
+    python benchmarks/fuzz.py --native    also pass valid ONNX files to TensorRT-RTX, in a child process
 
-The generators are in `tests/support/fuzzing.py`; `tests/runtime/test_fuzz.py` runs a few cases of each kind.
+The generators are in `tests/support/fuzzing.py`; `tests/runtime/test_fuzz.py` runs a few cases of
+each kind.
 """
 
 from __future__ import annotations

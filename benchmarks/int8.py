@@ -1,15 +1,16 @@
-"""INT8 after training: accuracy, robustness, speed and memory of our calibration beside ONNX Runtime's.
+"""Compare INT8 calibration with ONNX Runtime's: accuracy, robustness, time and memory.
 
     python benchmarks/int8.py --val imagenet_dev
-        EfficientNet-Lite0 with real ImageNet weights: about fifteen minutes on two cores
+        EfficientNet-Lite0 with its ImageNet weights: about fifteen minutes on two cores
     python benchmarks/int8.py --net runs/resnet18/best.pt --calib cifar10/train --val cifar10/val --corrupted 500
-        a checkpoint of ours; also the mean error on 500 images under 15 corruptions × 5 severities
+        an advprop checkpoint; also the mean error on 500 images under 15 corruptions × 5 severities
 
-Without `--calib`, 256 calibration images are spread over `--val` (`CLASS/*`) and accuracy is that on the others. With a
-budget, a quarter of the calibration images is held out for it. Every graph runs with exact Q/DQ arithmetic
-(`session.disable_quant_qdq`): ONNX Runtime's own INT8 kernels saturate on CPUs without VNNI. Each row is a process
-of its own, so that its peak memory is its own. Seconds and memory are of the calibration, decoding included. The
-corruption `frost` needs the textures of imagecorruptions-imaug; without them it is left out, and that is said.
+Without `--calib`, 256 evenly spaced images of `--val` (`CLASS/*`) are used for calibration, and
+accuracy is measured on the others. For a budget, a quarter of the calibration images is held out.
+Every graph runs with exact Q/DQ arithmetic (`session.disable_quant_qdq`), because ONNX Runtime's
+INT8 kernels saturate on CPUs without VNNI. Each row runs in a separate process, to measure its peak
+memory. Time and memory are those of the calibration, including decoding. The corruption `frost`
+needs the textures of imagecorruptions-imaug; without them it is skipped, with a message.
 """
 
 from __future__ import annotations
@@ -67,11 +68,11 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", type=Path, help="A checkpoint. Default: EfficientNet-Lite0.")
+    parser.add_argument("--net", type=Path, help="Checkpoint (default: EfficientNet-Lite0).")
     parser.add_argument("--val", type=Path, required=True, help="Labeled images, CLASS/*.")
-    parser.add_argument("--calib", type=Path, help="Calibration images. Default: some of --val.")
-    parser.add_argument("--images", type=int, nargs="+", default=[256], help="Calibration images.")
-    parser.add_argument("--corrupted", type=int, default=0, help="Images to corrupt in all ways.")
+    parser.add_argument("--calib", type=Path, help="Folder of calibration images (default: images of --val).")
+    parser.add_argument("--images", type=int, nargs="+", default=[256], help="Numbers of calibration images.")
+    parser.add_argument("--corrupted", type=int, default=0, help="Number of images to measure under all corruptions.")
     parser.add_argument("--rows", nargs="+", default=["float32", *THEIRS, *OURS])
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -128,7 +129,7 @@ def show(row: str, images: int, found: dict[str, float] | str) -> None:
 
 
 def batch_size(spec: Preprocessing) -> int:
-    """Images at once where accuracy is measured."""
+    """Return the batch size for measuring accuracy."""
     return 64 if spec.height <= 64 else BATCH
 
 
@@ -138,7 +139,7 @@ def batches(paths: list[Path], spec: Preprocessing, size: int = BATCH) -> Iterat
 
 
 def labeled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
-    """Images of `folder/CLASS/*`, and their places among the model's classes."""
+    """Return the images of `folder/CLASS/*`, and the index of each image's class."""
     if spec.wnids:
         return labeled_images(folder)
     places = {name: place for place, name in enumerate(spec.classes)}
@@ -147,7 +148,7 @@ def labeled(folder: Path, spec: ModelSpec) -> tuple[list[Path], list[int]]:
 
 
 def split(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[Path, list[Path], list[Path], list[int]]:
-    """The calibration images and their folder, the others and their labels."""
+    """Return the calibration folder and images, and the validation images with their labels."""
     paths, labels = labeled(arguments.val, spec)
     if arguments.calib is not None:
         others = image_paths(arguments.calib)
@@ -281,7 +282,7 @@ def is_quantized(model: onnx.ModelProto, name: str) -> bool:
 
 
 def store_corrupted(arguments: argparse.Namespace, spec: ModelSpec, folder: Path) -> None:
-    """Every corruption at every severity, made once for all rows."""
+    """Store images under every corruption and severity, once for all rows."""
     from runtime.evaluate.corruptions import CORRUPTIONS, corrupt
 
     _, _, paths, labels = split(arguments, spec)
@@ -293,7 +294,7 @@ def store_corrupted(arguments: argparse.Namespace, spec: ModelSpec, folder: Path
             try:
                 few = [corrupt(image, name, severity, key=str(key)) for key, image in enumerate(fitted)]
             except BackendUnavailable as error:
-                print(f"without {name}: {error}")
+                print(f"skipped {name}: {error}")
                 break
             np.save(folder / f"{name}-{severity}.npy", np.stack(few))
 

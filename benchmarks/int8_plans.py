@@ -1,13 +1,14 @@
-"""What TensorRT-RTX makes of FP32, FP16 and INT8 graphs: plan sizes, what is in INT8, how much memory it moves.
+"""Measure TensorRT-RTX engines of FP32, FP16 and INT8 graphs: size, INT8 share, memory traffic.
 
-    python benchmarks/int8_plans.py --data imagenet_dev             three nets, all variants, SM 89: three minutes
+    python benchmarks/int8_plans.py --data imagenet_dev    three networks, SM 89: about three minutes
     python benchmarks/int8_plans.py --data imagenet_dev --sm 75 80 86 120 --variants fp16 int8 int8-best
     python benchmarks/int8_plans.py --data imagenet_dev --nets resnet18 --variants int8 --layers
 
-Builds only, no GPU. EfficientNet-Lite0 has its real weights, the others random ones; thresholds are the largest values
-on 32 images of `--data` (kernels that differ in nothing but a threshold are kernels of their own in the plan). "moved"
-are the bytes of activations that the engine's kernels read and write for one image, summed over its listing: fewer is
-better, but it is no time.
+Engines are only built, which needs no GPU. EfficientNet-Lite0 has its ImageNet weights, the other
+networks have random weights. Thresholds are the largest magnitudes on 32 images of `--data`,
+because the plan contains a separate kernel for each threshold. "moved" is the memory traffic: the
+bytes of activations that all kernels read and write per image. Less traffic is better, but is not a
+measure of time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def int8(
     residuals: bool = False,
     half: bool = True,
 ) -> onnx.ModelProto:
-    """The Q/DQ graph as `calib` makes it, `leave` and `residuals` being its options."""
+    """Return the Q/DQ graph that `calib` creates with the options `leave` and `residuals`."""
     points = points_of(model, leave=leave)
     found = residual_inputs(model, points) if residuals else ()
     quantized = quantize(model, points, thresholds, residuals=found)
@@ -58,11 +59,12 @@ def int8(
 
 
 def one_scale(model: onnx.ModelProto, factors: bool = True) -> onnx.ModelProto:
-    """Gives each convolution one scale for its weights, a power of two; the rest of a channel's is multiplied behind.
+    """Use one weight scale per convolution, a power of two, and rescale the output channels.
 
     Args:
-        model: an FP16 Q/DQ graph; changed.
-        factors: False leaves that out. The plan is that of weights quantized per tensor; the results are not.
+        model: an FP16 Q/DQ graph, which is changed.
+        factors: multiply by the factors. Without them, the plan is that of weights quantized per
+            tensor, but the outputs are wrong.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {node.output[0]: node for node in model.graph.node}
@@ -98,7 +100,7 @@ def one_scale(model: onnx.ModelProto, factors: bool = True) -> onnx.ModelProto:
 
 
 def listed_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Scales of activations as lists of one number, as some exporters write them."""
+    """Convert the scales of activations to lists with one number, as some exporters write them."""
     names = {name for node in model.graph.node if node.op_type == "QuantizeLinear" for name in node.input[1:]}
     for tensor in model.graph.initializer:
         if tensor.name in names:
@@ -125,7 +127,7 @@ VARIANTS: dict[str, Maker] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """An engine in numbers; sizes in bytes."""
+    """Measurements of an engine. Sizes are in bytes."""
 
     plan: int
     zipped: int
@@ -140,13 +142,15 @@ class Built:
 
 
 def float_graph(name: str, folder: Path, data: Path) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The float32 graph, and the largest value of each of its tensors."""
+    """Return the float32 graph, and the largest magnitude of each of its tensors."""
     weights = folder / "weights.pth"
     if name == ARCH:
         source = load_source(SOURCE, weights=save_lite0(weights))
     else:
         torch.manual_seed(0)
-        options = {"zero_init_last": False} if name.startswith("resnet") else {}  # zeros would be stored once
+        options = (
+            {"zero_init_last": False} if name.startswith("resnet") else {}
+        )  # the plan would store identical zero weights once
         torch.save(timm.create_model(name, **options).state_dict(), weights)
         source = load_source(f"timm:{name}", weights=weights)
     model, preprocessing = to_onnx(source.model, source.spec), source.spec.preprocessing
@@ -172,7 +176,7 @@ def built(model: onnx.ModelProto, folder: Path, sm: int, batch: tuple[int, int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="A folder of photographs.")
+    parser.add_argument("--data", type=Path, required=True, help="Folder of photographs for calibration.")
     parser.add_argument("--nets", nargs="+", default=NETS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--sm", nargs="+", type=int, default=[89])

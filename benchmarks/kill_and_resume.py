@@ -1,9 +1,9 @@
 """Kill training runs at random times and finish them with `--resume auto`.
 
-    python benchmarks/kill_and_resume.py                  ten runs, about five minutes on two cores
+    python benchmarks/kill_and_resume.py    ten runs, about five minutes on two cores
 
-One run is not interrupted. The others are killed by SIGKILL at a random time after their first
-checkpoint, resumed, and compared to the first run bit by bit: weights, moving average, optimizer,
+One run is not interrupted. The others are killed with SIGKILL at a random time after their first
+checkpoint, resumed, and compared bit by bit with the first run: weights, moving average, optimizer,
 schedule, random generators, counters and metrics. The script prints the last saved step of each
 killed run and exits with 1 if any run differs.
 """
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10, help="runs to kill")
     parser.add_argument("--recipes", nargs="+", default=["advprop", "fast"], help="recipes, used alternately")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes, used alternately")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the times")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     failures = 0

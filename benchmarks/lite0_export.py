@@ -1,10 +1,13 @@
-"""Top-1 of EfficientNet-Lite0, real weights, at each stage of an export.
+"""Measure the top-1 accuracy of EfficientNet-Lite0 at each stage of an export.
 
-    python benchmarks/lite0_export.py --data imagenet_dev          500 images: about a minute on two cores
+    python benchmarks/lite0_export.py --data imagenet_dev    500 images: about a minute on two cores
 
-`--data` holds `WNID/*.JPEG`. Each row is the file as a user has it, fed with decoded images by its own
-spec: torch (the stock timm model and timm's own transform), ONNX FP32, ONNX FP16 (every FP16 tensor rounded
-as a GPU does; ONNX Runtime on a CPU would compute it in FP32), and ONNX that takes uint8 pixels.
+`--data` contains `WNID/*.JPEG`. Each row uses the preprocessing of the file's own spec:
+
+    torch                 the stock timm model with timm's transform
+    ONNX FP32             the exported file in ONNX Runtime
+    ONNX FP16             the FP16 file with every FP16 tensor rounded as on a GPU
+    ONNX FP32, uint8 in   a file whose input is uint8 pixels
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ def rounded_logits(file: Path, paths: list[Path]) -> NDArray[np.float32]:
 
 
 def measure(data: Path, folder: Path, images: int | None = None) -> dict[str, NDArray[np.float32]]:
-    """Exports into `folder`, and returns each stage's logits of the first `images`, spread over the classes."""
+    """Export into `folder`; return the logits of each stage for the first `images` images."""
     paths, _ = labeled_images(data)
     paths = paths[: images or len(paths)]
     weights = save_lite0(folder / "lite0.pth")

@@ -1,7 +1,7 @@
 """Measure accuracy and robustness of every recipe, by BatchNorm route.
 
-    python benchmarks/recipes.py --data cifar10                          one epoch each: about 40 minutes on two cores
-    python benchmarks/recipes.py --data cifar10 --epochs 100 --seeds 0 1 2 --amp bf16       on a GPU: full length
+    python benchmarks/recipes.py --data cifar10    one epoch each: about 40 minutes on two cores
+    python benchmarks/recipes.py --data cifar10 --epochs 100 --seeds 0 1 2 --amp bf16    on a GPU: full length
 
 Each recipe trains the architecture for the same number of epochs with the same attack. Accuracy is
 then measured through the main route and through every auxiliary one, on clean images and under
@@ -138,7 +138,7 @@ def expectations(results: list[Result]) -> list[str]:
         return 100 * mean_of([r["routes"][route][column] for r in results if r["recipe"] == recipe])
 
     def line(claim: str, low: float, high: float) -> str:
-        return f"- {claim}: {low:.1f} % and {high:.1f} %: {'confirmed' if low < high else 'NOT confirmed'}"
+        return f"- {claim}: {low:.1f}% and {high:.1f}%: {'confirmed' if low < high else 'NOT confirmed'}"
 
     lines = [
         line(
@@ -169,7 +169,7 @@ def spread(values: list[float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    parser.add_argument("--arch", default="resnet18", help="timm's architecture")
+    parser.add_argument("--arch", default="resnet18", help="architecture, by its timm name")
     parser.add_argument("--recipes", nargs="+", default=list(ORDER), choices=ORDER, help="recipes to compare")
     parser.add_argument("--epochs", type=int, default=1, help="epochs per recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each recipe per seed")
@@ -178,7 +178,7 @@ def main() -> int:
     parser.add_argument("--step-size", type=float, default=3.0, help="step size of the training attack, in 1/255")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--amp", default="none", choices=["none", "bf16", "fp16"], help="mixed precision")
-    parser.add_argument("--device", default="auto", help="torch device; auto: a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="torch device; auto uses a GPU if available")
     parser.add_argument("--workers", type=int, help="loader processes")
     parser.add_argument("--attacked-images", type=int, default=1000, help="attacked validation images")
     parser.add_argument("--out", default="runs/recipes", help="folder of all runs")

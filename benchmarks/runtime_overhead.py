@@ -1,19 +1,21 @@
-"""What a `Session` costs over the library below it, and what the batcher yields.
+"""Measure the overhead of a `Session` over ONNX Runtime, and the throughput of the batcher.
 
-    python benchmarks/runtime_overhead.py            about eight minutes on two quiet cores
-    python benchmarks/runtime_overhead.py --quick    about two; the ratios are less sure
+    python benchmarks/runtime_overhead.py            about eight minutes on two idle cores
+    python benchmarks/runtime_overhead.py --quick    about two minutes, with less precise ratios
 
-EfficientNet-B0 with random weights at 224 pixels, through the exporter.
+The network is EfficientNet-B0 with random weights at 224 pixels.
 
-- run: `Session.run` over a bare `InferenceSession.run` of the same file and settings. Goal ≤ 1.03.
-- predict: `Session.predict` from JPEG bytes over the same decode, resize, normalize, run and softmax, written by
-  hand with Pillow and NumPy. Goal ≤ 1.05.
-- memory: the process's size over 20,000 calls of a tiny model, half `run`, half `submit`. Goal: flat.
-- batcher: images a second of 64 clients that ask for one image at a time, over the best fixed batch given to the
-  bare `run`. Goal ≥ 0.9.
+- run: time of `Session.run` ÷ a bare `InferenceSession.run` with the same file and settings. Goal:
+  ≤ 1.03.
+- predict: time of `Session.predict` from JPEG bytes ÷ the same steps (decode, resize, normalize,
+  run, softmax) written with Pillow and NumPy. Goal: ≤ 1.05.
+- memory: size of the process during 20,000 calls of a tiny model, half `run`, half `submit`. Goal:
+  constant.
+- batcher: throughput of 64 clients that submit one image at a time ÷ throughput of the bare `run`
+  with the best fixed batch size. Goal: ≥ 0.9.
 
-Peers take turns, call by call, in one process, so ratios hold on a machine whose speed changes. A ratio is the median
-over pairs of neighboring calls; in brackets the quartiles.
+Peers alternate call by call in one process, so changes of the machine's speed affect both. A ratio
+is the median over pairs of adjacent calls, with the quartiles in brackets.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def bare_session(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def interleaved(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> tuple[list[float], ...]:
-    """Seconds of each call, after a warm-up; who comes first changes from pair to pair."""
+    """Return the seconds of each call after a warm-up. The order alternates from pair to pair."""
     times: tuple[list[float], list[float]] = ([], [])
     calls = (ours, theirs)
     for number in range(-3, pairs):
@@ -73,7 +75,7 @@ def report(name: str, times: tuple[list[float], ...], goal: str) -> None:
 
 
 def by_hand(bare: ort.InferenceSession, spec: runtime.ModelSpec, files: list[bytes]) -> np.ndarray:
-    """What one writes for a model that one knows."""
+    """Classify images with code written for this one model; return probabilities, (N, K)."""
     plan = spec.preprocessing
     scaled = int(plan.height / plan.crop_pct)
     mean, std = np.float32(plan.mean), np.float32(plan.std)
@@ -113,7 +115,7 @@ def measure_memory(calls: int) -> None:
                     session.submit(images).result()
                 gc.collect()
                 sizes.append(resident_mb())
-    print(f"{'memory':22} {' '.join(f'{size:.1f}' for size in sizes)} MB, each after {calls // 5} calls more")
+    print(f"{'memory':22} {' '.join(f'{size:.1f}' for size in sizes)} MB, each after another {calls // 5} calls")
 
 
 def resident_mb() -> float:
@@ -121,7 +123,7 @@ def resident_mb() -> float:
 
 
 def fixed_rate(bare: ort.InferenceSession, images: np.ndarray, batch: int) -> float:
-    """Images a second."""
+    """Return the images per second of a bare session with a fixed batch size."""
     began = time.perf_counter()
     for start in range(0, len(images), batch):
         bare.run(None, {"input": images[start : start + batch]})
@@ -129,7 +131,7 @@ def fixed_rate(bare: ort.InferenceSession, images: np.ndarray, batch: int) -> fl
 
 
 def batcher_rate(session: runtime.Session, images: np.ndarray) -> float:
-    """Images a second of clients that each wait for an answer before they ask again."""
+    """Return the images per second of clients that each have one request in flight."""
     numbers = iter(range(len(images)))
     lock = threading.Lock()
 
@@ -152,7 +154,7 @@ def batcher_rate(session: runtime.Session, images: np.ndarray) -> float:
 
 def measure_overhead(path: Path, threads: int, pairs: int) -> None:
     bare = bare_session(path, threads)
-    print(f"{'':22} {'ours':>12} {'by hand':>12}   ratio")
+    print(f"{'':22} {'ours':>12} {'bare':>12}   ratio")
     with runtime.load(path, device="cpu", threads=threads) as session:
         for batch in (1, 8):
             images = np.random.default_rng(0).normal(size=(batch, 3, 224, 224)).astype(np.float32)
@@ -201,9 +203,11 @@ def measure_batcher(path: Path, threads: int, images: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer calls")
-    parser.add_argument("--only-batcher", action="store_true", help="leave the ratios of calls and the memory out")
-    parser.add_argument("--threads", type=int, default=0, help="of both sides; default: ONNX Runtime's own")
+    parser.add_argument("--quick", action="store_true", help="make fewer calls")
+    parser.add_argument("--only-batcher", action="store_true", help="measure the batcher only")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads of both sides (default: ONNX Runtime's own number)"
+    )
     arguments = parser.parse_args()
     if not arguments.only_batcher:
         measure_memory(4_000 if arguments.quick else 20_000)

@@ -1,9 +1,9 @@
-"""Measure time and memory of a training step of each recipe, compared to vanilla and a reference.
+"""Measure time and memory of a training step of each recipe, relative to vanilla and a reference.
 
-    python benchmarks/train_step.py                              two networks at 64 px, batch size 32: ten minutes
+    python benchmarks/train_step.py    two networks at 64 px, batch size 32: ten minutes
     python benchmarks/train_step.py --arch resnet18 --rounds 5
 
-All rows of a network are timed in interleaved rounds, so a machine that becomes slower affects all
+All rows of a network are timed in interleaved rounds, so changes of the machine's speed affect all
 of them. A ratio compares times of the same round; its median, minimum and maximum over the rounds
 are printed. The bound counts passes (forward = input gradient = weight gradient = 1): (2K + 6) / 3
 for AdvProp with K attack steps, 1.2 for Fast AdvProp. `fast` splits its batch into four parts of
@@ -132,7 +132,7 @@ def make_step(arch: str, row: str) -> Step:
 
 
 def images_of(row: str, count: int) -> int:
-    """Return the batch size of a row if that of vanilla is `count`."""
+    """Return the batch size of a row, given the batch size `count` of vanilla."""
     return count * 5 // 4 if row.endswith("4:1") else count
 
 
@@ -192,7 +192,9 @@ def measure(arch: str, size: int, count: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["resnet18", "efficientnet_b0"], help="timm's architectures")
+    parser.add_argument(
+        "--arch", nargs="+", default=["resnet18", "efficientnet_b0"], help="architectures, by their timm names"
+    )
     parser.add_argument("--size", type=int, default=64, help="image size, in pixels")
     parser.add_argument("--batch", type=int, default=32, help="images per step")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")

@@ -1,6 +1,7 @@
-"""Chooses the precision of a network's tensors, FP16, BF16 or INT8, from their values on real images.
+"""Choose the precision of tensors (FP16, BF16 or INT8) from their values on real images.
 
-`advprop calibrate model.onnx --data photos/` writes an INT8 file; `calibrate_file` does the same in Python.
+`advprop calibrate model.onnx --data photos/` writes an INT8 file; `calibrate_file` does the same in
+Python.
 """
 
 from __future__ import annotations

@@ -55,7 +55,10 @@ _PREPROCESSING = (
         "--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter for resizing (default: bicubic)."
     ),
     _preprocessing_option(
-        "--crop-pct", type=float, metavar="SHARE", help="Input size ÷ size of the resized image (default: 0.875)."
+        "--crop-pct",
+        type=float,
+        metavar="SHARE",
+        help="Crop size divided by the size of the resized image (default: 0.875).",
     ),
 )
 
@@ -84,7 +87,7 @@ def _preprocessing(given: dict[str, Any]) -> Preprocessing | None:
         help="Images like those that the model will see: a folder, a tar or NumPy file, or a calib.json.",
     ),
     out_option("INT8 file to write (default: NAME.int8.onnx).", "FILE"),
-    Option(["--no-cache"], is_flag=True, help="Do not keep histograms for later runs."),
+    Option(["--no-cache"], is_flag=True, help="Do not read or write cached histograms."),
 )
 @calibration_options
 @as_config("preprocessing", _PREPROCESSING, _preprocessing)
@@ -98,9 +101,9 @@ def main(
 ) -> None:
     """Quantize the float32 classifier ONNX to INT8, with calibration images.
 
-    Convolutions and matrix products become INT8, everything else FP16. The command also writes calib.json
-    (the images it used), NAME.int8.json (threshold and error of each layer), a plot of the ranges and, with
-    --budget, a plot of accuracy against the share of work in INT8.
+    Convolutions and matrix products become INT8, everything else FP16. The command also writes
+    calib.json (the images it used), NAME.int8.json (threshold and error of each layer), a plot of
+    the ranges and, with --budget, a plot of accuracy against the share of work in INT8.
     """
     console = set_up_logging()
     from calib.pipeline import calibrate_file

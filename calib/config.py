@@ -1,4 +1,4 @@
-"""Settings of a calibration."""
+"""`CalibrationConfig`: settings of a calibration."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from runtime.errors import ConfigError
 __all__ = ["LAYER_KINDS", "METHOD_NAMES", "CalibrationConfig"]
 
 LAYER_KINDS = ("depthwise", "gates", "first", "last")
-"""Kinds of layers that can be kept in floating point: depthwise convolutions; the layers of squeeze-and-excitation
-and other gates, whose input has one value per channel; the first layer; the last layer."""
+"""Kinds of layers that can be kept in floating point: depthwise convolutions; the layers of
+squeeze-and-excitation and other gates, whose input has one value per channel; the first layer; the
+last layer."""
 
 METHOD_NAMES = ("auto", *METHODS)
 """Methods of choosing the clipping thresholds."""
@@ -19,7 +20,7 @@ METHOD_NAMES = ("auto", *METHODS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
-    """How a classifier is quantized to INT8.
+    """Settings for the quantization of a classifier to INT8.
 
     Raises:
         ConfigError: a value is not valid.
@@ -28,18 +29,20 @@ class CalibrationConfig:
     images: int = 256
     """Maximum number of calibration images to take from a folder, tar file or array."""
     method: str = "auto"
-    """How clipping thresholds are chosen, one of METHOD_NAMES. `auto` tries several thresholds per tensor, between
-    the one with the smallest squared error and the largest magnitude, and picks the one with which the outputs of
-    the layers that read the tensor have the smallest error."""
+    """Method that chooses clipping thresholds, from METHOD_NAMES. `auto` tries several thresholds
+    per tensor, from the one with the smallest squared error to the largest magnitude. It picks the
+    threshold that minimizes the output error of the layers that read the tensor."""
     correct_bias: bool = True
     """Subtract the mean quantization error of each output channel from its bias."""
     equalize: bool = False
-    """Rescale the channels of activations and, inversely, the weights that read them, if that is exact."""
+    """Rescale the channels of activations and, inversely, the weights that read them, if that is
+    exact."""
     reconstruct: bool = False
     """Learn whether each weight is rounded up or down (AdaRound)."""
     budget: float | None = None
-    """Maximum loss of top-1 accuracy on held-out images, in percentage points. Layers are kept in floating point
-    until the loss is within the budget. None: no limit, and no images are held out."""
+    """Maximum loss of top-1 accuracy on held-out images, in percentage points (default: no limit,
+    and no images are held out). Layers are kept in floating point until the loss is within the
+    budget."""
     mix: tuple[str, ...] = ("clean",)
     """Variants of each image to calibrate on; see `calib.images.KINDS`."""
     keep: tuple[str, ...] = ()
@@ -47,8 +50,8 @@ class CalibrationConfig:
     leave: tuple[str, ...] = ()
     """Kinds of layers to keep in floating point, from LAYER_KINDS."""
     residuals: bool = False
-    """Also quantize the second input of each Add that follows a quantized convolution, which lets TensorRT fuse
-    the two."""
+    """Also quantize the second input of each Add that follows a quantized convolution, which lets
+    TensorRT fuse the two."""
     half: bool = True
     """Convert everything that is not INT8 to FP16."""
     seed: int = 0
@@ -59,7 +62,7 @@ class CalibrationConfig:
             raise ConfigError(f"method must be one of {', '.join(METHOD_NAMES)}; found {self.method!r}")
         for kind in self.leave:
             if kind not in LAYER_KINDS:
-                raise ConfigError(f"kinds of layers are {', '.join(LAYER_KINDS)}; found {kind!r}")
+                raise ConfigError(f"expected kinds of layers from {', '.join(LAYER_KINDS)}; found {kind!r}")
         if self.images < 1:
             raise ConfigError(f"images must be at least 1; found {self.images}")
         if self.budget is not None and not 0 <= self.budget <= 100:

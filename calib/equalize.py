@@ -1,11 +1,12 @@
-"""Equalizes channels: moves range from the channels of an activation to the weights that read it.
+"""Equalize channels: move range from the channels of an activation to the weights that read it.
 
-If only convolutions read y, then y / s and W · s yield the same output, for each channel of y. Small channels grow
-toward the range of the largest channel, so the single scale of the tensor resolves them better. For a depthwise
-reader this costs nothing, because its weights have a scale per channel. For other readers the weights of a channel
-spread further, so s is a compromise: max|y|^α / max|W|^(1 − α).
+If only convolutions read y, then y / s and W · s yield the same output, for each channel of y.
+Small channels grow toward the range of the largest channel, so the single scale of the tensor
+resolves them better. For a depthwise reader this costs nothing, because its weights have a scale
+per channel. For other readers the weights of a channel spread further, so s is a compromise:
+max|y|^α / max|W|^(1 − α).
 
-y is divided by s going backward from y, as long as nothing else reads what changes:
+y is divided by s going backward from y, as long as nothing else reads the changed tensors:
 
     y = conv(x)          W, b ← W / s, b / s
     y = relu(x)          x ← x / s
@@ -13,11 +14,11 @@ y is divided by s going backward from y, as long as nothing else reads what chan
     y = x · gate         x ← x / s; if the gate pools x, the convolution behind the pool gets W · s
     y = pool(x)          x ← x / s
 
-Each s is a power of two, so all of this is exact in binary floating point: the output of the float32 network does
-not change by a single bit.
+Each s is a power of two, so all of this is exact in binary floating point: the output of the
+float32 network does not change by a single bit.
 
-Sources: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (1906.04721); for the
-compromise: Xiao et al., "SmoothQuant" (2211.10438).
+Sources: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
+(1906.04721); for the compromise: Xiao et al., "SmoothQuant" (2211.10438).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ ALPHAS = (0.5, 1.0)
 """Values of α to try; 1 equalizes the activation fully."""
 
 _MAX_GAIN = 256.0
-"""Largest growth of a channel; smaller channels are practically empty."""
+"""Maximum growth of a channel. Channels that need more are practically empty."""
 _POOLS = ("AveragePool", "GlobalAveragePool", "MaxPool", "GlobalMaxPool", "ReduceMean")
 
 _Edit = Callable[[ir.Graph, NDArray[np.float32]], None]
@@ -60,7 +61,7 @@ class _Plan:
 
 
 def equalizable_tensors(model: onnx.ModelProto, tensors: Iterable[str]) -> list[str]:
-    """Return those of `tensors` whose channels can be scaled exactly."""
+    """Return the tensors whose channels can be scaled exactly."""
     values = _values_by_name(_to_ir(model).graph)
     return [name for name in tensors if name in values and _plan_for(values[name]) is not None]
 
@@ -120,7 +121,7 @@ def _channel_scales(
 
 
 def _weight_maxima(readers: Iterable[ir.Node]) -> NDArray[np.float64]:
-    """Return the largest weight that reads each channel, relative to the largest of its output channel.
+    """Return the largest weight per input channel, relative to the largest of its output channel.
 
     It is 1 for depthwise readers.
     """
@@ -155,7 +156,7 @@ def _plan_for(value: ir.Value) -> _Plan | None:
 
 
 def _multiply_weights(node: ir.Node, value: ir.Value) -> _Edit | None:
-    """Return the edit that multiplies the weights of a reader of `value` by s; None if there is none."""
+    """Return the edit that multiplies the weights of a reader of `value` by s, or None."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     if node.inputs[0] is not value or weight is None or weight.const_value is None:
         return None
@@ -169,7 +170,7 @@ def _multiply_weights(node: ir.Node, value: ir.Value) -> _Edit | None:
 
 
 def _divide(value: ir.Value, known: set[ir.Node]) -> tuple[_Edit, ...] | None:
-    """Return the edits that divide `value` by s; None if a node outside `known` reads it or it is not possible."""
+    """Return the edits that divide `value` by s; None if impossible or read outside `known`."""
     node = value.producer()
     if node is None or value.is_graph_output() or not {reader for reader, _ in value.uses()} <= known:
         return None
@@ -253,7 +254,7 @@ def _rank(value: ir.Value | None) -> int:
 
 
 def _scale_weights(node: ir.Node, axis: int, graph: ir.Graph, factors: NDArray[np.float32]) -> None:
-    """Replace the node's weights by a copy multiplied along `axis`; other nodes may share the original."""
+    """Replace the node's weights, which may be shared, with a copy multiplied along `axis`."""
     weight = array_of(node.inputs[1])
     name = unused_name(graph, f"{node.name}_equalized")
     node.replace_input_with(1, add_initializer(graph, name, weight * along(factors, axis, weight.ndim)))
@@ -267,17 +268,17 @@ def _divide_conv(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float32]) ->
 
 
 def _restore_input(sigmoid: ir.Node, graph: ir.Graph, scales: NDArray[np.float32]) -> None:
-    """Let the sigmoid of a SiLU read what it read before the division."""
+    """Make the sigmoid of a SiLU read the value from before the division."""
     data = sigmoid.inputs[0]
     assert data is not None
-    sigmoid.replace_input_with(0, _multiplied(graph, sigmoid, data, scales))
+    sigmoid.replace_input_with(0, _insert_mul(graph, sigmoid, data, scales))
 
 
 def _replace_hard_swish(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float32]) -> None:
-    """Replace HardSwish(x) by x · HardSigmoid(x · s)."""
+    """Replace HardSwish(x) with x · HardSigmoid(x · s)."""
     data = node.inputs[0]
     assert data is not None
-    restored = _multiplied(graph, node, data, scales)
+    restored = _insert_mul(graph, node, data, scales)
     gate = make_node(
         "HardSigmoid", [restored], name=f"{node.name}_gate", like=data, attributes={"alpha": 1 / 6, "beta": 0.5}
     )
@@ -285,7 +286,7 @@ def _replace_hard_swish(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float
     replace_node(graph, node, [gate, product])
 
 
-def _multiplied(graph: ir.Graph, reader: ir.Node, data: ir.Value, scales: NDArray[np.float32]) -> ir.Value:
+def _insert_mul(graph: ir.Graph, reader: ir.Node, data: ir.Value, scales: NDArray[np.float32]) -> ir.Value:
     factor = add_initializer(graph, f"{reader.name}_restored_by", along(scales, 1, 4))
     product = make_node("Mul", [data, factor], name=f"{reader.name}_restored", like=data)
     graph.insert_before(reader, product)

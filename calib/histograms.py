@@ -1,4 +1,4 @@
-"""Collects histograms of a network's activations over any number of images, and caches them on disk."""
+"""Collect histograms of activations over any number of images, and cache them on disk."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ __all__ = ["BINS", "Histogram", "cache_file", "collect_histograms", "load_histog
 log = logging.getLogger(__name__)
 
 BINS = 4096
-"""Number of bins. At least half of them are used: the range ends at the power of two above the largest magnitude."""
+"""Number of bins. At least half of them are used: the range ends at the power of two above the
+largest magnitude."""
 _MIN_TOP = 2.0**-100
-"""Smallest range. It keeps the bin width representable in float32; smaller magnitudes do not matter."""
+"""Smallest range. It keeps the bin width representable in float32; smaller magnitudes do not
+matter."""
 _SAVE_INTERVAL = 64
 """Number of images after which the histograms are written to the cache."""
 _CACHE_FORMAT = 1
@@ -36,13 +38,14 @@ _CACHE_FORMAT = 1
 class Histogram:
     """Counts the magnitudes of a tensor.
 
-    The range is a power of two. If a larger value arrives, the range doubles and neighboring bins merge. The counts
-    therefore depend neither on the order of the images nor on the batch size.
+    The range is a power of two. If a larger value arrives, the range doubles and neighboring bins
+    merge. The counts therefore depend neither on the order of the images nor on the batch size.
     """
 
     def __init__(self) -> None:
         self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
-        """Number of values per bin, (BINS,); bin i covers magnitudes from i · `width` to (i + 1) · `width`."""
+        """Number of values per bin, (BINS,); bin i covers magnitudes from i · `width` to (i + 1) ·
+        `width`."""
         self.top = 0.0
         """Upper end of the range; 0 until the first value that is not zero."""
         self.amax = 0.0
@@ -62,7 +65,11 @@ class Histogram:
         return middles
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Count `values`, an array of any shape. Raises ValueError if a value is not finite."""
+        """Count `values`, an array of any shape.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
         magnitudes = np.abs(values).ravel()
         largest = float(magnitudes.max(initial=0.0))
         if not np.isfinite(largest):
@@ -102,8 +109,8 @@ def collect_histograms(
         batches: inputs of the graph; no batch is kept after it has run.
         tensors: names of node outputs or of the input.
         progress: called after each batch with its number of images.
-        cache: file from `cache_file` for this model and these images. It is read first and updated after every
-            64 images, so an interrupted run resumes.
+        cache: file from `cache_file` for this model and these images. It is read first and updated
+            after every 64 images, so an interrupted run resumes.
         threads: number of threads that count; ONNX Runtime uses its own.
 
     Raises:
@@ -130,7 +137,7 @@ def collect_histograms(
                 save_histograms(cache, histograms, seen)
                 saved = seen
     if not seen:
-        raise DataError("calibration needs images, but there are none")
+        raise DataError("calibration needs at least one batch of images; found none")
     if cache and seen > max(saved, known_images):
         save_histograms(cache, histograms, seen)
     return histograms
@@ -156,7 +163,7 @@ def cache_file(model: onnx.ModelProto, images_sha256: str) -> Path | None:
 
 
 def save_histograms(path: Path, histograms: Mapping[str, Histogram], images: int) -> None:
-    """Write the histograms counted over `images` images, and delete the least recently used files over the limit.
+    """Write histograms counted over `images` images, and delete old files over the size limit.
 
     Raises:
         OutputError: the file cannot be written.
@@ -176,7 +183,7 @@ def save_histograms(path: Path, histograms: Mapping[str, Histogram], images: int
 
 
 def load_histograms(path: Path, names: list[str]) -> tuple[dict[str, Histogram], int]:
-    """Return the saved histograms of exactly these tensors and the number of images; ({}, 0) if there are none."""
+    """Return the saved histograms of exactly these tensors and the image count, or ({}, 0)."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             if content["names"].tolist() != names or content["counts"].shape != (len(names), BINS):
@@ -187,7 +194,7 @@ def load_histograms(path: Path, names: list[str]) -> tuple[dict[str, Histogram],
                 histogram.counts = content["counts"][row].astype(np.int64)
                 histogram.top, histogram.amax = (float(value) for value in content["ranges"][row])
                 histogram.zeros = int(content["zeros"][row])
-            os.utime(path)  # marks the file as recently used
+            os.utime(path)  # mark the file as recently used
             return histograms, int(content["images"])
     except FileNotFoundError:
         return {}, 0

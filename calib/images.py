@@ -1,4 +1,4 @@
-"""The calibration set: images identified by their content, which makes a calibration reproducible."""
+"""Choose calibration images, identified by their content to make a calibration reproducible."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FORMAT = "advprop.calib/1"
 BATCH = 4
 """Batch size: small enough for a layer's output to stay in the CPU caches until it is counted."""
 KINDS = ("clean", "corrupted", "adversarial")
-"""Variants of an image: unchanged; corrupted by noise, blur, spatter or saturation (the corruptions that ImageNet-C
-reserves for validation, so its mCE remains a fair test); or adversarial."""
+"""Variants of an image: unchanged; corrupted by noise, blur, spatter or saturation (the corruptions
+that ImageNet-C reserves for validation, so its mCE remains a fair test); or adversarial."""
 
 Adversary: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Returns adversarial versions of normalized images, float32 (N, 3, H, W)."""
@@ -57,11 +57,12 @@ class CalibrationSet:
     mix: tuple[str, ...] = ("clean",)
     """Variants, from KINDS; each image is used once per variant."""
     seed: int = 0
-    """Seed of the corruptions. The corruption of an image depends on this seed and on the image's hash."""
+    """Seed of the corruptions. The corruption of an image depends on this seed and on the image's
+    hash."""
 
     @property
     def sha256(self) -> str:
-        """Hash of the set: its images' hashes in order and, unless the mix is clean only, the mix and the seed."""
+        """Hash of the images' hashes and, unless the mix is clean only, the mix and seed."""
         digest = hashlib.sha256("".join(image.sha256 for image in (*self.images, *self.held)).encode())
         if self.mix != ("clean",):
             digest.update(f"{self.mix} {self.seed}".encode())
@@ -80,9 +81,10 @@ class CalibrationSet:
         """Yield batches of normalized images, float32 (N, 3, H, W), with N up to `size`.
 
         Args:
-            spec: how an image becomes the network's input.
-            count: maximum number of images, all variants together, evenly spaced over the set; 0 for all.
-            kinds: variants to yield; default: the whole mix.
+            spec: preprocessing of the network.
+            count: maximum number of images, all variants together, evenly spaced over the set; 0
+                for all.
+            kinds: variants to yield (default: the whole mix).
             held: yield the held-out images instead.
             adversary: attacks the images of the variant `adversarial`.
             size: batch size.
@@ -99,12 +101,16 @@ class CalibrationSet:
                 for kind in kinds:
                     pixels = fitted
                     if kind == "corrupted":
-                        pixels = [_corrupted(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
+                        pixels = [_corrupt(*pair, self.seed) for pair in zip(fitted, few, strict=True)]
                     batch = Preprocessor(spec).convert(np.stack(pixels))
                     yield adversary(batch) if kind == "adversarial" and adversary else batch
 
     def save(self, path: Path) -> None:
-        """Write the manifest, from which `calibration_set` restores this set. Raises OutputError."""
+        """Write a manifest from which `calibration_set` restores this set.
+
+        Raises:
+            OutputError: `path` cannot be written.
+        """
         content = {
             "format": FORMAT,
             "source": str(self.source),
@@ -122,7 +128,7 @@ def check_mix(mix: Sequence[str], adversary: Adversary | None) -> None:
     for kind in mix:
         if kind not in KINDS:
             raise ConfigError(
-                f"the kinds of a calibration mix are {', '.join(KINDS)}; found {kind!r}; {nearest(kind, KINDS)}"
+                f"a calibration mix contains {', '.join(KINDS)}; found {kind!r}; {nearest(kind, KINDS)}".rstrip("; ")
             )
     if not mix or len(set(mix)) < len(mix):
         raise ConfigError(
@@ -147,31 +153,34 @@ def calibration_set(
     """Choose calibration images.
 
     Args:
-        source: a folder, a tar file, an array (see `open_source`), or the manifest (`calib.json`) of an
-            earlier set, which is then used unchanged.
+        source: a folder, a tar file, an array (see `open_source`), or the manifest (`calib.json`)
+            of an earlier set, which is then used unchanged.
         count: maximum number of images, evenly spaced over the sorted names.
-        spec: the network's preprocessing; images that it cannot be applied to are skipped too.
-        held: also hold out images for a budget: up to `count` more, or a quarter of all images if there are
-            not enough.
+        spec: the network's preprocessing. If given, images that cannot be preprocessed are skipped.
+        held: also hold out images for a budget: up to `count` more, or a quarter of all images if
+            there are too few.
         mix: variants of each image, from KINDS.
         seed: seed of the corruptions.
 
     Raises:
-        DataError: there are no usable images, all are copies of one, or they differ from those in the manifest.
+        DataError: there are no usable images, all images are copies of one, or they differ from the
+            manifest.
     """
     if source.suffix == ".json":
         return _from_manifest(source)
     with open_source(source) as reader:
         available = len(reader.names)
         total = min(available, 2 * count if held else count)
-        found = _readable(reader, spread(reader.names, total), spec)
+        found = _usable_images(reader, spread(reader.names, total), spec)
     if not found:
         raise DataError(
             f"{source}: found {available} images, none of which can be used; pass a few hundred photographs "
             "like those that the model will see"
         )
     if len(found) > 1 and len({image.sha256 for image in found}) == 1:
-        raise DataError(f"{source}: all {len(found)} images are copies of one; pass a few hundred different images")
+        raise DataError(
+            f"{source}: all {len(found)} images are copies of the same image; pass a few hundred different images"
+        )
     apart = spread(range(len(found)), max(len(found) - count, len(found) // 4)) if held else []
     return CalibrationSet(
         source=source.resolve(),
@@ -182,7 +191,7 @@ def calibration_set(
     )
 
 
-def _readable(reader: ImageSource, names: Sequence[str], spec: Preprocessing | None) -> list[CalibrationImage]:
+def _usable_images(reader: ImageSource, names: Sequence[str], spec: Preprocessing | None) -> list[CalibrationImage]:
     found = []
     small = 0
     for name in names:
@@ -200,7 +209,7 @@ def _readable(reader: ImageSource, names: Sequence[str], spec: Preprocessing | N
         found.append(CalibrationImage(name, _sha256(content)))
     if small and spec is not None:
         log.warning(
-            "%d of %d images are less than half as large as the network's input (%d x %d); enlarged, they lack "
+            "%d of %d images are less than half as large as the network's input (%d x %d); enlarged images lack "
             "the detail of the images that the model will see",
             *(small, len(found), spec.height, spec.width),
         )
@@ -213,8 +222,8 @@ def _sha256(content: bytes | NDArray[np.uint8]) -> str:
     return hashlib.sha256(str(content.shape).encode() + content.tobytes()).hexdigest()
 
 
-def _corrupted(image_HWC: NDArray[np.uint8], image: CalibrationImage, seed: int) -> NDArray[np.uint8]:
-    """Apply a validation corruption at a severity of 1 to 5, both chosen by the seed and the image's hash."""
+def _corrupt(image_HWC: NDArray[np.uint8], image: CalibrationImage, seed: int) -> NDArray[np.uint8]:
+    """Apply a validation corruption and severity that depend on the seed and the image's hash."""
     from runtime.evaluate.corruptions import EXTRAS, corrupt
 
     draw = int.from_bytes(hashlib.sha256(f"{seed} {image.sha256}".encode()).digest()[:4])

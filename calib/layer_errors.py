@@ -1,8 +1,8 @@
-"""Measures what quantization does to the output of each layer, with everything before the layer exact.
+"""Measure the output error of each quantized layer, with everything before the layer exact.
 
-One graph contains the float network and, next to each layer, copies of the layer with int8 weights and with its input
-through Q/DQ at each candidate threshold. The squared error of the output is used to choose thresholds. The mean error
-of each channel is used for bias correction.
+One graph contains the float network and, next to each layer, copies of the layer with int8 weights
+and with its input through Q/DQ at each candidate threshold. The squared error of the output is used
+to choose thresholds. The mean error of each channel is used for bias correction.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def layer_errors(
 
     Args:
         model: a float32 graph.
-        points: from `points_of`; those that are `int8` are measured.
+        points: from `points_of`; points with `int8` set are measured.
         candidates: tensor → thresholds; thresholds with the same scale are tried once.
         batches: inputs of the graph.
         progress: called after each batch with its number of images.

@@ -1,4 +1,4 @@
-"""Command-line options that make a CalibrationConfig, for `advprop calibrate` and `advprop-export`."""
+"""Options for CalibrationConfig, shared by `advprop calibrate` and `advprop-export`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CALIBRATION_OPTIONS = (
         show_default=True,
         type=CommaList(str),
         metavar="KINDS",
-        help="Versions of each image to calibrate on: clean, corrupted, adversarial.",
+        help="Variants of each image to calibrate on: clean, corrupted, adversarial.",
     ),
     _option(
         "--method",
@@ -64,8 +64,8 @@ CALIBRATION_OPTIONS = (
         "--budget",
         type=click.FloatRange(0, 100),
         metavar="POINTS",
-        help="Maximum loss of top-1 accuracy on held-out images, in percentage points. Layers stay in FP16 until it "
-        "is met.",
+        help="Maximum loss of top-1 accuracy on held-out images, in percentage points. Layers are kept in FP16 "
+        "until the loss is within it.",
     ),
     _option("--keep", multiple=True, metavar="NODE", help="Node to keep in floating point. Repeatable."),
     _option(

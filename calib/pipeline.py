@@ -1,4 +1,4 @@
-"""`calibrate_file`: writes an INT8 ONNX file from a float32 ONNX file and images, with a record and plots."""
+"""Quantize a float32 ONNX file to INT8 with calibration images, and write a record and plots."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ _LOW_AGREEMENT = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedFile:
-    """What `calibrate_file` wrote."""
+    """The result of `calibrate_file`."""
 
     calibrated: Calibrated
     """Points, thresholds and histograms."""
     images: CalibrationSet
     """The calibration images."""
     rounded: onnx.ModelProto
-    """The written graph with every rounding that a GPU does, for ONNX Runtime on a CPU."""
+    """The written graph with every rounding of a GPU, to run in ONNX Runtime on a CPU."""
     parity_images: int
     """Number of images on which the graphs were compared."""
     agreement: float
-    """Share of them on which `rounded` has the same top-1 class as the float32 graph, 0 to 1."""
+    """Share of these images on which `rounded` has the same top-1 class as the float32 graph, 0 to
+    1."""
 
 
 def calibrate_file(
@@ -67,22 +68,25 @@ def calibrate_file(
 ) -> CalibratedFile:
     """Quantize the ONNX file `source` and write `target`.
 
-    Also writes, next to `target`: `calib.json` (the images), `NAME.json` (every layer), `NAME.ranges.png` and, with
-    a budget, `NAME.budget.png`.
+    Also writes, next to `target`: `calib.json` (the images), `NAME.json` (every layer),
+    `NAME.ranges.png` and, with a budget, `NAME.budget.png`.
 
     Args:
         source: a float32 ONNX classifier with float32 input and logits.
         data: real images: a folder, a tar file, an array, or the `calib.json` of an earlier run.
         target: the INT8 file to write.
-        config: settings; default: `CalibrationConfig()`.
-        preprocessing: how an image becomes the input; required if and only if `source` has no spec.
+        config: settings (default: `CalibrationConfig()`).
+        preprocessing: preprocessing of the images; required if and only if `source` has no spec.
         adversary: attacks images; required if the mix has adversarial images.
-        cache: cache histograms, so an interrupted run resumes and another run with the same images is faster.
-        progress: called with the stage, the number of images or layers done, and their total (0 if unknown).
+        cache: cache histograms. An interrupted run then resumes, and other runs with these images
+            are faster.
+        progress: called with the stage, the number of images or layers done, and their total (0 if
+            unknown).
 
     Raises:
         AdvPropError: see `calibrate`, `calibration_set` and `read_float_model`.
-        ConfigError: `target` cannot be used, the mix is not possible, or there are no held-out images for the budget.
+        ConfigError: `target` cannot be used, the mix is not possible, or there are no held-out
+            images for the budget.
         VerificationError: the INT8 graph outputs logits that are not finite; nothing is written.
     """
     config = config or CalibrationConfig()
@@ -138,7 +142,7 @@ def _choose_images(
 
 
 def _batch_size(model: onnx.ModelProto) -> int:
-    """Return the batch size: 1 if the graph fixes it to 1."""
+    """Return the batch size for calibration: 1 if the graph fixes it to 1, otherwise `BATCH`."""
     return 1 if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1 else BATCH
 
 
@@ -218,7 +222,8 @@ def _log_outcome(source: Path, result: CalibratedFile) -> None:
 
 
 def _write(target: Path, quantized: onnx.ModelProto, result: CalibratedFile, config: CalibrationConfig) -> None:
-    # Remove the old record first: an interruption must not leave a record next to a model that it does not describe.
+    # Remove the old record first: an interruption must not leave a record next to a model that it
+    # does not describe.
     target.with_suffix(".json").unlink(missing_ok=True)
     save_onnx(quantized, target)
     save_record(target.with_suffix(".json"), result, config)

@@ -1,11 +1,12 @@
-"""Decides which tensors are quantized, by TensorRT's rules for explicit quantization.
+"""Decide which tensors are quantized, by TensorRT's rules for explicit quantization.
 
-The inputs of convolutions and matrix products are quantized: activations per tensor, weights per output channel.
-Their outputs are not (a SiLU behind them needs the full range), nor are biases or anything in between. On request, the
-input of a residual Add that does not come from a convolution is quantized too; TensorRT can then fuse the Add into
-the convolution.
+The inputs of convolutions and matrix products are quantized: activations per tensor, weights per
+output channel. Their outputs are not (a SiLU behind them needs the full range), nor are biases or
+anything in between. On request, the input of a residual Add that does not come from a convolution
+is quantized too; TensorRT can then fuse the Add into the convolution.
 
-Source: NVIDIA, TensorRT Developer Guide, "Working with Quantized Types", Q/DQ placement recommendations.
+Source: NVIDIA, TensorRT Developer Guide, "Working with Quantized Types", Q/DQ placement
+recommendations.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _QUANTIZED_OPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A quantization point: a convolution or matrix product, and whether it computes in INT8."""
+    """A quantization point: a convolution or matrix product, with the precision it computes in."""
 
     node: str
     """Name of the node."""
@@ -73,7 +74,8 @@ def points_of(model: onnx.ModelProto, keep: Collection[str] = (), leave: Collect
 
     Raises:
         ConfigError: `keep` names a node that is not a convolution or matrix product.
-        ModelFileError: the graph is already quantized, has duplicate node names, or has nothing to quantize.
+        ModelFileError: the graph is already quantized, has duplicate node names, or has nothing to
+            quantize.
     """
     layers = [node for node in model.graph.node if node.op_type in WEIGHTED_OPS]
     _check_names(model, layers, keep)

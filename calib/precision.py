@@ -1,11 +1,11 @@
-"""Converts a float32 graph to FP16 or BF16, except for nodes that would overflow or lose too much accuracy.
+"""Convert a float32 graph to FP16 or BF16, except nodes that overflow or lose accuracy.
 
-The precision is part of the graph, because TensorRT 11 and TensorRT-RTX have no FP16 flag. The same file then runs on
-every backend.
+The precision is part of the graph, because TensorRT 11 and TensorRT-RTX have no FP16 flag. The same
+file then runs on every backend.
 
-ONNX Runtime's own converter accepts a list of nodes to keep in FP32, but it rounds every tensor between two of them to
-FP16, so a tensor that overflows still does. Here a tensor has the type of the node that computes it, and is cast only
-for readers of another type.
+ONNX Runtime's own converter accepts a list of nodes to keep in FP32, but it rounds every tensor
+between two such nodes to FP16, where a large tensor still overflows. Here a tensor has the type of
+the node that computes it, and is cast only for readers of another type.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ REDUCED = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 """The precisions that a float32 graph can be converted to, by name."""
 
 LIMIT = float(np.finfo(np.float16).max) / 2
-"""Tensors that exceed this on the measured images stay in FP32. It is half of FP16's maximum of 65504, because other
-images can have larger values."""
+"""Tensors that exceed this on the measured images stay in FP32. It is half of FP16's maximum of
+65504, because other images can have larger values."""
 
 _BF16_OPSET = 22
-"""First opset in which convolutions can be BF16. The other operators used here are the same as in opset 20."""
+"""First opset in which convolutions can be BF16. The other operators used here are the same as in
+opset 20."""
 
 _FP32_OPS = frozenset({"Resize", "Upsample", "CumSum", "RandomNormalLike", "RandomUniformLike", "Range"})
 """Operators that have no FP16 version in ONNX or TensorRT, or require float32 inputs."""
@@ -66,17 +67,19 @@ class Decision:
     op: str
     """Its operator."""
     reason: Literal["overflow", "loss"]
-    """`overflow`: a tensor exceeds LIMIT. `loss`: the node, or a node that reads it, has one of the largest errors."""
+    """`overflow`: a tensor exceeds LIMIT. `loss`: the node, or a node that reads it, has one of the
+    largest errors."""
     tensor: str
-    """The tensor that decided."""
+    """The tensor that caused the decision."""
     amax: float
     """Its largest magnitude on the measured images."""
     error: float = 0.0
-    """For `loss`: the error of the tensor in the reduced precision, relative to its largest magnitude."""
+    """For `loss`: the error of the tensor in the reduced precision, relative to its largest
+    magnitude."""
 
 
 def deciding_tensors(model: onnx.ModelProto) -> set[str]:
-    """Return the tensors, about a third of all, whose ranges show whether any tensor may exceed LIMIT."""
+    """Return the tensors whose ranges show whether any tensor may exceed LIMIT, a third of all."""
     nodes = model.graph.node
     producers = {name: node for node in nodes for name in node.output}
     readers: dict[str, set[str]] = {}
@@ -90,7 +93,8 @@ def deciding_tensors(model: onnx.ModelProto) -> set[str]:
         )
         if node.op_type in _CLIPPING or not (gated or node.op_type in _NOT_LARGER):
             tensors |= set(node.output)
-    # If only a Relu reads a tensor, its output decides: negative values that overflow are zero behind it.
+    # If only a Relu reads a tensor, its output decides: negative values that overflow are zero
+    # behind it.
     return {name for name in tensors if not (len(readers.get(name, ())) == 1 and readers[name] <= _CLIPPING)}
 
 
@@ -99,8 +103,8 @@ def overflows(model: onnx.ModelProto, amax: Mapping[str, float]) -> list[Decisio
 
     Args:
         model: a float32 graph.
-        amax: largest magnitude of each tensor. If only the deciding tensors are measured, the result shows whether
-            there are such nodes, but does not list all of them.
+        amax: largest magnitude of each tensor. If it has the deciding tensors only, the result is
+            empty if and only if no tensor overflows, but it does not list all nodes.
     """
     graph = ir.from_proto(model).graph
     ranges = {name: value if np.isfinite(value) else float("inf") for name, value in amax.items()}
@@ -124,12 +128,13 @@ def losses(
 ) -> list[Decision]:
     """Return the `count` nodes that add the largest errors, and the nodes whose outputs they read.
 
-    The latter matter because a difference of two large numbers loses accuracy when the numbers are rounded, not when
-    they are subtracted.
+    The producers matter because a difference of two large numbers loses accuracy when the numbers
+    are rounded, not when they are subtracted.
 
     Args:
         model: the float32 graph.
-        errors: errors of its tensors in the reduced precision; see `runtime.graph.compare.graph_errors`.
+        errors: errors of its tensors in the reduced precision; see
+            `runtime.graph.compare.graph_errors`.
         amax: largest magnitudes, for the record.
         count: number of nodes to choose by their own error.
     """
@@ -171,7 +176,7 @@ def to_reduced(model: onnx.ModelProto, precision: str, keep: Iterable[Decision] 
 
 
 class ToReduced(ir.passes.InPlacePass):
-    """Converts every node that can compute in a reduced precision; the graph's inputs and outputs stay float32."""
+    """Converts nodes to a reduced precision; the graph's inputs and outputs stay float32."""
 
     def __init__(self, kind: ir.DataType = ir.DataType.FLOAT16, keep: Iterable[str] = ()) -> None:
         """Convert to `kind`, FLOAT16 or BFLOAT16, and keep the nodes named in `keep` in FP32."""

@@ -1,4 +1,4 @@
-"""Reads float32 ONNX classifiers for calibration, and prepares those of other tools.
+"""Read float32 ONNX classifiers for calibration, and prepare files of other tools.
 
 A prepared model has unique node names, weights as initializers, and its BatchNorms folded.
 """
@@ -28,12 +28,12 @@ def read_float_model(source: Path, preprocessing: Preprocessing | None) -> tuple
 
     Args:
         source: an ONNX file, written by advprop or by another tool.
-        preprocessing: how an image becomes the input; required if and only if the file has no spec.
+        preprocessing: preprocessing of the images; required if and only if the file has no spec.
 
     Raises:
         ConfigError: `preprocessing` is given, but the file has a spec.
-        ModelFileError: the file is not a float32 classifier with float32 input and logits, or it has no
-            spec and `preprocessing` is missing.
+        ModelFileError: the file is not a float32 classifier with float32 input and logits, or it
+            has no spec and `preprocessing` is missing.
     """
     summary = summarize(source)
     if set(summary.weights) - {"fp32"}:
@@ -63,16 +63,17 @@ def read_float_model(source: Path, preprocessing: Preprocessing | None) -> tuple
 def prepare_model(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
     """Read and prepare a file of another tool.
 
-    ONNX Runtime's basic optimizations fold BatchNorms and constants; the result has standard operators only.
+    ONNX Runtime's basic optimizations fold BatchNorms and constants; the result has standard
+    operators only.
 
     Args:
         path: a float32 ONNX classifier of images.
-        preprocessing: how an image becomes its input. It goes into the spec of the result, in which the classes
-            are named by their numbers.
+        preprocessing: preprocessing of the images. It becomes part of the result's spec, in which
+            the classes are named by their numbers.
 
     Raises:
-        ModelFileError: the file is not such a classifier, expects another image size, or uses an operator that
-            ONNX Runtime does not have.
+        ModelFileError: the file is not such a classifier, expects another image size, or uses an
+            operator that ONNX Runtime does not have.
     """
     model = onnx.load(path)
     inputs, outputs = graph_inputs(model.graph), model.graph.output
@@ -91,9 +92,9 @@ def prepare_model(path: Path, preprocessing: Preprocessing) -> onnx.ModelProto:
                 f"{path} has opset {opset} and cannot be converted to {OPSET} ({first_line(error)}); "
                 f"export it with opset {OPSET}"
             ) from error
-    model = _optimized(path, model)
+    model = _optimize(path, model)
     _name_nodes(model)
-    onnx.helper.set_model_props(model, {METADATA_KEY: _spec(path, model, preprocessing).to_json()})
+    onnx.helper.set_model_props(model, {METADATA_KEY: _make_spec(path, model, preprocessing).to_json()})
     return model
 
 
@@ -110,7 +111,7 @@ def _check_input(path: Path, value: onnx.ValueInfoProto, preprocessing: Preproce
         )
 
 
-def _optimized(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+def _optimize(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -133,7 +134,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
             node.name = f"{node.op_type}_{number}"
 
 
-def _spec(path: Path, model: onnx.ModelProto, preprocessing: Preprocessing) -> ModelSpec:
+def _make_spec(path: Path, model: onnx.ModelProto, preprocessing: Preprocessing) -> ModelSpec:
     shape = shape_of(tensor_types(model)[model.graph.output[0].name])
     classes = shape[1] if len(shape) == 2 else 0
     if classes < 2:

@@ -1,4 +1,4 @@
-"""`calibrate`: quantizes a float32 ONNX classifier to INT8 with real images, without training."""
+"""Quantize a float32 ONNX classifier to INT8 with real images, without training."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ MIN_IMAGES = 32
 TRIAL_IMAGES = 64
 """Number of images on which candidate thresholds, equalizations and channel means are measured."""
 _EQUALIZED_NOISE = 0.9
-"""Equalization must reduce a tensor's noise to this share to be applied, because it can cost a multiplication."""
+"""Equalization must reduce a tensor's noise to this share to be applied, because it can cost a
+multiplication."""
 
 Batches: TypeAlias = Callable[[int], Iterator[NDArray[np.float32]]]
-"""Takes a number of images, 0 for all, and yields batches of them: normalized, float32 (N, 3, H, W)."""
+"""Number of images, 0 for all → batches of normalized images, float32 (N, 3, H, W)."""
 Progress: TypeAlias = Callable[[str, int], None]
-"""Called with a stage and the number of images, layers or steps done so far."""
+"""Called with the name of a stage and the number of images, layers or steps done so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """An INT8 graph and how it was made."""
+    """An INT8 graph, and the thresholds and measurements it was made from."""
 
     model: onnx.ModelProto
     """The graph: Q/DQ nodes around INT8 layers, float32 everywhere else."""
     source: onnx.ModelProto
-    """The float32 graph that was quantized: the given one, or its equalized version."""
+    """The float32 graph that was quantized: the input graph, or its equalized version."""
     points: tuple[Point, ...]
     """Every convolution and matrix product, and whether it is quantized."""
     thresholds: dict[str, float]
@@ -59,7 +60,7 @@ class Calibrated:
     equalized: dict[str, float]
     """Equalized tensor → α; see `calib.equalize`."""
     fallback: Fallback | None
-    """How the budget was met; None if there was no budget."""
+    """The layers kept in floating point for the budget; None without a budget."""
 
     @property
     def int8_share(self) -> float:
@@ -68,7 +69,7 @@ class Calibrated:
 
 
 class _Ranges(NamedTuple):
-    """What the pass over all images measured, without the layers and tensors that are always zero."""
+    """Measurements of the pass over all images, without layers and tensors that are always zero."""
 
     points: list[Point]
     residuals: list[tuple[str, str]]
@@ -90,13 +91,15 @@ def calibrate(
     Args:
         model: a float32 graph with unique node names.
         batches: the calibration images.
-        config: settings; `images` and `mix` have no effect here, because the caller provides the images.
+        config: settings; `images` and `mix` have no effect here, because the caller provides the
+            images.
         held: held-out images, on which the budget is measured.
-        images_sha256: hash of the images. If given, histograms are cached in the user's cache folder.
-        progress: called as the work proceeds.
+        images_sha256: hash of the images. If given, histograms are cached in the user's cache
+            folder.
+        progress: called with the stage and its progress as the work proceeds.
 
     Raises:
-        ConfigError: a node to keep does not exist.
+        ConfigError: a node to keep in floating point does not exist.
         DataError: there are no images, every tensor is zero on them, or a value is not finite.
         ModelFileError: the model is already quantized, or has nothing to quantize.
     """
@@ -154,7 +157,7 @@ class _Tracker:
 def _equalize(
     model: onnx.ModelProto, points: Sequence[Point], batches: Batches, track: _Tracker
 ) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """Return the graph with those tensors equalized whose noise decreases enough, and the α of each."""
+    """Equalize the tensors whose noise decreases enough; return the graph and their α."""
     names = equalizable_tensors(model, _int8_tensors(points))
     if not names:
         log.info("no activation of this network can be equalized exactly")
@@ -175,7 +178,7 @@ def _equalize(
 def _noise_per_tensor(
     model: onnx.ModelProto, points: Sequence[Point], names: Sequence[str], batches: Batches, track: _Tracker
 ) -> dict[str, float]:
-    """Return the total noise of the layers that read each tensor, at the threshold of the smallest squared error."""
+    """Return the total noise of each tensor's readers, at the threshold with the smallest error."""
     histograms = collect_histograms(model, batches(TRIAL_IMAGES), names, track.stage("channels"))
     thresholds = {name: [mse(histogram)] for name, histogram in histograms.items() if histogram.amax}
     some = [point for point in points if point.int8 and point.tensor in thresholds]
@@ -193,25 +196,25 @@ def _measure_ranges(
     images_sha256: str,
     track: _Tracker,
 ) -> _Ranges:
-    """Collect the histograms of all quantized tensors, and drop layers and residuals whose input is always zero."""
+    """Collect histograms of all quantized tensors; drop layers with inputs that are always zero."""
     residuals = residual_inputs(model, points) if config.residuals else []
     tensors = [*_int8_tensors(points), *(tensor for _, tensor in residuals)]
     cache = cache_file(model, images_sha256) if images_sha256 else None
     histograms = collect_histograms(model, batches(0), tensors, track.stage("ranges"), cache=cache)
     images = track.total("ranges")
     if images < MIN_IMAGES:
-        log.warning("%d calibration images are few; use at least %d, better 256", images, MIN_IMAGES)
+        log.warning("found only %d calibration images; use at least %d (recommended: 256)", images, MIN_IMAGES)
     if not any(histogram.amax for histogram in histograms.values()):
         raise DataError("every tensor is zero on the calibration images; check that they are real photographs")
     return _Ranges(
-        points=[_without_zeros(point, histograms) for point in points],
+        points=[_exclude_zero_input(point, histograms) for point in points],
         residuals=[(node, tensor) for node, tensor in residuals if histograms[tensor].amax],
         histograms=histograms,
     )
 
 
-def _without_zeros(point: Point, histograms: Mapping[str, Histogram]) -> Point:
-    """Keep a layer in floating point if its input is always zero: that does not determine a range."""
+def _exclude_zero_input(point: Point, histograms: Mapping[str, Histogram]) -> Point:
+    """Keep a layer in floating point if its input is always zero and has no range."""
     if not point.int8 or histograms[point.tensor].amax:
         return point
     return dataclasses.replace(point, int8=False, reason=f"{point.tensor} is zero on every calibration image")
@@ -224,28 +227,30 @@ def _int8_tensors(points: Sequence[Point]) -> list[str]:
 def _choose_thresholds(
     model: onnx.ModelProto, ranges: _Ranges, batches: Batches, config: CalibrationConfig, track: _Tracker
 ) -> tuple[dict[str, float], list[LayerError]]:
-    """Return the threshold of each quantized tensor, and the error of each layer if it was measured."""
+    """Return the threshold of each quantized tensor, and the measured errors of layers."""
     tensors = _int8_tensors(ranges.points)
     candidates = {name: _candidates(ranges.histograms[name], config.method) for name in tensors}
     thresholds, layers = {name: values[0] for name, values in candidates.items()}, list[LayerError]()
     if config.method == "auto" or config.correct_bias:
         trials = batches(TRIAL_IMAGES)
-        thresholds, layers = _pick(layer_errors(model, ranges.points, candidates, trials, track.stage("layers")))
+        thresholds, layers = _pick_thresholds(
+            layer_errors(model, ranges.points, candidates, trials, track.stage("layers"))
+        )
     for _, tensor in ranges.residuals:
-        if tensor not in thresholds:  # no quantized layer reads it whose output could decide
+        if tensor not in thresholds:  # no quantized layer reads the tensor, so no layer error can decide
             thresholds[tensor] = METHODS.get(config.method, mse)(ranges.histograms[tensor])
     return thresholds, layers
 
 
 def _candidates(histogram: Histogram, method: str) -> list[float]:
-    """Return the thresholds to try; for `auto`, from that of the smallest squared error to the largest magnitude."""
+    """Return the thresholds to try; `auto` starts from the one with the smallest squared error."""
     if method != "auto":
         return [METHODS[method](histogram)]
     found = (mse(histogram), percentile(histogram, 99.99), percentile(histogram, 99.999), minmax(histogram))
     return [value for value in dict.fromkeys(found) if value > 0] or [0.0]
 
 
-def _pick(tried: Collection[LayerError]) -> tuple[dict[str, float], list[LayerError]]:
+def _pick_thresholds(tried: Collection[LayerError]) -> tuple[dict[str, float], list[LayerError]]:
     """Pick the threshold of each tensor with the smallest total noise of its readers."""
     noise: dict[str, dict[float, float]] = {}
     for layer in tried:

@@ -1,7 +1,8 @@
-"""Inserts QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float32 graph.
+"""Insert QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float32 graph.
 
-INT8 is symmetric: values in [−127, 127], zero point 0. Scales are rounded up to FP16 numbers. The quantization steps
-therefore stay the same when the rest of the graph is converted to FP16, where TensorRT requires FP16 scales.
+INT8 is symmetric: values in [−127, 127], zero point 0. Scales are rounded up to FP16 numbers. The
+quantization steps therefore stay the same when the rest of the graph is converted to FP16, where
+TensorRT requires FP16 scales.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def scale_of(threshold: float | NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def dequantized_names(point: Point) -> tuple[str, str]:
-    """Return the names of the activation and the weights of a quantized layer behind their DequantizeLinear."""
+    """Return the names of a quantized layer's activation and weights after DequantizeLinear."""
     return _dequantized_name(point.tensor), _dequantized_name(_int8_name(point.weight, point.axis))
 
 
@@ -71,8 +72,8 @@ def quantize(
         points: from `points_of`.
         thresholds: tensor → clipping threshold (amax), for each activation that is quantized.
         biases: node → correction that is added to its bias, (channels,).
-        weights: node → int8 weights to use instead of rounding to nearest; only for nodes whose weights no other
-            node shares.
+        weights: node → int8 weights to use instead of rounding to nearest; only for nodes whose
+            weights no other node shares.
         residuals: (Add node, tensor) pairs; the tensor is quantized for that Add.
     """
     graph_model = ir.from_proto(model)
@@ -83,7 +84,7 @@ def quantize(
 
 
 class InsertQDQ(ir.passes.InPlacePass):
-    """Inserts Q/DQ pairs before activations, and replaces weights by int8 weights with a DequantizeLinear."""
+    """Inserts Q/DQ pairs at activations, and DequantizeLinear nodes behind int8 weights."""
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class InsertQDQ(ir.passes.InPlacePass):
     def _dequantized(
         self, graph: ir.Graph, reader: ir.Node, value: ir.Value, done: dict[ir.Value, ir.Value]
     ) -> ir.Value:
-        """Return the value behind a Q/DQ pair that all its readers share; `reader` is the first of them."""
+        """Return the value behind a Q/DQ pair. All readers share it; `reader` is the first one."""
         if value not in done:
             name = str(value.name)
             scale = add_initializer(graph, f"{name}_scale", scale_of(self._thresholds[name]))

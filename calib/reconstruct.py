@@ -1,12 +1,12 @@
-"""Learns whether each weight is rounded up or down, to minimize the error of the layer's output (AdaRound).
+"""Learn whether each weight is rounded up or down, to minimize output errors (AdaRound).
 
-Layers are processed from the input on. Each layer reads the output of the network quantized so far, and its target is
-the output of the float32 layer. Gradient descent optimizes a soft rounding choice that a regularizer pushes toward 0
-or 1. The remaining mean error is corrected in the bias.
+Layers are processed in graph order. Each layer reads the output of the network quantized so far,
+and its target is the output of the float32 layer. Gradient descent optimizes a soft rounding choice
+that a regularizer pushes toward 0 or 1. The remaining mean error is corrected in the bias.
 
-Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2004.10568). The rectified
-sigmoid, the regularizer, the schedule and the asymmetric form, in which a layer reads quantized activations, are
-theirs.
+Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2004.10568).
+The rectified sigmoid, the regularizer, the schedule and the asymmetric form, in which a layer reads
+quantized activations, are from this paper.
 """
 
 from __future__ import annotations
@@ -71,16 +71,18 @@ def reconstruct(
 
     Args:
         model: the float32 graph.
-        points: from `points_of`. Those that are `int8` are reconstructed, except layers that share their weights,
-            ConvTranspose, convolutions with automatic padding, and Gemm with factors.
+        points: from `points_of`. Points with `int8` set are reconstructed, except layers that share
+            their weights, ConvTranspose, convolutions with automatic padding, and Gemm with
+            factors.
         thresholds: tensor → clipping threshold (amax).
         batches: images; at most 32 are used, evenly spaced.
-        seed: seed of the order of the images.
+        seed: seed of the image order.
         steps: gradient descent steps per layer.
         progress: called after each layer with 1.
 
     Returns:
-        Node → int8 weights, and node → correction of its bias, (channels,), as `quantize` expects them.
+        Node → int8 weights, and node → correction of its bias, (channels,), as `quantize` expects
+        them.
     """
     images = np.stack(spread(list(np.concatenate(list(batches))), _MAX_IMAGES))
     nodes = {node.name: node for node in model.graph.node}

@@ -1,4 +1,4 @@
-"""Reports a calibration: the record `NAME.json`, a table for the console, and plots."""
+"""Report a calibration: the record `NAME.json`, a table for the console, and plots."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _budget_record(fallback: Fallback) -> dict[str, Any]:
         "losses": fallback.chosen.losses,
         "agreement": fallback.chosen.agreement,
         "given_back": list(fallback.chosen.floating),
-        "sensitivity": {  # JSON has no number for inf: null
+        "sensitivity": {  # JSON cannot represent inf
             node: value if math.isfinite(value) else None for node, value in fallback.sensitivity.items()
         },
         "trials": [
@@ -83,7 +83,7 @@ def print_calibration(console: Console, source: str, target: Path, result: Calib
         console: console to print to.
         source: name of the float32 file.
         target: the INT8 file.
-        result: what `calibrate_file` returned.
+        result: result of `calibrate_file`.
     """
     from rich.table import Table
 
@@ -135,7 +135,7 @@ def plot_ranges(calibrated: Calibrated, path: Path) -> None:
 
 
 def plot_fallback(fallback: Fallback, path: Path) -> None:
-    """Plot the lost top-1 accuracy of each measured choice of layers against its share of MACs in INT8."""
+    """Plot the loss of top-1 accuracy of each measured choice against its INT8 share."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")

@@ -1,12 +1,12 @@
-"""Meets an accuracy budget: finds the layers that must stay in floating point for all others to be INT8.
+"""Meet an accuracy budget: find the layers to keep in floating point while all others are INT8.
 
-The images need no labels. The cost of INT8 is estimated with the float32 network's own probabilities p: an image whose
-top-1 class changes from a to b costs p(a) − p(b), the expected loss of top-1 accuracy if p is calibrated. This
-estimate has much less noise than the number of changed images, because most changes are between classes of almost
-equal probability.
+The images need no labels. The cost of INT8 is estimated with the float32 network's own
+probabilities p: an image whose top-1 class changes from a to b costs p(a) − p(b), the expected loss
+of top-1 accuracy if p is calibrated. This estimate has much less noise than the number of changed
+images, because most changes are between classes of almost equal probability.
 
-The sensitivity of a layer is the KL divergence of the network's output with only that layer in INT8. Layers are
-moved to floating point in descending order of sensitivity per multiply-accumulate.
+The sensitivity of a layer is the KL divergence of the network's output with only that layer in
+INT8. Layers are moved to floating point in descending order of sensitivity per multiply-accumulate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Quantize: TypeAlias = Callable[[Sequence[Point]], onnx.ModelProto]
 _SENSITIVITY_BATCHES = 8
 """Number of batches of each kind on which sensitivities are measured."""
 _MAX_RETRIES = 8
-"""Number of layers that are tried in INT8 again once the budget is met."""
+"""Number of floating-point layers that are retried in INT8 once the budget is met."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def loss(self) -> float:
-        """Loss of the kind of image that loses most, 0 to 1."""
+        """Largest loss among the kinds of images, 0 to 1."""
         return max(self.losses.values())
 
 
@@ -71,7 +71,8 @@ class Fallback:
     chosen: Trial
     """The choice that was made."""
     sensitivity: dict[str, float]
-    """Node → KL divergence with only this node in INT8, in nats; empty if all layers can be INT8."""
+    """Node → KL divergence with only this node in INT8, in nats; empty if all layers can be
+    INT8."""
 
     @property
     def met(self) -> bool:
@@ -80,7 +81,7 @@ class Fallback:
 
 
 def expected_loss(reference_NK: NDArray[np.floating], logits_NK: NDArray[np.floating]) -> float:
-    """Return the expected loss of top-1 accuracy, 0 to 1, according to the reference's probabilities.
+    """Return the expected loss of top-1 accuracy, 0 to 1, by the reference's probabilities.
 
     Args:
         reference_NK: logits of the float32 network.
@@ -102,7 +103,7 @@ def measure_sensitivity(
 
     Args:
         quantize: returns the INT8 graph for the given points.
-        points: those that are `int8` are measured.
+        points: points with `int8` set are measured.
         batches: images.
         reference: the float32 network's logits of each batch.
         progress: called after each layer with 1.
@@ -137,7 +138,8 @@ def meet_budget(
         points: all points of the graph.
         budget: allowed expected loss of top-1 accuracy on each kind of image, 0 to 1.
         held: held-out images.
-        progress: called with the stage, `budget` or `sensitivity`, and the number of images or layers just done.
+        progress: called with the stage, `budget` or `sensitivity`, and the number of images or
+            layers just done.
     """
     search = _Search(model, quantize, points, held, progress)
     sensitivity: dict[str, float] = {}
@@ -158,7 +160,7 @@ def meet_budget(
 
 
 class _Search:
-    """Measures choices of layers, each of them once."""
+    """Measures choices of layers. Each choice is measured once."""
 
     def __init__(
         self,
@@ -185,7 +187,7 @@ class _Search:
                     self._sample_reference.append(logits)
 
     def measure(self, floating: Sequence[str]) -> Trial:
-        """Return the trial with these nodes in floating point, from an earlier call if there is one."""
+        """Return the trial with these nodes in floating point. Each choice is measured once."""
         for trial in self.trials:
             if set(trial.floating) == set(floating):
                 return trial
@@ -207,7 +209,7 @@ class _Search:
         return trial
 
     def best_within(self, budget: float) -> Trial | None:
-        """Return the measured trial within the budget that has most of its work in INT8, or None."""
+        """Return the measured trial within the budget that has the largest INT8 share, or None."""
         within = [trial for trial in self.trials if trial.loss <= budget]
         return max(within, key=lambda trial: trial.int8_share, default=None)
 
@@ -222,7 +224,7 @@ class _Search:
 
 
 def _bisect(search: _Search, order: Sequence[str], budget: float) -> None:
-    """Find how many of the most sensitive layers must be in floating point; at least one layer stays in INT8."""
+    """Find the number of most sensitive layers to keep in floating point; one stays in INT8."""
     most = len(order) - 1
     low, high = 0, 1
     while high < most and search.measure(order[:high]).loss > budget:
@@ -238,7 +240,7 @@ def _bisect(search: _Search, order: Sequence[str], budget: float) -> None:
 
 
 def _retry_int8(search: _Search, macs: Mapping[str, int], budget: float) -> None:
-    """Try the largest floating-point layers in INT8 again: sensitivities are of single layers, not of combinations."""
+    """Retry the largest floating-point layers in INT8: sensitivities ignore interactions."""
     best = search.best_within(budget)
     if best is None:
         return

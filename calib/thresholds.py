@@ -1,7 +1,7 @@
-"""Chooses a clipping threshold (amax) from a histogram of magnitudes, with pure functions.
+"""Choose a clipping threshold (amax) from a histogram of magnitudes.
 
-INT8 represents x as round(x / s), clipped to ±127, with the scale s = threshold / 127. A lower threshold makes the
-steps finer and clips more values.
+INT8 represents x as round(x / s), clipped to ±127, with the scale s = threshold / 127. A lower
+threshold makes the steps finer and clips more values.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ _ENTROPY_LEVELS = 128
 
 
 def minmax(histogram: Histogram) -> float:
-    """Return the largest magnitude, which clips nothing."""
+    """Return the largest magnitude, a threshold that clips no value."""
     return histogram.amax
 
 
 def percentile(histogram: Histogram, share: float = 99.99) -> float:
-    """Return the upper edge of the bin that reaches `share` percent of all values, at most the largest magnitude."""
+    """Return the upper edge of the bin that reaches `share` percent of all values.
+
+    The result is at most the largest magnitude.
+    """
     total = histogram.counts.sum()
     if not total:
         return 0.0
@@ -39,13 +42,14 @@ def percentile(histogram: Histogram, share: float = 99.99) -> float:
 
 
 def entropy(histogram: Histogram) -> float:
-    """Return the threshold with the smallest KL divergence between the clipped and the quantized distribution.
+    """Return the threshold with the smallest KL divergence after clipping and quantizing.
 
-    The algorithm is the published one (Migacz, "8-bit Inference with TensorRT", GTC 2017). For each number of bins
-    from 128 up, P is the histogram cut off there, with the remaining values added to its last bin. Q is made of the
-    same bins without the remaining values: merged into 128 levels, then spread evenly over the bins of each level
-    that are not empty. The first bin counts as many values as the second, as in NVIDIA's pytorch-quantization,
-    because every threshold represents zeros exactly.
+    The algorithm is the published one (Migacz, "8-bit Inference with TensorRT", GTC 2017). For each
+    number of bins from 128 up, P is the histogram cut off there, with the remaining values added to
+    its last bin. Q is made of the same bins without the remaining values: merged into 128 levels,
+    then spread evenly over the bins of each level that are not empty. The first bin counts as many
+    values as the second, as in NVIDIA's pytorch-quantization, because every threshold represents
+    zeros exactly.
     """
     counts = histogram.counts.astype(np.float64)
     counts[0] = counts[1]
@@ -76,7 +80,7 @@ def _divergence(counts: NDArray[np.float64], size: int) -> float:
 def mse(histogram: Histogram) -> float:
     """Return the threshold with the smallest mean squared error.
 
-    Tries 256 thresholds from 1 % to 100 % of the largest magnitude.
+    Tries 256 thresholds from 1% to 100% of the largest magnitude.
     """
     if not histogram.amax:
         return 0.0
@@ -85,7 +89,7 @@ def mse(histogram: Histogram) -> float:
 
 
 def quantization_errors(histogram: Histogram, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean squared error of each threshold, (len(thresholds),), with every value at its bin's center."""
+    """Return the mean squared error of each threshold, with every value at its bin's center."""
     used = _used_bins(histogram)
     counts, x = histogram.counts[:used].astype(np.float64), histogram.centers[:used]
     filled = counts > 0
@@ -107,4 +111,4 @@ METHODS: dict[str, Callable[[Histogram], float]] = {
     "entropy": entropy,
     "mse": mse,
 }
-"""The methods that `--method` accepts, besides `auto`."""
+"""The methods that `--method` accepts, in addition to `auto`."""

@@ -1,7 +1,6 @@
-"""From an AdvProp checkpoint to a lean, self-describing ONNX file and a TensorRT engine.
+"""Export AdvProp checkpoints to self-describing ONNX files and TensorRT engines.
 
-`advprop-export ckpt.pt --trt fp16` does all of it; `export_checkpoint` is the same in
-Python.
+`advprop-export best.pt --trt fp16` does both; `export_checkpoint` is the same in Python.
 """
 
 from __future__ import annotations

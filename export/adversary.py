@@ -1,4 +1,4 @@
-"""Adversarial images for calibration: attacks on the network that is exported."""
+"""Create adversarial calibration images with the gradient of the exported network."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from train.recipes import MAIN
 __all__ = ["EPSILON", "adversary_of"]
 
 EPSILON = 4.0
-"""Largest change of a pixel, in 1/255: what ImageNet models are attacked with."""
+"""Maximum change of a pixel, in 1/255: the usual ε for ImageNet models."""
 _STEPS = 3
 
 
 def adversary_of(source: Source) -> Adversary:
-    """Returns an untargeted PGD attack on `source`'s network, away from the class it gives itself.
+    """Return a function that attacks normalized images, float32 (N, 3, H, W), with PGD-3.
 
-    The same images give the same attacked ones: the random start is drawn from their content.
+    The attack is untargeted. It moves images away from the class that the network predicts, because
+    calibration images have no labels. The seed of the random start depends on the content of the
+    batch, so equal batches yield equal adversarial images.
     """
     preprocessing = source.spec.preprocessing
     attack = evaluation_attack(EPSILON, preprocessing.mean, preprocessing.std, steps=_STEPS)

@@ -1,4 +1,4 @@
-"""Finds the first module or tensor at which two stages of an export diverge."""
+"""Find the first module or tensor at which two stages of an export diverge."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["first_module", "first_tensor", "module_errors"]
 
 
 def first_module(source: Source, model: onnx.ModelProto) -> Callable[[], str]:
-    """Return a function that returns a sentence on the first module whose output differs in the graph."""
+    """Return a function that describes the first module whose output differs in the graph."""
 
     def find() -> str:
         errors = module_errors(source.model, model, source.spec, next(batches(source))[:FEW_IMAGES])
@@ -41,7 +41,7 @@ def first_module(source: Source, model: onnx.ModelProto) -> Callable[[], str]:
 def first_tensor(
     source: Source, model: onnx.ModelProto, rounded: onnx.ModelProto, tolerance: float
 ) -> Callable[[], str]:
-    """Return a function that returns a sentence on the first tensor that differs between two graphs."""
+    """Return a function that describes the first tensor that differs between two graphs."""
 
     def find() -> str:
         errors = graph_errors(model, rounded, next(batches(source))[:FEW_IMAGES], rounded_name)

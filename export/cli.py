@@ -37,7 +37,7 @@ Examples:
   advprop-export best.pt --route adv --out adv/              an auxiliary BatchNorm route, for research
 
 Exit codes: 0 success; 2 bad input; 3 no engine (the ONNX files are written);
-            4 a file does not agree with the one before.
+            4 a file does not agree with the previous one.
 """
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -58,7 +58,12 @@ _MODEL_OPTIONS = (
         help="Weights of timm:NAME (default: download them).",
     ),
     _option("Model", "--route", default="main", show_default=True, metavar="NAME", help="BatchNorm route to export."),
-    _option("Model", "--ema/--no-ema", default=True, help="Export the moving average of the weights, if there is one."),
+    _option(
+        "Model",
+        "--ema/--no-ema",
+        default=True,
+        help="Export the moving average of the weights, if the checkpoint has one.",
+    ),
     _option(
         "Verification",
         "--data",
@@ -71,7 +76,7 @@ _MODEL_OPTIONS = (
         "--bisect/--no-bisect",
         default=True,
         show_default=True,
-        help="Find the first layer that differs, if a file does not agree with the one before.",
+        help="Find the first layer that differs, if a file does not agree with the previous one.",
     ),
 )
 _FORM_OPTIONS = (
@@ -120,7 +125,7 @@ _FORM_OPTIONS = (
 @as_config("forms", _FORM_OPTIONS, dict)
 @with_options(
     image_size_option(
-        "Image size, N or HxW (default: the checkpoint's); MIN:OPT:MAX makes a file that accepts any size.",
+        "Image size, N or HxW (default: the checkpoint's); MIN:OPT:MAX writes a file that accepts any size.",
         group="Input and output format",
     )
 )
@@ -149,8 +154,8 @@ def main(
 ) -> None:
     """Export CHECKPOINT to ONNX and, with --trt, to a TensorRT engine.
 
-    Auxiliary BatchNorms are removed and the main ones folded into the convolutions. Each ONNX file contains its
-    preprocessing and class names, and is verified on real images.
+    Auxiliary BatchNorms are removed and the main ones folded into the convolutions. Each ONNX file
+    contains its preprocessing and class names, and is verified on real images.
     """
     console = set_up_logging()
     _validate_options(trt, precision, forms["io"])
@@ -170,11 +175,11 @@ def main(
             **forms,
         )
         result = export_checkpoint(checkpoint, config, progress=spinner.update, build_progress=engine_bar(spinner))
-    _show(console, result)
+    _print_result(console, result)
 
 
 def _validate_options(trt: str | None, precision: str | None, io: str) -> None:
-    """Reject options that have no effect without another one."""
+    """Reject contradictory options, and options that have no effect without another one."""
     if trt and precision and trt != precision:
         raise click.UsageError(f"--trt {trt} and --precision {precision} contradict each other; remove --precision")
     made = trt or precision or "fp32"
@@ -193,7 +198,7 @@ def _reject(options: Sequence[Option], reason: str) -> None:
             raise click.UsageError(f"{option.opts[0]} {reason}")
 
 
-def _show(console: Console, result: ExportResult) -> None:
+def _print_result(console: Console, result: ExportResult) -> None:
     from rich.table import Table
 
     table = Table()
@@ -208,7 +213,7 @@ def _show(console: Console, result: ExportResult) -> None:
     for path, against, parity in rows:
         if path is None:
             continue
-        size = f"{_bytes(path) / 1e6:.1f}"
+        size = f"{_size_bytes(path) / 1e6:.1f}"
         if parity is None:
             table.add_row(path.name, size, "built", "", "", "")
         else:
@@ -229,8 +234,8 @@ def _show(console: Console, result: ExportResult) -> None:
     print_lines(console, lines)
 
 
-def _bytes(path: Path) -> int:
-    """Return the size of a file, including weights that are stored next to it."""
+def _size_bytes(path: Path) -> int:
+    """Return the size of a file in bytes, including external weights."""
     weights = path.with_name(path.name + ".data")
     return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 

@@ -1,4 +1,4 @@
-"""`ExportConfig`: what an export writes and how it verifies it."""
+"""`ExportConfig`: settings of an export and of its verification."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EngineConfig:
     options: BuildOptions = field(default_factory=BuildOptions)
     """All other settings of the build."""
     cache: bool = False
-    """Use the engine cache."""
+    """Read and update the engine cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,22 +38,23 @@ class ExportConfig:
     """Settings of an export. The defaults write `model.onnx` next to the checkpoint."""
 
     out: Path | None = None
-    """Output folder; None: the checkpoint's folder, or NAME for `timm:NAME`."""
+    """Output folder (default: the checkpoint's folder, or NAME for `timm:NAME`)."""
     precision: str = "fp32"
-    """One of PRECISIONS: the last ONNX file to write. INT8 files are FP16 elsewhere."""
+    """Precision of the last ONNX file, from PRECISIONS. INT8 files compute the remaining nodes in
+    FP16."""
     engine: EngineConfig | None = None
-    """Engine to build from that file; None builds none."""
+    """Engine to build from that file (default: no engine)."""
 
     arch: str | None = None
     """timm's name of the architecture, for a plain state dict."""
     weights: Path | None = None
-    """File with the weights of `timm:NAME`; None: timm downloads them."""
+    """File with the weights of `timm:NAME` (default: timm downloads them)."""
     route: str = MAIN
     """BatchNorm route to export."""
     ema: bool = True
     """Prefer the moving average of the weights, if the checkpoint has one."""
     data: Path | None = None
-    """Folder of real images to verify on; None: the sample in the checkpoint."""
+    """Folder of real images to verify on (default: the sample in the checkpoint)."""
 
     input_form: str = "float32 NCHW"
     """Input of the files, one of `runtime.spec.INPUT_FORMS`."""
@@ -62,15 +63,16 @@ class ExportConfig:
     io: str = "fp32"
     """`fp16`: the FP16 file has FP16 inputs and outputs."""
     sizes: ImageSizes | None = None
-    """Image size, if it differs from the checkpoint's. With a range, the files accept any size and the
-    engine covers that range."""
+    """Image size, if it differs from the checkpoint's. With a range, the files accept any size and
+    the engine covers that range."""
 
     calib_data: Path | None = None
-    """INT8: calibration images (a folder, tar or NumPy file), or the calib.json of an earlier run."""
+    """INT8: calibration images (a folder, tar or NumPy file), or the calib.json of an earlier
+    run."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """INT8: settings of the calibration."""
     bisect: bool = True
-    """If a file does not agree with the one before, find the first layer that differs."""
+    """If a file does not agree with the previous one, find the first layer that differs."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -1,10 +1,10 @@
-"""Folds BatchNorms with graph passes, in float64 to keep rounding errors out of the weights.
+"""Fold BatchNorms with graph passes, in float64 to keep rounding errors out of the weights.
 
     y = γ (Wx + b − μ) / √(σ² + ε) + β  =  (sW) x + s (b − μ) + β,   s = γ / √(σ² + ε)
 
-`FoldBatchNorm` folds a BatchNorm into a Conv (plain, depthwise or grouped), ConvTranspose or Gemm whose output only
-the BatchNorm reads. `BatchNormToAffine` replaces the remaining ones, such as those before a convolution in DenseNet,
-by Mul and Add.
+`FoldBatchNorm` folds a BatchNorm into a Conv (plain, depthwise or grouped), ConvTranspose or Gemm
+whose output only the BatchNorm reads. `BatchNormToAffine` replaces the remaining ones, such as
+those before a convolution in DenseNet, by Mul and Add.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
 class FoldBatchNorm(ir.passes.InPlacePass):
     """Folds each BatchNormalization into the linear node before it.
 
-    If several nodes share a weight, it is folded into a copy. A BatchNormalization that cannot be folded is not
-    changed; its name and the reason are logged.
+    If several nodes share a weight, it is folded into a copy. A BatchNormalization that cannot be
+    folded is not changed; its name and the reason are logged.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -114,7 +114,7 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
 def _scaled_weight(
     node: ir.Node, weight: NDArray[np.float64], scale: NDArray[np.float64]
 ) -> NDArray[np.float64] | None:
-    """Multiply each output channel of `weight` by its scale; None if that is not exact."""
+    """Return `weight` with its output channels scaled, or None if that is not exact."""
     if node.op_type == "ConvTranspose":  # (in, out / groups, kernel…); output channels are ordered by group
         groups = node.attributes.get_int("group", 1)
         per_group = weight.reshape(groups, -1, *weight.shape[1:])

@@ -1,10 +1,10 @@
-"""Changes the inputs and outputs of an exported graph.
+"""Change the inputs and outputs of an exported graph.
 
-The input can be uint8 pixels or FP16 instead of normalized float32. The output can be probabilities, or the most
-probable classes, instead of logits.
+The input can be uint8 pixels or FP16 instead of normalized float32. The output can be
+probabilities, or the most probable classes, instead of logits.
 
-The passes edit a graph with float32 NCHW `input` and float32 `logits`. They compute in float32, whatever the
-precision of the network.
+The passes edit a graph with float32 NCHW `input` and float32 `logits`. They compute in float32,
+whatever the precision of the network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def with_forms(model: onnx.ModelProto, spec: ModelSpec, *, half_output: bool = F
     """Return a graph with the input form `spec.input_form` and the output form `spec.output_form`.
 
     Args:
-        model: a graph with float32 NCHW input and float32 logits that computes in any precision; not changed.
+        model: a graph with float32 NCHW input and float32 logits that computes in any precision;
+            not changed.
         spec: stored in the metadata of the result.
         half_output: output FP16 instead of float32.
     """
@@ -81,7 +82,8 @@ class PixelInput(ir.passes.InPlacePass):
         if nhwc:
             value = _append(nodes, "Transpose", [value], like=value, attributes={"perm": [0, 3, 1, 2]})
             value.shape = ir.Shape([batch, 3, height, width])
-        # The same steps as in runtime.preprocessing.normalize, which makes the results bit-identical.
+        # The same steps as in runtime.preprocessing.normalize, which makes the results
+        # bit-identical.
         steps = (("Div", [255.0]), ("Sub", list(self._spec.mean)), ("Div", list(self._spec.std)))
         for number, (op, numbers) in enumerate(steps):
             array = np.asarray(numbers, np.float32).reshape(1, -1, 1, 1)
@@ -110,7 +112,7 @@ class ProbabilityOutput(ir.passes.InPlacePass):
 
 
 class TopKOutput(ir.passes.InPlacePass):
-    """Changes the output from all `probs` to the `k` largest, and adds `classes`, their int64 indices."""
+    """Changes the output to the `k` largest `probs`, and adds `classes`, their int64 indices."""
 
     def __init__(self, k: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`export_checkpoint`: checkpoint → ONNX → FP16, BF16 or INT8 ONNX → engine, verified at each stage."""
+"""Export a checkpoint to ONNX, reduced precision and an engine, and verify each stage."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
-    """What an export wrote."""
+    """The files of an export, and how they compare with each other."""
 
     onnx: Path
     """The FP32 ONNX file."""
@@ -63,7 +63,7 @@ class ExportResult:
     reduced_onnx: Path | None = None
     """The FP16, BF16 or INT8 ONNX file, if requested."""
     reduced_parity: Parity | None = None
-    """That file compared with the FP32 one, with every rounding of a GPU."""
+    """That file compared with the FP32 file, with every tensor rounded as on a GPU."""
     calibrated: CalibratedFile | None = None
     """Result of the INT8 calibration."""
     kept_fp32: tuple[Decision, ...] = ()
@@ -86,7 +86,7 @@ class _Float32:
     path: Path
     parity: Parity
     amax: dict[str, float]
-    """Largest magnitudes of the tensors that decide what stays in FP32."""
+    """Largest magnitudes of the tensors that decide which nodes stay in FP32."""
     logits_NK: NDArray[float32]
 
 
@@ -97,18 +97,19 @@ def export_checkpoint(
     progress: Progress | None = None,
     build_progress: Callable[[str, float], None] | None = None,
 ) -> ExportResult:
-    """Export a checkpoint as `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`), …
+    """Export a checkpoint to `model.onnx`, `model.fp16.onnx`, `model.fp16.engine` (+ `.json`), …
 
     Args:
-        checkpoint: an advprop checkpoint, a plain timm state dict together with `config.arch`, or `timm:NAME`.
-        config: what to write; default: `model.onnx`.
+        checkpoint: an advprop checkpoint, a plain timm state dict together with `config.arch`, or
+            `timm:NAME`.
+        config: settings (default: write `model.onnx` only).
         progress: called with the name of each stage as it starts.
         build_progress: `progress` of `runtime.build`.
 
     Raises:
         AdvPropError: see `load_source`, `to_onnx`, `calibrate_file` and `runtime.build`.
         DataError: there are no real images to verify on.
-        VerificationError: a stage does not agree with the one before; all files are kept.
+        VerificationError: a stage does not agree with the previous one; all files are kept.
     """
     config = config or ExportConfig()
     progress = progress or log.debug

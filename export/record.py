@@ -1,4 +1,4 @@
-"""What an export leaves beside its models: `export.json`, and the decisions of the reduced precision."""
+"""Read and write the records of an export: `export.json`, and the nodes that stay in FP32."""
 
 from __future__ import annotations
 
@@ -23,23 +23,35 @@ RECORD_FORMAT = "advprop.export/1"
 
 
 def save_decisions(path: Path, decisions: Sequence[Decision], amax: Mapping[str, float], parity: Parity) -> None:
-    """Writes which nodes stay in FP32 and why, and every measured range, the largest first."""
+    """Write which nodes stay in FP32 and why, and the measured ranges in descending order.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     from calib.precision import LIMIT
 
     content = {
         "format": "advprop.reduced/1",
         "limit": LIMIT,
         "parity": _plain(parity),
-        "kept_fp32": [dataclasses.asdict(decision) | {"amax": _number(decision.amax)} for decision in decisions],
-        "amax": {name: _number(amax[name]) for name in sorted(amax, key=lambda name: -amax[name])},
+        "kept_fp32": [
+            dataclasses.asdict(decision) | {"amax": _finite_or_none(decision.amax)} for decision in decisions
+        ],
+        "amax": {name: _finite_or_none(amax[name]) for name in sorted(amax, key=lambda name: -amax[name])},
     }
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def save_record(folder: Path, checkpoint_sha256: str, stages: Sequence[tuple[Path, str, Parity]]) -> None:
-    """Writes how each file was verified: (file, what it was compared with, how they compare).
+    """Record the verification of exported files. Entries of this checkpoint's other files stay.
 
-    What an earlier export of the same checkpoint wrote there of other files stays.
+    Args:
+        folder: folder of the exported files.
+        checkpoint_sha256: hash of the checkpoint.
+        stages: (file, name of the reference, comparison with the reference) of each file.
+
+    Raises:
+        OutputError: the record cannot be written.
     """
     earlier = read_record(folder)
     files = earlier["files"] if earlier.get("checkpoint_sha256") == checkpoint_sha256 else {}
@@ -56,7 +68,7 @@ def save_record(folder: Path, checkpoint_sha256: str, stages: Sequence[tuple[Pat
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record in `folder`, or {} if there is no valid one."""
+    """Return the record in `folder`, or {} if it is missing or invalid."""
     try:
         content = json.loads((folder / RECORD).read_text())
         valid = content["format"] == RECORD_FORMAT and isinstance(content["files"], dict)
@@ -66,7 +78,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def verification(folder: Path, sha256: str) -> str:
-    """Return how the file with that hash was verified, as text; "" if `folder` has no record of it."""
+    """Describe the verification of the file with this hash; "" if `folder` has no record of it."""
     try:
         for entry in read_record(folder).get("files", {}).values():
             if entry["sha256"] == sha256:
@@ -81,9 +93,9 @@ def verification(folder: Path, sha256: str) -> str:
 
 
 def _plain(parity: Parity) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in dataclasses.asdict(parity).items()}
+    return {name: _finite_or_none(value) for name, value in dataclasses.asdict(parity).items()}
 
 
-def _number(value: float) -> float | None:
-    """JSON has no word for what is not finite: null."""
+def _finite_or_none(value: float) -> float | None:
+    """Return a finite value unchanged and None otherwise: JSON cannot represent inf or nan."""
     return value if math.isfinite(value) else None

@@ -1,7 +1,7 @@
-"""Converts an FP32 graph to FP16 or BF16 such that it agrees with the original: convert, verify, keep nodes in FP32.
+"""Convert an FP32 graph to FP16 or BF16, and keep nodes in FP32 until the logits agree.
 
-Nodes that would overflow stay in FP32 from the start. While the logits do not agree, the nodes that add the largest
-errors are kept in FP32 too, more of them in each attempt.
+Nodes that would overflow stay in FP32 from the start. While the logits do not agree, the nodes that
+add the largest errors are kept in FP32 too, more of them in each attempt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Reduced:
     model: onnx.ModelProto
     """The graph; its input and output are float32."""
     rounded: onnx.ModelProto
-    """The same graph in float32 with all roundings, for a CPU."""
+    """The same graph in float32 with all roundings, to run on a CPU."""
     decisions: tuple[Decision, ...]
     """Nodes that stay in FP32."""
     parity: Parity
@@ -54,13 +54,13 @@ def reduce_precision(
     batches: Batches,
     run: Run,
 ) -> Reduced:
-    """Convert `model`, and keep nodes in FP32 that overflow or lose too much accuracy on real images.
+    """Convert `model`, except nodes that overflow or lose too much accuracy on real images.
 
     Args:
         model: the float32 graph.
         precision: `fp16` or `bf16`.
-        amax: largest magnitude of at least the deciding tensors. If one overflows, all tensors are measured and
-            added to it.
+        amax: largest magnitude of at least the deciding tensors. If one overflows, all tensors are
+            measured and added to it.
         logits_NK: logits of `model` for all images.
         batches: returns an iterator over all images.
         run: returns the logits of a float32 graph for all images.

@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint becomes a stock timm model, its spec and real images.
+"""Load what an export needs from a checkpoint: the stock timm model, its spec and real images.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -47,7 +47,7 @@ class Source:
     spec: ModelSpec
     """The model's description, with the checkpoint's hash."""
     images_NHWC: NDArray[np.uint8]
-    """Real images at the input size, RGB, to verify on; N is 0 where there are none."""
+    """Real RGB images at the input size, for verification; N is 0 if there are none."""
 
 
 def load_source(
@@ -61,27 +61,29 @@ def load_source(
     size: tuple[int, int] | None = None,
     images: int = 64,
 ) -> Source:
-    """Reads what is to be exported and strips its auxiliary BatchNorms.
+    """Load a model to export, without its auxiliary BatchNorms.
 
     Args:
-        source: one of our checkpoints; a plain state dict of a timm model (then give `arch`),
-            timm's split BatchNorms included; or `timm:NAME`, e.g. `timm:tf_efficientnet_b3.ap_in1k`,
-            whose weights timm downloads.
-        arch: timm's name of the architecture; for one of ours, only checked against it.
-        weights: a file of the weights of `timm:NAME`, where they are not to be downloaded.
-        route: the BatchNorm route to export: an auxiliary one on purpose, for robustness studies.
+        source: an advprop checkpoint; a plain state dict of a timm model together with `arch`, with
+            or without timm's split BatchNorms; or `timm:NAME`, e.g.
+            `timm:tf_efficientnet_b3.ap_in1k`, whose weights timm downloads.
+        arch: timm's name of the architecture. For an advprop checkpoint it must equal the
+            checkpoint's.
+        weights: file with the weights of `timm:NAME` (default: timm downloads them).
+        route: BatchNorm route to export. Auxiliary routes are for robustness studies.
         ema: prefer the moving average of the weights.
-        data: folder of images, searched recursively, to verify on instead of the
-            checkpoint's own sample.
-        size: another input size, (height, width); the checkpoint's sample is resized to it.
-        images: the most images to take from `data`, spread evenly over it.
+        data: folder of images to verify on, searched recursively (default: the sample in the
+            checkpoint).
+        size: input size, (height, width), to which the checkpoint's sample is resized (default: the
+            checkpoint's).
+        images: maximum number of images from `data`, evenly spaced.
 
     Raises:
-        CheckpointError: not a checkpoint, or its weights do not fit the architecture.
-        ConfigError: there is no such route, or arguments that do not go together.
+        CheckpointError: the file is not a checkpoint, or its weights do not fit the architecture.
+        ConfigError: there is no such route, or the arguments contradict each other.
         ArchError: timm does not have the architecture.
-        BackendUnavailable: timm could not download the weights.
-        DataError: `data` has no image that can be decoded.
+        BackendUnavailable: timm cannot download the weights.
+        DataError: none of the images in `data` can be decoded.
     """
     name = str(source)
     if name.startswith(_TIMM):
@@ -89,12 +91,14 @@ def load_source(
         sample_NHWC = _no_images(spec)
     else:
         if weights is not None:
-            raise ConfigError(f"--weights goes with timm:NAME; {name} is a file of weights itself")
+            raise ConfigError(
+                f"--weights requires timm:NAME; found {name}, which already holds the weights. Remove --weights"
+            )
         path = Path(source)
         content = read_torch_file(path)
         sha256 = sha256_file(path)
         if isinstance(content, Mapping) and content.get("format") == FORMAT:
-            model, spec, sample_NHWC = _from_ours(path, check_checkpoint(content, path), arch, route, ema)
+            model, spec, sample_NHWC = _from_checkpoint(path, check_checkpoint(content, path), arch, route, ema)
         else:
             model, spec = _from_state_dict(path, content, arch, route)
             sample_NHWC = _no_images(spec)
@@ -105,16 +109,16 @@ def load_source(
         spec = dataclasses.replace(spec, preprocessing=preprocessing)
         sample_NHWC = resized(sample_NHWC, size)
     if data is not None:
-        sample_NHWC = _images(data, spec.preprocessing, images)
+        sample_NHWC = _load_images(data, spec.preprocessing, images)
     return Source(model=model.eval(), spec=spec, images_NHWC=sample_NHWC)
 
 
-def _from_ours(
+def _from_checkpoint(
     path: Path, checkpoint: dict[str, Any], arch: str | None, route: str, ema: bool
 ) -> tuple[nn.Module, ModelSpec, NDArray[np.uint8]]:
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
     if arch is not None and arch != spec.arch:
-        raise CheckpointError(f"{path} holds {spec.arch}, but --arch {arch} was given; leave --arch out")
+        raise CheckpointError(f"{path} is a checkpoint of {spec.arch}, but --arch is {arch}; remove --arch")
     return restore_model(checkpoint, path, bn=route, ema=ema), spec, checkpoint["sample"]["images"].numpy()
 
 
@@ -124,42 +128,46 @@ def _from_state_dict(path: Path, content: Any, arch: str | None, route: str) -> 
             f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}, or a plain "
             "state_dict together with --arch NAME"
         )
-    weights = select_route(_state_dict(path, content), route)
-    model = create_model(arch, num_classes=_classes(arch, weights, path))
+    weights = select_route(_extract_state_dict(path, content), route)
+    model = create_model(arch, num_classes=_count_classes(arch, weights, path))
     load_weights(model, weights, path, arch)
-    log.warning("%s does not say how it was trained: preprocessing is timm's for %s", path, arch)
+    log.warning("%s does not contain its preprocessing; using timm's default preprocessing of %s", path, arch)
     return model, timm_spec(model, arch)
 
 
 def _from_timm(name: str, arch: str | None, weights: Path | None, route: str) -> tuple[nn.Module, ModelSpec, str]:
-    """timm's pretrained model, its spec, and the SHA-256 of the weights' file (of the weights themselves,
-    where timm downloads them)."""
+    """Return timm's pretrained model, its spec, and the SHA-256 of the file or of the tensors."""
     if arch is not None:
-        raise ConfigError(f"{_TIMM}{name} names the architecture; leave --arch out")
+        raise ConfigError(f"{_TIMM}{name} already specifies the architecture; remove --arch")
     if weights is None:
         if route != MAIN:
-            raise ConfigError(f"timm's weights have one BatchNorm route, {MAIN}; leave --route out")
+            raise ConfigError(
+                f"timm's weights have the BatchNorm route {MAIN} only; found --route {route}. Remove --route"
+            )
         model = create_model(name, pretrained=True)
         return model, timm_spec(model, name), _sha256_of_weights(model)
-    state = select_route(_state_dict(weights, read_torch_file(weights)), route)
-    model = create_model(name, num_classes=_classes(name, state, weights))
+    state = select_route(_extract_state_dict(weights, read_torch_file(weights)), route)
+    model = create_model(name, num_classes=_count_classes(name, state, weights))
     load_weights(model, state, weights, name)
     return model, timm_spec(model, name), sha256_file(weights)
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
+def _extract_state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
     # timm's and torch's training scripts nest the weights under one of these keys.
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     if not (isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())):
-        raise CheckpointError(f"{path} is no state dict of weights: {describe(content)}")
+        raise CheckpointError(f"expected a state dict of weights in {path}: {describe(content)}")
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
 def timm_spec(model: nn.Module, arch: str) -> ModelSpec:
-    """What timm's configuration says of the model; of `.ap_in1k` weights, mean and std 0.5."""
+    """Return the spec that timm's configuration of the model describes.
+
+    Published AdvProp weights (`.ap_in1k`) have a mean and standard deviation of 0.5.
+    """
     config = resolve_model_data_config(model)
     classes = int(model.num_classes)  # type: ignore[arg-type]  # every timm classifier has it
     _, height, width = config["input_size"]
@@ -180,7 +188,7 @@ def timm_spec(model: nn.Module, arch: str) -> ModelSpec:
 
 
 def resized(images_NHWC: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Returns the images at another size, (height, width), by PIL's bicubic filter."""
+    """Resize uint8 RGB images to `size`, (height, width), with PIL's bicubic filter."""
     height, width = size
     images = [
         np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)) for image in images_NHWC
@@ -199,19 +207,19 @@ def _sha256_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _classifier(model: nn.Module) -> str:
+def _classifier_name(model: nn.Module) -> str:
     name = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a dict timm attaches
     return str(name if isinstance(name, str) else name[0])
 
 
-def _classes(arch: str, weights: Mapping[str, torch.Tensor], path: Path) -> int:
-    key = _classifier(create_model(arch)) + ".weight"
+def _count_classes(arch: str, weights: Mapping[str, torch.Tensor], path: Path) -> int:
+    key = _classifier_name(create_model(arch)) + ".weight"
     if key not in weights:
-        raise CheckpointError(f"{path} does not fit {arch}: it has no {key}; is --arch right?")
+        raise CheckpointError(f"{path} does not fit {arch}: it has no {key}. Check --arch")
     return int(weights[key].shape[0])
 
 
-def _images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
+def _load_images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.uint8]:
     paths = image_paths(folder)
     fitted = []
     for path in spread(paths, count):

@@ -1,4 +1,4 @@
-"""Exports a network to ONNX: traces it, folds its BatchNorms, optimizes the graph and adds the spec."""
+"""Export a network to ONNX: trace it, fold its BatchNorms, optimize the graph and add the spec."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ log = logging.getLogger(__name__)
 INPUT, OUTPUT = "input", "logits"
 _NO_LIMIT = 1 << 40
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key under which the exporter stores the path of a node's module, as the text of a Python list."""
+"""Metadata key under which the exporter stores the path of a node's module, as the text of a Python
+list."""
 
 
 def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> onnx.ModelProto:
     """Export a network with its spec.
 
     Args:
-        model: in eval mode, on the CPU; maps float32 (N, 3, H, W) to logits (N, K).
+        model: a network in eval mode on the CPU that maps float32 (N, 3, H, W) to logits (N, K).
         spec: provides the input size and is stored in the model's metadata.
         free_size: leave height and width of the input open, as the dimensions `height` and `width`.
 
     Returns:
-        An ONNX model of opset `OPSET` with input `input`, output `logits` and batch dimension `batch`. It has no
-        BatchNormalization nodes and passes onnx.checker.
+        An ONNX model of opset `OPSET` with input `input`, output `logits` and batch dimension
+        `batch`. It has no BatchNormalization nodes and passes onnx.checker.
 
     Raises:
         ArchError: torch.export cannot trace the architecture.
@@ -59,8 +60,8 @@ def module_tensors(model: nn.Module, spec: ModelSpec) -> dict[str, str]:
     """Trace `model` again and return the name of each module's output tensor.
 
     Returns:
-        Module path, such as `blocks.0.conv` → tensor name, in the order of computation. Modules that run more than
-        once are omitted.
+        Module path, such as `blocks.0.conv` → tensor name, in the order of computation. Modules
+        that run repeatedly are omitted.
     """
     last: dict[str, str] = {}
     done: set[str] = set()
@@ -109,7 +110,7 @@ def _trace(model: nn.Module, spec: ModelSpec, free_size: bool) -> ir.Model:
 
 
 def _clean(model: ir.Model, spec: ModelSpec, free_size: bool) -> ir.Model:
-    """Remove the tracer's metadata, stack traces and docstrings, add the spec, and name the open dimensions."""
+    """Remove what the tracer added, add the spec, and name the open dimensions."""
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "advprop", None
     model.metadata_props.clear()

@@ -1,4 +1,4 @@
-"""Verifies each stage of an export on real images: its logits must agree with those of the previous stage.
+"""Verify that the logits of each stage of an export agree with those of the previous stage.
 
 Shape suffixes: N images, H height, W width, C channels, K classes.
 """
@@ -40,17 +40,19 @@ __all__ = [
 ]
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1.0}
-"""Largest allowed |Δlogit| of each precision, relative to the largest |logit| if that is above 1. BF16 has three bits
-less than FP16. INT8 is judged by its top-1 classes."""
+"""Largest allowed |Δlogit| of each precision, relative to the largest |logit| if that is above 1.
+BF16 has three bits less than FP16. INT8 is verified by its top-1 classes only."""
 MIN_INT8_AGREEMENT = 0.8
-"""Minimum share of images on which an INT8 file has the top-1 class of the float32 file; below it, something is
-broken."""
+"""Minimum share of images on which an INT8 file has the top-1 class of the float32 file; below it,
+something is broken."""
 _MIN_AGREEMENT = 0.99
 
 FEW_IMAGES = 2
-"""Number of images for checks that hold every tensor in memory, or that confirm what was verified on all images."""
+"""Number of images for checks that hold every tensor in memory, or that confirm a result for all
+images."""
 _BATCH = 4
-"""Batch size: small enough for a layer's output to stay in the CPU caches until the next layer reads it."""
+"""Batch size: small enough for a layer's output to stay in the CPU caches until the next layer
+reads it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,8 @@ class Parity:
     scale: float
     """Largest |logit| of the reference."""
     agreement: float
-    """Share of images with the same top-1 class, 0 to 1. Ties within the tolerance of the logits count as the same."""
+    """Share of images with the same top-1 class, 0 to 1. Ties within the tolerance of the logits
+    count as the same."""
     kl: float
     """Mean KL divergence of the probabilities, in nats."""
 
@@ -97,7 +100,10 @@ def compare(reference_NK: NDArray[np.floating], candidate_NK: NDArray[np.floatin
 
 
 def agrees(parity: Parity, tolerance: float, min_agreement: float = _MIN_AGREEMENT) -> bool:
-    """Return whether the logits are within `tolerance` and the top-1 classes agree; one image may always differ."""
+    """Return whether the logits are within `tolerance` and the top-1 classes agree.
+
+    One image may always have another class.
+    """
     same_top1 = parity.agreement >= min_agreement or parity.agreement * parity.images >= parity.images - 1
     return parity.relative <= tolerance and same_top1
 
@@ -111,15 +117,17 @@ def require(
     *,
     min_agreement: float = _MIN_AGREEMENT,
 ) -> None:
-    """Raise VerificationError unless `parity` is within `tolerance`; values that are not finite never are.
+    """Raise VerificationError unless `parity` is finite and within `tolerance`.
 
     Args:
         parity: comparison of `stage` with `before`.
         tolerance: see TOLERANCE.
-        stage: name of what is verified, for the message.
+        stage: name of the verified stage, for the message.
         before: name of the reference, for the message.
-        min_agreement: share of images that must have the same top-1 class; one image may always differ.
-        first: returns a sentence on where the two diverge first; called only if they do.
+        min_agreement: share of images that must have the same top-1 class; one image may always
+            differ.
+        first: returns a sentence on the first difference between the two; called only if they
+            differ.
     """
     if agrees(parity, tolerance, min_agreement):
         return
@@ -166,7 +174,7 @@ def check_size(source: Source, model: onnx.ModelProto, size: tuple[int, int]) ->
 def check_file(
     path: Path, source: Source, logits_NK: NDArray[np.float32], tolerance: float = TOLERANCE["fp32"]
 ) -> None:
-    """Load the written file as a user would, and compare its outputs with known logits of the first N images.
+    """Load a written file, and compare its outputs with known logits of the first N images.
 
     Raises:
         VerificationError: the outputs differ.

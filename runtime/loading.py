@@ -36,12 +36,12 @@ def load(
         backend: `auto` decides by the type of file. `onnxruntime`, or `onnxruntime-tensorrt`, which
             runs TensorRT inside ONNX Runtime and builds its engine during the first run. `tensorrt`
             uses the TensorRT library that built the engine.
-        device: `auto` (a GPU if one can be used), `cpu` or `cuda`. Engines run on a GPU only.
+        device: `auto` (a GPU if available), `cpu` or `cuda`. Engines run on a GPU only.
         threads: CPU threads for one run, or a `Threads`; 0 lets the backend decide.
         warm_up: batch sizes to run before `load` returns, which keeps the cost of the first run
             away from requests. An engine always runs the optimal and largest batch of each profile.
-        batching: how `submit`, `arun` and related methods form batches; default: `Batching()`.
-        engine: how to run an engine.
+        batching: how `submit`, `arun` and related methods form batches (default: `Batching()`).
+        engine: settings of an engine; ONNX files ignore them.
 
     Raises:
         ModelFileError: the file is missing, is not a supported model, was modified, or is an engine

@@ -43,7 +43,7 @@ def predictions_of(outputs: tuple[NDArray[Any], ...], spec: ModelSpec) -> list[P
     """Interpret a model's outputs, (N, K) each, according to `spec.output_form`.
 
     Raises:
-        SpecError: the spec has another number of classes.
+        SpecError: the number of outputs differs from the number of classes in the spec.
     """
     first_NK, *classes = outputs
     probabilities_NK = softmax(first_NK) if spec.output_form == "logits" else first_NK.astype(np.float32)

@@ -1,9 +1,9 @@
-"""Decode, resize, crop and normalize, bit-equal to timm's evaluation transform.
+"""Decode, resize, crop and normalize images, bit-equal to timm's evaluation transform.
+
+timm builds its transform from torchvision's Resize and CenterCrop on PIL images. This module makes
+the same PIL calls with the same rounding, and imports neither timm nor torchvision.
 
 Shape suffixes: N images, C channels, H height, W width.
-
-timm builds its transform from torchvision's Resize and CenterCrop on PIL images. The
-same PIL calls are made here with the same rounding, without importing either.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ __all__ = [
     "normalize",
 ]
 
-_MOST_PIXELS = 100_000_000
-"""Bound on an intermediate image: a strip of one pixel's width would fill the memory."""
+_MAX_PIXELS = 100_000_000
+"""Maximum size of an intermediate image. An image one pixel wide could otherwise exhaust the
+memory."""
 
 ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
-"""A path, an encoded file's bytes, a uint8 HWC-RGB or HW-gray array, or a PIL image."""
+"""A path, the bytes of an encoded file, a uint8 array, RGB (H, W, 3) or gray (H, W), or a PIL
+image."""
 
 
 def decode(image: ImageLike, name: str = "the image") -> Image:
     """Return an image as an RGB PIL image.
 
     Args:
-        image: a path, an encoded file's bytes, a uint8 array or a PIL image.
-        name: what messages call encoded bytes.
+        image: a path, the bytes of an encoded file, a uint8 array or a PIL image.
+        name: name of encoded bytes in error messages.
 
     Raises:
-        DataError: the file does not exist, is not an image or is truncated, or the array has
-            another dtype or shape.
+        DataError: the file does not exist, is not an image or is truncated, or the array has the
+            wrong dtype or shape.
     """
     from PIL import Image
 
@@ -60,26 +62,28 @@ def decode(image: ImageLike, name: str = "the image") -> Image:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if not isinstance(image, str | PathLike | bytes):
-        raise DataError(f"an image is a path, bytes, a uint8 array or a PIL image; found {type(image).__name__}")
-    with _opened(image, name) as opened:
+        raise DataError(
+            f"expected an image as a path, bytes, a uint8 array or a PIL image; found {type(image).__name__}"
+        )
+    with _open(image, name) as opened:
         return opened.convert("RGB")
 
 
 def image_size(image: ImageLike) -> tuple[int, int]:
-    """Returns (width, height) in pixels, without decoding a file.
+    """Return (width, height) in pixels. Files are not decoded.
 
     Raises:
-        DataError: as `decode`.
+        DataError: see `decode`.
     """
     if isinstance(image, str | PathLike | bytes):
-        with _opened(image) as opened:
+        with _open(image) as opened:
             return opened.size
     return decode(image).size
 
 
 @contextmanager
-def _opened(image: str | PathLike[str] | bytes, name: str = "the image") -> Iterator[Image]:
-    """Opens an encoded image. What goes wrong then or while it is read is a DataError."""
+def _open(image: str | PathLike[str] | bytes, name: str = "the image") -> Iterator[Image]:
+    """Open an encoded image. Errors here and inside the context are converted to DataError."""
     from PIL import Image, UnidentifiedImageError
 
     if not isinstance(image, bytes):
@@ -91,7 +95,7 @@ def _opened(image: str | PathLike[str] | bytes, name: str = "the image") -> Iter
     except FileNotFoundError as error:
         raise DataError(f"no such image file: {name}") from error
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        reason = "Pillow does not know its format" if isinstance(error, UnidentifiedImageError) else error
+        reason = "Pillow does not recognize its format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"cannot decode {name}: {reason}") from error
 
 
@@ -103,17 +107,19 @@ def _from_array(array: NDArray[Any]) -> Image:
     if array.dtype != np.uint8 or not (gray or color) or array.size == 0:
         raise DataError(
             f"an image array must be uint8 of shape (height, width, 3), RGB, or (height, width); "
-            f"found {array.dtype} of shape {array.shape}. Tensors that are already preprocessed "
-            "go to Session.run"
+            f"found {array.dtype} of shape {array.shape}. Pass preprocessed tensors to Session.run"
         )
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
 def fit_to_input(image: Image, spec: Preprocessing) -> NDArray[np.uint8]:
-    """Resizes and crops an RGB image to the network's input size.
+    """Resize and crop an RGB image to the network's input size.
 
     Returns:
-        uint8, HWC, RGB, of shape (spec.height, spec.width, 3).
+        uint8 RGB of shape (spec.height, spec.width, 3).
+
+    Raises:
+        DataError: the image is so long and narrow that resizing it would exhaust the memory.
     """
     from PIL import Image
 
@@ -138,27 +144,27 @@ def _resize_short_side(image: Image, size: int, resample: Any) -> Image:
         return image
     short, long = min(width, height), max(width, height)
     new_long = int(size * long / short)
-    if size * new_long > _MOST_PIXELS:
+    if size * new_long > _MAX_PIXELS:
         raise DataError(
-            f"an image of {width}×{height} pixels would be resized to {size}×{new_long} before its center is cut "
-            f"out, more than {_MOST_PIXELS / 1e6:.0f} megapixels; it is too long and narrow to classify"
+            f"an image of {width}×{height} pixels is too long and narrow to classify: before cropping it would be "
+            f"resized to {size}×{new_long}, which exceeds {_MAX_PIXELS / 1e6:.0f} megapixels"
         )
     return image.resize((size, new_long) if width <= height else (new_long, size), resample)
 
 
 def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, resample: Any) -> Image:
-    """timm's ResizeKeepRatio: cover the target for `center`, fit into it for `border`."""
+    """Resize like timm's ResizeKeepRatio: cover the target (`center`) or fit in (`border`)."""
     image_w, image_h = image.size
     ratio_h, ratio_w = image_h / height, image_w / width
     ratio = max(ratio_h, ratio_w) if crop_mode == "border" else min(ratio_h, ratio_w)
     size = (max(1, round(image_w / ratio)), max(1, round(image_h / ratio)))
-    if size[0] * size[1] > _MOST_PIXELS:
+    if size[0] * size[1] > _MAX_PIXELS:
         raise DataError(f"an image of {image_w}×{image_h} pixels is too long and narrow to classify")
     return image if size == image.size else image.resize(size, resample)
 
 
 def _crop_or_pad(image_HWC: NDArray[np.uint8], height: int, width: int, fill: Sequence[int]) -> NDArray[np.uint8]:
-    """torchvision's CenterCrop, timm's CenterCropOrPad: pads with `fill` where too small."""
+    """Crop like torchvision's CenterCrop or timm's CenterCropOrPad; pad with `fill`."""
     image_h, image_w = image_HWC.shape[:2]
     if image_h < height or image_w < width:
         top, left = max(height - image_h, 0) // 2, max(width - image_w, 0) // 2
@@ -173,10 +179,11 @@ def _crop_or_pad(image_HWC: NDArray[np.uint8], height: int, width: int, fill: Se
 
 
 def normalize(images_NHWC: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np.float32]:
-    """Scales pixels to [0, 1] and normalizes each channel.
+    """Scale pixels to [0, 1] and normalize each channel.
 
     Args:
         images_NHWC: uint8 RGB, (N, H, W, 3).
+        spec: provides the mean and standard deviation of each channel.
 
     Returns:
         float32, (N, 3, H, W), contiguous.
@@ -192,12 +199,12 @@ def normalize(images_NHWC: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np
 
 @dataclass(frozen=True, slots=True)
 class Preprocessor:
-    """Turns images of any kind and size into the input of a network or model file."""
+    """Converts images of any type and size to the input of a network or model file."""
 
     spec: Preprocessing
     """Input size, crop, interpolation, mean and standard deviation."""
     input_form: str = "float32 NCHW"
-    """One of `runtime.spec.INPUT_FORMS`."""
+    """Input of the model file, one of `runtime.spec.INPUT_FORMS`."""
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Preprocessor:
@@ -208,7 +215,7 @@ class Preprocessor:
         """Decode, resize, crop and convert images.
 
         Returns:
-            The model's input for all images, N = len(images); dtype and layout are those of `input_form`.
+            The model's input, with N = len(images) and the dtype and layout of `input_form`.
 
         Raises:
             DataError: an image cannot be decoded; the message names it.

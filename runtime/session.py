@@ -81,14 +81,22 @@ class Session:
 
     @property
     def backend(self) -> Backend:
-        """The backend. Raises SessionClosed after `close`."""
+        """The backend.
+
+        Raises:
+            SessionClosed: the session is closed.
+        """
         if self._calls.closed:
             raise SessionClosed(f"the session on {self._source} is closed", fix="load it again")
         return self._backend
 
     @property
     def spec(self) -> ModelSpec:
-        """The spec inside the model file. Raises SpecError if the file has none."""
+        """The spec inside the model file.
+
+        Raises:
+            SpecError: the file has no spec.
+        """
         spec = self.backend.spec
         if spec is None:
             raise SpecError(
@@ -199,7 +207,7 @@ class Session:
             timeout_s: seconds after which the future fails with DeadlineExceeded.
 
         Returns:
-            A future of the result of `run`. It can be cancelled until the result is ready.
+            A future of the result of `run`. It can be canceled until the result is ready.
 
         Raises:
             InputError: as in `run`, or there are more images than the queue can hold.
@@ -239,13 +247,13 @@ class Session:
         return future
 
     async def arun(self, images_NCHW: Any, *, timeout_s: float = math.inf) -> NDArray[Any]:
-        """Await `submit`, without blocking a thread. Cancelling the task cancels the request."""
+        """Await `submit` without blocking a thread. Canceling the task cancels the request."""
         import asyncio
 
         return await asyncio.wrap_future(self.submit(images_NCHW, timeout_s=timeout_s))
 
     async def apredict(self, images: Sequence[ImageLike], *, timeout_s: float = math.inf) -> list[Prediction]:
-        """Await `submit_predict`, without blocking a thread. Cancelling the task cancels it."""
+        """Await `submit_predict` without blocking. Canceling the task cancels the request."""
         import asyncio
 
         return await asyncio.wrap_future(self.submit_predict(images, timeout_s=timeout_s))
@@ -253,8 +261,8 @@ class Session:
     def close(self, *, drain: bool = True) -> None:
         """Wait for calls in flight, and free the model. Closing twice is allowed.
 
-        In the callback of a future it returns at once, and the model is freed once all requests
-        have ended.
+        Called in the callback of a future, it returns immediately, and the model is freed once all
+        requests have ended.
 
         Args:
             drain: complete the submitted requests. Otherwise they fail with SessionClosed.

@@ -73,7 +73,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Everything needed to feed a classifier and to interpret its outputs."""
+    """Everything that is needed to prepare a classifier's input and to interpret its output."""
 
     arch: str
     """timm's name of the architecture."""
@@ -107,7 +107,7 @@ class ModelSpec:
         _require(valid, "wnids", f"none or {len(self.classes)} ids", f"{len(self.wnids)} ids")
 
     def to_json(self) -> str:
-        """Return the spec as compact JSON with sorted keys. Equal specs give equal text."""
+        """Return the spec as compact JSON with sorted keys. Equal specs return equal text."""
         content = {"schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 

@@ -1,10 +1,10 @@
-"""The whole way in one run: train, export, build, predict; ends with one table.
+"""Train, export, build an engine and predict in one run, and print a table of the results.
 
     python scripts/demo.py                       EfficientNet-B3 on the embedded digits
     python scripts/demo.py --arch resnet18 --epochs 1 --out runs/quick
 
-Calls the same commands a user would, as subprocesses, then classifies the held-out images
-with the checkpoint (torch) and with both ONNX files (ONNX Runtime, from PNG files).
+The script runs the advprop commands as subprocesses. It then classifies the held-out digits with
+the checkpoint (in torch) and with both ONNX files (in ONNX Runtime, from PNG files).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from runtime.preprocessing import Preprocessor
 from train.data import embedded_digits
 
 NO_ENGINE = 3
-"""Exit code of an export whose ONNX files are there but for whose engine nothing can build."""
+"""Exit code of an export that wrote the ONNX files but found no engine builder."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="efficientnet_b3")
-    parser.add_argument("--epochs", type=int, help="default: the trainer's")
-    parser.add_argument("--out", type=Path, help="default: runs/demo-ARCH")
+    parser.add_argument("--epochs", type=int, help="epochs of training (default: the trainer's)")
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/demo-ARCH)")
     args = parser.parse_args()
     out = args.out or Path("runs") / f"demo-{args.arch}"
     console = Console()
@@ -52,20 +52,21 @@ def main() -> int:
             return done.returncode
     console.print(results(out))
     console.print(
-        f"{time.monotonic() - began:.0f} s. Latency: median of single images on this machine's CPU, decoded tensor to "
-        "logits; a CPU computes FP16 graphs in FP32 with casts. The engine needs an NVIDIA GPU to run.",
+        f"Finished in {time.monotonic() - began:.0f} s. Latency is the median of single images on this machine's CPU, "
+        "from the preprocessed tensor to the logits; a CPU computes FP16 graphs in FP32. The engine needs an NVIDIA "
+        "GPU to run.",
         highlight=False,
     )
     return 0
 
 
 def results(out: Path) -> Table:
-    """Accuracy on the held-out digits, size and latency of everything that was made."""
+    """Return a table of accuracy on the held-out digits, size and latency of each model."""
     paths, labels = held_out_files(out / "held-out")
     source = load_source(out / "last.pt")
     images_NCHW = Preprocessor(source.spec.preprocessing)(paths)
     table = Table(title=f"{source.spec.arch}, {len(paths)} held-out images")
-    for heading in ("", "accuracy", "MB", "ms an image"):
+    for heading in ("", "accuracy", "MB", "ms per image"):
         table.add_column(heading, no_wrap=True, justify="right" if heading else "left")
 
     with torch.inference_mode():
@@ -89,7 +90,7 @@ def results(out: Path) -> Table:
 
 
 def held_out_files(folder: Path) -> tuple[list[Path], np.ndarray]:
-    """Writes the held-out digits as PNG files, so that prediction starts from files."""
+    """Write the held-out digits as PNG files; return the files and their labels."""
     data = embedded_digits()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -101,7 +102,7 @@ def held_out_files(folder: Path) -> tuple[list[Path], np.ndarray]:
 
 
 def milliseconds(call: Callable[[], object], warmup: int = 5, repeats: int = 30) -> float:
-    """Returns the median time of `call`."""
+    """Return the median time of `call`, in milliseconds."""
     times: Sequence[float] = [timed(call) for _ in range(warmup + repeats)][warmup:]
     return 1000 * statistics.median(times)
 

@@ -1,4 +1,4 @@
-"""Draws docs/images/overview-light.svg and overview-dark.svg: the two BatchNorms, and the pipeline.
+"""Draw docs/images/overview-light.svg and overview-dark.svg: the two BatchNorms, and the pipeline.
 
 python scripts/draw_overview.py
 """

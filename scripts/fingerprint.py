@@ -1,12 +1,12 @@
-"""Prints a hash of everything the tools write for two small networks, to compare two commits.
+"""Print hashes of the files that the tools write for two small networks, to compare two commits.
 
     python scripts/fingerprint.py OUT > before.json     on one commit
-    python scripts/fingerprint.py OUT > after.json      on the other: the two files are equal
+    python scripts/fingerprint.py OUT > after.json      on the other commit
 
-A change that only moves code must not change a single byte of it. The networks are ResNet-18
-(30 AdvProp steps) and EfficientNet-B0 (6 steps) on generated images; what is hashed is their
-weights, the FP32, FP16 and INT8 ONNX files and the counts of an evaluation on 40 images under
-fourteen corruptions. About two minutes on two cores; OUT is a folder that does not exist yet.
+A refactoring must not change a single hash. The networks are ResNet-18 (30 AdvProp steps) and
+EfficientNet-B0 (6 steps) on generated images. The script hashes their weights, the FP32, FP16 and
+INT8 ONNX files, and the counts of an evaluation on 40 images under fourteen corruptions. It takes
+about two minutes on two cores. OUT is a new folder.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import torch
 from PIL import Image
 
 NETWORKS = {"resnet18": 480, "efficientnet_b0": 96}
-"""Architecture → training images; two epochs of batches of 32."""
+"""Architecture → number of training images, for two epochs with a batch size of 32."""
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-"""All but frost, whose textures are an extra."""
+"""All corruptions except frost, whose textures are an optional package."""
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:
-    """Writes `count` noisy images of four classes that differ in color."""
+    """Write `count` noisy images of four classes that differ in color."""
     generator = np.random.default_rng(seed)
     for number in range(count):
         label = number % 4
@@ -46,7 +46,7 @@ def write_images(folder: Path, count: int, seed: int) -> None:
 
 
 def run(module: str, *arguments: str | Path) -> None:
-    """Runs `python -m module`, with its output on stderr."""
+    """Run `python -m module`, with its output on stderr."""
     subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True, stdout=sys.stderr)
 
 
@@ -63,7 +63,7 @@ def weights_hash(checkpoint: Path) -> str:
 
 
 def onnx_hash(path: Path) -> str:
-    """Hashes an ONNX file without its checkpoint's hash: a checkpoint holds times."""
+    """Return the hash of an ONNX file without its checkpoint's hash, which is not reproducible."""
     model = onnx.load(path)
     for entry in model.metadata_props:
         if entry.key == "advprop.spec":
@@ -72,7 +72,7 @@ def onnx_hash(path: Path) -> str:
 
 
 def fingerprint(arch: str, images: int, out: Path) -> dict[str, str]:
-    """Trains, exports and evaluates one network; returns what was made → its hash."""
+    """Train, export and evaluate one network; return the hash of each output by name."""
     write_images(out / "data" / "train", images, seed=1)
     write_images(out / "data" / "val", 64, seed=2)
     trained = out / "run"

@@ -1,11 +1,12 @@
-"""Writes which names of TensorRT's Python API are in the bindings of which release, from their wheels' own text.
+"""List the names in TensorRT's Python API, by release, from the strings in its compiled bindings.
 
-    python scripts/tensorrt_names.py            downloads two wheels of bindings (1.3 MB each) and installs nothing
+    python scripts/tensorrt_names.py    downloads two wheels of bindings (1.3 MB each) and installs nothing
 
-The bindings cannot be imported without TensorRT's libraries, and those are not on PyPI. Their compiled module holds
-every name as text, some as the end of a longer one. `tests/runtime/backends/tensorrt/test_api.py` compares what our
-code uses with the file that this script writes, `tensorrt_names.json` next to that test: for each release, the names
-that it shares with the installed TensorRT-RTX and with our code.
+The bindings cannot be imported without TensorRT's libraries, which are not on PyPI. Their compiled
+module contains every name as a string, or as the end of a longer string. The script writes
+`tensorrt_names.json` next to `tests/runtime/backends/tensorrt/test_api.py`, which compares it with
+the names that our code uses. For each release, the file lists the names that also occur in the
+installed TensorRT-RTX or in our code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WHEELS = {"10.16.1.11": "tensorrt-cu13-bindings", "11.4.0.106": "tensorrt-cu13-b
 
 
 def names_of_rtx() -> set[str]:
-    """Every public name of the installed module, and of its classes."""
+    """Return the public names of the installed TensorRT-RTX module and of its classes."""
     names = set()
     for name in dir(tensorrt_rtx):
         names |= {name, *dir(getattr(tensorrt_rtx, name))}
@@ -34,13 +35,13 @@ def names_of_rtx() -> set[str]:
 
 
 def names_of_code() -> set[str]:
-    """Every attribute name in our code: more than its calls of TensorRT."""
+    """Return all attribute names in the runtime, which include those of TensorRT."""
     text = "".join(path.read_text() for path in (ROOT / "runtime").rglob("*.py"))
     return set(re.findall(r"\.([A-Za-z]\w+)", text))
 
 
 def names_in(module: bytes, wanted: set[str]) -> list[str]:
-    """Those of `wanted` that are a text, or the end of one, that ends in NUL."""
+    """Return the wanted names that are, or end, a NUL-terminated string of the module."""
     texts = {match.decode() for match in re.findall(rb"[A-Za-z_]\w*(?=\0)", module)}
     ends = {text[start:] for text in texts if len(text) < 80 for start in range(len(text))}
     return sorted(wanted & ends)

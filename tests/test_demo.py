@@ -17,7 +17,7 @@ def test_the_demo_runs_all_stages_and_can_be_repeated(tmp_path: Path) -> None:
         table = run.stdout.split("held-out images")[1]
         accuracies = [float(number) for number in re.findall(r"([\d.]+)%", table)]
         assert len(accuracies) == 3, run.stdout
-        assert min(accuracies) >= 90, run.stdout  # ten classes: 10 % by chance
+        assert min(accuracies) >= 90, run.stdout  # ten classes: 10% by chance
         assert max(accuracies) - min(accuracies) <= 0.3
         assert ("epoch 1/1" in run.stdout) == (attempt == 0)
     assert (tmp_path / "model.fp16.engine").exists()

@@ -1,8 +1,8 @@
-"""AdvProp training: from images to a checkpoint with dual BatchNorm.
+"""Train networks with dual BatchNorm on clean and adversarial images (AdvProp).
 
 `python -m train.run --arch efficientnet_b3` trains a network. `AdvPropTask`, `LinfPGD` and
-`add_auxiliary_bns` are parts for a training loop of your own. Names are imported on first use, so
-command-line help does not wait for torch.
+`add_auxiliary_bns` are building blocks for your own training loop. Names are imported on first use,
+so command-line help does not wait for torch.
 """
 
 from __future__ import annotations

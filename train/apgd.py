@@ -92,7 +92,7 @@ class LinfAPGD:
     def __init__(self, pgd: LinfPGD, steps: int, loss: Loss = cross_entropy) -> None:
         """
         Args:
-            pgd: provides ball, start points and randomness; its steps and step size are not used.
+            pgd: provides ball, start points and randomness; its steps and step size are ignored.
             steps: number of gradients; the paper uses 100.
             loss: the loss that is maximized.
         """
@@ -109,7 +109,7 @@ class LinfAPGD:
 
         Returns:
             Images within ε, detached. For each image it is the candidate with the largest loss,
-            among the candidates that fool the model if there are any.
+            among the candidates that fool the model, if any candidate does.
         """
         ball = self._pgd.ball(images_NCHW)
         with frozen(model), eval_mode(model), route(model, bn):

@@ -79,7 +79,7 @@ def image_archives(root: Path) -> ImageData:
             raise DataError(f"{root}: found no tar files of {part}; expected {part}.tar, {part}/*.tar or *{part}*.tar")
     members = {part: [member for file in files for member in tar_members(file)] for part, files in archives.items()}
     if any(member.name.endswith(".cls") for member in members["train"]):
-        train, val = _shards(members["train"], root / "train"), _shards(members["val"], root / "val")
+        train, val = _read_shards(members["train"], root / "train"), _read_shards(members["val"], root / "val")
         count = 1 + max(max(train.labels), max(val.labels))
         return ImageData(
             name=root.resolve().name,
@@ -89,10 +89,10 @@ def image_archives(root: Path) -> ImageData:
             val=val,
             short_side=median_short_side(train),
         )
-    return by_class(root, _classes(members["train"]), _classes(members["val"]), TarImages)
+    return by_class(root, _group_by_class(members["train"]), _group_by_class(members["val"]), TarImages)
 
 
-def _classes(members: Sequence[TarMember]) -> dict[str, list[TarMember]]:
+def _group_by_class(members: Sequence[TarMember]) -> dict[str, list[TarMember]]:
     """Group images by their folder in the tar file, or by the tar file's name without a folder."""
     found: dict[str, list[TarMember]] = defaultdict(list)
     for member in members:
@@ -103,7 +103,7 @@ def _classes(members: Sequence[TarMember]) -> dict[str, list[TarMember]]:
     return {name: sorted(files, key=lambda file: natural_key(file.name)) for name, files in found.items()}
 
 
-def _shards(members: Sequence[TarMember], where: Path) -> ImageSet:
+def _read_shards(members: Sequence[TarMember], where: Path) -> ImageSet:
     """Return WebDataset samples, whose files have the same name up to the first dot."""
     images: dict[tuple[str, str], TarMember] = {}
     labels: dict[tuple[str, str], int] = {}

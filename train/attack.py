@@ -3,8 +3,8 @@
 Shape suffixes: N images, C channels, H height, W width, K classes.
 
 As published for AdvProp, the gradient goes through one BatchNorm route on its *running*
-statistics, and no statistic is updated. Parameters need no gradient, so none is computed: a PGD
-step costs as much as two forward passes instead of three.
+statistics and updates none of them. Gradients of parameters are not computed, so a PGD step costs
+as much as two forward passes instead of three.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class LinfPGD:
             bn: route that the gradient goes through.
 
         Returns:
-            Images within ε of the given ones and inside the pixel range (except pixels that were
+            Images within ε of the input and inside the pixel range (except pixels that were
             outside before). Same shape and memory format, float32 or wider, detached.
         """
         ball = self.ball(images_NCHW)
@@ -143,7 +143,7 @@ class LinfPGD:
         return torch.clamp(attacked_NCHW + gradient_NCHW.sign() * length_C11, ball.lowest, ball.highest)
 
     def goal(self, labels_N: torch.Tensor, classes: int) -> torch.Tensor:
-        """Return the classes whose loss is followed, (N,).
+        """Return the class of each image whose loss gradient the attack uses, int64, (N,).
 
         A targeted attack draws a random wrong class; an untargeted one uses the true class.
         """
@@ -215,7 +215,7 @@ def accuracy(
         model: the network; its mode is the same before and after the call.
         batches: normalized images (N, C, H, W) and int64 labels (N,) on the model's device.
             Images with the label BAD_LABEL are not counted; without any image the result is 0.
-        attack: attack the images first, white-box through the same route; None: clean accuracy.
+        attack: white-box attack on the images, through the same route (default: clean accuracy).
         bn: the BatchNorm route.
 
     Raises:

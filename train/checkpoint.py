@@ -1,4 +1,4 @@
-"""Checkpoint files: what a run resumes from and the exporter reads.
+"""Read and write checkpoint files, from which runs resume and exports start.
 
 Format `advprop.checkpoint/1`: a dict of plain values and tensors that
 `torch.load(weights_only=True)` reads:
@@ -9,8 +9,8 @@ Format `advprop.checkpoint/1`: a dict of plain values and tensors that
     epoch), rng (by process), metrics, versions, config (TrainConfig as TOML),
     sample (uint8 NHWC validation images and their labels)
 
-`train.state` fills and restores it. Files may come from anyone: nothing except tensors and plain
-values is unpickled.
+`train.state` writes and restores its content. Checkpoints may be untrusted files, so only tensors
+and plain values are unpickled.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _REQUIRED = ("arch", "model_kwargs", "recipe", "spec", "state_dict", "epoch", "s
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as a checkpoint, atomically.
+    """Write `content` to a checkpoint file, atomically.
 
     Raises:
-        OutputError: `path` cannot be written; an existing checkpoint stays as it is.
+        OutputError: `path` cannot be written; an existing checkpoint is unchanged.
     """
     with atomic_write(path) as file:
         try:
@@ -51,20 +51,20 @@ def load_checkpoint(path: Path, *, device: str = "cpu") -> dict[str, Any]:
 
     Args:
         path: the file.
-        device: where its tensors go; `meta` reads shapes only.
+        device: device for the tensors; `meta` reads shapes only.
 
     Raises:
         CheckpointError: the file is missing, truncated, holds pickled code or is not an advprop
-            checkpoint; the message says what was found.
+            checkpoint; the message names what was found.
     """
     return check_checkpoint(read_torch_file(path, device=device), path)
 
 
 def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
-    """Return `content`, which was read from `path`, if it is an advprop checkpoint.
+    """Return `content`, read from `path`, after checking that it is an advprop checkpoint.
 
     Raises:
-        CheckpointError: it is something else; the message says what.
+        CheckpointError: it is something else; the message names what was found.
     """
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMAT:
@@ -77,7 +77,7 @@ def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
 
 
 def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
-    """Read a file of `torch.save`, and refuse anything except tensors and plain values.
+    """Read a file that torch.save wrote. Reject anything except tensors and plain values.
 
     Raises:
         CheckpointError: the file is missing, is not a torch file, is truncated or holds pickled
@@ -99,10 +99,10 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
             warnings.simplefilter("ignore")  # about pickle protocols; loading either works or raises
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged pickle stream can raise almost any exception
-        if "Unsupported " in str(error) or "Trying to " in str(error):  # torch has no type for refused code
+        if "Unsupported " in str(error) or "Trying to " in str(error):  # torch has no exception type for rejected code
             raise CheckpointError(
-                f"{path} holds pickled Python objects, which could run code when loaded. It was refused and nothing "
-                f"was executed ({_refusal(error)}). If you trust its author, save its plain state_dict to a new file"
+                f"{path} holds pickled Python objects, which could run code when loaded. It was rejected and nothing "
+                f"was executed ({_rejection(error)}). If you trust its author, save its plain state_dict to a new file"
             ) from error
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path} is a TorchScript archive; expected a checkpoint or a state_dict") from error
@@ -112,7 +112,7 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
 
 
 def describe(content: Any) -> str:
-    """Return a short description of what a torch file holds, for error messages."""
+    """Return a short description of a torch file's content, for error messages."""
     if not isinstance(content, Mapping):
         return f"it holds a {type(content).__name__}"
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -121,8 +121,8 @@ def describe(content: Any) -> str:
     return f"it is a dict with {keys or 'no keys'}"
 
 
-def _refusal(error: Exception) -> str:
-    """Return the line of torch's long message that names the refused object."""
+def _rejection(error: Exception) -> str:
+    """Return the line of torch's long message that names the rejected object."""
     lines = [line.strip() for line in str(error).splitlines()]
     relevant = [line for line in lines if "Unsupported " in line or "Trying to " in line]
     return relevant[0].removeprefix("WeightsUnpickler error: ")[:160]

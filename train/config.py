@@ -165,7 +165,7 @@ class TrainConfig:
     drop_path: float = 0.0
     """Stochastic depth rate, for architectures that support it."""
     bn_momentum: float | None = None
-    """Momentum of running statistics; as in torch, 0.01 keeps 99 % (default: the model's)."""
+    """Momentum of running statistics; as in torch, 0.01 keeps 99% (default: the model's)."""
     sync_bn: bool = True
     """Compute batch statistics over all processes, separately for each route."""
     save_every: int = 0

@@ -31,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a configuration file as nested dicts.
 
     Raises:
-        ConfigError: the file is missing or is not TOML; the message has the line.
+        ConfigError: the file is missing or is not TOML; the message includes the line number.
     """
     try:
         return tomllib.loads(path.read_text("utf-8"))
@@ -89,7 +89,7 @@ def _build(kind: type[_Config], content: Mapping[str, Any], prefix: str) -> _Con
     values = {}
     for key, value in content.items():
         if key not in hints:
-            raise ConfigError(f"unknown setting {prefix}{key}. {nearest(key, hints)}".rstrip())
+            raise ConfigError(f"unknown setting {prefix}{key}; {nearest(key, hints)}".rstrip("; "))
         values[key] = _convert(hints[key], value, prefix + key)
     return kind(**values)
 

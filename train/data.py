@@ -96,7 +96,7 @@ class ImageSet:
 
 @dataclass(frozen=True, slots=True)
 class ImageStream:
-    """Labeled images that can only be read one after the other, in the order of the stream."""
+    """Labeled images that can only be read sequentially, in the order of the stream."""
 
     open: Callable[[bool, int, int], Any]
     """(training, batch size, seed) → timm's IterableImageDataset."""
@@ -111,7 +111,7 @@ class ImageStream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageData:
-    """A dataset with its validation part."""
+    """A dataset with a training part and a validation part."""
 
     name: str
     """Name of the dataset, for display."""

@@ -82,8 +82,8 @@ def _open_named(name: str, config: DataConfig) -> ImageData:
         )
     if kind in _STREAMED:
         return _open_streams(name, kind, config)
-    train, val = (_create(name, kind, config, split) for split in (config.train_split, config.val_split))
-    image_set = _torchvision if kind == "torch" else _hugging_face
+    train, val = (_create_dataset(name, kind, config, split) for split in (config.train_split, config.val_split))
+    image_set = _open_torchvision if kind == "torch" else _open_hugging_face
     trained, names = image_set(train, name)
     return ImageData(
         name=rest,
@@ -95,7 +95,7 @@ def _open_named(name: str, config: DataConfig) -> ImageData:
     )
 
 
-def _create(name: str, kind: str, config: DataConfig, split: str, **more: Any) -> Any:
+def _create_dataset(name: str, kind: str, config: DataConfig, split: str, **more: Any) -> Any:
     root = None if config.root is None else str(config.root)
     if kind in ("torch", "wds") and root is None:
         raise ConfigError(f"--dataset {name} needs --data DIR, the folder with its files")
@@ -139,7 +139,7 @@ class _Items:
         return self._names(self._indices[index])
 
 
-def _torchvision(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
+def _open_torchvision(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
     labels = getattr(dataset, "targets", None)
     if labels is None:
         raise DataError(f"{name} has no list of labels, so it cannot be used for training")
@@ -152,7 +152,7 @@ def _torchvision(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
     return ImageSet(images, [int(label) for label in labels]), tuple(map(str, getattr(dataset, "classes", ())))
 
 
-def _hugging_face(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
+def _open_hugging_face(dataset: Any, name: str) -> tuple[ImageSet, tuple[str, ...]]:
     reader = dataset.reader
 
     def read(index: int) -> ImageLike:
@@ -173,7 +173,7 @@ def _class_names(reader: Any) -> tuple[str, ...]:
 def _open_streams(name: str, kind: str, config: DataConfig) -> ImageData:
     def opener(split: str) -> Callable[[bool, int, int], Any]:
         def open_stream(training: bool, batch_size: int, seed: int) -> Any:
-            return _create(name, kind, config, split, is_training=training, batch_size=batch_size, seed=seed)
+            return _create_dataset(name, kind, config, split, is_training=training, batch_size=batch_size, seed=seed)
 
         return open_stream
 

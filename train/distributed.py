@@ -1,4 +1,4 @@
-"""Processes of a run: their group, what they exchange, and BatchNorm over all of them.
+"""Train in several processes: process group, communication and synchronized BatchNorm.
 
 `torchrun` starts the processes and sets their environment variables.
 """
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def world_size() -> int:
-    """Return how many processes train together; 1 without torchrun."""
+    """Return the number of processes that train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -45,15 +45,15 @@ def rank() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the group of processes that torchrun started, if any; yield this process's device."""
+    """Join the process group if torchrun started one; yield the device of this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    # torchrun restarts processes with the same store. Addresses that the previous processes left
-    # there would be taken for those of live ones, so each attempt uses its own keys.
+    # torchrun restarts processes with the same store. Addresses left there by the previous
+    # processes would be mistaken for live ones, so each attempt uses its own keys.
     store, number, size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
@@ -69,7 +69,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 class StopRequest:
-    """The signal that asked the run to stop, if there was one."""
+    """Records the signal that requested the run to stop."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -95,7 +95,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def share(self, device: torch.device) -> None:
-        """Make every process stop if one was signaled: the others would wait for it forever."""
+        """Make all processes stop if one was signaled; they would wait for it forever."""
         if world_size() > 1:
             signaled = world_sum(torch.tensor([float(self.signal or 0)], device=device)).item()
             self.signal = self.signal or (signal.SIGTERM if signaled else None)
@@ -111,7 +111,7 @@ def world_sum(value: torch.Tensor) -> torch.Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the `value` of every process, in the order of ranks."""
+    """Return the `value` of every process, in rank order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -126,7 +126,7 @@ def barrier() -> None:
 
 
 def shuffled_across_processes(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shuffle the images of all processes; each process gets as many as it had.
+    """Shuffle the images across all processes; each process keeps its number of images.
 
     A single process returns its images unchanged, because BatchNorm does not depend on their
     order.

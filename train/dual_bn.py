@@ -5,7 +5,7 @@ route. The main route keeps the plain state-dict keys (`bn1.weight`); keys of au
 contain `.aux.` (`bn1.aux.adv.weight`). Removing those keys leaves a state dict that loads into the
 stock timm model.
 
-In all tensors the first dimension is the image; the others are free.
+The first dimension of every tensor indexes images; the other dimensions are arbitrary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _Value = TypeVar("_Value")
 
 
 class Router:
-    """The current route of a model's batches, shared by all of its routed layers."""
+    """The current route of a model's batches. All routed layers of the model share it."""
 
     def __init__(self, auxiliary: Sequence[str]) -> None:
         self.auxiliary = tuple(auxiliary)
@@ -71,9 +71,14 @@ class RoutedBatchNorm:
     """Whether it does so in evaluation mode, without synchronization."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize each part of the batch `x`, (N, C, …), through its route.
+
+        Raises:
+            ValueError: N is not a multiple of the images in the router's plan.
+        """
         plan = self.router.plan
         if len(plan) == 1:
-            return self._through(plan[0][0], x)
+            return self._forward_route(plan[0][0], x)
         total = sum(count for _, count in plan)
         if x.shape[0] % total:
             raise ValueError(f"a batch of {x.shape[0]} cannot be routed as {plan}")
@@ -82,12 +87,12 @@ class RoutedBatchNorm:
         if self.plain and can_normalize_parts(layers, counts, x):
             return normalize_parts(layers, counts, x)
         parts = torch.split(x, counts)
-        return torch.cat([self._through(name, part) for (name, _), part in zip(plan, parts, strict=True)])
+        return torch.cat([self._forward_route(name, part) for (name, _), part in zip(plan, parts, strict=True)])
 
     def _layer(self, name: str) -> nn.Module:
         return cast(nn.Module, self if name == MAIN else self.aux[name])
 
-    def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _forward_route(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer(name)
         if self.plain_in_eval and can_use_affine_map(layer, x):
             return affine_map(layer, x)
@@ -131,7 +136,7 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
     if any(isinstance(layer, RoutedBatchNorm) for layer in layers):
         raise ConfigError("the model already has auxiliary BatchNorms")
     if not layers:
-        raise ArchError(_no_batchnorm(model))
+        raise ArchError(_no_batchnorm_message(model))
     router = Router(routes)
     for layer in layers:
         copies = {name: copy.deepcopy(layer) for name in routes}
@@ -142,7 +147,7 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
     return model
 
 
-def _no_batchnorm(model: nn.Module) -> str:
+def _no_batchnorm_message(model: nn.Module) -> str:
     kinds = (type(module).__name__ for module in model.modules() if not any(module.children()))
     norms = Counter(kind for kind in kinds if "Norm" in kind)
     found = ", ".join(f"{count} {name}" for name, count in norms.most_common()) or "no normalization layer"
@@ -203,7 +208,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def strip_auxiliary(state_dict: Mapping[str, _Value]) -> dict[str, _Value]:
-    """Return `state_dict` without the auxiliary BatchNorms, which has the stock model's keys."""
+    """Return `state_dict` without auxiliary BatchNorms, with the stock model's keys."""
     return {key: value for key, value in state_dict.items() if _route_of(key) == MAIN}
 
 

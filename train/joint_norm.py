@@ -1,11 +1,12 @@
-"""Faster BatchNorm for the two cases in which AdvProp spends time on it.
+"""Faster BatchNorm for the two cases that dominate its cost in AdvProp.
 
 `normalize_parts` normalizes consecutive parts of a batch with their own statistics and writes the
-results into one tensor; slicing and `torch.cat` would copy every activation two more times.
+results into one tensor; slicing and `torch.cat` would copy every activation twice.
 `affine_map` is BatchNorm on running statistics for an attack.
 
 Both compute the same as the layers. `can_normalize_parts` and `can_use_affine_map` check whether
-they apply; otherwise the forward of the layers is used. Shapes: (N, C, …), N images, C channels.
+they apply; otherwise the forward method of the layers is used. Shapes: (N, C, …), N images, C
+channels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ def is_plain(kind: type[nn.Module]) -> bool:
 
 
 def can_use_affine_map(layer: Any, x: torch.Tensor) -> bool:
-    """Return whether only the input's gradient is needed, on running statistics (in an attack)."""
+    """Return whether `affine_map` can replace the layer.
+
+    The layer must normalize with running statistics, and only the input may need a gradient, as in
+    an attack.
+    """
     return (
         torch.is_grad_enabled()
         and x.requires_grad
@@ -45,8 +50,8 @@ def can_use_affine_map(layer: Any, x: torch.Tensor) -> bool:
 def affine_map(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Apply a BatchNorm on running statistics as `x * scale + shift`.
 
-    Its backward pass goes over memory once and stores no activations. That of a BatchNorm also
-    reads the activations and computes sums over them, which an attack does not need.
+    Its backward pass reads memory once and needs no stored activations. The backward pass of a
+    BatchNorm also sums over the activations, for parameter gradients that an attack does not need.
     """
     shape = [1, -1, *[1] * (x.ndim - 2)]
     scale = layer.weight * torch.rsqrt(layer.running_var + layer.eps)
@@ -57,8 +62,8 @@ def affine_map(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def can_normalize_parts(layers: Sequence[Any], counts: Sequence[int], x: torch.Tensor) -> bool:
     """Return whether `normalize_parts` can replace the layers.
 
-    The input must be dense. For others, such as a slice of channels, `native_batch_norm.out` does
-    not write `save_mean`, normalizes with whatever is in that memory and reports no error (torch
+    The input must be dense. For other inputs, such as a slice of channels, `native_batch_norm.out`
+    does not write `save_mean`, normalizes with uninitialized memory and reports no error (torch
     2.14). The device must be a CPU, since other devices were not measured. torch.compile joins the
     parts without this function.
     """
@@ -93,10 +98,10 @@ def _can_be_joined(layer: Any, x: torch.Tensor) -> bool:
 
 
 def normalize_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -> torch.Tensor:
-    """Normalize the first `counts[0]` images by `layers[0]`, the next by `layers[1]`, and so on.
+    """Normalize consecutive parts of a batch, `counts[i]` images with `layers[i]` each.
 
-    Running statistics are updated as in the forward of the layers. `drop` and `act` are those of
-    the first layer; all layers have the same.
+    Running statistics are updated as in the forward method of the layers. All layers have the same
+    `drop` and `act`; those of the first layer are applied.
     """
     for layer in layers:
         if layer.track_running_stats and layer.num_batches_tracked is not None:
@@ -106,7 +111,7 @@ def normalize_parts(layers: Sequence[Any], counts: list[int], x: torch.Tensor) -
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    """Return whether hooks are registered, which only the layer's own forward calls."""
+    """Return whether the layer has hooks. Only a call of the layer itself runs them."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 

@@ -54,12 +54,12 @@ class Batches:
             yield images, labels.to(self._device, non_blocking=True)
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Select the epoch, and the batch in it, at which the next iteration starts."""
-        raise NotImplementedError("validation has one order")
+        """Make the next iteration start at the given batch of the given epoch."""
+        raise NotImplementedError("validation images have a fixed order")
 
     def names(self, batch: int) -> list[str]:
         """Return the files in batch number `batch` of the epoch."""
-        raise NotImplementedError("validation has one order")
+        raise NotImplementedError("validation images have a fixed order")
 
 
 class SetBatches(Batches):
@@ -73,7 +73,7 @@ class SetBatches(Batches):
         self._reported: set[str] = set()
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        assert self._sampler is not None, "validation has one order"
+        assert self._sampler is not None, "validation images have a fixed order"
         self._sampler.epoch, self._sampler.start = epoch, batch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -84,14 +84,14 @@ class SetBatches(Batches):
         self.check_bad()
 
     def names(self, batch: int) -> list[str]:
-        assert self._sampler is not None, "validation has one order"
+        assert self._sampler is not None, "validation images have a fixed order"
         return [self._samples.name(index) for index in self._sampler.indices(batch)]
 
     def check_bad(self) -> None:
         """Warn about images that could not be decoded, once for each.
 
         Raises:
-            DataError: they are more than 1 % of the images.
+            DataError: more than 1% of the images cannot be decoded.
         """
         bad = self._samples.bad_images()
         new = [name for name in bad if name not in self._reported]
@@ -102,13 +102,13 @@ class SetBatches(Batches):
         self._reported.update(new)
         if len(bad) > max(1, _MAX_BAD_SHARE * len(self._samples)):
             raise DataError(
-                f"{len(bad)} of {len(self._samples)} {self._what} images cannot be decoded, more than 1 %: "
+                f"{len(bad)} of {len(self._samples)} {self._what} images cannot be decoded, more than 1%: "
                 f"{', '.join(bad[:3])}, …; remove or replace them"
             )
 
 
 class StreamBatches(Batches):
-    """Batches of a stream. Resuming within an epoch reads the images before it again."""
+    """Batches of a stream. Resuming within an epoch reads the earlier images of the epoch again."""
 
     def __init__(self, loader: DataLoader[Any], samples: StreamedSamples, batches: int, *rest: Any) -> None:
         super().__init__(loader, *rest)
@@ -146,7 +146,7 @@ def train_loader(
         spec: input size and normalization.
         batch_size: images per batch and process.
         seed: seed of order and augmentation.
-        device: where the batches go.
+        device: device for the batches.
         views: 1 yields (N, C, H, W); 2 yields (N, 2, C, H, W) with AutoAugment in the second view.
 
     Raises:
@@ -179,14 +179,14 @@ def eval_loader(
     device: torch.device,
     every: int = 1,
 ) -> Batches:
-    """Return batches of the validation images of this process, in order, by timm's transform.
+    """Return batches of the validation images of this process, in order, with timm's transform.
 
     Args:
         data: the images.
-        config: setting of the number of workers.
+        config: settings; only the number of workers is used.
         spec: input size, crop and normalization.
         batch_size: images per batch and process.
-        device: where the batches go.
+        device: device for the batches.
         every: use only every n-th image.
     """
     options = _loader_options(config, data, device)

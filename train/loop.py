@@ -50,17 +50,17 @@ class FitResult:
     best: Path
     """Checkpoint of the epoch with the best clean accuracy."""
     best_epoch: EpochMetrics
-    """The epoch that `best` holds: the first one with the best clean accuracy, unless an earlier
-    `best.pt` was lost (a warning reported it when the run resumed)."""
+    """The epoch that `best` holds: the first one with the best clean accuracy. It can be another
+    one if an earlier `best.pt` was lost, which a warning reports when the run resumes."""
     metrics: tuple[EpochMetrics, ...]
     """Metrics of all epochs."""
 
 
 def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
-    """Train as `config` says; write `last.pt`, `best.pt` and `metrics.csv` after each epoch.
+    """Train a network; write `last.pt`, `best.pt` and `metrics.csv` after each epoch.
 
     Under torchrun, all processes call it with the same config and the first one writes.
-    SIGINT and SIGTERM end the run after the current step: it saves `last.pt` first, and a run with
+    On SIGINT or SIGTERM, the run finishes the current step, saves `last.pt` and ends. A run with
     `config.resume` set to "auto" continues from there.
 
     Raises:
@@ -89,6 +89,9 @@ class Trainer:
             device: the device of this process.
             randomness: source of the training attack's random numbers (default: torch's
                 generator).
+
+        Raises:
+            AdvPropError: see `fit`; also if the output folder holds another run.
         """
         self.config, self.reporter, self.device = config, reporter, device
         recipe = find_recipe(config.recipe)
@@ -180,7 +183,7 @@ class Trainer:
         for epoch in range(self.state.epoch, epochs):
             began = time.monotonic()
             trained, images_per_s = self._train_epoch()
-            self._save()  # validation takes a while, and the run may be killed during it
+            self._save()  # before validation, during which the run may be killed
             self.reporter.evaluating()
             row = self._validate(trained, images_per_s)
             self.state.finish_epoch(row)
@@ -259,7 +262,7 @@ class Trainer:
         return loss.detach()
 
     def _validate(self, seconds: float, images_per_s: float) -> EpochMetrics:
-        """Measure the weights that an export would use: the moving average if there is one."""
+        """Measure the weights that an export would use: the moving average, if enabled."""
         state = self.state
         if world_size() > 1 and not self.config.sync_bn:
             distribute_bn(state.model, world_size(), reduce=True)
@@ -269,14 +272,14 @@ class Trainer:
             step=state.step,
             lr=self.lr,
             loss=world_sum(state.loss_sum).item() / world_size() / max(1, state.batch),
-            top1=accuracy(model, self._unless_stopped(self.val)),
-            top1_attacked=accuracy(model, self._unless_stopped(self.val_attacked), self.validation_attack),
+            top1=accuracy(model, self._until_stopped(self.val)),
+            top1_attacked=accuracy(model, self._until_stopped(self.val_attacked), self.validation_attack),
             images_per_s=images_per_s,
             seconds=seconds,
         )
 
-    def _unless_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches, but end validation at once on a stop: the epoch is already saved."""
+    def _until_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches, but abort validation on a stop request: the epoch is saved already."""
         for batch in batches:
             if world_size() == 1:
                 self._raise_if_stopped()
@@ -284,7 +287,7 @@ class Trainer:
 
     @preserve_rng()
     def _publish(self) -> None:
-        """Write the files that follow from `last.pt` at the end of an epoch."""
+        """Write the files that are derived from `last.pt` at the end of an epoch."""
         rows = self.state.metrics
         if rank() != 0 or not rows:
             return

@@ -1,4 +1,4 @@
-"""Networks: create one by timm's name, restore one from a checkpoint, choose its device."""
+"""Create networks by timm's name, restore them from checkpoints and choose their device."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def restore_model(
     if not routes:
         load_weights(model, route_weights(checkpoint, bn=bn, ema=ema), path, arch)
         return model
-    weights = _weights(checkpoint, ema)
+    weights = _stored_weights(checkpoint, ema)
     names = auxiliary_routes(weights)
     try:
         load_weights(add_auxiliary_bns(model, names) if names else model, weights, path, arch)
@@ -88,7 +88,7 @@ def route_weights(checkpoint: Mapping[str, Any], *, bn: str = MAIN, ema: bool = 
     Raises:
         ConfigError: the checkpoint has no such route.
     """
-    return select_route(_weights(checkpoint, ema), bn)
+    return select_route(_stored_weights(checkpoint, ema), bn)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
@@ -104,7 +104,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Pa
         raise CheckpointError(f"the weights in {path} do not fit timm's {arch}: {' '.join(lines)[:300]}") from error
 
 
-def _weights(checkpoint: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
+def _stored_weights(checkpoint: Mapping[str, Any], ema: bool) -> dict[str, torch.Tensor]:
     return dict((ema and checkpoint.get("ema_state_dict")) or checkpoint["state_dict"])
 
 
@@ -121,7 +121,7 @@ def _model_arguments(found: Any, path: Path) -> dict[str, Any]:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Return timm's data configuration of `model`, and whether its input size is fixed."""
+    """Return timm's data configuration of `model`, plus `fixed_input_size`, a bool."""
     fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
     return {**resolve_model_data_config(model), "fixed_input_size": bool(fixed)}
 

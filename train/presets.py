@@ -11,8 +11,8 @@ epochs, as in Fast AdvProp's published script. That script divides the rate by 1
 60, 90 and 100 and has no warm-up; here a cosine schedule follows 5 epochs of warm-up.
 
 The paper increases ε with the size of the network. Here ε is 1 up to B2 and ResNet-50, 2 up to B5
-and for larger ResNets, and 4 for larger EfficientNets: our interpretation of "weaker for smaller
-networks", because no table was published.
+and for larger ResNets, and 4 for larger EfficientNets. This is an interpretation of "weaker for
+smaller networks", because no table was published.
 """
 
 from __future__ import annotations

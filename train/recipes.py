@@ -1,6 +1,6 @@
 """Recipes as data: which images go through which BatchNorm, and with which weight.
 
-A recipe is a list of branches: a new idea needs a new list, not a new trainer.
+A recipe is a list of branches. A new method needs a new list, not a new trainer.
 
     vanilla       clean → main
     finetune      clean → main, from a checkpoint: the slides' second stage after `adversarial`
@@ -10,7 +10,7 @@ A recipe is a list of branches: a new idea needs a new list, not a new trainer.
                                                Image Recognition", CVPR 2020
     fine-grained  clean → main + AutoAugment → aug + PGD → adv
                                                the slides' Fine-Grained AdvProp
-    fast          80 % clean → main; 20 % with noise → adv. Its gradient updates the weights and
+    fast          80% clean → main; 20% with noise → adv. Its gradient updates the weights and
                   creates the adversarial images → adv
                                                Fast AdvProp (Mei et al., ICLR 2022)
 
@@ -113,9 +113,13 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return the recipe called `name`. Raises ConfigError, which lists the available names."""
+    """Return the recipe called `name`.
+
+    Raises:
+        ConfigError: there is no such recipe; the message lists the available names.
+    """
     if name not in RECIPES:
         raise ConfigError(
-            f"unknown recipe {name!r}; available: {', '.join(RECIPES)}. {nearest(name, RECIPES)}".rstrip()
+            f"unknown recipe {name!r}; available: {', '.join(RECIPES)}; {nearest(name, RECIPES)}".rstrip("; ")
         )
     return RECIPES[name]

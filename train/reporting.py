@@ -1,4 +1,4 @@
-"""Reports of a run: progress bar, epoch lines, `metrics.csv`, `curves.png` and final table."""
+"""Report a run: progress bar, epoch lines, `metrics.csv`, `curves.png` and final table."""
 
 from __future__ import annotations
 
@@ -57,7 +57,11 @@ def best_epoch(rows: Sequence[EpochMetrics]) -> EpochMetrics:
 
 
 def write_metrics(path: Path, rows: Sequence[EpochMetrics]) -> None:
-    """Write one CSV row per epoch, atomically. Raises OutputError."""
+    """Write one CSV row per epoch, atomically.
+
+    Raises:
+        OutputError: `path` cannot be written.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, [item.name for item in fields(EpochMetrics)], lineterminator="\n")
     writer.writeheader()
@@ -95,7 +99,7 @@ def plot_curves(path: Path, rows: Sequence[EpochMetrics], title: str) -> None:
 
 
 def summary_table(title: str, best: EpochMetrics, rows: Sequence[EpochMetrics]) -> Table:
-    """Return a table of a finished run.
+    """Return a table with the metrics of a finished run.
 
     Args:
         title: heading of the first column.

@@ -68,7 +68,7 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
     "",
     "--dataset",
     metavar="NAME",
-    help="Dataset by its timm name, such as torch/cifar10; --data is the folder that holds it.",
+    help="Dataset, by its timm name, such as torch/cifar10; --data is the folder that stores it.",
 )
 @_option(
     "",
@@ -104,7 +104,7 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
 @_option("Training", "--pretrained", is_flag=True, default=None, help="Download timm's pretrained weights.")
 @_option("Execution", "--workers", type=int, help="Processes that load images (default: by number of cores).")
 @_option("Execution", "--amp", type=click.Choice(["none", "bf16", "fp16"]), help="Mixed precision (default: none).")
-@_option("Execution", "--device", help="Device: cpu, cuda, cuda:1, … (default: the GPU if there is one).")
+@_option("Execution", "--device", help="Device: cpu, cuda, cuda:1, … (default: a GPU if available).")
 @_option(
     "Execution",
     "--resume",
@@ -118,7 +118,7 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
     "--overwrite",
     is_flag=True,
     default=None,
-    help="Start again in a folder that holds another run, and delete that run.",
+    help="Start a new run in a folder that holds another run, and delete that run.",
 )
 @_option(
     "Settings",
@@ -126,7 +126,7 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
     "config_path",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML file of settings; the config.toml of a run repeats it.",
+    help="TOML file of settings. The config.toml of a run reproduces the run.",
 )
 @_option(
     "Settings",
@@ -139,9 +139,9 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
 def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...], **options: Any) -> None:
     """Train a classifier on clean and adversarial images together (AdvProp).
 
-    Clean and adversarial images have a BatchNorm each; only the clean one is used for inference. Writes
-    last.pt, best.pt, metrics.csv, curves.png and config.toml. Ctrl-C saves the state first; --resume continues
-    from it.
+    Clean and adversarial images use separate BatchNorms; only the clean one is used for inference.
+    Writes last.pt, best.pt, metrics.csv, curves.png and config.toml. Ctrl-C saves the state before
+    the run ends; --resume continues from it.
     """
     console = set_up_logging()
     from train.config_file import from_mapping, merge, parse_setting, read_toml
@@ -160,8 +160,8 @@ def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...]
     from train.loop import fit
     from train.reporting import RichReporter, SilentReporter, summary_table
 
-    result = fit(config, RichReporter(console) if _is_first() else SilentReporter())
-    if not _is_first():
+    result = fit(config, RichReporter(console) if _is_first_process() else SilentReporter())
+    if not _is_first_process():
         return
     console.print(summary_table(f"{config.arch}, {config.recipe}", result.best_epoch, result.metrics))
     console.print(
@@ -178,8 +178,8 @@ def _nested(field: str, value: object) -> dict[str, Any]:
     return {section: {name: value}} if section else {name: value}
 
 
-def _is_first() -> bool:
-    """Whether this is torchrun's first process, or the only one."""
+def _is_first_process() -> bool:
+    """Return whether this is the only process, or torchrun's first one."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,4 +1,4 @@
-"""Decoded and augmented samples, and the order of an epoch.
+"""Decode and augment samples, and determine the order of an epoch.
 
 The augmentation of every sample is seeded by (seed, epoch, index), so the images of an epoch do not
 depend on the number of workers or on where a run resumes. Samples of a stream have no index; they
@@ -42,8 +42,8 @@ class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
             images: encoded images with labels.
             transforms: one per view; several views are stacked before the channels.
             seed: seed of the augmentation.
-            train: replace an image that cannot be decoded by the next one, so batches keep their
-                size. Otherwise it becomes a black image with the label BAD_LABEL.
+            train: replace an image that cannot be decoded with the next one, so batches keep their
+                size. Otherwise return a black image with the label BAD_LABEL.
         """
         self._images = images
         self._transforms = transforms

@@ -27,7 +27,7 @@ class Tracker(Protocol):
         """Record named values of update `step`."""
 
     def close(self) -> None:
-        """Write what is still buffered."""
+        """Write buffered values."""
 
 
 class TensorBoardTracker:
@@ -61,6 +61,11 @@ class WandbTracker:
     """Logs to Weights & Biases, with the settings of its environment (WANDB_MODE=offline, …)."""
 
     def __init__(self, project: str, folder: Path, config: TrainConfig) -> None:
+        """Start a run of `project`, or continue the run that logged `folder` before.
+
+        Raises:
+            ConfigError: wandb is not installed, or Weights & Biases does not start.
+        """
         try:
             import wandb
         except ImportError as error:

@@ -1,11 +1,11 @@
 """Training checkpoints for the tools: evaluate one, attack with one, time one, describe one.
 
 The runtime cannot load checkpoints; these functions are passed to it as loaders. Each returns the
-spec of the checkpoint, what the tool calls, and facts (plain values) that results record.
+spec of the checkpoint, a function or network, and facts (plain values) that results record.
 
     load_predictor       images → logits, for `runtime.evaluate`
     load_attacker        images → adversarial images, for `runtime.evaluate.attacks`
-    open_torch_peer      a network to be timed, for `runtime.bench`
+    open_torch_peer      a network to time, for `runtime.bench`
     describe_checkpoint  facts for `advprop inspect`
 
 This module can be imported without torch; its functions need torch and timm.
@@ -48,13 +48,13 @@ class LoadedPredictor(NamedTuple):
     predict: Callable[[NDArray[np.float32]], NDArray[np.float32]]
     """Normalized images, (N, 3, H, W) → logits, (N, K)."""
     accepts_any_size: bool
-    """Whether the images may have other sizes than that of the spec."""
+    """Whether the network accepts image sizes other than the spec's."""
     facts: dict[str, Any]
     """Facts that results record: `sha256`, `device`, `route`, …"""
 
 
 class LoadedAttacker(NamedTuple):
-    """A checkpoint to attack with."""
+    """A checkpoint whose gradient creates adversarial images."""
 
     spec: ModelSpec
     """Description of the network."""
@@ -65,7 +65,7 @@ class LoadedAttacker(NamedTuple):
 
 
 class TorchPeers(NamedTuple):
-    """A network in PyTorch to be timed."""
+    """A PyTorch network to time."""
 
     spec: ModelSpec
     """Description of the network."""
@@ -80,32 +80,32 @@ def load_predictor(path: Path, *, route: str = MAIN, ema: bool = True, device: s
         path: an advprop checkpoint.
         route: BatchNorm route to evaluate.
         ema: prefer the moving average of the weights.
-        device: torch device, or `auto` for a GPU if there is one.
+        device: torch device, or `auto` for a GPU if one is available.
 
     Raises:
         CheckpointError: the file is not an advprop checkpoint.
         ConfigError: the checkpoint has no such route, or torch does not know the device.
         BackendUnavailable: torch, timm or the GPU is missing.
     """
-    with _needs_torch(f"evaluating the checkpoint {path}", "evaluate its ONNX file"):
+    with _require_torch(f"evaluating the checkpoint {path}", "evaluate its ONNX file"):
         from advprop.checkpoints import predictor
     return predictor.load_predictor(path, route=route, ema=ema, device=device)
 
 
 def load_attacker(path: Path, *, route: str = MAIN, device: str = "auto") -> LoadedAttacker:
-    """Load a checkpoint to attack with by its gradient.
+    """Load a checkpoint whose gradient creates adversarial images.
 
     Args:
         path: an advprop checkpoint.
         route: BatchNorm route that the gradient goes through.
-        device: torch device, or `auto` for a GPU if there is one.
+        device: torch device, or `auto` for a GPU if one is available.
 
     Raises:
         CheckpointError: the file is not an advprop checkpoint.
         ConfigError: the checkpoint has no such route, or torch does not know the device.
         BackendUnavailable: torch, timm or the GPU is missing.
     """
-    with _needs_torch(f"attacking with the gradient of {path}", "run Square attack and noise without --checkpoint"):
+    with _require_torch(f"attacking with the gradient of {path}", "run Square attack and noise without --checkpoint"):
         from advprop.checkpoints import attacker
     return attacker.load_attacker(path, route=route, device=device)
 
@@ -113,23 +113,23 @@ def load_attacker(path: Path, *, route: str = MAIN, device: str = "auto") -> Loa
 def open_torch_peer(
     spec: ModelSpec | None, *, checkpoint: Path | None, half: bool, device: str, threads: int
 ) -> TorchPeers:
-    """Create a network in PyTorch to be timed, and on a GPU also a compiled one.
+    """Create a PyTorch network to time, and on a GPU a compiled copy of it.
 
     Args:
-        spec: architecture, classes and input size of a network with random weights; not used if
-            there is a checkpoint.
+        spec: architecture, classes and input size of a network with random weights; ignored if
+            a checkpoint is given.
         checkpoint: an advprop checkpoint, whose spec and weights are used.
         half: compute in FP16 on a GPU; a CPU always computes in FP32.
-        device: torch device, or `auto` for a GPU if there is one.
+        device: torch device, or `auto` for a GPU if one is available.
         threads: CPU threads per operator, for the whole process; 0 keeps PyTorch's default.
 
     Raises:
         CheckpointError: the file is not an advprop checkpoint.
         ArchError: timm does not have the architecture.
-        ConfigError: there is neither a spec nor a checkpoint, or torch does not know the device.
+        ConfigError: neither a spec nor a checkpoint is given, or torch does not know the device.
         BackendUnavailable: torch, timm or the GPU is missing.
     """
-    with _needs_torch("timing a network in PyTorch", "time model files only"):
+    with _require_torch("timing a network in PyTorch", "time model files only"):
         from advprop.checkpoints import torch_peer
     return torch_peer.open_torch_peer(spec, checkpoint=checkpoint, half=half, device=device, threads=threads)
 
@@ -143,7 +143,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is not an advprop checkpoint.
         BackendUnavailable: torch or timm is missing.
     """
-    with _needs_torch(f"reading the checkpoint {path}", "inspect its ONNX file"):
+    with _require_torch(f"reading the checkpoint {path}", "inspect its ONNX file"):
         from train.checkpoint import load_checkpoint
         from train.dual_bn import auxiliary_routes, strip_auxiliary
         from train.reporting import EpochMetrics, best_epoch
@@ -165,7 +165,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _needs_torch(purpose: str, alternative: str) -> Iterator[None]:
+def _require_torch(purpose: str, alternative: str) -> Iterator[None]:
     """Turn the ImportError of a missing package into BackendUnavailable."""
     try:
         yield

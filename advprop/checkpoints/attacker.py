@@ -1,4 +1,4 @@
-"""Attacks by the gradient of a checkpoint: uint8 images in, adversarial uint8 images out.
+"""Create adversarial images with the gradient of a checkpoint. All images are uint8.
 
 The adversarial images are evaluated on the checkpoint itself and on model files, which have no
 gradient.
@@ -41,7 +41,7 @@ class SeededNoise(Randomness):
     """Start points that depend on one seed per image, not on the other images of the batch."""
 
     def __init__(self, seeds: Sequence[int], restart: int) -> None:
-        """`restart`: number of the restart; each one has other noise."""
+        """`restart`: number of the restart; each restart draws different noise."""
         self._keys = [[seed, restart] for seed in seeds]
 
     def noise(self, images_NCHW: torch.Tensor) -> torch.Tensor:
@@ -51,16 +51,17 @@ class SeededNoise(Randomness):
 
 
 def gradient_attacks(model: nn.Module, spec: ModelSpec, device: torch.device) -> Craft:
-    """Return a function that attacks a network by PGD (`pgd`) or Auto-PGD (`apgd`).
+    """Return a function that attacks a network with PGD (`pgd`) or Auto-PGD (`apgd`).
 
     PGD is untargeted, starts from random points and takes steps of 2.5 ε / steps (Madry et al.,
     2018). Auto-PGD runs with both of its losses. Pixels are rounded only at the end of an attack.
+    The function raises ConfigError for other attacks.
 
     Args:
         model: a network without auxiliary routes, in evaluation mode, that maps normalized images
             to logits.
         spec: normalization and classes of the network.
-        device: the device that the network is on.
+        device: device of the network.
     """
     mean, std = spec.preprocessing.mean, spec.preprocessing.std
     std_C11 = np.asarray(std, np.float32).reshape(-1, 1, 1)

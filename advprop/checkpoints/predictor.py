@@ -1,4 +1,4 @@
-"""Predictions of a checkpoint in PyTorch, for evaluation.
+"""Run a checkpoint in PyTorch, for evaluation.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -42,7 +42,7 @@ def restore_for_evaluation(
     """Load the network of a checkpoint in float32 and evaluation mode, without its other routes.
 
     Returns:
-        Its spec, the network, the device it is on, and facts for results (plain values).
+        The spec, the network, its device, and facts for results (plain values).
     """
     checkpoint = load_checkpoint(path)
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))

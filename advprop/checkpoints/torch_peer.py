@@ -1,4 +1,4 @@
-"""Networks in PyTorch to be timed: `advprop bench` compares model files with them.
+"""Time PyTorch networks, with which `advprop bench` compares model files.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -35,7 +35,7 @@ class TorchModel:
         """
         Args:
             model: a network in evaluation mode.
-            device: the device that it is on.
+            device: device of the network.
             image_size: height and width of its images.
             facts: facts that results record.
         """
@@ -46,17 +46,17 @@ class TorchModel:
         self.facts = facts
 
     def run(self, images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits of images in host memory, in host memory. Thread-safe."""
+        """Return logits, (N, K). Images and logits are in host memory. Thread-safe."""
         with torch.inference_mode():
-            logits_NK: NDArray[np.float32] = self._model(self._put(images_NCHW)).float().cpu().numpy()
+            logits_NK: NDArray[np.float32] = self._model(self._to_device(images_NCHW)).float().cpu().numpy()
         return logits_NK
 
     def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
-        """Copy images to the device; return a function that runs the network on them.
+        """Copy images to the device and return a function that runs the network on them.
 
-        The function returns milliseconds, measured by CUDA events on a GPU.
+        The function returns the time of one run in milliseconds, on a GPU from CUDA events.
         """
-        images = self._put(images_NCHW)
+        images = self._to_device(images_NCHW)
 
         def on_cpu() -> float:
             with torch.inference_mode():
@@ -76,7 +76,7 @@ class TorchModel:
 
         return on_gpu if self._device.type == "cuda" else on_cpu
 
-    def _put(self, images_NCHW: NDArray[np.float32]) -> torch.Tensor:
+    def _to_device(self, images_NCHW: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(images_NCHW).to(self._device).to(self._dtype)
 
 

@@ -1,1 +1,1 @@
-"""Subcommands of `advprop` that need nothing but the runtime, one a module."""
+"""Subcommands of `advprop` that need only the runtime, one per module."""

@@ -46,7 +46,7 @@ Examples:
   advprop report evaluation/*.json -o report.html      with the results of advprop eval: accuracy against ε
 
 Attacks:
-  pgd, apgd  use the gradient of --checkpoint; the images are then shown to every MODEL (transfer)
+  pgd, apgd  use the gradient of --checkpoint; every MODEL is then evaluated on the same images (transfer)
   square     uses each MODEL's own logits
   noise      is the control: random noise with the same ε
 
@@ -54,7 +54,7 @@ To resume an interrupted run, repeat its command.
 """
 
 
-def _count(name: str, default: int, help_text: str) -> Option:
+def _count_option(name: str, default: int, help_text: str) -> Option:
     at_least_one = click.IntRange(min=1)
     return Option([name], default=default, show_default=True, type=at_least_one, group="Attacks", help=help_text)
 
@@ -65,7 +65,7 @@ _ATTACKS = (
         type=CommaList(str),
         metavar="NAMES",
         group="Attacks",
-        help="Attacks to run: pgd, apgd, square, noise (default: all that are possible).",
+        help="Attacks to run: pgd, apgd, square, noise (default: all; pgd and apgd only with --checkpoint).",
     ),
     Option(
         ["--eps", "epsilons"],
@@ -74,7 +74,7 @@ _ATTACKS = (
         group="Attacks",
         help="Maximum change of a pixel, in 1/255 (default: 4; 8 for networks up to 64 px).",
     ),
-    _count("--queries", 1000, "Square attack: queries per image."),
+    _count_option("--queries", 1000, "Square attack: queries per image."),
     Option(
         ["--initial-share"],
         default=0.8,
@@ -82,9 +82,9 @@ _ATTACKS = (
         group="Attacks",
         help="Square attack: share of the image that the first square covers, 0 to 1.",
     ),
-    _count("--draws", 10, "Noise draws per image; the worst is reported."),
-    _count("--steps", 20, "PGD and APGD: number of steps."),
-    _count("--restarts", 1, "PGD and APGD: number of random restarts."),
+    _count_option("--draws", 10, "Noise draws per image; the worst is reported."),
+    _count_option("--steps", 20, "PGD and APGD: number of steps."),
+    _count_option("--restarts", 1, "PGD and APGD: number of random restarts."),
 )
 
 
@@ -121,9 +121,10 @@ def main(
     attacks: dict[str, Any],
     **execution: Any,
 ) -> None:
-    """Attack MODELs (ONNX files, engines and checkpoints) inside the L-inf ball, with images rounded to uint8.
+    """Attack MODELs (ONNX files, engines, checkpoints) with uint8 images within an L-inf ball.
 
-    Prints a table and writes OUT/MODEL.attack.json, which advprop report plots as accuracy against ε.
+    Prints a table and writes OUT/MODEL.attack.json, which advprop report plots as accuracy against
+    ε.
     """
     console = set_up_logging()
     from advprop import checkpoints
@@ -152,11 +153,11 @@ def main(
     suite = SuiteConfig(name="imagenet", data=data, limit=limit, seed=seed)
     targets = _targets(loaded, white_box, asked)
     results = _attack(targets, suite, asked, out, attacker, execution["batch_size"])
-    _show(console, results, out, as_json)
+    _print_results(console, results, out, as_json)
 
 
 def _attack_config(attacks: dict[str, Any], seed: int, checkpoint: Path | None) -> AttackConfig:
-    """Return the settings, with ε = 1/255 if none was given."""
+    """Return the attack settings."""
     from runtime.evaluate.attacks.config import AttackConfig, default_attacks
 
     values = dict(attacks)
@@ -175,7 +176,8 @@ def _targets(models: Sequence[Any], white_box: Any, config: AttackConfig) -> lis
 
     targets = [AttackedModel(model=model, attacks=config.attacks) for model in models]
     if white_box is not None and all(white_box is not model for model in models):
-        # Square attack is the most expensive one. It attacks the checkpoint only if that is a MODEL too.
+        # Square attack is the most expensive one. It attacks the checkpoint only if that is a MODEL
+        # too.
         cheap = tuple(name for name in config.attacks if name != SQUARE)
         targets.append(AttackedModel(model=white_box, attacks=cheap))
     return targets
@@ -200,7 +202,7 @@ def _attack(
         return attack(targets, data, config, out=out, attacker=attacker, batch_size=batch_size, progress=show)
 
 
-def _show(console: Console, results: list[AttackResult], out: Path, as_json: bool) -> None:
+def _print_results(console: Console, results: list[AttackResult], out: Path, as_json: bool) -> None:
     from runtime.evaluate import attack_notes, attack_table, result_path
     from runtime.system.files import write_text
 

@@ -43,7 +43,7 @@ Ctrl-C keeps the measurements that are finished.
 _NUMBERS = CommaList(int, "whole numbers such as 1,8,32")
 
 
-def _number(name: str, default: float, help_text: str) -> Option:
+def _number_option(name: str, default: float, help_text: str) -> Option:
     return Option([name], default=default, show_default=True, group="Measurement", help=help_text)
 
 
@@ -71,10 +71,10 @@ _MEASUREMENT = (
         group="Measurement",
         help="Numbers of threads that call the model at once.",
     ),
-    _number("--warm-up-ms", 200.0, "Warm-up before each measurement, in milliseconds."),
-    _number("--duration-s", 3.0, "Seconds per metric, file and batch size."),
-    _number("--iterations", 10, "Minimum number of calls per measurement."),
-    _number("--rounds", 10, "Interleaved rounds per file."),
+    _number_option("--warm-up-ms", 200.0, "Warm-up before each measurement, in milliseconds."),
+    _number_option("--duration-s", 3.0, "Seconds per metric, file and batch size."),
+    _number_option("--iterations", 10, "Minimum number of calls per measurement."),
+    _number_option("--rounds", 10, "Interleaved rounds per file."),
     seed_option("the order of turns and for generated images", group="Measurement"),
 )
 
@@ -136,7 +136,8 @@ def main(
 ) -> None:
     """Measure latency and throughput of FILEs: ONNX files, engines and checkpoints.
 
-    Prints a table and writes it to OUT, with a plot, all numbers as JSON and CSV, and files for advprop report.
+    Prints a table and writes it to OUT, with a plot, all numbers as JSON and CSV, and files for
+    advprop report.
     """
     console = set_up_logging()
     from advprop.checkpoints import open_torch_peer
@@ -165,7 +166,8 @@ def _measure(console: Console, bench: Bench, out: Path, images: str, as_json: bo
         files = ", ".join(path.name for path in written)
         print_lines(console, (*notes_of(result), f"wrote {files} to {out}"))
 
-    # Drawn between rounds only: a drawing thread would compete with the model that is being measured.
+    # Drawn between rounds only: a drawing thread would compete with the model that is being
+    # measured.
     with progress_bars(auto_refresh=False) as bars:
         task = bars.add_task("", total=None)
 

@@ -30,9 +30,9 @@ Examples:
 def main() -> None:
     """List and prune cached engines and calibration histograms.
 
-    The cache is in ADVPROP_CACHE, or else in the folder advprop below XDG_CACHE_HOME or ~/.cache. Each kind of
-    entry may take ADVPROP_CACHE_GB gigabytes (default: 10); the least recently used entries are removed first. 0 turns
-    the cache off.
+    The cache is the folder ADVPROP_CACHE (default: advprop in XDG_CACHE_HOME or ~/.cache). Each
+    kind of entry may occupy ADVPROP_CACHE_GB gigabytes (default: 10); the least recently used
+    entries are removed first. 0 disables the cache.
     """
 
 

@@ -46,7 +46,7 @@ Examples:
   advprop eval model.onnx --suite corruptions --data photos/val --ray auto      on all machines of a Ray cluster
 
 Suites: imagenet, imagenet-v2, imagenet-a, imagenet-r, sketch, stylized, imagenet-c, cifar10 and cifar10-c
-read the unpacked releases. corruptions makes corrupted images on the fly from any CLASS/IMAGE folder.
+read the unpacked releases. corruptions corrupts the images of any CLASS/IMAGE folder on the fly.
 To resume an interrupted run, repeat its command.
 """
 
@@ -201,7 +201,7 @@ def main(
     if cluster is not None and execution["workers"] is not None:
         raise ConfigError("--workers cannot be combined with --ray; use --ray-workers")
     run = _run_config(execution)
-    with _connected(cluster) as connected:
+    with _open_cluster(cluster) as connected:
         loader = load_model if connected is None else connected.load_model
         load = partial(
             loader,
@@ -231,7 +231,7 @@ def _run_config(execution: dict[str, Any]) -> RunConfig:
 
 
 @contextmanager
-def _connected(config: ClusterConfig | None) -> Iterator[Cluster | None]:
+def _open_cluster(config: ClusterConfig | None) -> Iterator[Cluster | None]:
     if config is None:
         yield None
         return

@@ -32,16 +32,16 @@ Examples:
 @click.argument("file", type=click.Path(path_type=Path))
 @with_options(json_option("the facts as a JSON object"))
 def main(file: Path, as_json: bool) -> None:
-    """Describe FILE: a checkpoint, ONNX file or engine. An engine's bytes are compared with its sidecar."""
+    """Describe FILE: a checkpoint, ONNX file or engine, which is checked against its sidecar."""
     console = set_up_logging()
     if file.suffix in (".engine", ".plan"):
-        facts = _engine(file)
+        facts = _engine_facts(file)
     elif file.suffix in (".pt", ".pth"):
         from advprop.checkpoints import describe_checkpoint
 
         facts = describe_checkpoint(file)
     else:
-        facts = _onnx(file)
+        facts = _onnx_facts(file)
     spec, layers = facts.pop("spec"), facts.pop("layers", ())
     if as_json:
         content = {
@@ -57,7 +57,7 @@ def main(file: Path, as_json: bool) -> None:
         console.print(_layer_table(layers))
 
 
-def _engine(file: Path) -> dict[str, Any]:
+def _engine_facts(file: Path) -> dict[str, Any]:
     from advprop.support import engine_support
     from export.record import verification
     from runtime.engine.int8 import summary_of
@@ -85,7 +85,7 @@ def _engine(file: Path) -> dict[str, Any]:
     return {**facts, "runs here": "\n".join(engine_support(info)), "spec": info.spec, "layers": info.layers}
 
 
-def _onnx(file: Path) -> dict[str, Any]:
+def _onnx_facts(file: Path) -> dict[str, Any]:
     from advprop.support import onnx_support
     from export.record import verification
     from runtime.graph.summary import summarize, work_of

@@ -38,7 +38,7 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
     paths = [path for given in images for path in (image_paths(given) if given.is_dir() else [given])]
     failed = 0
     with load(model, device=device) as session:
-        for path, answer in _answers(session, paths, batch_size):
+        for path, answer in _predict_each(session, paths, batch_size):
             if isinstance(answer, DataError):
                 failed += 1
                 click.echo(f"skipped: {answer}", err=True)
@@ -54,8 +54,10 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
         sys.exit(DataError.exit_code)
 
 
-def _answers(session: Session, paths: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, Prediction | DataError]]:
-    """Predict batch by batch. The images of a batch that holds a damaged one are predicted one by one."""
+def _predict_each(
+    session: Session, paths: Sequence[Path], batch_size: int
+) -> Iterator[tuple[Path, Prediction | DataError]]:
+    """Yield the prediction of each image. If a batch fails to decode, predict its images singly."""
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         try:

@@ -1,4 +1,4 @@
-"""`advprop report`: build a report from results, or from a checkpoint that is exported and evaluated first."""
+"""`advprop report`: build a report from results, or export and evaluate a checkpoint for it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ _FROM_OPTIONS = (
 )
 @with_options(*_FROM_OPTIONS)
 def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path | None, **options: Any) -> None:
-    """Build one report of RESULTS, or of a checkpoint: how accurate and robust each model is.
+    """Build one report on the accuracy and robustness of models, from RESULTS or from a checkpoint.
 
     The HTML page is a single file that needs no network.
     """
@@ -127,12 +127,14 @@ def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path 
     from runtime.evaluate import check_outputs, write_report
 
     check_outputs(outputs)
-    made = [] if checkpoint is None else _make(console, checkpoint, outputs[0].with_suffix(""), options)
+    made = (
+        [] if checkpoint is None else _results_from_checkpoint(console, checkpoint, outputs[0].with_suffix(""), options)
+    )
     report = write_report([*results, *made], outputs)
     print_lines(console, (*report.gaps, f"wrote {', '.join(map(str, outputs))}"))
 
 
-def _make(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:
+def _results_from_checkpoint(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:
     from runtime.evaluate import SuiteConfig
 
     names = ("precisions", "calib_data", "calib_images", "workers", "batch_size", "device", "threads")

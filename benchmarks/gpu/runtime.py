@@ -1,18 +1,23 @@
-"""What a GPU makes of one network by every way there is to run it.
+"""Run one network on a GPU with every backend, and compare results and latencies.
 
-    python benchmarks/gpu/runtime.py                       efficientnet_b0 with random weights, about ten minutes
+    python benchmarks/gpu/runtime.py    efficientnet_b0 with random weights, about ten minutes
     python benchmarks/gpu/runtime.py --arch resnet50 --batches 1 32 --seconds 1 --json result.json
 
-Not executed so far. Six parts, each of which says why where it cannot be run; `--parts` chooses some, after the first:
+The script has not been run yet. It has six parts. A part that cannot run reports the reason.
+`engines` always runs; `--parts` selects the others.
 
-- engines: which TensorRT is here, and whether its engines (FP32 and FP16) are built, loaded and run on this GPU.
-- numerics: largest difference of logits, relative to the largest logit, and agreement of classes, to FP32 on the CPU.
-- latency: from host memory to host memory, torch eager and compiled beside each; rounds are interleaved.
+- engines: build, load and run FP32 and FP16 engines with each installed TensorRT.
+- numerics: largest difference of the logits, relative to the largest logit, and agreement of the
+  classes. The reference is FP32 on the CPU.
+- latency: from host memory to host memory, next to torch, eager and compiled, in interleaved
+  rounds.
 - graphs: engines with and without CUDA graphs.
-- zero-copy: input on the GPU from torch (DLPack), by `__cuda_array_interface__` and from pycuda; outputs left there.
-- threads: eight threads on one engine, each answer compared with that of one thread, for 1, 2, 4 and 8 contexts.
+- zero-copy: input on the GPU from torch (DLPack), `__cuda_array_interface__` and pycuda; outputs
+  stay on the GPU.
+- threads: eight threads on one engine with 1, 2, 4 and 8 contexts; each result is compared with
+  that of one thread.
 
-Random weights give every class nearly the same logit, so of the numerics the differences count, not the agreement.
+With random weights all logits are nearly equal, so the agreement of the classes is not meaningful.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.pop(0)  # this folder, where this file would pass for our package
+sys.path.pop(0)  # this folder, in which this file would be imported as the package `runtime`
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import runtime
@@ -47,7 +52,7 @@ THREADS = 8
 
 
 class Rows:
-    """What was measured: printed at once, and kept."""
+    """Prints and stores measurements."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -59,7 +64,10 @@ class Rows:
 
 
 def times_ms(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, which must return when its work is done; they take turns for `seconds` each."""
+    """Return the milliseconds of each call. The calls take turns, for `seconds` each on average.
+
+    A call must return when its work is done.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(5):
@@ -92,7 +100,7 @@ def files_of(arch: str, folder: Path) -> dict[str, Path]:
 
 
 def engines_of(files: dict[str, Path], most: int, rows: Rows) -> dict[str, Path]:
-    """Builds every engine that can be built, and says which of them run on this GPU."""
+    """Build all engines that can be built, and return those that run on this GPU."""
     engines = {}
     for flavor in FLAVORS:
         for precision, file in files.items():
@@ -140,7 +148,7 @@ def numerics(rows: Rows, files: dict[str, Path], sessions: dict[str, runtime.Ses
 
 
 def torch_calls(arch: str, batch: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """The network in torch, from host memory to host memory, by pinned memory."""
+    """Return calls of the network in torch, from and to host memory through pinned memory."""
     import timm
     import torch
 
@@ -189,12 +197,12 @@ def zero_copy(rows: Rows, sessions: dict[str, runtime.Session], images: np.ndarr
     tensor = torch.from_numpy(batch).cuda()
     torch.cuda.synchronize()
     sources: dict[str, Any] = {"host": batch, "torch": tensor}
-    # torch's own interface is of version 2, which names no stream.
+    # torch's interface has version 2, which does not name a stream.
     sources["interface"] = SimpleNamespace(__cuda_array_interface__=tensor.__cuda_array_interface__)
     try:
         importlib.import_module("pycuda.autoprimaryctx")
         sources["pycuda"] = importlib.import_module("pycuda.gpuarray").to_gpu(batch)
-    except Exception as error:  # pycuda's own errors share no base
+    except Exception as error:  # pycuda's errors have no common base class
         rows.add("zero-copy", "pycuda", error=f"{type(error).__name__}: {error}")
     for name, session in sessions.items():
         expected = session.run(batch)
@@ -203,7 +211,7 @@ def zero_copy(rows: Rows, sessions: dict[str, runtime.Session], images: np.ndarr
             same = np.array_equal(session.run(source), expected) and np.array_equal(left.numpy(), expected)
             back = np.array_equal(torch.from_dlpack(left).cpu().numpy(), expected)
             rows.add("zero-copy", f"{name} {kind}", same_bits=same, torch_reads_output=back)
-        with torch.cuda.stream(torch.cuda.Stream()):  # work that is not done when the session is asked
+        with torch.cuda.stream(torch.cuda.Stream()):  # work that is still pending when the session is called
             torch.cuda._sleep(50_000_000)
             late = tensor * 1.0
             same = np.array_equal(session.run(late), expected)
@@ -219,24 +227,26 @@ def threads(rows: Rows, engines: dict[str, Path], images: np.ndarray, options: A
                 batches = [images[start : start + 1 + start % 4] for start in range(16)]
                 expected = [session.run(batch) for batch in batches]
 
-                def ask(first: int, session: Any = session, batches: Any = batches, expected: Any = expected) -> int:
+                def count_wrong(
+                    first: int, session: Any = session, batches: Any = batches, expected: Any = expected
+                ) -> int:
                     places = [(first + number) % len(batches) for number in range(200)]
                     return sum(not np.array_equal(session.run(batches[place]), expected[place]) for place in places)
 
                 with ThreadPoolExecutor(THREADS) as pool:
                     began = time.perf_counter()
-                    wrong = sum(pool.map(ask, range(THREADS)))
+                    wrong = sum(pool.map(count_wrong, range(THREADS)))
                     seconds = time.perf_counter() - began
                 rows.add("threads", f"{name}, {contexts} contexts", wrong=wrong, batches_per_s=THREADS * 200 / seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="efficientnet_b0", help="timm's name")
+    parser.add_argument("--arch", default="efficientnet_b0", help="architecture, by its timm name")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per measurement")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--json", type=Path, help="write what was measured there, too")
+    parser.add_argument("--json", type=Path, help="JSON file for the measurements")
     options = parser.parse_args()
     options.batches.sort()
     gpu = find_gpu()
@@ -263,7 +273,7 @@ def main() -> int:
             if name in options.parts:
                 try:
                     part()
-                except Exception as error:  # the other parts are worth having
+                except Exception as error:  # the other parts still run
                     rows.add(name, "failed", error=f"{type(error).__name__}: {error}")
     if options.json:
         options.json.write_text(json.dumps({"gpu": gpu.name, "sm": gpu.sm, "rows": rows.rows}, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Measure the images per second of each recipe on a GPU, compiled and not, compared to vanilla.
+"""Measure the images per second of each recipe on a GPU, eager and compiled, relative to vanilla.
 
-    python benchmarks/gpu/train_speed.py                    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
+    python benchmarks/gpu/train_speed.py    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
     python benchmarks/gpu/train_speed.py --batch 64 --steps 30
 
-Each row shows clean images per second, the ratio to vanilla of the same network and mode, and the
-peak of allocated memory. "reference" is the step of benchmarks/train_step.py, with PGD-1 like
+Each row shows clean images per second, the ratio to vanilla with the same network and mode, and the
+peak memory. "reference" is the step of benchmarks/train_step.py, with PGD-1 like
 advprop. This script has not been run yet. For accuracy on a GPU, run benchmarks/recipes.py with
 --epochs 100 --seeds 0 1 2 --amp bf16.
 """
@@ -28,7 +28,7 @@ ROWS = ("vanilla", "advprop", "reference", "shared-bn", "fine-grained", "fast")
 
 
 def measure(arch: str, row: str, compiled: bool, batch: int, steps: int) -> tuple[float, float]:
-    """Return clean images per second and the peak of allocated memory, in GB."""
+    """Return clean images per second, and the peak of the allocated memory in GB."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

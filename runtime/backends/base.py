@@ -92,7 +92,12 @@ class Backend(ABC):
         return self.run_checked(self.accept(images_NCHW, stream=stream))
 
     def run_on_device(self, images_NCHW: Any, *, stream: object = None) -> tuple[DeviceArray, ...]:
-        """Run like `run`, but keep the outputs on the GPU. Raises InputError on a CPU."""
+        """Run like `run`, but keep the outputs on the GPU.
+
+        Raises:
+            InputError: the model runs on the CPU, or as for `run`.
+            RunFailed: the library failed.
+        """
         if self.device != "cuda":
             raise InputError(f"{self.name} runs on the CPU, and cannot keep outputs on a GPU", fix="use run")
         accepted = self.accept(images_NCHW, stream=stream)
@@ -128,7 +133,12 @@ class Backend(ABC):
             raise InputError(f"the model expects {expected}; found shape {images_NCHW.shape}{detail}", fix=fix)
 
     def run_checked(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
-        """Run a batch that `check` accepted, padded or split to fit `batch_range`."""
+        """Run a batch that `check` accepted, padded or split to fit `batch_range`.
+
+        Raises:
+            InputError: the batch is on the GPU and smaller than `batch_range`.
+            RunFailed: the library failed.
+        """
         smallest, largest = self.batch_range
         count = len(images_NCHW)
         if smallest <= count <= largest:
@@ -140,7 +150,7 @@ class Backend(ABC):
             if missing > 0:
                 if isinstance(part_NCHW, DeviceView):
                     raise InputError(
-                        f"the model takes batches of {smallest} images; found {count} on the GPU", fix="pad the batch"
+                        f"the model accepts batches of {smallest} images; found {count} on the GPU", fix="pad the batch"
                     )
                 padding = np.broadcast_to(part_NCHW[-1:], (missing, *part_NCHW.shape[1:]))
                 outputs = self._outputs_of(np.concatenate([part_NCHW, padding]), self._run)
@@ -160,7 +170,7 @@ class Backend(ABC):
     def _outputs_of(
         self, images_NCHW: NDArray[Any] | DeviceView, run: Callable[[NDArray[Any] | DeviceView], tuple[_Output, ...]]
     ) -> tuple[_Output, ...]:
-        """Call `run`, convert its exceptions to our errors, and check the number of output rows."""
+        """Call `run`, convert its exceptions, and check the number of output rows."""
         try:
             outputs = run(images_NCHW)
         except AdvPropError:

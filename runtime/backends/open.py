@@ -50,7 +50,7 @@ def open_backend(file: Path, backend: str, device: str, threads: Threads, engine
 def open_folder(
     folder: Path, backend: str, device: str, threads: Threads, engine: EngineOptions
 ) -> tuple[Backend, Path, tuple[str, ...]]:
-    """Open the best file of an export folder: the fastest engine that runs here, or FP32 ONNX.
+    """Open the best file of an export: the fastest engine that runs here, or the FP32 ONNX file.
 
     Args:
         folder: a folder whose files are named as `advprop-export` names them, e.g.
@@ -141,7 +141,7 @@ def _image_shape(backend: Backend, file: Path) -> tuple[int, ...]:
         return shape
     if backend.spec is None:
         raise ConfigError(
-            f"{file} takes images of any size and has no spec", fix="warm it up by calling run with your images"
+            f"{file} accepts images of any size and has no spec", fix="warm it up by calling run with your images"
         )
     size = (backend.spec.preprocessing.height, backend.spec.preprocessing.width)
     return (*size, 3) if shape[-1] == 3 else (3, *size)

@@ -17,11 +17,11 @@ class Threads:
     """Threads that share one operator, including the caller's. 0: one per physical core. Use fewer
     if several processes or sessions share the machine."""
     inter: int = 1
-    """Operators that run at the same time. Above 1, branches of the network run in parallel; few
-    image classifiers have branches worth it."""
+    """Operators that run at the same time. Above 1, branches of the network run in parallel, which
+    speeds up few image classifiers."""
     spin: bool = True
     """Let idle threads spin for a while before they sleep. It speeds up the next operator and keeps
-    the cores at 100 %. Turn it off if other work needs the cores."""
+    the cores at 100%. Turn it off if other work needs the cores."""
 
     def __post_init__(self) -> None:
         if self.intra < 0 or self.inter < 1:

@@ -1,1 +1,1 @@
-"""Dynamic batching: requests of many threads and tasks run in shared batches."""
+"""Dynamic batching: run the requests of many threads and tasks in shared batches."""

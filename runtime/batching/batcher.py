@@ -35,17 +35,17 @@ _GPU_BATCH = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """How requests are joined into batches."""
+    """Settings for joining requests into batches."""
 
     max_batch: int = 0
     """Maximum number of images per batch, further limited by the model file. 0: 32 on a GPU, and 4
     on a CPU, where larger batches exceed the caches and take longer per image.
     benchmarks/runtime_overhead.py finds the best size."""
     max_delay_us: int = 1000
-    """How long a request waits for others while the model is idle, in microseconds."""
+    """Maximum time that a request waits for others while the model is idle, in microseconds."""
     max_queued_images: int = 256
-    """Maximum number of waiting images; further requests are refused. 256 float32 images of 224
-    pixels take 154 MB."""
+    """Maximum number of waiting images; further requests are rejected. 256 float32 images of 224
+    pixels occupy 154 MB."""
     decode_threads: int = 2
     """Threads that decode images for `submit_predict` and `apredict`."""
 
@@ -59,7 +59,7 @@ class Batcher:
     """Runs the requests of any number of threads in batches. Thread-safe.
 
     - A request gets the results of its own images, in their order, or none at all.
-    - A future can be cancelled until its result is ready, and is never `running`.
+    - A future can be canceled until its result is ready, and is never `running`.
     - At its deadline a request ends with DeadlineExceeded, even while its batch runs.
     - Requests with different image sizes are not joined.
     - Networks may round differently in batches of different sizes; see docs/serving.md.
@@ -70,7 +70,7 @@ class Batcher:
     """
 
     def __init__(self, backend: Backend, config: Batching) -> None:
-        """Create a batcher for `backend`, whose owner closes it after the batcher."""
+        """Create a batcher for `backend`. The caller closes the backend after the batcher."""
         largest = config.max_batch or (_CPU_BATCH if backend.device == "cpu" else _GPU_BATCH)
         self.config = replace(config, max_batch=min(largest, backend.batch_range[1]))
         """The configuration with the actual largest batch."""
@@ -93,7 +93,7 @@ class Batcher:
             images_NCHW: a batch for `Backend.run` in CPU memory. Do not change it before the result
                 is ready.
             timeout_s: deadline of the request, in seconds from now.
-            finish: makes the result from the model's outputs, in a thread of the batcher.
+            finish: converts the model's outputs to the result, in a thread of the batcher.
 
         Returns:
             A future of `finish`'s result. It may fail with DeadlineExceeded, RunFailed or
@@ -102,6 +102,7 @@ class Batcher:
         Raises:
             InputError: the model does not accept the images, or there are more than the queue can
                 hold.
+            ConfigError: `timeout_s` is nan.
             QueueFull: the queue has no room now.
             SessionClosed: the batcher is closed.
         """
@@ -141,9 +142,9 @@ class Batcher:
         return self._core.stats()
 
     def close(self, *, drain: bool = True) -> None:
-        """Refuse new requests, and return when all requests have ended. Closing twice is allowed.
+        """Reject new requests, and return when all requests have ended. Closing twice is allowed.
 
-        In the callback of a future, which runs in a thread of the batcher, it does not wait.
+        Called in the callback of a future, which runs in a thread of the batcher, it does not wait.
 
         Args:
             drain: complete the waiting requests. Otherwise they fail with SessionClosed, except

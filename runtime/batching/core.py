@@ -2,9 +2,9 @@
 
 A request is *open* from the moment it is accepted until it ends in exactly one of four ways:
 answered, cancelled, late or failed. The first thread that ends it takes the future out of the
-request while it holds the lock (`_close`), and only that thread may complete the future. Therefore
-no result is lost, delivered twice, or delivered to another request. Futures are completed without
-the lock, because that runs their owners' callbacks.
+request while it holds the lock (`_close`), and only that thread may complete the future. Each
+result is therefore delivered exactly once, to its own request. Futures are completed without
+holding the lock, because completing them runs their owners' callbacks.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -124,7 +124,7 @@ class BatcherCore:
             return self._counts.snapshot(len(self._open), self._waiting)
 
     def stop(self, *, drain: bool, wait: bool) -> None:
-        """Refuse new requests.
+        """Reject new requests.
 
         Args:
             drain: complete the open requests. Otherwise they fail, except those in a running batch.
@@ -163,8 +163,8 @@ class BatcherCore:
     def _run_next_batch(self, buffer: _BatchBuffer) -> bool:
         """Run one batch, and return False when there is no more work.
 
-        It is a function of its own because its variables must not keep the batch alive while the
-        next one is awaited.
+        This is a separate function because its local variables would otherwise keep the batch alive
+        while the worker waits for the next one.
         """
         parts = self._next_batch()
         if parts:
@@ -185,7 +185,7 @@ class BatcherCore:
             return parts
 
     def _wait_s(self) -> float:
-        """Return how long the next batch may still wait for more images, in seconds."""
+        """Return the remaining time that the next batch may wait for more images, in seconds."""
         if not self._queue:
             return math.inf
         if self._closing or self._queue.images >= self.max_batch:
@@ -232,7 +232,7 @@ class BatcherCore:
             self.fail(request, error)
             return
         if time.monotonic() >= request.deadline_s:
-            self.fail(request, _late(request))
+            self.fail(request, _deadline_error(request))
             return
         with self._work:
             future = self._close(request)
@@ -243,11 +243,11 @@ class BatcherCore:
 
     def _deadline_loop(self) -> None:
         mark_worker_thread()
-        while (due := self._due()) is not None:
+        while (due := self._wait_for_overdue()) is not None:
             for request in due:
-                self.fail(request, _late(request))
+                self.fail(request, _deadline_error(request))
 
-    def _due(self) -> list[Request] | None:
+    def _wait_for_overdue(self) -> list[Request] | None:
         """Wait for requests whose deadline has passed; None means that there are no more."""
         with self._clock:
             while True:
@@ -276,14 +276,14 @@ class BatcherCore:
         return future
 
     def _begin_result(self, future: Future[Any], end: str) -> bool:
-        """Count how a request ended. Return False if its owner has cancelled the future."""
+        """Count how a request ended. Return False if its owner has canceled the future."""
         alive = future.set_running_or_notify_cancel()
         with self._work:
             self._counts.ends[end if alive else "cancelled"] += 1
         return alive
 
     def _on_done(self, request: Request, done: Future[Any]) -> None:
-        """Handle the end of a future, which comes from outside only if its owner cancels it."""
+        """End the request of a future that its owner canceled."""
         if not done.cancelled():
             return
         with self._work:
@@ -293,7 +293,7 @@ class BatcherCore:
 
 
 class _BatchBuffer:
-    """A worker's own buffer for batches. Reusing it avoids the page faults of new memory."""
+    """Buffer for the batches of one worker. Reusing it avoids the page faults of new memory."""
 
     def __init__(self) -> None:
         self._memory_NCHW = np.empty((0,))
@@ -310,7 +310,7 @@ class _BatchBuffer:
 
 
 def _copy_of(error: Exception) -> AdvPropError:
-    """Return a copy of `error` as one of ours: threads must not raise the same object."""
+    """Return a copy of `error` as an AdvPropError: threads must not raise the same object."""
     if isinstance(error, AdvPropError):
         own = copy.copy(error)
         own.__cause__ = error.__cause__
@@ -320,7 +320,7 @@ def _copy_of(error: Exception) -> AdvPropError:
     return failed
 
 
-def _late(request: Request) -> DeadlineExceeded:
+def _deadline_error(request: Request) -> DeadlineExceeded:
     waited_s = time.monotonic() - request.opened_s
     return DeadlineExceeded(
         f"the deadline of {request.deadline_s - request.opened_s:.3g} s passed; the request is {waited_s:.3g} s old"

@@ -24,7 +24,7 @@ __all__ = ["Decoder"]
 class Decoder:
     """Prepares the images of reserved requests.
 
-    The batcher's queue limits how many wait here. The threads start on first use.
+    The batcher's queue limits the number of waiting requests. The threads start on first use.
     """
 
     def __init__(self, batcher: Batcher) -> None:
@@ -45,7 +45,7 @@ class Decoder:
             self._batcher.fail(request, SessionClosed("the session was closed before this request ran"))
 
     def close(self) -> None:
-        """Wait for the requests in preparation. No request may be started afterwards."""
+        """Wait until all started requests are prepared. No request may be started afterwards."""
         with self._lock:
             pool = self._pool
         if pool is not None:
@@ -66,7 +66,7 @@ class Decoder:
         images: Sequence[ImageLike],
         prepare: Callable[[Sequence[ImageLike]], NDArray[Any]],
     ) -> None:
-        if not self._batcher.is_open(request):  # late or cancelled in the meantime
+        if not self._batcher.is_open(request):  # the request has ended already
             return
         try:
             batch_NCHW = prepare(images)

@@ -29,11 +29,11 @@ class Request:
     count: int
     """Number of images."""
     deadline_s: float
-    """Deadline on the clock of `time.monotonic`; infinite without one."""
+    """Deadline on the clock of `time.monotonic`; infinite without a deadline."""
     finish: Callable[[Outputs], Any]
-    """Makes the result from the outputs of all images."""
+    """Converts the outputs of all images to the result."""
     opened_s: float
-    """Time on the clock of `time.monotonic` when the request was accepted."""
+    """Time at which the request was accepted, on the clock of `time.monotonic`."""
     images_NCHW: NDArray[Any] | None = None
     """None until the images are ready, and after the request has ended."""
     taken: int = 0
@@ -67,8 +67,8 @@ class Part:
 class FairQueue:
     """A first-in, first-out queue in which a request yields its turn after every `quantum` images.
 
-    A request no larger than the quantum is never overtaken. A larger one lets every request behind
-    it have a turn between two of its own turns.
+    A request no larger than the quantum is never overtaken. Between two turns of a larger request,
+    every request behind it gets one turn.
     """
 
     def __init__(self, quantum: int) -> None:

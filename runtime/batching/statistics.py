@@ -21,13 +21,13 @@ class BatcherStats:
     answered: int
     """Requests whose result was delivered."""
     cancelled: int
-    """Requests that their owner cancelled before the result was ready."""
+    """Requests that their owner canceled before the result was ready."""
     late: int
     """Requests whose deadline passed."""
     failed: int
     """Requests that ended with an error of the model or of an image, or because of `close`."""
     refused: int
-    """Requests that were refused because the queue was full."""
+    """Requests that were rejected because the queue was full."""
     pending: int
     """Accepted requests that have not ended."""
     waiting_images: int

@@ -32,7 +32,7 @@ PEERS = ("torch", "ort")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """How files are loaded. None leaves a setting to the backend."""
+    """Settings for loading files. None leaves a setting to the backend."""
 
     device: str = "auto"
     """`auto`, `cpu` or `cuda`, for files and peers."""
@@ -63,15 +63,15 @@ def open_targets(
 
     Args:
         paths: ONNX files, engines with their sidecars, and checkpoints, which PyTorch runs.
-        against: some of PEERS.
-        options: how to load the files.
+        against: peers to open as well, from PEERS.
+        options: settings for loading the files.
         max_callers: maximum number of threads that call a target concurrently.
         torch_opener: opens checkpoints and PyTorch peers, such as
             `advprop.checkpoints.open_torch_peer`.
 
     Raises:
-        InputError: a file does not exist, is not a model or is given twice; the ONNX file of an
-            engine is missing for `ort`; or PyTorch is needed and there is no opener.
+        InputError: a file does not exist, is not a model or is passed twice; the ONNX file of an
+            engine is missing for `ort`; or PyTorch is needed and no opener is passed.
         BackendUnavailable: a library or GPU that a target needs is missing.
     """
     unknown = [peer for peer in against if peer not in PEERS]
@@ -79,11 +79,13 @@ def open_targets(
         raise ConfigError(f"--against takes {' and '.join(PEERS)}, each once; found {','.join(against)!r}")
     files = list(dict.fromkeys(path.resolve() for path in paths))
     if not paths or len(files) < len(paths):
-        raise ConfigError("a file is given twice; give each file once" if paths else "expected a file; found none")
+        raise ConfigError(
+            "the same file was passed twice; pass each file once" if paths else "expected a file; found none"
+        )
     for path in paths:
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
-    opener = _Opener(_names(paths), against, options, max_callers, torch_opener)
+    opener = _Opener(_distinct_names(paths), against, options, max_callers, torch_opener)
     try:
         for path in paths:
             opener.add(path)
@@ -130,10 +132,10 @@ class _Opener:
             known = any(target.facts.get("arch") == spec.arch and "peer" in target.facts for target in self.targets)
             if not known:
                 half = facts["precision"] in ("fp16", "int8")
-                self._add_torch(self._unused(f"{_slug(spec.arch)}-torch"), spec, half=half)
+                self._add_torch(self._unique_name(f"{_slug(spec.arch)}-torch"), spec, half=half)
 
     def _add_ort(self, path: Path, session: Session, size: tuple[int, int]) -> None:
-        name = self._unused(f"{self._names[path]}-ort")
+        name = self._unique_name(f"{self._names[path]}-ort")
         backend, threads = session.backend, self._options.threading
         if path.suffix in ENGINE_SUFFIXES:
             onnx = find_onnx_of(path)
@@ -147,7 +149,7 @@ class _Opener:
     def _add_torch(
         self, name: str, spec: ModelSpec | None, *, half: bool = False, checkpoint: Path | None = None
     ) -> None:
-        """Open a network in PyTorch as it is, and on a GPU also compiled."""
+        """Open a network in PyTorch, and on a GPU also a compiled copy."""
         if self._torch_opener is None:
             raise ConfigError(
                 f"{name} runs in PyTorch, which the runtime does not import by itself: pass "
@@ -169,7 +171,7 @@ class _Opener:
         options, is_engine = self._options, path.suffix in ENGINE_SUFFIXES
         engine = EngineOptions()
         if is_engine or options.cuda_graphs is not None or options.contexts is not None:
-            # Of an ONNX file, `load` warns that these options have no effect.
+            # For ONNX files, `load` would warn that these options have no effect.
             engine = EngineOptions(
                 cuda_graphs=options.cuda_graphs is not False,
                 contexts=options.contexts or (self._max_callers if is_engine else engine.contexts),
@@ -200,7 +202,7 @@ class _Opener:
             facts |= {"threads": options.threads, "spin": options.spin is not False}
         return facts
 
-    def _unused(self, name: str) -> str:
+    def _unique_name(self, name: str) -> str:
         """Return `name`, with a suffix if another target has this name."""
         known = {target.name for target in self.targets} | set(self._names.values())
         while name in known:
@@ -212,7 +214,7 @@ def find_onnx_of(engine: Path) -> Path:
     """Return the ONNX file that an engine was built from; it must be in the engine's folder.
 
     Raises:
-        ModelFileError: the file is not there.
+        ModelFileError: the folder does not contain the file.
     """
     wanted = read_sidecar(engine).onnx_sha256
     likely = engine.with_suffix(".onnx")
@@ -223,7 +225,7 @@ def find_onnx_of(engine: Path) -> Path:
     other = f", and {likely.name} is another file" if likely.is_file() else ""
     raise ModelFileError(
         f"--against ort needs the ONNX file that {engine} was built from, with SHA-256 {wanted[:16]}…, in the same "
-        f"folder. It is not there{other}. Copy it there, or remove --against ort"
+        f"folder; the folder does not contain it{other}. Copy it there, or remove --against ort"
     )
 
 
@@ -250,11 +252,11 @@ def _image_size(session: Session, path: Path) -> tuple[int, int]:
     return height, width
 
 
-def _names(paths: Sequence[Path]) -> dict[Path, str]:
+def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Return distinct names for files: parts of their paths, as short as possible.
 
     Raises:
-        ConfigError: two names cannot be told apart.
+        ConfigError: two files cannot get distinct names.
     """
     candidates: tuple[Callable[[Path], str], ...] = (
         lambda path: path.stem,
@@ -270,10 +272,10 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
                 named[path] = _slug(candidate(path))
                 break
     if len(set(named.values())) < len(paths):
-        raise ConfigError("two files have names that cannot be told apart; rename one of them")
+        raise ConfigError("the names of two files cannot be distinguished; rename one of the files")
     return named
 
 
 def _slug(text: str) -> str:
-    """Return `text` with all characters replaced that file names should not have."""
+    """Return `text` with characters replaced that are unsafe in file names."""
     return re.sub(r"[^\w.-]", "_", text)

@@ -32,7 +32,7 @@ _BUSY = ("user", "nice", "system", "irq", "softirq", "steal", "interrupt", "dpc"
 
 
 class ClockReason(IntFlag):
-    """Reasons for the present clock of a GPU, as in NVML's `nvmlClocksEventReasons`."""
+    """Reasons for the current clock of a GPU, as in NVML's `nvmlClocksEventReasons`."""
 
     IDLE = 0x1
     APPLICATION_CLOCKS = 0x2
@@ -75,7 +75,7 @@ def cpu_name(root: Path = _ROOT) -> str | None:
 
 
 def cpu_state(root: Path = _ROOT) -> dict[str, Any]:
-    """Return the present state of the CPU.
+    """Return the current state of the CPU.
 
     Args:
         root: root of the file system that quota and governor are read from.
@@ -83,8 +83,8 @@ def cpu_state(root: Path = _ROOT) -> dict[str, Any]:
     Returns:
         `frequency_mhz`, the mean of all cores; `frequency_source`, which is `cpufreq`, or `cpuinfo`
         if the frequency may only be nominal, as in virtual machines; `governor`; `load_average`
-        over one minute; `quota_cores` of the control group, None without a limit; and how many
-        `throttled_periods` it has had.
+        over one minute; `quota_cores` of the control group, None without a limit; and its number of
+        `throttled_periods`.
     """
     import psutil
 
@@ -130,7 +130,7 @@ def _read(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """CPU time until a moment."""
+    """CPU time up to one point in time, in seconds."""
 
     wall_s: float
     own_s: float
@@ -142,7 +142,7 @@ class Usage:
 
 
 def usage() -> Usage:
-    """Return the CPU time of this process and of all processes until now."""
+    """Return the CPU time that this process and all processes have used so far."""
     import psutil
 
     own = os.times()
@@ -167,14 +167,14 @@ def others_share(before: Usage, after: Usage) -> float | None:
 
 
 def gpu_state(nvml: Any = None) -> dict[str, Any] | None:
-    """Return the present state of the first visible GPU; None if NVML cannot read it.
+    """Return the current state of the first visible GPU; None if NVML cannot read it.
 
     Args:
-        nvml: a module with the functions of `pynvml`; None: `pynvml`.
+        nvml: a module with the functions of `pynvml` (default: `pynvml`).
 
     Returns:
         `name`, `driver`, clocks in MHz (`sm_mhz`, `most_sm_mhz`, `memory_mhz`), `temperature_c`,
-        `power_w`, `power_limit_w`, `utilization_percent`, and `reasons` for the present clock.
+        `power_w`, `power_limit_w`, `utilization_percent`, and `reasons` for the current clock.
         Values that the GPU does not report are None.
     """
     if nvml is None:

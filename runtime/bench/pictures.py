@@ -22,7 +22,7 @@ _WIDTH, _HEIGHT = 640, 427
 
 
 def pixels(count: int, size: tuple[int, int], seed: int) -> NDArray[np.uint8]:
-    """Return noise, (count, H, W, 3). Zeros would save power and may take other code paths."""
+    """Return uint8 noise, (count, H, W, 3). Zeros would use less power or other code paths."""
     return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
 
 
@@ -31,8 +31,8 @@ def encoded_images(count: int, folder: Path | None, seed: int) -> list[bytes]:
 
     Args:
         count: number of images.
-        folder: folder of image files, which are sorted by path; None: generate images that are
-            smooth with some noise, so that they decode like photographs.
+        folder: folder of image files, which are sorted by path (default: generate smooth images
+            with some noise, which decode about as fast as photographs).
         seed: seed of the generated images.
 
     Raises:

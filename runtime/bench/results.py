@@ -49,14 +49,14 @@ _PACKAGES = ("advprop", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """One of the times of a point."""
+    """A time that is measured at each point."""
 
     meaning: str
-    """What is measured."""
+    """Description of the measurement."""
     trtexec: str = ""
-    """Its name in the log of trtexec 8.5 to 11 and tensorrt_rtx; empty if they do not have it."""
+    """Name in the log of trtexec 8.5 to 11 and tensorrt_rtx; empty if they do not report it."""
     trtexec_documents: str = ""
-    """Its name in documents of TensorRT 8 to 10, if it differs."""
+    """Name in the documentation of TensorRT 8 to 10, if it differs."""
 
 
 QUANTITIES = {
@@ -74,7 +74,7 @@ QUANTITIES = {
     ),
     "predict": Quantity(meaning="`Session.predict` from encoded images to labels; host clock"),
     "decode": Quantity(meaning="part of predict: JPEG to RGB"),
-    "transform": Quantity(meaning="part of predict: resize, crop and make the network's input"),
+    "transform": Quantity(meaning="part of predict: resize, crop and convert to the network's input"),
     "run": Quantity(meaning="part of predict: run the network and convert its outputs to labels"),
 }
 """Name → quantity. In JSON, each has `p50_ms` and other statistics."""
@@ -188,8 +188,8 @@ def _json(content: dict[str, Any]) -> str:
 def report_files(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the files for `advprop report`: name → `advprop.bench/1`, per model and batch size.
 
-    The times are end to end, with a single caller. Peers have no files, because they are not model
-    files of their own.
+    The times are end to end, with a single caller. Peers are omitted, because they are not model
+    files.
     """
     models = {model["name"]: model for model in result["models"]}
     files = {}
@@ -212,7 +212,7 @@ def report_files(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _device(model: dict[str, Any], machine: dict[str, Any]) -> str:
-    """Return the device, and on a CPU the threads: latencies are compared only if it is equal."""
+    """Return the device, and on a CPU the threads. Latencies are comparable only if it is equal."""
     if model["device"] == "cuda":
         return machine["gpu"] or "unknown GPU"
     threads = model.get("threads") or 0

@@ -1,4 +1,4 @@
-"""The loops that measure: single calls, and several callers in a closed loop."""
+"""Measurement loops: single calls, and several callers in a closed loop."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class LoadResult:
 
 
 def run_closed_loop(call: Callable[[], object], callers: int, seconds: float, min_calls: int) -> LoadResult:
-    """Let threads call repeatedly, each as soon as its previous call has returned.
+    """Call a function repeatedly from several threads, without pauses between calls.
 
-    The first call of each thread is not counted. A single caller runs in the present thread.
+    The first call of each thread is not counted. A single caller runs in the current thread.
 
     Args:
         call: a thread-safe function.

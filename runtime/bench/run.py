@@ -36,8 +36,8 @@ class BenchConfig:
     """Settings of a run. Warm-up, duration and iterations are those of trtexec."""
 
     batch_sizes: tuple[int, ...] = ()
-    """Batch sizes; default: those of 1, 8 and 32 that all targets support, or the fixed batch size
-    that they share."""
+    """Batch sizes (default: those of 1, 8 and 32 that all targets support, or the fixed batch size
+    that they share)."""
     concurrency: tuple[int, ...] = (1,)
     """Numbers of threads that call a target concurrently, each again when its call has returned."""
     warm_up_ms: float = 200.0
@@ -85,12 +85,12 @@ def choose_batch_sizes(targets: Sequence[BenchTarget], requested: Sequence[int])
     """Return the batch sizes of a run.
 
     A session pads and splits batches of other sizes. Their time is not that of the requested size,
-    so such sizes are refused before anything is measured.
+    so such sizes are rejected before anything is measured.
 
     Args:
         targets: all must support every size.
-        requested: batch sizes; empty: those of 1, 8 and 32 that all targets support, or the fixed
-            batch size that they share.
+        requested: batch sizes. If empty: those of 1, 8 and 32 that all targets support, or the
+            fixed batch size that they share.
 
     Raises:
         ConfigError: a target does not support a requested size, or no size is supported by all.
@@ -98,11 +98,11 @@ def choose_batch_sizes(targets: Sequence[BenchTarget], requested: Sequence[int])
     shared = _shared_sizes(targets)
     if not requested:
         if not shared:
-            supported = "; ".join(f"{target.name} runs {_supported(target)}" for target in targets)
+            supported = "; ".join(f"{target.name} runs {_describe_supported(target)}" for target in targets)
             raise ConfigError(f"no batch size is supported by all files: {supported}. Measure them separately")
         return shared
     problems = [
-        f"{target.name} runs {_supported(target)}"
+        f"{target.name} runs {_describe_supported(target)}"
         for target in targets
         if not all(_supports(target, size) for size in requested)
     ]
@@ -127,7 +127,7 @@ def _supports(target: BenchTarget, size: int) -> bool:
     return target.most_images is None or size <= target.most_images
 
 
-def _supported(target: BenchTarget) -> str:
+def _describe_supported(target: BenchTarget) -> str:
     if target.fixed_batch is not None:
         return f"batches of {target.fixed_batch}"
     if target.most_images is None or target.most_images > 1 << 30:
@@ -164,15 +164,15 @@ class Point:
 
 
 class Bench:
-    """A run. If it is interrupted, `points` has the points that are finished."""
+    """A run. If it is interrupted, `points` contains the finished points."""
 
     def __init__(self, targets: Sequence[BenchTarget], config: BenchConfig, images: Path | None = None) -> None:
         """Choose the batch sizes and prepare the images.
 
         Args:
-            targets: the first one is the one that the others are compared with.
-            config: what to measure.
-            images: folder of image files for `predict`; None generates images.
+            targets: targets to measure. The others are compared with the first one.
+            config: settings of the run.
+            images: folder of image files for `predict` (default: generated images).
 
         Raises:
             InputError: a target does not support a batch size, or the folder has no images.
@@ -243,13 +243,13 @@ class Bench:
                 model=target.name,
                 batch_size=size,
                 concurrency=callers,
-                content=_content(target, tally, None if place == 0 else tallies[0], size, callers, config.seed),
+                content=_point_content(target, tally, None if place == 0 else tallies[0], size, callers, config.seed),
             )
             for place, (target, tally) in enumerate(zip(self.targets, tallies, strict=True))
         ]
 
 
-def _content(
+def _point_content(
     target: BenchTarget, tally: _Tally, first: _Tally | None, size: int, callers: int, seed: int
 ) -> dict[str, Any]:
     quantities = {}

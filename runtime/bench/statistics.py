@@ -58,12 +58,12 @@ def summary(times_ms: Sequence[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """A value ÷ another value, over rounds."""
+    """Ratio of two targets' values over rounds."""
 
     median: float
     """Median of the rounds' ratios."""
     low: float
-    """Lower end of the median's 95 % interval (percentile bootstrap over rounds)."""
+    """Lower end of the median's 95% interval (percentile bootstrap over rounds)."""
     high: float
     """Upper end of that interval."""
 

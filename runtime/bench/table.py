@@ -79,7 +79,7 @@ def markdown_of(result: Mapping[str, Any]) -> str:
         _models(result),
         "## End to end",
         "Milliseconds from host tensors to host logits; `compute` is the network alone. The last column is the time "
-        "relative to the first model in the same round, with its 95 % interval in brackets.",
+        "relative to the first model in the same round, with its 95% interval in brackets.",
         _markdown(heads, rows),
         *_section(result, "## predict", "Encoded images to labels and its parts, p50 in milliseconds.", _PREDICT),
         *_section(result, "## On the GPU", "p50 in milliseconds.", _ON_GPU),

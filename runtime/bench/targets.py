@@ -52,7 +52,7 @@ class Work:
     """A target with a prepared input."""
 
     run: Callable[[], object]
-    """Runs the target from host tensors to host logits; thread-safe."""
+    """Runs the target once, from host tensors to host logits. Thread-safe."""
     probes: Mapping[str, Probe]
     """Measurements in addition to `run` if there is one caller. Probes with the same name take
     turns in a round."""
@@ -71,14 +71,14 @@ class BenchTarget:
     fixed_batch: int | None = None
     """The only batch size that it runs without padding."""
     prepare: Callable[[NDArray[np.uint8], Sequence[bytes]], Work]
-    """Makes the input of pixels, (N, H, W, 3), and of N encoded images."""
+    """Prepares the input from pixels, (N, H, W, 3), and from N encoded images."""
     image_size: tuple[int, int]
     """Height and width of the pixels."""
     close: Callable[[], None] = field(default=lambda: None)
 
 
 def session_target(name: str, session: Session, facts: Mapping[str, Any], image_size: tuple[int, int]) -> BenchTarget:
-    """Make a target of a loaded model file."""
+    """Create a target from a loaded model file."""
     backend = session.backend
     fewest, most = backend.batch_range
     clock = EVENTS if backend.name.startswith("tensorrt") else HOST_ON_GPU if backend.device == "cuda" else HOST
@@ -106,7 +106,7 @@ def session_target(name: str, session: Session, facts: Mapping[str, Any], image_
 def bare_onnxruntime(
     name: str, path: Path, backend: OnnxRuntimeBackend, threads: Threads, image_size: tuple[int, int]
 ) -> BenchTarget:
-    """Make a target of `InferenceSession.run`, which shows what a session adds to it.
+    """Create a target that calls `InferenceSession.run`, which shows the overhead of a session.
 
     Args:
         name: name of the target.
@@ -155,10 +155,10 @@ class TorchPeer(Protocol):
     image_size: tuple[int, int]
 
     def run(self, images_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run the network from host memory to host memory; thread-safe."""
+        """Return the logits of images, both in host memory. Thread-safe."""
 
     def probe(self, images_NCHW: NDArray[np.float32]) -> Callable[[], float]:
-        """Copy images to the device, and return a call that returns the network's milliseconds."""
+        """Copy images to the device; return a function that times the network, in milliseconds."""
 
 
 class TorchOpener(Protocol):
@@ -167,12 +167,12 @@ class TorchOpener(Protocol):
     def __call__(
         self, spec: ModelSpec | None, *, checkpoint: Path | None, half: bool, device: str, threads: int
     ) -> tuple[ModelSpec, Sequence[tuple[str, TorchPeer]]]:
-        """Open a network as it is, and on a GPU also compiled.
+        """Open a network, and on a GPU also a compiled copy.
 
         Args:
-            spec: architecture, classes and image size of a network with random weights; None: those
-                of the checkpoint.
-            checkpoint: one of our checkpoints.
+            spec: architecture, classes and image size of a network with random weights; None to use
+                those of the checkpoint.
+            checkpoint: an advprop checkpoint.
             half: compute in FP16 on a GPU.
             device: `auto`, `cpu` or `cuda`.
             threads: CPU threads; 0 leaves the number to PyTorch.
@@ -183,7 +183,7 @@ class TorchOpener(Protocol):
 
 
 def torch_target(name: str, peer: TorchPeer, spec: ModelSpec) -> BenchTarget:
-    """Make a target of a network in PyTorch."""
+    """Create a target from a network in PyTorch."""
 
     def prepare(pixels_NHWC: NDArray[np.uint8], encoded: Sequence[bytes]) -> Work:
         batch = normalize(pixels_NHWC, spec.preprocessing)
@@ -194,7 +194,7 @@ def torch_target(name: str, peer: TorchPeer, spec: ModelSpec) -> BenchTarget:
 
 
 def _backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
-    """Make a backend's input of pixels. Without a spec, float inputs are pixels scaled to [-1, 1].
+    """Convert pixels to a backend's input; without a spec, float inputs range from -1 to 1.
 
     Raises:
         InputError: the input is not an image with three channels.
@@ -211,7 +211,7 @@ def _backend_input(backend: Backend, pixels_NHWC: NDArray[np.uint8]) -> NDArray[
 
 
 def _compute_probe(backend: Backend, batch: NDArray[Any]) -> Probe:
-    """Return a probe of the network alone, with CUDA events if the backend has them."""
+    """Return a probe of the network alone, with CUDA events if the backend supports them."""
     if backend.device == "cpu":
         return timed("compute", lambda: backend.run_checked(batch))
     if backend.device_times(batch) is None:
@@ -233,7 +233,11 @@ def _compute_probe(backend: Backend, batch: NDArray[Any]) -> Probe:
 
 
 def on_gpu(batch: NDArray[Any], cuda: Cuda) -> DeviceArray:
-    """Copy a batch to the GPU, in the primary context like the backend. Raises RunFailed."""
+    """Copy a batch to the GPU, in the primary context like the backend.
+
+    Raises:
+        RunFailed: not enough GPU memory is free.
+    """
     with cuda.current():
         memory = cuda.device_memory(batch.nbytes, "a batch")
         stream = cuda.stream()
@@ -248,7 +252,7 @@ def on_gpu(batch: NDArray[Any], cuda: Cuda) -> DeviceArray:
 
 
 def _parts_probe(backend: Backend, encoded: Sequence[bytes]) -> Probe:
-    """Return a probe of the steps of `predict`."""
+    """Return a probe that measures the steps of `predict`."""
     spec = backend.spec
     assert spec is not None
     preprocessor = Preprocessor.of(spec)

@@ -11,10 +11,11 @@ __all__ = ["warnings_of"]
 
 _MAX_DRIFT = 0.05
 _MAX_COV_PERCENT = 2.5
-"""Above it, trtexec of TensorRT 11 calls times unstable; TensorRT 8 uses 1 %."""
+"""Coefficient of variation above which trtexec of TensorRT 11 reports unstable times; TensorRT 8
+uses 1%."""
 _MAX_OTHERS = 0.1
 _MAX_ENQUEUE = 0.8
-"""Above this share of the compute time, trtexec considers the host the bottleneck."""
+"""Share of the compute time above which trtexec reports the enqueue time as the bottleneck."""
 
 
 def warnings_of(result: dict[str, Any], *, gpu_unknown: bool) -> list[str]:
@@ -22,7 +23,7 @@ def warnings_of(result: dict[str, Any], *, gpu_unknown: bool) -> list[str]:
 
     Args:
         result: `advprop.benchrun/1`.
-        gpu_unknown: whether a GPU was used whose state could not be read.
+        gpu_unknown: whether the state of the used GPU could not be read.
     """
     return [*_machine_warnings(result["machine"], gpu_unknown), *_point_warnings(result["points"])]
 
@@ -73,7 +74,7 @@ def _point_warnings(points: list[dict[str, Any]]) -> list[str]:
             found.append(f"{where}: enqueuing takes as long as computing; use larger batches or CUDA graphs")
     if noisy:
         found.append(
-            f"times vary by more than {_MAX_COV_PERCENT} % (CoV) at {noisy} of {len(points)} points, which trtexec "
+            f"times vary by more than {_MAX_COV_PERCENT}% (CoV) at {noisy} of {len(points)} points, which trtexec "
             "considers unstable"
         )
     return found

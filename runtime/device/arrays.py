@@ -69,7 +69,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3 of the interface. The stream is None, because all work is done."""
+        """Version 3 of the CUDA array interface. Its stream is None, because all work is done."""
         if self._kind == CPU:
             raise AttributeError("this array is in CPU memory")
         return {

@@ -54,7 +54,7 @@ class _ManagedVersioned(ctypes.Structure):
     )
 
 
-# Own prototypes, because every other library shares those of `ctypes.pythonapi`.
+# Separate prototypes, because all libraries in the process share those of `ctypes.pythonapi`.
 _python = ctypes.pythonapi
 _new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _Destructor)(("PyCapsule_New", _python))
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
@@ -85,8 +85,8 @@ def read_capsule(capsule: Any) -> Tensor:
     """Read a capsule without consuming it: the capsule frees itself when it is dropped.
 
     Raises:
-        InputError: the object is not a DLPack capsule of version 0 or 1, or NumPy does not have its
-            element type (bfloat16).
+        InputError: the object is not a DLPack capsule of version 0 or 1, or NumPy does not support
+            its element type (bfloat16).
     """
     if _is(capsule, _VERSIONED):
         managed = _ManagedVersioned.from_address(_pointer(capsule, _VERSIONED))
@@ -101,7 +101,7 @@ def read_capsule(capsule: Any) -> Tensor:
     if not letter or tensor.lanes != 1 or tensor.bits not in (8, 16, 32, 64):
         name = f"bfloat{tensor.bits}" if tensor.code == 4 else f"{tensor.code} with {tensor.bits} bits (DLPack)"
         raise InputError(
-            f"found elements of type {name}, which NumPy does not have", fix="convert them to float32 or float16"
+            f"found elements of type {name}, which NumPy does not support", fix="convert them to float32 or float16"
         )
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
     return Tensor(

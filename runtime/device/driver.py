@@ -1,4 +1,4 @@
-"""`Cuda`: the CUDA driver calls that we need, through cuda-bindings 12.6 or later.
+"""`Cuda`: the CUDA driver calls that the runtime needs, through cuda-bindings 12.6 or later.
 
 It uses the GPU's primary context, like torch, CuPy and ONNX Runtime, and creates no context of its
 own. The context is current only inside `Cuda.current`, which restores the thread's previous
@@ -78,7 +78,7 @@ class DeviceTimes:
 
     @property
     def latency_ms(self) -> float:
-        """Both copies and the kernels."""
+        """Sum of both copies and the kernels."""
         return self.h2d_ms + self.compute_ms + self.d2h_ms
 
 
@@ -118,7 +118,8 @@ class Cuda:
     def current(self) -> Iterator[None]:
         """Make the primary context current in this thread, and restore the previous one afterwards.
 
-        Raises InputError in a process forked after this object was created.
+        Raises:
+            InputError: this process was forked after the object was created.
         """
         check_not_forked(self._process, "CUDA")
         self._call("cuCtxPushCurrent", self._context)
@@ -130,7 +131,7 @@ class Cuda:
     # Memory.
 
     def free_bytes(self) -> int:
-        """Return how many bytes of GPU memory are free."""
+        """Return the number of free bytes of GPU memory."""
         free, _ = self._call("cuMemGetInfo")
         return int(free)
 
@@ -176,7 +177,7 @@ class Cuda:
         return int(self._call("cuStreamCreate", self._api.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
     def close_stream(self, stream: int) -> None:
-        """Destroy a stream after its pending work."""
+        """Destroy a stream once its pending work is done."""
         self._call("cuStreamDestroy", stream)
 
     def event(self) -> int:

@@ -1,7 +1,7 @@
 """`DeviceView`, a view of another library's GPU array, which is read without a copy.
 
-`__dlpack__` is preferred over `__cuda_array_interface__`, because it makes our stream wait for the
-work that still writes the array. torch does not provide that through the other interface.
+`__dlpack__` is preferred over `__cuda_array_interface__`, because it makes the reading stream wait
+for the work that still writes the array. torch does not support that through the other interface.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class DeviceView:
             event: an event, which is overwritten.
 
         Raises:
-            InputError: the owner refuses.
+            InputError: the owner cannot synchronize with the stream.
         """
         if self.stream is not None:
             cuda.wait_for(stream, self.stream, event)
@@ -89,8 +89,7 @@ def array_or_view(images: Any, stream: object = None) -> NDArray[Any] | DeviceVi
             `stream_handle`.
 
     Raises:
-        InputError: the object is not an array, is not contiguous, or its library refuses to export
-            it.
+        InputError: the object is not an array, is not contiguous, or its library cannot export it.
     """
     if isinstance(images, np.ndarray):
         return images
@@ -111,8 +110,8 @@ def view_of_interface(interface: Any, owner: Any) -> DeviceView:
     """Return a view for a `__cuda_array_interface__` of version 0 to 3.
 
     Since version 3 the interface names the stream that writes the memory, or None if all work is
-    done. Before, callers had to synchronize. Our work then waits for the default stream, which
-    pycuda uses unless it is given another one.
+    done. Earlier versions required callers to synchronize. For them, the reading stream waits for
+    the default stream, which pycuda uses unless the caller passes another one.
 
     Args:
         interface: the dictionary.
@@ -125,7 +124,7 @@ def view_of_interface(interface: Any, owner: Any) -> DeviceView:
     try:
         shape: tuple[int, ...] = tuple(int(size) for size in interface["shape"])
         dtype = np.dtype(interface["typestr"])
-        pointer, _read_only = interface["data"]  # we only read
+        pointer, _read_only = interface["data"]  # the array is only read
         version, strides = int(interface["version"]), interface.get("strides")
         pointer = int(pointer or 0)
         if version < 0 or any(size < 0 for size in shape):
@@ -151,7 +150,7 @@ def view_of_interface(interface: Any, owner: Any) -> DeviceView:
 
 
 def stream_handle(stream: object) -> int:
-    """Return the handle of a CUDA stream: of an int, torch, CuPy, pycuda, Numba or cuda.core.
+    """Return the handle of a CUDA stream: an int, or the stream object of another library.
 
     Raises:
         InputError: the object is not a stream, or is 0, which is ambiguous: 1 is the legacy default
@@ -179,7 +178,7 @@ def _check_stream(stream: Any) -> int:
 
 
 def _with_stream(view: DeviceView, stream: object) -> DeviceView:
-    """Return the view with the writing stream that the caller gave, if any."""
+    """Return the view, with the caller's writing stream if one is passed."""
     return view if stream is None else replace(view, stream=stream_handle(stream), by_dlpack=False)
 
 

@@ -1,1 +1,1 @@
-"""Build TensorRT engines, and describe each one in a sidecar."""
+"""Build TensorRT engines, and describe each engine in a sidecar."""

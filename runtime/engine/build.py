@@ -62,17 +62,18 @@ def build(
 
     Args:
         onnx: the ONNX file; the types of its tensors define the engine's precision.
-        engine: path of the engine; default: the ONNX file's name with `.engine`. The sidecar
+        engine: path of the engine (default: the ONNX file's name with `.engine`). The sidecar
             `NAME.engine.json` is written next to it.
         batch: smallest, optimal and largest batch size of the engine.
         sm: target compute capabilities, e.g. (86, 89). TensorRT-RTX supports several; full TensorRT
             builds only for the GPU of this machine.
         flavor: `tensorrt`, `tensorrt_rtx`, or `auto`: full TensorRT if it and a GPU are available,
-            or else TensorRT-RTX.
+            otherwise TensorRT-RTX.
         options: all other settings.
         cache: use the engine cache, and add the engine to it. The cache is the folder `engines`
-            below `ADVPROP_CACHE` or `~/.cache/advprop`, with at most `ADVPROP_CACHE_GB` (10)
-            gigabytes. If it contains the engine, neither the builder nor its timing cache is used.
+            in `ADVPROP_CACHE` or `~/.cache/advprop`, with at most `ADVPROP_CACHE_GB` gigabytes
+            (default: 10). If it contains the engine, neither the builder nor its timing cache is
+            used.
         progress: called with the builder's current phase and the completed share, 0 to 1, in
             another thread. An error that it raises stops the build and is raised here.
 
@@ -115,7 +116,7 @@ def _target(source: Path, engine: str | PathLike[str] | None) -> Path:
 
 
 def _prepare_folders(target: Path, flavor: Flavor, options: BuildOptions) -> BuildOptions:
-    """Create the output folders. Return the options without a timing cache of no effect."""
+    """Create the output folders. Return the options, without a timing cache if it has no effect."""
     output_dir(target.parent)
     if options.timing_cache is None:
         return options
@@ -133,12 +134,12 @@ def _fetch_or_build(
     cache: EngineCache | None,
     progress: ProgressCallback | None,
 ) -> EngineInfo:
-    """Write the engine to `target`, either from the cache, or built and added to the cache."""
+    """Write the engine to `target`: copy it from the cache, or build it and add it to the cache."""
     requested = _requested_engine(request, summary)
     with cache.lock(engine_key(requested)) if cache is not None else nullcontext():
         found = cache.fetch(requested, target) if cache is not None else None
         if found is not None:
-            log.info("the same engine was built before and is taken from the cache")
+            log.info("using the cached engine of an earlier build")
             return found
         source = request.source
         check_volumes(read_onnx(source), source)
@@ -249,7 +250,7 @@ def _is_quantized(summary: OnnxSummary) -> bool:
 
 
 def _layer_reports(request: PlanRequest, summary: OnnxSummary, plan: memoryview) -> tuple[LayerReport, ...]:
-    """Return how the layers of a quantized graph are computed."""
+    """Return the precision of a quantized graph's layers; () if the builder reports none."""
     if not _is_quantized(summary):
         return ()
     flavor = request.flavor

@@ -1,10 +1,10 @@
 """`EngineCache`, which keeps built engines under a key of everything that determines an engine.
 
 An entry is `KEY.engine` and its sidecar in `cache_folder("engines")`. The sidecar is written last
-and removed first, which makes an entry with a sidecar complete. If the file system allows it, the
-plan in the cache and the one at its destination are hard links to the same file, and no bytes are
-copied. A change to one then changes the other, and its hash reveals it. A failure in the cache
-costs a build, but never affects the result.
+and removed first, so every entry with a sidecar is complete. If the file system allows it, the plan
+in the cache and the plan at its destination are hard links to the same file, and no bytes are
+copied. A change to one then changes the other; the hash in the sidecar detects it. A failure of the
+cache costs a build, but never affects the result.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class EngineCache:
     """Maximum size, in bytes. The least recently used engines are removed first. 0 disables the
     cache."""
     lock_timeout_s: float = 1800.0
-    """How long to wait for another process that builds the same engine, in seconds."""
+    """Maximum time to wait for another process that builds the same engine, in seconds."""
 
     @classmethod
     def default(cls) -> EngineCache:
@@ -81,7 +81,7 @@ class EngineCache:
             yield
 
     def fetch(self, requested: EngineInfo, target: Path) -> EngineInfo | None:
-        """Put a cached engine and its sidecar at `target`, if there is one and its hash is correct.
+        """Copy the cached engine and its sidecar to `target`, if it exists and its hash is correct.
 
         Args:
             requested: the requested engine; its `plan_sha256` and `layers` are ignored.
@@ -112,7 +112,7 @@ class EngineCache:
             return None
         try:
             put_engine(target, info, lambda: link_or_copy(engine, target))
-        except FileNotFoundError:  # removed in the meantime by a process that freed space
+        except FileNotFoundError:  # another process has just removed it to free space
             return None
         return info
 

@@ -74,7 +74,11 @@ ENGINE_OPTIONS = (
         help="Full TensorRT: build an engine that also runs, more slowly, on other GPUs.",
     ),
     _option("--refit", is_flag=True, help="Build an engine whose weights can be replaced; not for INT8."),
-    _option("--strip-weights", is_flag=True, help="Build an engine without weights, to be refitted; not for INT8."),
+    _option(
+        "--strip-weights",
+        is_flag=True,
+        help="Build an engine without weights, which must be refitted before use; not for INT8.",
+    ),
     _option(
         "--timing-cache",
         type=click.Path(path_type=Path),
@@ -89,7 +93,7 @@ def build_arguments(values: dict[str, Any]) -> dict[str, Any]:
     """Turn the values of ENGINE_OPTIONS into keyword arguments of `runtime.build`.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
     """
     from runtime.engine.flavors import parse_sm
 

@@ -56,7 +56,7 @@ def parse_sm(text: str) -> int:
 
 
 def choose_flavor(name: str, sms: tuple[int, ...]) -> Flavor:
-    """Choose the library that builds: full TensorRT for this machine's GPU, or else TensorRT-RTX.
+    """Choose the library that builds: full TensorRT for this machine's GPU, otherwise TensorRT-RTX.
 
     Args:
         name: `auto`, `tensorrt` or `tensorrt_rtx`.
@@ -125,11 +125,11 @@ def import_flavor(name: str) -> tuple[Flavor | None, str]:
 
 @functools.cache
 def native_logger(flavor: Flavor) -> Any:
-    """Return the library's logger, which forwards to `logging`. A process has one.
+    """Return the library's logger, which forwards to `logging`. Each process has one.
 
-    Its list `errors` collects the native errors, its set `seen` the forwarded messages
-    (TensorRT-RTX repeats some for every convolution), and `listing` is the list of layers of a
-    build. Call `reset` before a build.
+    `errors` collects the native errors. `seen` holds the forwarded messages, because TensorRT-RTX
+    repeats some for every convolution. `listing` is the list of layers of a build. Call `reset`
+    before a build.
     """
     trt = flavor.module
     levels = {
@@ -152,11 +152,11 @@ def native_logger(flavor: Flavor) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if message.startswith(LISTING):
-                self.listing = message  # one line per kernel: for our report, not for the console
+                self.listing = message  # one line per kernel: for the INT8 report, not for the console
                 return
             level = levels.get(severity, logging.DEBUG)
             if level == logging.ERROR:
-                # The caller raises an error with this text; a second copy would be noise.
+                # The caller raises an error with this text, so it is not logged as well.
                 self.errors.append(message)
                 level = logging.DEBUG
             if message not in self.seen:

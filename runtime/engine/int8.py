@@ -1,8 +1,8 @@
-"""Report which quantized layers an engine computes in INT8, and why not the others.
+"""Report which quantized layers an engine computes in INT8, and why it does not compute the others.
 
-Q/DQ nodes in a graph are a request. A builder may dequantize the inputs and multiply in floating
-point, and still store the weights as int8 in the plan. The size and the bytes of a plan do not show
-it; the types that a kernel reads do.
+Q/DQ nodes in a graph are only a request. A builder may dequantize the inputs and multiply in
+floating point, and still store the weights as int8 in the plan. The size and bytes of a plan do not
+show this, but the types that each kernel reads do.
 
 The behavior of TensorRT-RTX 1.7.1 was determined with engines of single layers and of whole
 networks: docs/results/int8_plans.md.
@@ -83,8 +83,7 @@ class LayerReport:
     computes: str
     """Type of the multiplication: `int8`, `fp16`, `bf16`, `fp32`, or `unknown`."""
     why: str
-    """Text for `reason`, or the extra memory traffic of an INT8 layer; empty if there is nothing to
-    explain."""
+    """Text for `reason`, or the extra memory traffic of an INT8 layer; empty if neither applies."""
     reason: Reason = Reason.UNSTATED
     """Why a quantized layer is not computed in INT8."""
     channels: int = 0
@@ -97,7 +96,11 @@ class LayerReport:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> LayerReport:
-        """Return a report from a sidecar's fields. Raises TypeError or ValueError."""
+        """Return a report from a sidecar's fields.
+
+        Raises:
+            TypeError, ValueError: a field is missing, unknown or invalid.
+        """
         return cls(**{**fields, "reason": Reason(fields.get("reason", Reason.UNSTATED))})
 
     @property
@@ -107,7 +110,7 @@ class LayerReport:
 
     @property
     def is_padded(self) -> bool:
-        """Whether INT8 needs more channels than the layer has."""
+        """Whether the engine pads the channels of the layer in INT8."""
         return self.padded_channels > self.channels
 
 
@@ -155,7 +158,7 @@ def int8_layers(
 
 
 def summary_of(reports: Sequence[LayerReport]) -> str:
-    """Return how many layers and MACs are in INT8, as one line."""
+    """Return the number of INT8 layers and their share of the MACs, as one line."""
     in_int8 = [report for report in reports if report.int8]
     counts = f"{len(in_int8)} of {len(reports)} layers"
     total = sum(report.macs for report in reports)

@@ -96,9 +96,9 @@ def _tensors_of_log(text: str) -> tuple[EngineTensor, ...]:
 
 
 def inspected_layers(trt: Any, logger: Any, plan: memoryview, *, host_code: bool = False) -> list[EngineLayer]:
-    """Query the engine inspector. Return [] if the plan cannot be deserialized here.
+    """Return the layers from the engine inspector, or [] if the plan cannot be deserialized here.
 
-    It follows the API and NVIDIA's published examples, and has not run on a GPU yet.
+    The function follows the API and NVIDIA's published examples. It has not run on a GPU yet.
 
     Args:
         trt: the TensorRT module that built the plan.

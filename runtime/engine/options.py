@@ -1,4 +1,4 @@
-"""`BuildOptions`: how an engine is built, and which TensorRT supports which option."""
+"""`BuildOptions`: settings of an engine build, and which TensorRT version supports which option."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ HOST_CODE_FLAG = "VERSION_COMPATIBLE"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """How an engine is built. The defaults are TensorRT's."""
+    """Settings of an engine build. The defaults are TensorRT's."""
 
     precision: str | None = None
-    """`fp32`, `fp16`, `bf16` or `int8`: refuse the build unless at least half of the graph's
-    weights have this precision."""
+    """Expected precision: `fp32`, `fp16`, `bf16` or `int8`. The build fails unless at least half of
+    the graph's weights have it."""
     image_sizes: ImageSizes | None = None
     """Image sizes of the engine; required if the ONNX file leaves them dynamic."""
     workspace_mib: int = 0
@@ -55,9 +55,11 @@ class BuildOptions:
     """Full TensorRT: `ampere_plus` runs on all GPUs since Ampere, `same_compute_capability` on GPUs
     with the compute capability of this one. Both reduce the speed. Empty for this GPU only."""
     refit: bool = False
-    """The engine's weights can be replaced. Not for INT8, whose scales belong to the weights."""
+    """Build an engine whose weights can be replaced. Not for INT8, whose scales depend on the
+    weights."""
     strip_weights: bool = False
-    """The plan has no weights, and must be refitted from the same ONNX file. Not for INT8."""
+    """Build a plan without weights, which must be refitted from the same ONNX file. Not for
+    INT8."""
 
     def __post_init__(self) -> None:
         if self.workspace_mib < 0:
@@ -124,12 +126,13 @@ def _check_rtx(flavor: Flavor, options: BuildOptions, refittable: bool) -> None:
     name = f"TensorRT-RTX {flavor.version}"
     if options.version_compatible:
         raise ConfigError(
-            f"{name} has no version-compatible engines: each release needs its own engine",
+            f"{name} does not support version-compatible engines: each release needs its own engine",
             fix="remove --version-compatible, or build with full TensorRT",
         )
     if options.hardware_compatible:
         raise ConfigError(
-            f"{name} has no hardware compatibility levels", fix="name the GPU generations instead: --sm 86 --sm 89"
+            f"{name} does not support hardware compatibility levels",
+            fix="name the GPU generations instead: --sm 86 --sm 89",
         )
     if refittable and find_gpu() is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Build a plan from an ONNX file: the native part of a build, the same for every TensorRT."""
+"""Build a plan from an ONNX file: the native part of a build, shared by all TensorRT libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXPLANATIONS = (
     ("Plugin not found", "{flavor} has no such operator"),
     ("Node input was not registered", "one of its inputs is not the output of a node, a graph input or a weight"),
 )
-"""Part of a parser message → what it means."""
+"""Part of a parser message → explanation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,8 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     """Build a plan in the calling thread.
 
     Raises:
-        EngineBuildError: the parser or the builder refused; the message has their reasons.
+        EngineBuildError: the parser or the builder rejected the graph; the message has their
+            reasons.
         OutputError: the timing cache cannot be written.
     """
     trt = request.flavor.module
@@ -81,7 +82,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
         _set_targets(trt, config, request.sms)
     # These two must live until the plan is built.
     timing_cache = request.options.timing_cache
-    timings = _timings(config, timing_cache) if timing_cache is not None else None
+    timings = _load_timings(config, timing_cache) if timing_cache is not None else None
     monitor = native_monitor(trt, progress)
     config.progress_monitor = monitor
     plan = None if progress.stopped else builder.build_serialized_network(network, config)
@@ -92,8 +93,8 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     return memoryview(plan)
 
 
-def _timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
-    """Give the builder the timings of earlier builds, except those of another GPU or version."""
+def _load_timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:
+    """Load the timings of earlier builds, except those of another GPU or version."""
     timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(timings, ignore_mismatch=False):
         log.warning("%s is for another GPU or TensorRT, and will be replaced", path)
@@ -112,7 +113,7 @@ def _set_targets(trt: Any, config: Any, sms: tuple[int, ...]) -> None:
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
         if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{sm}"], index):
-            raise EngineBuildError(f"TensorRT-RTX {trt.__version__} refused the target SM {sm}")
+            raise EngineBuildError(f"TensorRT-RTX {trt.__version__} rejected the target SM {sm}")
 
 
 def _reasons(request: PlanRequest, errors: list[tensorrt.ParserError]) -> str:

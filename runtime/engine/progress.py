@@ -32,7 +32,7 @@ class _Phase:
 
 
 class BuildProgress:
-    """Adds up the builder's nested phases, and stops the build: `IProgressMonitor` in Python.
+    """Tracks the builder's nested phases, and can stop the build: `IProgressMonitor` in Python.
 
     TensorRT may call it from several threads at once.
     """

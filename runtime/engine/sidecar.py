@@ -1,7 +1,7 @@
 """The sidecar `NAME.engine.json`, which describes an engine and detects changes to it.
 
 An engine is a raw plan that any TensorRT tool can load. It contains native code for one TensorRT
-version and certain GPUs, so it is deserialized only after its SHA-256 was compared with the
+version and certain GPUs, so it is deserialized only after its SHA-256 has been compared with the
 sidecar's.
 """
 
@@ -26,13 +26,13 @@ FORMAT = "advprop.engine/1"
 _FORMER_NAMES = {"flavour": "flavor", "quantised": "quantized"}
 """Names of fields in sidecars of version 0.1 → their current names."""
 _MAX_BYTES = 2**26
-"""Maximum size of a sidecar. A sidecar with a thousand classes and a hundred layers has half a
-megabyte."""
+"""Maximum size of a sidecar, in bytes. A sidecar with a thousand classes and a hundred layers has
+half a megabyte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """All facts that decide whether and for what an engine can be used."""
+    """The facts that determine where an engine can run and what it computes."""
 
     plan_sha256: str
     """SHA-256 of the plan."""
@@ -74,7 +74,11 @@ def sidecar_path(engine: Path) -> Path:
 
 
 def write_sidecar(engine: Path, info: EngineInfo) -> None:
-    """Write the sidecar of `engine` atomically. Raises OutputError."""
+    """Write the sidecar of `engine` atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     content = {"format": FORMAT, **dataclasses.asdict(info)}
     content["spec"] = json.loads(info.spec.to_json()) if info.spec else None
     write_text(sidecar_path(engine), json.dumps(content, indent=2, sort_keys=True) + "\n")

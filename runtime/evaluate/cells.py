@@ -19,11 +19,11 @@ CLEAN = "clean"
 """Id of the cell of clean images, which other cells are compared with."""
 
 IMAGES = "images"
-"""Id of the only cell of a set without corruptions."""
+"""Id of the only cell of a test set without corruptions."""
 
 RESIZE = ("auto", "fit", "none")
-"""`fit`: preprocess images as the model file specifies; `none`: use pixels as they are; `auto`:
-what the set requires."""
+"""`fit`: preprocess images as the model file specifies; `none`: use the pixels unchanged; `auto`:
+whatever the test set requires."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
 """Severities of every corruption."""
@@ -31,19 +31,20 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteConfig:
-    """Which test set and which of its images are evaluated."""
+    """The test set and the selection of its images."""
 
     name: str
     """One of `runtime.evaluate.suites.SUITES`."""
     data: Path
     """Folder of the set."""
     clean: Path | None = None
-    """Folder of clean images, CLASS/IMAGE, to evaluate as well. `corruptions` does so anyway."""
+    """Folder of clean images, CLASS/IMAGE, to evaluate as well. The suite `corruptions` always
+    does."""
     only: tuple[str, ...] = ()
-    """Cells, such as `fog/3`, or corruptions, such as `fog`. Default: all except the four extra
-    corruptions."""
+    """Cells, such as `fog/3`, or corruptions, such as `fog` (default: all except the four extra
+    corruptions)."""
     limit: int | None = None
-    """Maximum number of images per cell, drawn from every class in proportion."""
+    """Maximum number of images per cell, stratified by class."""
     seed: int = 0
     """Seed of the images drawn for the limit, and of the corruptions."""
     table: str = "auto"
@@ -64,7 +65,7 @@ class SuiteConfig:
                 raise ConfigError(f"unknown cell {name!r}; {nearest(name, known) or 'expected a name such as fog/3'}")
 
     def selects(self, cell: str) -> bool:
-        """Return whether a cell is to be evaluated."""
+        """Return whether a cell is selected for evaluation."""
         corruption = cell.split("/")[0]
         return cell in self.only or corruption in self.only if self.only else corruption not in EXTRAS
 
@@ -76,7 +77,7 @@ class Cell:
     id: str
     """`images`, `clean`, or `CORRUPTION/SEVERITY`."""
     images: LabeledImages
-    """The images before any corruption that is computed here."""
+    """The images before any corruption that the evaluation computes."""
     resize: str
     """`fit` or `none`."""
     corruption: tuple[str, int] | None = None
@@ -85,14 +86,14 @@ class Cell:
 
 @dataclass(slots=True)
 class Opening:
-    """State of opening a set: the settings, and what is found on the way."""
+    """State while a test set is opened: the settings, and the findings so far."""
 
     config: SuiteConfig
     spec: ModelSpec
     skipped: set[str] = field(default_factory=set)
     """Folders that match no class of the model."""
     classes: tuple[int, ...] | None = None
-    """The classes to choose from; None: all."""
+    """The classes that compete; None for all classes."""
 
     def folder(self, root: Path, find: Callable[[list[str]], Mapping[str, int]]) -> LabeledImages:
         """Return the images in the class folders for which `find` returns a class."""
@@ -111,7 +112,7 @@ class Opening:
         return images if limit is None else images.limited(limit, self.config.seed)
 
     def clean(self) -> list[Cell]:
-        """Return the cell of clean images, if a folder of them is given."""
+        """Return the cell of clean images; [] if no folder of clean images is set."""
         if self.config.clean is None or not self.config.selects(CLEAN):
             return []
         return [Cell(id=CLEAN, images=self.by_class(self.config.clean), resize="fit")]

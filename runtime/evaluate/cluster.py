@@ -32,29 +32,30 @@ __all__ = ["Cluster", "ClusterConfig"]
 log = logging.getLogger(__name__)
 
 _MAX_UNITS = 8
-"""Maximum number of units that a worker gets at once: they share images, and are lost together."""
+"""Maximum number of units per batch for a worker. They share images, and are lost together."""
 
 _MAX_LOSSES = 3
-"""The run fails after this many workers per started worker are lost in a row."""
+"""Number of workers lost in a row, per started worker, after which the run fails."""
 
 _TIMEOUT_S = 15.0
-"""Timeout of connecting to a cluster, and delay of the warning that no worker has started."""
+"""Timeout for connecting to a cluster, and delay of the warning that no worker has started, in
+seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """Which cluster is used, and how much of it."""
+    """The cluster, and the resources to use on it."""
 
     address: str
     """`HOST:PORT` of a cluster; `auto`: the cluster that this machine belongs to; `local`: a
-    cluster on this machine that exists during the run. It is ignored if the program has called
-    `ray.init`."""
+    cluster on this machine that exists during the run. The address is ignored if the program has
+    called `ray.init`."""
     workers: int | None = None
-    """Number of worker processes; None: as many as fit into the cluster."""
+    """Number of worker processes (default: as many as fit into the cluster)."""
     cpus: float = 1.0
     """CPUs per worker, and default number of threads of its models."""
     gpus: float | None = None
-    """GPUs per worker, such as 0.25; None: one if the cluster has any."""
+    """GPUs per worker, such as 0.25 (default: one if the cluster has GPUs)."""
 
     def __post_init__(self) -> None:
         if (self.workers is not None and self.workers < 1) or self.cpus <= 0 or (self.gpus or 0) < 0:
@@ -70,8 +71,8 @@ class Cluster:
         """Connect to the cluster and start the workers.
 
         Raises:
-            BackendUnavailable: Ray is not installed, there is no cluster at the address, or not
-                even one worker fits into it.
+            BackendUnavailable: Ray is not installed, there is no cluster at the address, or the
+                cluster is too small for one worker.
         """
         self._config = config
         self._ray, self._ours = _connect(config)
@@ -193,11 +194,11 @@ class Cluster:
 
     @property
     def _lost_errors(self) -> tuple[type[BaseException], ...]:
-        """What Ray raises if a worker is lost."""
+        """Exceptions that Ray raises if a worker is lost."""
         return (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError)
 
     def _begin(self, place: int, measurement: Any, cells: set[str], dispatch: _Dispatch) -> None:
-        """Let a worker prepare for a measurement."""
+        """Make a worker prepare for a measurement."""
         dispatch.running[self._workers[place].begin.remote(measurement, cells)] = (place, [])
 
     def _replace(self, place: int, batch: list[Unit], error: BaseException, dispatch: _Dispatch) -> None:
@@ -207,7 +208,7 @@ class Cluster:
             raise _workers_lost(error) from error
         log.warning("a worker was lost (%s); starting a new one and reassigning its blocks", _last_line(error))
         dispatch.todo.extendleft([batch] if batch else [])
-        self._ray.kill(self._workers[place])  # it may still run, out of reach
+        self._ray.kill(self._workers[place])  # the worker may still run on an unreachable node
         self._workers[place] = self._start()
 
     def close(self) -> None:
@@ -233,15 +234,15 @@ class _Dispatch:
     left: int
     """Number of units that are not counted yet."""
     running: dict[Any, tuple[int, list[Unit]]]
-    """Ray's pending result → place and units of its worker; no units while the worker prepares."""
+    """Pending Ray result → index and units of its worker; no units while the worker prepares."""
     idle: list[int]
-    """Places of workers without units."""
+    """Indices of workers without units."""
     losses: int = 0
     """Workers lost since units were last counted."""
 
 
 def _connect(config: ClusterConfig) -> tuple[Any, bool]:
-    """Connect to the cluster. Returns the module `ray`, and whether to shut it down at the end."""
+    """Connect to the cluster. Return the module `ray`, and whether to shut it down at the end."""
     if config.address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray listens on all interfaces; the token keeps others out. Ray reads the mode when it is
@@ -286,13 +287,13 @@ def _batches(measurement: Measurement, units: set[Unit]) -> Iterator[list[Unit]]
 
 
 def _check_same(answer: tuple[str, list[dict[str, Any]]], expected: list[dict[str, Any]]) -> None:
-    """Raise DataError if the counts of a worker would depend on anything else than expected."""
+    """Raise DataError if a worker's files, device or versions differ from the expected ones."""
     node, found = answer
     differs = next(filter(None, map(difference, found, expected)), "")
     if differs:
         raise DataError(
-            f"on node {node}: {differs}, unlike on the first worker or this machine. Give every node the same files "
-            "and library versions; if only the device differs, set --device"
+            f"on node {node}: {differs}, unlike on the first worker or this machine. Use the same files "
+            "and library versions on every node; if only the device differs, set --device"
         )
 
 

@@ -1,7 +1,7 @@
 """`ClusterWorker`: the process that loads models and counts units on a Ray cluster.
 
 Ray wraps exceptions in its own type. Workers therefore return advprop's errors as values, together
-with the node that they happened on.
+with the name of their node.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _return_errors(method: Callable[..., _Value]) -> Callable[..., _Value | Fail
 
 
 class ClusterWorker:
-    """A Ray actor that holds loaded models and one measurement."""
+    """A Ray actor with loaded models and one measurement."""
 
     def __init__(self) -> None:
         self.node = platform.node()
@@ -74,7 +74,11 @@ class ClusterWorker:
 
     @_return_errors
     def describe(self, source: ModelSource) -> Model:
-        """Load a model and return it without its logits. Raises the same errors as `load_model`."""
+        """Load a model and return its description, without its logits.
+
+        Raises:
+            AdvPropError: see `load_model`.
+        """
         return dataclasses.replace(self._load(source), logits=RemoteLogits(source))
 
     @_return_errors
@@ -103,7 +107,11 @@ class ClusterWorker:
 
     @_return_errors
     def count(self, units: Sequence[Unit]) -> list[Counted]:
-        """Count units of the present measurement. Raises the errors of `Measurement.counts`."""
+        """Count units of the current measurement.
+
+        Raises:
+            AdvPropError: see `Measurement.counts`.
+        """
         assert self._measurement is not None
         with Workers(0) as workers:
             return list(self._measurement.counts(units, workers))
@@ -122,4 +130,4 @@ class ClusterWorker:
         try:
             decode(images.source.read(name), images.source.describe(name))
         except DataError as error:
-            raise DataError(f"{error}. Every node must see the images under the same path") from error
+            raise DataError(f"{error}. Every node needs the images under the same path") from error

@@ -1,4 +1,4 @@
-"""`Counts`: what a model answered on some images, as integers only.
+"""`Counts`: the predictions of a model on some images, as integers only.
 
 Integers make the sum of shards equal to a single run byte for byte, because sums of floating-point
 numbers depend on their order. Confidences are rounded to billionths before they are added; all
@@ -53,16 +53,16 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What a model answered on some images."""
+    """The predictions of a model on some images, as counts."""
 
     images: int
     """Number of images."""
     top1: int
-    """Images whose class has the highest logit."""
+    """Images whose true class has the highest logit."""
     top5: int
-    """Images whose class is among the five highest logits."""
+    """Images whose true class is among the five highest logits."""
     not_finite: int
-    """Images with an infinite logit or a nan. They count as wrong, with confidence 0."""
+    """Images with an infinite logit or a nan. They count as wrong, with a confidence of 0."""
     bin_images: Row
     """Images by confidence bin, from low to high."""
     bin_right: Row
@@ -105,7 +105,11 @@ class Counts:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Read the values of `to_dict`, also after a round trip through JSON. Raises InputError."""
+        """Read the values of `to_dict`, also after a round trip through JSON.
+
+        Raises:
+            InputError: a value is missing or invalid.
+        """
         try:
             fields = _rows(content)
             pairs = fields.pop("pairs")
@@ -153,8 +157,8 @@ def answers_of(logits_NK: NDArray[Any], labels_N: NDArray[np.int64], classes: Se
     Args:
         logits_NK: logits of all the model's classes.
         labels_N: true classes, as positions among all classes.
-        classes: the classes to choose from, such as the 200 of ImageNet-A. All other logits are
-            dropped before ranking and softmax. Default: all classes.
+        classes: the classes that compete, such as the 200 of ImageNet-A. All other logits are
+            removed before ranking and softmax (default: all classes).
     """
     chosen_K = np.arange(logits_NK.shape[1]) if classes is None else np.asarray(classes)
     logits_NK = logits_NK[:, chosen_K].astype(np.float64)
@@ -179,7 +183,7 @@ def count(answers: Answers, positions_N: NDArray[np.int64], reference: Answers |
 
     Args:
         answers: the model's predictions.
-        positions_N: positions of the images in their set, which determine their groups.
+        positions_N: positions of the images in their test set, which determine their groups.
         reference: the reference model's predictions for the same images.
     """
     right_N = answers.right_N

@@ -38,7 +38,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _CACHE_FORMAT = 1
-"""Increase this number when `corrupt` returns different pixels."""
+"""Version of the cache. Increase it when `corrupt` returns different pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +55,13 @@ class Corruption:
 def load_block(
     source: ImageSource, names: Sequence[str], preprocessing: Preprocessing, resize: str
 ) -> NDArray[np.uint8]:
-    """Decode images and bring them to the network's input size.
+    """Decode images and resize them to the network's input size.
 
     Args:
         source: reads the images.
         names: names of the images.
         preprocessing: preprocessing of the model.
-        resize: `fit`: resize and crop as the model specifies; `none`: use the pixels as they are.
+        resize: `fit`: resize and crop as the model specifies; `none`: use the pixels unchanged.
 
     Returns:
         uint8 RGB, (N, H, W, 3).
@@ -92,7 +92,7 @@ def corrupt_block(
         images_NHWC: uint8 RGB.
         names: names of the images, which seed their random numbers.
         corruption: the corruption to apply.
-        cache: folder of the cache; None: do not use a cache.
+        cache: folder of the cache; None disables the cache.
 
     Raises:
         BackendUnavailable: OpenCV, SciPy or the textures of frost are missing.
@@ -158,13 +158,13 @@ def in_order(
     except BrokenProcessPool as error:
         raise BackendUnavailable(
             "a worker process died, probably because memory ran out: use fewer --workers or a smaller --batch-size. "
-            "The same command resumes. (In a script of your own, put the call below "
+            "The same command resumes. (In your own script, put the call under "
             "`if __name__ == '__main__':`.)"
         ) from error
 
 
 class Workers:
-    """A pool of worker processes. If it has none, the calling process does the work."""
+    """A pool of worker processes. Without workers, the calling process does the work."""
 
     def __init__(self, count: int) -> None:
         """Create a pool that starts up to `count` processes as they are needed."""
@@ -173,7 +173,7 @@ class Workers:
         self._pool = ProcessPoolExecutor(count, context, _initialize_worker) if count else None
 
     def submit(self, work: Callable[..., _Result], *arguments: Any) -> Future[_Result]:
-        """Call `work` in a worker process, or immediately if there is none."""
+        """Call `work` in a worker process, or immediately if the pool has no workers."""
         if self._pool is not None:
             return self._pool.submit(work, *arguments)
         return self.completed(work(*arguments))
@@ -193,7 +193,7 @@ class Workers:
 
 
 def _initialize_worker() -> None:
-    """Leave Ctrl-C to the parent process, end together with it, and use one core."""
+    """Ignore Ctrl-C, which the parent process handles; end together with it; use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     use_one_core()
@@ -209,7 +209,7 @@ def use_one_core() -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process with its parent. If the parent is killed, it would wait for work forever."""
+    """End this process with its parent. It would otherwise wait forever if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

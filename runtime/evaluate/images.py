@@ -1,4 +1,4 @@
-"""Labeled images of a test set, which are read on demand in any process."""
+"""Labeled images of a test set, which any process can read on demand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LabeledImages:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def limited(self, limit: int, seed: int) -> LabeledImages:
-        """Return at most `limit` of the images, drawn at random from every class in proportion.
+        """Return at most `limit` randomly drawn images, stratified by class.
 
         The draw depends only on names, classes and `seed`. A smaller limit draws a subset of the
         images that a larger limit draws.
@@ -51,8 +51,7 @@ class LabeledImages:
         ranked = []
         for label, names in classes.items():
             names.sort(key=lambda name: _draw(seed, name))
-            # Images are ranked by their relative position within their class, which draws from all
-            # classes in proportion.
+            # Ranking images by their relative position within their class stratifies the draw.
             ranked += [((rank + 0.5) / len(names), _draw(seed, f"{label}"), name) for rank, name in enumerate(names)]
         chosen = {name for *_, name in sorted(ranked)[:limit]}
         pairs = [pair for pair in zip(self.names, self.labels, strict=True) if pair[0] in chosen]

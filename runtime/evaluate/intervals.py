@@ -1,4 +1,4 @@
-"""95 % confidence intervals, computed from counts only."""
+"""95% confidence intervals, computed from counts only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Interval = tuple[float, float]
 """Lower and upper end."""
 
 _Z = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
+"""97.5% quantile of the normal distribution."""
 
 _T: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-"""97.5 % quantiles of Student's t for 1 to 20 degrees of freedom, rounded as in printed tables."""
+"""97.5% quantiles of Student's t for 1 to 20 degrees of freedom, rounded as in printed tables."""
 
 
 def wilson(successes: int, total: int) -> Interval | None:
@@ -76,7 +76,7 @@ def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> Inter
     """Return an interval of a statistic of grouped images, by removing one group after another.
 
     A mean over corruptions uses the same images many times, so the binomial formula does not hold.
-    A group consists of images, with everything that was measured on them. Source: the
+    Each group is a set of images with everything that was measured on them. Source: the
     delete-a-group jackknife, Wolter, "Introduction to Variance Estimation" (2nd edition, 2007),
     chapter 4.
 
@@ -98,16 +98,16 @@ def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> Inter
 
 
 def zero_variance(value: float, images: int, lowest: float, highest: float) -> Interval:
-    """Return an interval of a mean over images that all gave the same value.
+    """Return an interval of a mean over images that all have the same value.
 
     Their variance is 0, but an interval without width would be wrong, because the next image may be
     the first to differ. At most z²/(n + z²) of all images differ: the upper end of Wilson's
     interval of 0 in n, about 3.8/n. (The "rule of three" of Hanley and Lippman-Hand, "If nothing
     goes wrong, is everything all right?", JAMA 249, 1983, is the one-sided form.) Each of these
-    images gives a value from `lowest` to `highest`.
+    images has a value from `lowest` to `highest`.
 
     Args:
-        value: the value of every image.
+        value: the common value of all images.
         images: number of images, at least one.
         lowest: lowest possible value of an image.
         highest: highest possible value of an image.

@@ -1,6 +1,6 @@
 """Map folder names and label numbers to a model's classes.
 
-`IMAGENET_A` and `IMAGENET_R` list the 200 of ImageNet's 1,000 classes that these sets contain. The
+`IMAGENET_A` and `IMAGENET_R` list the 200 ImageNet classes that these test sets contain. The
 numbers are those of pytorch-image-models (Apache-2.0),
 `timm/data/_info/imagenet_{a,r}_{indices,synsets}.txt`, which equal the lists of
 github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
@@ -28,14 +28,14 @@ def by_folder(names: Iterable[str], spec: ModelSpec, where: str) -> dict[str, in
 
     Args:
         names: names of the folders.
-        spec: holds the model's classes.
+        spec: spec of the model, with its classes.
         where: the folder that contains them, for messages.
 
     Returns:
         Folder → class, for the folders that match a class of the model.
 
     Raises:
-        DataError: no folder matches, or a folder's name is the name of several classes.
+        DataError: no folder matches a class, or a folder's name matches several classes.
     """
     names = sorted(names)
     wnids = {wnid: place for place, wnid in enumerate(spec.wnids)}
@@ -62,12 +62,13 @@ def _no_match_message(names: list[str], spec: ModelSpec, where: str) -> str:
     if all(_WNID.fullmatch(name) for name in names) and not spec.wnids:
         return (
             f"{where}: the folders are named by WordNet ids ({names[0]}, …), which the model does not know: its "
-            f"classes are {_few(spec.classes)}. Name the folders by these classes, or evaluate a model that was "
+            f"classes are {_abbreviate(spec.classes)}. Name the folders by these classes, or evaluate a model that was "
             "trained on folders named by WordNet ids"
         )
     hint = nearest(names[0], (*spec.classes, *spec.wnids), 1)
-    expected = _few(spec.classes) + (f", or {_few(spec.wnids)}" if spec.wnids else "")
-    return f"{where}: expected folders named by the model's classes ({expected}); found {_few(names)}. {hint}".rstrip()
+    expected = _abbreviate(spec.classes) + (f", or {_abbreviate(spec.wnids)}" if spec.wnids else "")
+    found = _abbreviate(names)
+    return f"{where}: expected folders named by the model's classes ({expected}); found {found}. {hint}".rstrip()
 
 
 def by_imagenet_number(names: Iterable[str], spec: ModelSpec, where: str) -> dict[str, int]:
@@ -82,12 +83,12 @@ def by_imagenet_number(names: Iterable[str], spec: ModelSpec, where: str) -> dic
     if wrong or not names:
         raise DataError(
             f"{where}: expected folders named 0 to 999, as in ImageNet-V2; found "
-            f"{_few(sorted(wrong)) if wrong else 'none'}. For folders named by WordNet ids, use --suite imagenet"
+            f"{_abbreviate(sorted(wrong)) if wrong else 'none'}. For folders named by WordNet ids, use --suite imagenet"
         )
     if not _is_imagenet(spec):
         raise SpecError(
             "numbered folders need a model of ImageNet's 1,000 classes in the order of their WordNet ids; found "
-            f"{len(spec.classes)} classes ({_few(spec.wnids or spec.classes)})"
+            f"{len(spec.classes)} classes ({_abbreviate(spec.wnids or spec.classes)})"
         )
     return {name: int(name) for name in names}
 
@@ -101,7 +102,9 @@ def by_cifar_number(numbers: Iterable[int], spec: ModelSpec, where: str) -> dict
     """
     numbers = sorted(set(numbers))
     if not numbers or numbers[0] < 0 or numbers[-1] >= len(CIFAR10):
-        raise DataError(f"{where}: expected CIFAR-10's labels, 0 to 9; found {_few(map(str, numbers)) or 'none'}")
+        raise DataError(
+            f"{where}: expected CIFAR-10's labels, 0 to 9; found {_abbreviate(map(str, numbers)) or 'none'}"
+        )
     places = {name: place for place, name in enumerate(spec.classes)}
     if set(CIFAR10) <= set(places):
         return {number: places[CIFAR10[number]] for number in numbers}
@@ -109,20 +112,20 @@ def by_cifar_number(numbers: Iterable[int], spec: ModelSpec, where: str) -> dict
         return {number: number for number in numbers}
     missing = [name for name in CIFAR10 if name not in places]
     raise SpecError(
-        f"CIFAR-10's labels need a model with its classes ({_few(CIFAR10)}); found {_few(spec.classes)}, without "
-        f"{_few(missing)}"
+        f"CIFAR-10's labels need a model with its classes ({_abbreviate(CIFAR10)}); found "
+        f"{_abbreviate(spec.classes)}, without {_abbreviate(missing)}"
     )
 
 
 def among(
     names: Iterable[str], chosen: Mapping[str, int], spec: ModelSpec, where: str
 ) -> tuple[dict[str, int], tuple[int, ...]]:
-    """Find the 200 classes of ImageNet-A or -R among the model's classes, and those of the folders.
+    """Find the 200 classes of ImageNet-A or -R in the model, and the class of each folder.
 
     Args:
         names: names of the folders; folders of other classes are ignored.
         chosen: the 200 classes: WordNet id → position among ImageNet's 1,000 classes.
-        spec: holds the model's classes.
+        spec: spec of the model, with its classes.
         where: the folder that contains them, for messages.
 
     Returns:
@@ -139,14 +142,14 @@ def among(
     if missing:
         raise SpecError(
             f"this set needs 200 of ImageNet's classes; the model has {len(spec.classes)} classes and lacks "
-            f"{len(missing)} of the 200 ({_few(missing)}). Evaluate a model of ImageNet's 1,000 classes"
+            f"{len(missing)} of the 200 ({_abbreviate(missing)}). Evaluate a model of ImageNet's 1,000 classes"
         )
     names = sorted(names)
     known = {name: places[name] for name in names if name in chosen}
     if not known:
         raise DataError(
-            f"{where}: expected folders named by the WordNet ids of the 200 classes ({_few(chosen)}); found "
-            f"{_few(names) or 'no folders'}"
+            f"{where}: expected folders named by the WordNet ids of the 200 classes ({_abbreviate(chosen)}); found "
+            f"{_abbreviate(names) or 'no folders'}"
         )
     return known, tuple(sorted(places[wnid] for wnid in chosen))
 
@@ -156,17 +159,17 @@ def _is_imagenet(spec: ModelSpec) -> bool:
     return len(spec.classes) == 1000 and (not spec.wnids or list(spec.wnids) == sorted(spec.wnids))
 
 
-def _few(names: Iterable[str], limit: int = 4) -> str:
+def _abbreviate(names: Iterable[str], limit: int = 4) -> str:
     listed = list(names)
     return ", ".join(listed[:limit]) + (f", … ({len(listed)})" if len(listed) > limit else "")
 
 
-def _read(text: str) -> dict[str, int]:
+def _parse_table(text: str) -> dict[str, int]:
     pairs = (entry.split(":") for entry in text.split())
     return {wnid: int(place) for place, wnid in pairs}
 
 
-IMAGENET_A = _read("""
+IMAGENET_A = _parse_table("""
 6:n01498041 11:n01531178 13:n01534433 15:n01558993 17:n01580077 22:n01614925 23:n01616318 27:n01631663 30:n01641577
 37:n01669191 39:n01677366 42:n01687978 47:n01694178 50:n01698640 57:n01735189 70:n01770081 71:n01770393 76:n01774750
 79:n01784675 89:n01819313 90:n01820546 94:n01833805 96:n01843383 97:n01847000 99:n01855672 105:n01882714 107:n01910747
@@ -195,7 +198,7 @@ IMAGENET_A = _read("""
 """)
 """ImageNet-A: WordNet id → position among the 1,000 classes."""
 
-IMAGENET_R = _read("""
+IMAGENET_R = _parse_table("""
 1:n01443537 2:n01484850 4:n01494475 6:n01498041 8:n01514859 9:n01518878 11:n01531178 13:n01534433 22:n01614925
 23:n01616318 26:n01630670 29:n01632777 31:n01644373 39:n01677366 47:n01694178 63:n01748264 71:n01770393 76:n01774750
 79:n01784675 84:n01806143 90:n01820546 94:n01833805 96:n01843383 97:n01847000 99:n01855672 100:n01860187 105:n01882714

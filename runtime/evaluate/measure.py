@@ -1,7 +1,7 @@
-"""`Measurement`: run models on blocks of images and count their answers.
+"""`Measurement`: run models on blocks of images and count their predictions.
 
 Images are decoded once for all models and corruptions. A block always consists of the same images,
-in every process and after every resumption, so its logits are identical to the last bit.
+in every process and after every resumption, so its logits are bit-identical.
 
 Shape suffixes: N images, H height, W width, C channels.
 """
@@ -37,7 +37,7 @@ Counted = tuple[Unit, list[Counts]]
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A block of images before corruption, and the cells that need it."""
+    """A block of images before corruption, and the cells that use it."""
 
     block: int
     names: Sequence[str]
@@ -61,7 +61,7 @@ class Measurement:
     """The settings that `suite` was opened with."""
     batch_size: int
     cache: Path | None = None
-    """Folder for corrupted images; None: do not cache them."""
+    """Folder for corrupted images; None disables the cache."""
 
     def describe(self, shard: str) -> list[dict[str, Any]]:
         """Return each model's result without counts: everything that its counts depend on."""
@@ -93,7 +93,11 @@ class Measurement:
             yield (cell.id, block), self._count(cell, block, images_NHWC)
 
     def probe(self, cells: Container[str]) -> None:
-        """Call `Suite.probe` for the input size of the models. Raises BackendUnavailable."""
+        """Call `Suite.probe` for the input size of the models.
+
+        Raises:
+            BackendUnavailable: a library or file that a corruption needs is missing.
+        """
         self.suite.probe(cells, self.models[0].spec.preprocessing)
 
     def _images(self, workers: Workers, units: Iterable[Unit]) -> Iterator[tuple[Cell, int, NDArray[np.uint8]]]:

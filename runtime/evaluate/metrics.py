@@ -1,12 +1,12 @@
 """The metrics of a result, computed from its counts.
 
-Two of them are often confused:
+Two metrics are often confused:
 
 `mce_alexnet`   mean over fifteen corruptions of the model's error ÷ AlexNet's error under the same
                 corruption, in percent: 100 is as robust as AlexNet. It is defined only for
                 ImageNet's 1,000 classes and ImageNet-C's fifteen corruptions.
-`mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes, and is what
-                papers report for CIFAR-10-C.
+`mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes. Papers report
+                it for CIFAR-10-C.
 """
 
 from __future__ import annotations
@@ -63,20 +63,22 @@ Errors = Mapping[str, Sequence[float]]
 """Corruption → errors at severities 1 to 5, from 0 to 1."""
 Cells = Mapping[str, Counts]
 Statistic = Callable[[Cells, Sequence[int] | None], float]
-"""A statistic of cells, over all images or those of some groups."""
+"""A statistic of cells, over all images or the images of some groups."""
 Grouped = Callable[[Sequence[int]], float]
 """A statistic over the images of some groups."""
 
 _ROUNDING = 1e-9
-"""An interval narrower than this consists of rounding errors only."""
+"""Width below which an interval consists of rounding errors only."""
 
 MCE_UNIT = "percent of AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
-RELATIVE_UNIT = "percent of what corruption adds to AlexNet's error, mean over the fifteen corruptions; AlexNet is 100"
+RELATIVE_UNIT = (
+    "percent of the error that corruption adds for AlexNet, mean over the fifteen corruptions; AlexNet is 100"
+)
 MEAN_UNIT = "share of images, plain mean over corruptions and severities; not to be compared with mce_alexnet"
 
 
 def error_of(counts: Counts, groups: Iterable[int] | None = None) -> float:
-    """Return the top-1 error, from 0 to 1, over all images or those of some groups."""
+    """Return the top-1 error, from 0 to 1, over all images or the images of some groups."""
     if groups is None:
         return 1 - counts.top1 / counts.images
     chosen = list(groups)
@@ -110,7 +112,7 @@ def mce_alexnet(errors: Errors) -> float:
 
 
 def relative_mce_alexnet(errors: Errors, clean_error: float) -> float:
-    """Return the relative mCE, in percent: error added by corruption ÷ the same of AlexNet.
+    """Return the relative mCE, in percent: error added by corruption ÷ error added for AlexNet.
 
     Raises:
         InputError: the corruptions are not exactly the fifteen, with five severities each.
@@ -120,14 +122,18 @@ def relative_mce_alexnet(errors: Errors, clean_error: float) -> float:
 
 
 def mean_error(errors: Errors) -> float:
-    """Return the mean error over corruptions and severities. Raises InputError without any."""
+    """Return the mean error over corruptions and severities, from 0 to 1.
+
+    Raises:
+        InputError: no corruption has all five severities.
+    """
     if not errors:
         raise InputError("the mean error needs a corruption with all five severities; found none")
     return _mean([_mean(levels) for levels in errors.values()])
 
 
 def calibration_error(counts: Counts) -> float:
-    """Return the expected calibration error: the mean of |accuracy − confidence| of images' bins.
+    """Return the expected calibration error, 0 to 1: the mean of the bins' |gap| over images.
 
     Source: Guo et al. (ICML 2017), equation 3, with fifteen bins of equal width.
     """
@@ -135,7 +141,7 @@ def calibration_error(counts: Counts) -> float:
 
 
 def rms_calibration_error(counts: Counts) -> float:
-    """Return the root mean square over images of accuracy − confidence of their bin.
+    """Return the RMS calibration error, 0 to 1: root mean square over images of their bin's gap.
 
     Source: Hendrycks, Mazeika and Dietterich, "Deep Anomaly Detection with Outlier Exposure" (ICLR
     2019). They use bins with equal numbers of images; bins of equal width are used here, because
@@ -243,7 +249,7 @@ def interval_of(cells: Collection[Counts], statistic: Grouped, ends: Interval = 
 
     Returns:
         The interval. None if there are too few images for every group to have one, or if all groups
-        have the same mean although images differ, in which case the variance is unknown.
+        have the same mean although images differ: the variance is then unknown.
     """
     alike = all(counts.top1 in (0, counts.images) for counts in cells)
     return _zero_variance(cells, statistic, ends) if alike else _jackknife(cells, statistic)

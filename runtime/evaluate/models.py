@@ -1,4 +1,4 @@
-"""`Model`: a classifier to evaluate, made from a model file, a checkpoint or a function.
+"""`Model`: a classifier to evaluate, created from a model file, a checkpoint or a function.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -44,7 +44,7 @@ class Model:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Facts that a result records, such as `sha256` and `backend`; plain values."""
     size_open: bool = False
-    """Whether it accepts images of other sizes than its spec's."""
+    """Whether it accepts image sizes other than its spec's."""
 
 
 def model_of(
@@ -55,7 +55,7 @@ def model_of(
     *,
     size_open: bool = False,
 ) -> Model:
-    """Make a model of a function from normalized images, (N, 3, H, W), to logits, (N, K)."""
+    """Create a model from a function from normalized images, (N, 3, H, W), to logits, (N, K)."""
 
     def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
         return predict(normalize(images_NHWC, spec.preprocessing))
@@ -86,7 +86,7 @@ class CheckpointLoader(Protocol):
     """
 
     def __call__(self, path: Path, *, route: str, device: str) -> tuple[ModelSpec, Predict, bool, dict[str, Any]]:
-        """Return spec, function, whether it accepts any image size, and facts for results."""
+        """Return the spec, the function, whether any image size is accepted, and facts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,11 @@ class ModelSource:
     """Loads checkpoints."""
 
     def load(self) -> Model:
-        """Load the model. Raises the same errors as `load_model`."""
+        """Load the model.
+
+        Raises:
+            AdvPropError: see `load_model`.
+        """
         return load_model(
             self.path,
             device=self.device,
@@ -134,14 +138,14 @@ def load_model(
         device: `auto`, `cpu` or `cuda`.
         threads: CPU threads per run; 0 leaves the number to the backend.
         route: BatchNorm route of a checkpoint.
-        exact: on a CPU, compute ONNX files as a GPU rounds them: Q/DQ nodes as written, FP16
+        exact: on a CPU, compute ONNX files with the roundings of a GPU: Q/DQ nodes as written, FP16
             tensors rounded to FP16. If false, ONNX Runtime chooses its kernels; on some CPUs its
             INT8 kernels saturate, and its FP16 kernels do not round.
         checkpoint_loader: loads checkpoints, such as `advprop.checkpoints.load_predictor`.
 
     Raises:
-        InputError: the file does not exist, is not a model, does not describe itself, or does not
-            have the route; or it is a checkpoint and there is no loader.
+        InputError: the file does not exist, is not a model, has no spec, or does not have the
+            route; or it is a checkpoint and no loader is passed.
         BackendUnavailable: a library or GPU that the model needs is missing.
     """
     if path.suffix in CHECKPOINT_SUFFIXES:
@@ -161,16 +165,16 @@ def load_model(
 def load_models(
     load: Callable[..., Model], paths: Sequence[Path], reference: Path | None, routes: Sequence[str] = ("main",)
 ) -> tuple[list[Model], Model | None]:
-    """Load models and their reference, each of them once, and give them distinct names.
+    """Load models and their reference, each of them once, with distinct names.
 
     Args:
-        load: `load_model`, or a function like it that accepts a path and `route`.
+        load: `load_model`, or a similar function that accepts a path and `route`.
         paths: files; a checkpoint is loaded once for each of `routes`.
         reference: file of the reference model; a checkpoint is loaded with the first of `routes`.
         routes: BatchNorm routes of checkpoints.
 
     Raises:
-        ConfigError: a file is given twice.
+        ConfigError: the same file is passed twice.
     """
     known: dict[tuple[Path, str], Model] = {}
 
@@ -187,7 +191,7 @@ def load_models(
             known[key] = dataclasses.replace(model, name=f"{model.name}-{model.facts['sha256'][:8]}")
     models = list({id(model): model for model in (known[key] for _, key in pairs)}.values())
     if len({model.name for model in models}) < len(models):
-        raise ConfigError("two of the models are the same file; give each file once")
+        raise ConfigError("two of the models are the same file; pass each file once")
     return models, known[keys(reference)[0]] if reference else None
 
 

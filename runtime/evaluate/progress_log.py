@@ -34,7 +34,7 @@ class ProgressLog:
             restore: called with each entry, whether it was read or has just been appended. It
                 raises ValueError, KeyError or TypeError if it cannot use a line that was read;
                 that line and all later ones are dropped.
-            advice: what else to do if another process runs the same plan, for the message.
+            advice: further advice for the error message if another process runs the same plan.
 
         Raises:
             OutputError: the folder cannot be written, or another process runs the same plan.
@@ -78,7 +78,11 @@ class ProgressLog:
         return valid
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Write an entry to disk and pass it to `restore`. Raises OutputError."""
+        """Write an entry to disk and pass it to `restore`.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         try:
             self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
@@ -88,7 +92,7 @@ class ProgressLog:
         self._restore(entry)
 
     def remove(self) -> None:
-        """Delete the file. Call it when the results hold everything that the log does."""
+        """Delete the file. Call this when the results contain everything in the log."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """Results of evaluations: one JSON file per model and suite.
 
-A result contains counts and everything that they depend on. It contains nothing about when, in what
-order or in how many processes it was computed, so shards merge into the exact bytes of one run.
+A result contains counts and everything that they depend on. It does not contain the time, the order
+or the number of processes of its computation, so merged shards equal a single run byte for byte.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def describe(
 
 
 def describe_model(model: Model) -> dict[str, Any]:
-    """Return what results record about a model."""
+    """Return the facts about a model that results record."""
     return {"name": model.name, "classes": len(model.spec.classes), **model.facts}
 
 
@@ -157,18 +157,20 @@ def _why_no_mce(result: Result) -> str:
     """Return why a result cannot be compared with AlexNet; "" if it can."""
     settings = result["settings"]
     if not settings["imagenet_classes"]:
-        return "AlexNet's errors are of ImageNet's 1,000 classes, and the model has others"
+        return "mCE needs ImageNet's 1,000 classes, for which AlexNet's errors are known; the model has other classes"
     if settings["table"] not in (None, "imagenet"):
-        return f"AlexNet's errors are under ImageNet's table of severities, not {settings['table']}'s"
+        return (
+            f"mCE needs ImageNet's table of severities, for which AlexNet's errors are known; found {settings['table']}"
+        )
     return ""
 
 
 def result_path(model: Mapping[str, Any], folder: Path, suffix: str) -> Path:
     """Return the path for a model's result.
 
-    It is `NAME.SUFFIX`. If that file is the result of another model file, its name gets the model's
-    hash, so that a result that took hours is not overwritten: exported files are often all named
-    `model`.
+    It is `NAME.SUFFIX`. If that file is the result of another model file, the model's hash is added
+    to the name, because exported files are often all named `model` and a result that took hours
+    must not be overwritten.
     """
     path = folder / f"{model['name']}.{suffix}"
     try:
@@ -183,7 +185,11 @@ def result_path(model: Mapping[str, Any], folder: Path, suffix: str) -> Path:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Write a result; equal results are written as equal bytes. Raises OutputError."""
+    """Write a result; equal results are written as equal bytes.
+
+    Raises:
+        OutputError: `path` cannot be written.
+    """
     write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -259,6 +265,6 @@ def _merge_parts(parts: Iterable[str]) -> list[str]:
 
 
 def _plain(counts: Counts) -> dict[str, Any]:
-    """Return counts as JSON reads them, so that a merged result equals one that was read."""
+    """Return counts as after a round trip through JSON, which makes results comparable."""
     plain: dict[str, Any] = json.loads(json.dumps(counts.to_dict()))
     return plain

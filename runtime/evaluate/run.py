@@ -1,4 +1,4 @@
-"""`evaluate`: count the answers of models on a test set, and resume a stopped run."""
+"""Evaluate models on a test set, and resume an interrupted run."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ Counting = Callable[[Measurement, set[Unit]], Generator[Counted, None, None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """How an evaluation runs. Only the batch size affects its result."""
+    """Settings for running an evaluation. Only the batch size affects its result."""
 
     out: Path
-    """Folder of the progress log, which exists until the evaluation is finished."""
+    """Folder of the progress log, which is deleted when the evaluation is finished."""
     batch_size: int = 8
-    """Images per call of a model. 8 fits CPU caches: the throughput is twice that of 32."""
+    """Images per call of a model. 8 images fit CPU caches, with twice the throughput of 32."""
     workers: int = max(1, min(8, usable_cores() - 1))
-    """Processes that decode and corrupt images; 0: the calling process does it."""
+    """Processes that decode and corrupt images; 0 uses the calling process."""
     shard: int = 1
     """Number of the shard that this run computes, from 1."""
     shards: int = 1
     """Number of all shards."""
     cache: Path | None = None
-    """Folder for corrupted images; None: do not cache them."""
+    """Folder for corrupted images; None disables the cache."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -69,23 +69,23 @@ def evaluate(
     progress: Progress | None = None,
     cluster: Cluster | None = None,
 ) -> list[Result]:
-    """Evaluate models on a test set. A stopped run with the same arguments is resumed.
+    """Evaluate models on a test set. An interrupted run with the same arguments is resumed.
 
     Args:
-        models: models to evaluate. Models with the same classes and input size share images; others
-            get images of their own.
+        models: models to evaluate. Models with the same classes and input size share decoded
+            images.
         suite: the test set.
-        run: how to run.
+        run: settings of the run.
         reference: model that the others are compared with, image by image; it may be one of them.
         progress: called after every block.
-        cluster: Ray cluster that does the work, with which `models` and `reference` were loaded;
-            None: this machine, with `run.workers` processes. The result is the same.
+        cluster: Ray cluster that does the work and has loaded `models` and `reference` (default:
+            this machine, with `run.workers` processes). The result is the same.
 
     Returns:
         One result per model, in the same order. `runtime.evaluate.results` writes them.
 
     Raises:
-        InputError: the set is invalid, or an image cannot be decoded or does not fit a model.
+        InputError: the test set is invalid, or an image cannot be decoded or does not fit a model.
         BackendUnavailable: a library or file that a corruption needs is missing.
         OutputError: the progress log or the cache cannot be written.
         Interrupted: Ctrl-C was pressed; the same call resumes.
@@ -93,11 +93,11 @@ def evaluate(
     _check_reference(models, reference)
     counting = _count_locally(run.workers) if cluster is None else cluster.counts
     plans = []
-    for group in _grouped(models):
+    for group in _group_by_inputs(models):
         measurement = Measurement(
             models=group,
             reference=reference,
-            suite=open_suite(suite if cluster is None else _absolute(suite), group[0].spec),
+            suite=open_suite(suite if cluster is None else _with_absolute_paths(suite), group[0].spec),
             config=suite,
             batch_size=run.batch_size,
             cache=None if run.cache is None else run.cache.absolute(),
@@ -117,7 +117,7 @@ def evaluate(
     return [results[id(model)] for model in models]
 
 
-def _grouped(models: Sequence[Model]) -> list[list[Model]]:
+def _group_by_inputs(models: Sequence[Model]) -> list[list[Model]]:
     """Group models that can share images."""
     groups: list[list[Model]] = []
     for model in models:
@@ -135,7 +135,7 @@ def _count_locally(workers: int) -> Counting:
     return counting
 
 
-def _absolute(suite: SuiteConfig) -> SuiteConfig:
+def _with_absolute_paths(suite: SuiteConfig) -> SuiteConfig:
     """Return the settings with absolute paths, for processes with another working directory."""
     return replace(suite, data=suite.data.absolute(), clean=None if suite.clean is None else suite.clean.absolute())
 

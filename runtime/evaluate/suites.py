@@ -1,4 +1,4 @@
-"""The test sets by name: their layout on disk, their labels, and whether images may be resized."""
+"""Open test sets by name: their layout on disk, their labels, and whether images may be resized."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Suite:
 
     name: str
     cells: tuple[Cell, ...]
-    """In the order of the report."""
+    """Cells, in the order of the report."""
     seed: int
     table: str | None
-    """Table of severities of the corruptions computed here; None if none are."""
+    """Table of severities for corruptions that the evaluation computes; None without them."""
     classes: tuple[int, ...] | None = None
-    """The classes to choose from; None: all of the model's."""
+    """The classes that compete; None for all classes of the model."""
     skipped: tuple[str, ...] = ()
     """Folders that match no class of the model."""
 
@@ -49,7 +49,7 @@ class Suite:
 
         Args:
             cells: ids of cells.
-            size: holds the network's input size.
+            size: preprocessing of the network, with its input size.
 
         Raises:
             BackendUnavailable: a library or file that a corruption needs is missing.
@@ -60,12 +60,12 @@ class Suite:
 
 
 def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
-    """List the images of a set for models with the classes and input size of `spec`.
+    """List the images of a test set for models with the classes and input size of `spec`.
 
     Raises:
         ConfigError: the suite or one of the selected cells does not exist.
-        DataError: the folder has another layout, or no image of the model's classes.
-        SpecError: the set cannot be evaluated with the model's classes.
+        DataError: the folder has an unexpected layout, or no images of the model's classes.
+        SpecError: the test set cannot be evaluated with the model's classes.
     """
     if config.name not in SUITES:
         hint = nearest(config.name, SUITES) or f"expected one of {', '.join(SUITES)}"
@@ -73,7 +73,7 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
     opening = Opening(config, spec)
     cells = [cell for cell in SUITES[config.name](opening) if config.selects(cell.id)]
     if config.resize != "auto":
-        # Clean images next to a set keep their preprocessing, unless the set is made from them.
+        # Images of --clean keep their preprocessing; clean images of `corruptions` follow --resize.
         kept = () if config.name == "corruptions" else (CLEAN,)
         cells = [cell if cell.id in kept else replace(cell, resize=config.resize) for cell in cells]
     found = {cell.id for cell in cells} | {cell.id.split("/")[0] for cell in cells}
@@ -138,7 +138,7 @@ def _generated(opening: Opening) -> list[Cell]:
         raise ConfigError("the suite corruptions uses --data as its clean images too; remove --clean")
     images = opening.by_class(opening.config.data)
     clean = Cell(id=CLEAN, images=images, resize="fit")
-    return [clean, *(replace(clean, id=f"{name}/{level}", corruption=(name, level)) for name, level in _grid())]
+    return [clean, *(replace(clean, id=f"{name}/{level}", corruption=(name, level)) for name, level in _all_cells())]
 
 
 def _imagenet_c(opening: Opening) -> list[Cell]:
@@ -154,7 +154,7 @@ def _imagenet_c(opening: Opening) -> list[Cell]:
         if (folder / name).is_dir()
     }
     cells = opening.clean()
-    for name, level in _grid(folders):
+    for name, level in _all_cells(folders):
         folder = folders[name] / str(level)
         if opening.config.selects(f"{name}/{level}") and folder.is_dir():
             cells.append(Cell(id=f"{name}/{level}", images=opening.by_class(folder), resize="none"))
@@ -179,13 +179,13 @@ def _cifar10_c(opening: Opening) -> list[Cell]:
             images = LabeledImages(
                 ArraySource(path), tuple(str(row) for row in numbers), tuple(classes[labels[row]] for row in numbers)
             )
-            cells.append(Cell(id=f"{name}/{level}", images=_same_rows(opening, images, rows), resize="fit"))
+            cells.append(Cell(id=f"{name}/{level}", images=_limit_rows(opening, images, rows), resize="fit"))
     _check_found(opening.config, cells, "CORRUPTION.npy files, such as fog.npy, and labels.npy")
     return cells
 
 
-def _same_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledImages:
-    """Apply the limit so that every severity gets the same images, by their number within it."""
+def _limit_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledImages:
+    """Apply the limit to one severity, and select the same image numbers in all severities."""
     if opening.config.limit is None:
         return images
     first = int(images.names[0])
@@ -210,7 +210,7 @@ def _array_labels(path: Path, images: Path, count: int) -> list[int]:
     return [int(label) for label in labels]
 
 
-def _grid(names: Iterable[str] = _KNOWN) -> list[tuple[str, int]]:
+def _all_cells(names: Iterable[str] = _KNOWN) -> list[tuple[str, int]]:
     return [(name, level) for name in _KNOWN if name in names for level in SEVERITIES]
 
 

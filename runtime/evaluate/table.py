@@ -1,4 +1,4 @@
-"""Results of evaluations and attacks as tables for the terminal."""
+"""Format results of evaluations and attacks as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ATTACK_ROWS = (UNATTACKED, *GRADIENT, SQUARE, WORST, NOISE)
 
 
 def result_table(results: Sequence[Result]) -> Table:
-    """Return a table of evaluations with a column per model, and 95 % intervals in brackets."""
+    """Return a table of evaluations with a column per model, and 95% intervals in brackets."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -54,7 +54,7 @@ def result_table(results: Sequence[Result]) -> Table:
 
 
 def _column(result: Result) -> dict[str, str]:
-    """Return row title → text."""
+    """Return the column of a result: row title → text."""
     if not is_whole(result):
         return {"cells": f"{len(result['cells'])}, incomplete"}
     metrics = result["metrics"]
@@ -106,7 +106,7 @@ def _error_rows(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def result_notes(results: Sequence[Result]) -> list[str]:
-    """Return the notes below a table of evaluations: which numbers are missing, and why."""
+    """Return the notes below a table of evaluations: missing numbers, and why they are missing."""
     lines = []
     for result in results:
         name = result["model"]["name"]
@@ -121,7 +121,7 @@ def result_notes(results: Sequence[Result]) -> list[str]:
 
 
 def attack_table(results: Sequence[AttackResult]) -> Table:
-    """Return a table of top-1 with 95 % intervals: a row per attack, a column per model and ε."""
+    """Return a table of top-1 with 95% intervals: a row per attack, a column per model and ε."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -162,7 +162,7 @@ def _attack_column(result: AttackResult, epsilon: float) -> dict[str, str]:
 
 
 def attack_notes(results: Sequence[AttackResult]) -> list[str]:
-    """Return the notes below a table of attacks: what the numbers mean, and what is missing."""
+    """Return the notes below a table of attacks: explanations of numbers, and missing attacks."""
     curves = [(result, curve) for result in results for curve in result["curves"]]
     lines = [line for result, curve in curves if curve["attack"] == SQUARE for line in _query_notes(result, curve)]
     if any(curve.get("white_box") for _, curve in curves):
@@ -184,7 +184,7 @@ def attack_notes(results: Sequence[AttackResult]) -> list[str]:
     elif SQUARE not in attacks:
         lines.append("transfer alone overestimates models that hide their gradient, such as INT8 models: add square")
     if NOISE not in attacks:
-        lines.append("no noise control: an attack that fools no more images than noise has found nothing; add noise")
+        lines.append("no noise control: an attack that fools no more images than noise is ineffective; add noise")
     return lines
 
 

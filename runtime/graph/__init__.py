@@ -1,1 +1,1 @@
-"""Everything about ONNX graphs: read, validate, summarize, edit, run, round and compare them."""
+"""Read, validate, summarize, edit, run, round and compare ONNX graphs."""

@@ -1,7 +1,7 @@
-"""Measures the largest magnitude of tensors over any number of images.
+"""Measure the largest magnitude of tensors over any number of images.
 
-The maxima are computed inside the graph: a run returns a few numbers per tensor, and memory does not grow with the
-number of images.
+The maxima are computed inside the graph: a run returns a few numbers per tensor, and memory does
+not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def collect_amax(
         tensors: measure only these, which is faster; unknown names are ignored.
 
     Returns:
-        Tensor name → max |x| over all batches. It is inf from 1.8e19 on, where the square overflows. A single
-        nan can go unnoticed, because ONNX Runtime's maximum may skip it.
+        Tensor name → max |x| over all batches. It is inf from 1.8e19 on, where the square
+        overflows. A single nan can go unnoticed, because ONNX Runtime's maximum may skip it.
 
     Raises:
         DataError: there is no batch.
@@ -65,7 +65,11 @@ def collect(
     *,
     tensors: Collection[str] | None = None,
 ) -> Collected:
-    """Return what `collect_amax` returns and the graph's first output, from a single pass."""
+    """Return the result of `collect_amax` and the graph's first output, from a single pass.
+
+    Raises:
+        DataError: there is no batch.
+    """
     ranks = {name: rank for name, rank in _float_tensors(model).items() if tensors is None or name in tensors}
     session = open_session(_with_maxima(model, ranks))
     input_name = session.get_inputs()[0].name
@@ -80,7 +84,8 @@ def collect(
             progress(len(batch))
     if not outputs:
         raise DataError(_NO_IMAGES)
-    # The square root of a rounded square is exact in binary floating point, unless the square overflowed.
+    # The square root of a rounded square is exact in binary floating point, unless the square
+    # overflowed.
     amax = np.sqrt(squares.astype(np.float32))
     return Collected(dict(zip(ranks, amax.tolist(), strict=True)), np.concatenate(outputs))
 
@@ -130,11 +135,11 @@ def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
 def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int], channels: bool = False) -> onnx.ModelProto:
     """Return a copy of the graph that also outputs the largest square of each tensor.
 
-    For an (N, C, H, W) tensor it outputs the largest square of each (H, W). With `channels`, it outputs all squares
-    of other tensors.
+    For an (N, C, H, W) tensor it outputs the largest square of each (H, W). With `channels`, it
+    outputs all squares of other tensors.
 
-    It uses Mul and GlobalMaxPool because ONNX Runtime implements both for the blocked layout of its convolutions.
-    Abs and ReduceMax would cost two changes of layout per tensor.
+    It uses Mul and GlobalMaxPool because ONNX Runtime implements both for the blocked layout of its
+    convolutions. Abs and ReduceMax would cost two changes of layout per tensor.
     """
     probe = onnx.ModelProto()
     probe.CopyFrom(model)

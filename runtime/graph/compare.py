@@ -1,4 +1,4 @@
-"""Compares two graphs tensor by tensor, in the order of computation.
+"""Compare two graphs tensor by tensor, in the order of computation.
 
 The error of a tensor is its largest |Δ| divided by its largest magnitude.
 """
@@ -23,7 +23,8 @@ class TensorError:
     """The error of one tensor."""
 
     node: str
-    """Name of the node that computes it; if a network is compared with its graph, path of the module."""
+    """Name of the node that computes it; if a network is compared with its graph, path of the
+    module."""
     op: str
     """The node's operator; if a network is compared with its graph, class of the module."""
     tensor: str
@@ -31,8 +32,8 @@ class TensorError:
     error: float
     """Largest |Δ| divided by the largest magnitude; inf if a value is not finite."""
     added: float
-    """Part of `error` that the node adds: `error` minus the largest error among the node's inputs, or minus
-    the error of the previous module; at least 0."""
+    """Part of `error` that the node adds: `error` minus the largest error among the node's inputs,
+    or minus the error of the previous module; at least 0."""
 
 
 def first_above(errors: list[TensorError], tolerance: float) -> TensorError | None:
@@ -52,8 +53,8 @@ def graph_errors(
         reference: a float32 graph.
         candidate: a float32 graph with the same input.
         batch: input of both, a few images: all tensors are held in memory.
-        candidate_name: returns the name in `candidate` of a tensor of `reference`. If `candidate` has no such
-            tensor, the tensor of the same name is compared.
+        candidate_name: returns the name in `candidate` of a tensor of `reference`. If `candidate`
+            has no such tensor, the tensor with the same name is compared.
     """
     pairs = _shared_tensors(reference, candidate, candidate_name)
     expected = tensor_values(reference, list(pairs), batch)
@@ -79,7 +80,7 @@ def tensor_values(model: onnx.ModelProto, names: list[str], batch: NDArray[Any])
 
 
 def relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return the largest |Δ| divided by the largest magnitude; inf if a value is not finite or shapes differ."""
+    """Return max |Δ| ÷ max |expected|; inf if a value is not finite or the shapes differ."""
     if expected.size == 0:
         return 0.0
     if expected.shape != found.shape:
@@ -93,14 +94,14 @@ def relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
 
 
 def added_error(error: float, before: float) -> float:
-    """Return how much larger `error` is than the error `before` it; 0 if it is not larger, or both are infinite."""
+    """Return the increase from `before` to `error`; 0 if there is none or both are infinite."""
     return max(0.0, error - before) if np.isfinite(before) else 0.0
 
 
 def _shared_tensors(
     reference: onnx.ModelProto, candidate: onnx.ModelProto, candidate_name: Callable[[str], str]
 ) -> dict[str, str]:
-    """Return the name in `candidate` of each node output of `reference` that both graphs compute."""
+    """Return the name in `candidate` of each node output that both graphs compute."""
     computed = {name for node in candidate.graph.node for name in node.output}
     outputs = {value.name for value in candidate.graph.output}
     pairs = {}

@@ -1,4 +1,4 @@
-"""Edits graphs of ONNX IR: constants, new nodes, replaced nodes."""
+"""Edit graphs of ONNX IR: constants, new nodes, replaced nodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def array_of(value: ir.Value | None) -> NDArray[Any]:
 
 
 def along(values: NDArray[_Scalar], axis: int, rank: int) -> NDArray[_Scalar]:
-    """Reshape one value per channel, (channels,), to broadcast along `axis` of a tensor with `rank` dimensions."""
+    """Reshape (channels,) values to broadcast along `axis` of a tensor with `rank` dimensions."""
     return values.reshape([-1 if dimension == axis else 1 for dimension in range(rank)])
 
 
@@ -72,8 +72,8 @@ def make_node(
         inputs: values that the node reads.
         name: name of the node.
         like: the output gets the shape and the type of this value.
-        dtype: element type of the output, if not that of `like`.
-        output: name of the output; the graph chooses one by default.
+        dtype: element type of the output (default: that of `like`).
+        output: name of the output (default: the graph chooses one).
         attributes: attributes of the node.
     """
     node = ir.node(op, list(inputs), attributes or {}, name=name)
@@ -93,7 +93,8 @@ def make_cast(value: ir.Value, dtype: ir.DataType, *, name: str, output: str | N
 def replace_node(graph: ir.Graph, node: ir.Node, replacements: Sequence[ir.Node]) -> None:
     """Insert `replacements` at the position of `node` and remove it.
 
-    The output of the last replacement takes over name, type, shape and readers of the node's output.
+    The output of the last replacement takes over name, type, shape and readers of the node's
+    output.
     """
     old, new = node.outputs[0], replacements[-1].outputs[0]
     new.name, new.type, new.shape = old.name, old.type, old.shape

@@ -1,7 +1,7 @@
-"""Checks, runs and saves ONNX models of any size that are held in memory.
+"""Check, run and save ONNX models of any size that are held in memory.
 
-Protobuf serializes at most 2 GiB. The checker and shape inference therefore see a larger model without its weights,
-and ONNX Runtime receives the weights separately.
+Protobuf serializes at most 2 GiB. The checker and shape inference therefore see a larger model
+without its weights, and ONNX Runtime receives the weights separately.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ __all__ = [
 ]
 
 LIMIT_BYTES = 2**31 - 2**26
-"""Weights up to this size are serialized with the model: protobuf's 2 GiB minus 64 MiB for the graph."""
+"""Weights up to this size are serialized with the model: protobuf's 2 GiB minus 64 MiB for the
+graph."""
 
 MIN_OPSET = 19
 """Oldest opset in which the scales of QuantizeLinear can be FP16."""
@@ -42,7 +43,8 @@ OPSET = 20
 """Opset of the models that advprop writes. ONNX Runtime's INT8 tools fail from 21 on."""
 
 _MAX_SHAPE_BYTES = 1024
-"""Initializers up to this size stay in the model, because shape inference reads the values of some of them."""
+"""Initializers up to this size stay in the model, because shape inference reads the values of some
+of them."""
 
 
 def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
@@ -51,12 +53,12 @@ def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
 
 
 def infer_shapes(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.GraphProto:
-    """Return the graph with the inferred types and shapes of its tensors; a large one without its weights."""
+    """Return the graph with inferred types and shapes; large models are stripped of weights."""
     return onnx.shape_inference.infer_shapes(_without_weights(model) if is_large(model, limit) else model).graph
 
 
 def tensor_types(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> dict[str, onnx.TypeProto.Tensor]:
-    """Return the type and shape of each input, output and node output whose type is known, by name."""
+    """Return the type and shape of all tensors of known type, by name."""
     graph = infer_shapes(model, limit)
     return {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input, *graph.output)}
 
@@ -68,7 +70,7 @@ def with_outputs(
 
     Args:
         model: not changed.
-        names: tensors to output; those that are outputs already stay as they are.
+        names: tensors to output; existing outputs are unchanged.
         kinds: ONNX element type of each tensor that is not float32.
     """
     probe = onnx.ModelProto()
@@ -91,7 +93,7 @@ def check(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> None:
 
 
 def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
-    """Return an `onnxruntime.InferenceSession` on the CPU that computes Q/DQ nodes exactly as written."""
+    """Return an InferenceSession on the CPU that computes Q/DQ nodes exactly as written."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

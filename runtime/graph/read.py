@@ -1,4 +1,4 @@
-"""Reads ONNX files, which may be damaged or hostile, and hashes them."""
+"""Read and hash ONNX files, which may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def read_onnx_file(path: Path) -> OnnxFile:
     """Read an ONNX file together with its hash and size.
 
     Raises:
-        BackendUnavailable, ModelFileError: see `read_onnx`; also if a file of external weights is unusable.
+        BackendUnavailable, ModelFileError: see `read_onnx`; also if a file of external weights is
+            unusable.
     """
     content = _content(path)
     with ThreadPoolExecutor(1) as pool:
@@ -51,7 +52,11 @@ def read_onnx_file(path: Path) -> OnnxFile:
 
 
 def sha256_onnx(path: Path) -> str:
-    """Return the hash of an ONNX file: `OnnxFile.sha256`. Raises as `read_onnx_file`."""
+    """Return the hash of an ONNX file, `OnnxFile.sha256`.
+
+    Raises:
+        BackendUnavailable, ModelFileError: see `read_onnx_file`.
+    """
     return read_onnx_file(path).sha256
 
 

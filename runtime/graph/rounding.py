@@ -1,12 +1,14 @@
-"""Runs FP16 and BF16 graphs on a CPU with the roundings that a GPU would do.
+"""Run FP16 and BF16 graphs on a CPU with the same roundings as on a GPU.
 
-ONNX Runtime's CPU provider has few FP16 kernels: it computes an FP16 graph in FP32 and omits the roundings between
-nodes, which hides overflows that a GPU would have. It cannot run BF16 at all. `with_roundings` returns a float32 graph
-in which each node computes in FP32 and each FP16 or BF16 tensor is rounded to its type. (A GPU also accumulates
-convolutions in FP32 and then rounds the result.)
+ONNX Runtime's CPU provider has few FP16 kernels: it computes an FP16 graph in FP32 and omits the
+roundings between nodes, which hides overflows that a GPU would have. It cannot run BF16 at all.
+`with_roundings` returns a float32 graph in which each node computes in FP32 and each FP16 or BF16
+tensor is rounded to its type. (A GPU also accumulates convolutions in FP32 and then rounds the
+result.)
 
-Rounding is monotone, so an operator that only selects elements, such as max(0, x), returns the same bits before and
-after it. The rounding is moved behind such operators: ONNX Runtime can then still fuse Conv and Relu.
+Rounding is monotone, so an operator that only selects elements, such as max(0, x), returns the same
+bits before and after it. The rounding is moved behind such operators: ONNX Runtime can then still
+fuse Conv and Relu.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def rounded_file(path: Path) -> bytes | str:
 
 
 def rounded_name(tensor: str) -> str:
-    """Return the name that an FP16 or BF16 tensor has, as float32, in the graph of `with_roundings`."""
+    """Return the name of an FP16 or BF16 tensor in the graph of `with_roundings`."""
     return tensor + "/rounded"
 
 
@@ -123,7 +125,7 @@ def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
 
 
 def _widen_cast(node: onnx.NodeProto) -> None:
-    """Let a Cast to FP16 or BF16 return float32; its output is then rounded like any other."""
+    """Make a Cast to FP16 or BF16 output float32, which is then rounded like any other tensor."""
     if node.op_type != "Cast":
         return
     for attribute in node.attribute:

@@ -1,7 +1,7 @@
-"""Looks up parts of an ONNX model: inputs, attributes, shapes, and the layers that have weights.
+"""Look up parts of an ONNX model: inputs, attributes, shapes, and the layers that have weights.
 
-`onnx` is imported only inside functions and its classes appear as `Any`, because modules that must work without the
-package use these functions.
+`onnx` is imported only inside functions and its classes appear as `Any`, because modules that must
+work without the package use these functions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def metadata(model: Any, key: str) -> str:
-    """Return the entry `key` of `metadata_props`; empty if there is none."""
+    """Return the value of `key` in `metadata_props`; empty if the model has no such entry."""
     return next((str(entry.value) for entry in model.metadata_props if entry.key == key), "")
 
 
@@ -46,7 +46,7 @@ def spec_of(model: Any, where: str) -> ModelSpec | None:
 
 
 def opset_of(model: Any) -> int:
-    """Return the version of ONNX's own operator set that the model imports; 0 if it imports none."""
+    """Return the version of the default operator set that the model imports, or 0."""
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
@@ -56,7 +56,7 @@ def initializers_of(graph: Any) -> dict[str, Any]:
 
 
 def graph_inputs(graph: Any) -> list[Any]:
-    """Return the inputs that a caller must pass: those without an initializer."""
+    """Return the inputs without an initializer, which a caller must pass."""
     constants = {tensor.name for tensor in graph.initializer}
     return [value for value in graph.input if value.name not in constants]
 
@@ -72,7 +72,7 @@ def int_attribute(node: Any, name: str, default: int) -> int:
 
 
 def is_depthwise(groups: int, weight_shape: Sequence[int]) -> bool:
-    """Return whether a convolution with these weights, (out, in / groups, kernel…), reads one channel per group."""
+    """Return whether a convolution with weights (out, in / groups, kernel…) is depthwise."""
     return groups > 1 and weight_shape[1] == 1
 
 
@@ -80,7 +80,8 @@ def output_channel_axis(op: str, rank: int, *, transposed: bool = False) -> int:
     """Return the axis of a layer's weights that holds its output channels.
 
     Args:
-        op: one of WEIGHTED_OPS. The axis of a grouped ConvTranspose holds the channels of one group only.
+        op: one of WEIGHTED_OPS. The axis of a grouped ConvTranspose holds the channels of one group
+            only.
         rank: number of dimensions of the weights.
         transposed: `transB` of a Gemm.
     """
@@ -97,7 +98,8 @@ def node_macs(model: Any) -> dict[str, int]:
     """Return the multiply-accumulates of each convolution and matrix product for one image.
 
     Args:
-        model: an `onnx.ModelProto` with unique node names. If it leaves the image size open, its spec's size is used.
+        model: an `onnx.ModelProto` with unique node names. If it leaves the image size open, its
+            spec's size is used.
 
     Returns:
         Node name → MACs, in graph order; empty if shapes are unknown.

@@ -1,4 +1,4 @@
-"""Summarizes an ONNX classifier: spec, input, precision of its layers, and work per image."""
+"""Summarize an ONNX classifier: spec, input, precision of its layers, and work per image."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class OnnxSummary:
     input_shape: tuple[int, ...]
     """(N, 3, H, W), or (N, H, W, 3) for pixels; -1 for an open size."""
     outputs: tuple[str, ...]
-    """Names of the outputs: logits or probabilities; for the form `topk`, probabilities and classes."""
+    """Names of the outputs: logits or probabilities; for the form `topk`, probabilities and
+    classes."""
     spec: ModelSpec | None
     """The model's description; None if advprop did not write the file."""
     calibration_sha256: str
@@ -57,7 +58,7 @@ class OnnxSummary:
 
     @property
     def precision(self) -> str:
-        """Precision in which most weights are computed; `fp32` if there are none."""
+        """Precision in which most weights are computed; `fp32` if the model has no weights."""
         return max(self.weights, key=lambda name: self.weights[name]) if self.weights else "fp32"
 
     @property
@@ -77,8 +78,8 @@ def summarize(path: Path) -> OnnxSummary:
 
     Raises:
         BackendUnavailable: the `onnx` package is missing.
-        ModelFileError: the file does not exist, is not ONNX, lacks data that it declares, or does not have
-            exactly one input and one output (two outputs for the form `topk`).
+        ModelFileError: the file does not exist, is not ONNX, lacks data that it declares, or does
+            not have exactly one input and one output (two outputs for the form `topk`).
         SpecError: the spec in the file is not valid.
     """
     file = read_onnx_file(path)
@@ -108,9 +109,9 @@ def work_of(path: Path) -> tuple[dict[str, int], int]:
     """Return the work per image. Slower than `summarize`: it infers all shapes.
 
     Returns:
-        Number of float nodes by output precision (`fp32`, `fp16`, `bf16`), and the multiply-accumulates of all
-        convolutions and matrix products. An open image size counts as the spec's size. The MACs are 0 if
-        shapes are unknown.
+        Number of float nodes by output precision (`fp32`, `fp16`, `bf16`), and the
+        multiply-accumulates of all convolutions and matrix products. An open image size counts as
+        the spec's size. The MACs are 0 if shapes are unknown.
 
     Raises:
         BackendUnavailable, ModelFileError: see `read_onnx`.
@@ -155,9 +156,9 @@ def _weights_by_precision(graph: Any) -> dict[str, int]:
 
 
 def _stored_weight(name: str, producers: dict[str, Any]) -> tuple[str, int | None]:
-    """Return the tensor behind the Cast and DequantizeLinear nodes of a weight, and the last type it is cast to."""
+    """Return the tensor behind a weight's Cast and DequantizeLinear nodes, and its last type."""
     cast_to: int | None = None
-    visited: set[str] = set()  # the nodes of a hostile graph can form a cycle
+    visited: set[str] = set()  # the nodes of a malicious graph can form a cycle
     producer = producers.get(name)
     while producer is not None and producer.op_type in ("Cast", "DequantizeLinear") and name not in visited:
         visited.add(name)

@@ -1,8 +1,8 @@
-"""Checks untrusted ONNX files before a native parser or an engine builder reads them.
+"""Check untrusted ONNX files before a native parser or an engine builder reads them.
 
-A small file can declare a lot: weights that it does not contain, a million nodes, shapes of 10⁹ elements. No check
-here allocates memory in proportion to what a file declares. `check_bytes` runs on the raw bytes, the others on the
-parsed model.
+A small file can declare a lot: weights that it does not contain, a million nodes, shapes of 10⁹
+elements. No check here allocates memory in proportion to what a file declares. `check_bytes` runs
+on the raw bytes, the others on the parsed model.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint6
 
 
 def check_bytes(path: Path) -> None:
-    """Count the entries of the graph in the raw bytes: an entry of two bytes takes a hundred once it is parsed.
+    """Limit the entries of the graph, which take up to fifty times more memory once parsed.
 
     Raises:
-        ModelFileError: the file is empty, larger than protobuf allows, truncated, or has too many entries.
+        ModelFileError: the file is empty, larger than protobuf allows, truncated, or has too many
+            entries.
     """
     size = path.stat().st_size
     if size == 0:
@@ -68,18 +69,19 @@ def check_bytes(path: Path) -> None:
                     counts[entry] += 1
                     if counts[_NODE] > _MAX_NODES or counts.total() > _MAX_ENTRIES:
                         raise ModelFileError(
-                            f"{path} has more than {_MAX_NODES:,} nodes or {_MAX_ENTRIES:,} entries; refused, "
-                            "as no classifier is that large"
+                            f"{path} has more than {_MAX_NODES:,} nodes or {_MAX_ENTRIES:,} entries; "
+                            "rejected, because no classifier is that large"
                         )
         except _MalformedError as error:
             raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
 
 
 def check_nodes(model: Any, path: Path) -> None:
-    """Check that names are valid text and that each node of a known operator has enough inputs and outputs.
+    """Check that names are valid text, and that nodes have enough inputs and outputs.
 
     Raises:
-        ModelFileError: a name is not UTF-8, or a node has fewer inputs or outputs than its operator requires.
+        ModelFileError: a name is not UTF-8, or a node has fewer inputs or outputs than its operator
+            requires.
     """
     import onnx
 
@@ -109,7 +111,8 @@ def check_tensors(model: Any, path: Path) -> None:
     """Compare the declared size of each tensor with the data that the file contains.
 
     Raises:
-        ModelFileError: a tensor has a negative size, an unknown type, or not the data that its shape requires.
+        ModelFileError: a tensor has a negative size, an unknown type, or not the data that its
+            shape requires.
     """
     for tensor in _tensors(model):
         bits = _bits_per_element(tensor, path)
@@ -135,7 +138,8 @@ def external_files(model: Any, path: Path) -> list[Path]:
     """Return the files of external weights next to `path`, sorted by name.
 
     Raises:
-        ModelFileError: a file is outside the folder, missing, or shorter than the weights that it should hold.
+        ModelFileError: a file is outside the folder, missing, or shorter than the weights that it
+            should hold.
     """
     files: dict[str, tuple[Path, int]] = {}
     for tensor in _tensors(model):
@@ -164,10 +168,11 @@ def external_files(model: Any, path: Path) -> list[Path]:
 
 
 def check_volumes(model: Any, path: Path) -> None:
-    """Infer shapes and refuse tensors that no builder can hold.
+    """Infer shapes, and reject tensors that are too large for any builder.
 
     Raises:
-        ModelFileError: an input or a computed tensor has too many elements, counting its known sizes only.
+        ModelFileError: an input or a computed tensor has too many elements, counting its known
+            sizes only.
     """
     graph = _infer_shapes(model)
     from_input = {value.name for value in graph_inputs(graph)}
@@ -177,17 +182,19 @@ def check_volumes(model: Any, path: Path) -> None:
     for value in (*graph.input, *graph.value_info, *graph.output):
         sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.dim_value > 0]
         if len(sizes) > _MAX_DIMENSIONS:
-            raise ModelFileError(f"{path}: the tensor {value.name} has {len(sizes)} dimensions; refused")
+            raise ModelFileError(
+                f"{path}: the tensor {value.name} has {len(sizes)} dimensions; expected at most {_MAX_DIMENSIONS}"
+            )
         limit = _MAX_ELEMENTS if value.name in from_input else _MAX_CONSTANT_ELEMENTS
         if math.prod(sizes) > limit:
             raise ModelFileError(
-                f"{path}: the tensor {value.name} has a shape of {math.prod(sizes):,} elements, {sizes}; refused, "
-                f"as the limit is {limit:,}"
+                f"{path}: the tensor {value.name} has {math.prod(sizes):,} elements (shape {sizes}); expected at most "
+                f"{limit:,}"
             )
 
 
 def _infer_shapes(model: Any) -> Any:
-    """Return the graph with inferred shapes; if that fails, the graph itself, which the builder will refuse."""
+    """Return the graph with inferred shapes; if inference fails, without them."""
     import onnx
 
     light = onnx.ModelProto()
@@ -210,7 +217,7 @@ def _external_file(path: Path, location: str) -> Path:
     except (ValueError, OSError, RuntimeError):  # a NUL in the name, or a loop of links
         inside = False
     if not inside:
-        raise ModelFileError(f"{path} refers to weights outside its folder: {str(file)!r}; refused")
+        raise ModelFileError(f"{path} refers to weights outside its folder, which is not allowed: {str(file)!r}")
     if not file.is_file():
         raise ModelFileError(f"{path} needs its weights next to it: no such file: {file}")
     return file
@@ -255,7 +262,7 @@ def _texts(model: Any) -> Iterator[Any]:
 
 
 def _tensors(model: Any) -> Iterator[Any]:
-    """Yield every tensor in the file: initializers and attributes, also those of subgraphs and functions."""
+    """Yield all initializers and tensor attributes, including those of subgraphs and functions."""
     for graph in _graphs(model):
         yield from getattr(graph, "initializer", ())  # functions have none
         sparse = list(getattr(graph, "sparse_initializer", ()))
@@ -272,11 +279,13 @@ def _tensors(model: Any) -> Iterator[Any]:
 
 
 def _bits_per_element(tensor: Any, path: Path) -> int:
-    """Return the bits per element; 0 for strings and for empty tensor messages. Also checks the dimensions."""
+    """Check the dimensions; return the bits per element, 0 for strings and empty messages."""
     from onnx import TensorProto
 
     if len(tensor.dims) > _MAX_DIMENSIONS:
-        raise ModelFileError(f"{path}: {_label(tensor)} has {len(tensor.dims)} dimensions; refused")
+        raise ModelFileError(
+            f"{path}: {_label(tensor)} has {len(tensor.dims)} dimensions; expected at most {_MAX_DIMENSIONS}"
+        )
     if any(size < 0 for size in tensor.dims):
         raise ModelFileError(f"{path}: {_label(tensor)} has a negative size: {list(tensor.dims)}")
     try:

@@ -1,8 +1,8 @@
-"""The contents of the cache folder, and its size limit: least recently used entries go first.
+"""List the cache folder, and limit its size by removing the least recently used entries.
 
-Each kind of cached file has its own folder below `cache_folder`: `engines`, `histograms`. The files
-of one entry have the same name up to the first dot. An entry was last used when its newest file was
-written or touched.
+Each kind of cached file has its own folder in the cache: `engines`, `histograms`. The files of one
+entry have the same name up to the first dot. The last use of an entry is the modification time of
+its newest file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_GB = 10.0
 _LEFTOVER_AGE_S = 3600.0
-"""A temporary file that was not written for this long belongs to a killed process."""
+"""Age in seconds from which a temporary file is considered left behind by a killed process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ class CallTracker:
         self._changed = threading.Condition()
         self._closed = False
         self.in_flight = 0
-        """Calls that have not returned yet."""
+        """Calls in flight."""
         self.completed = 0
         """Calls that returned without an error."""
         self.images = 0
@@ -39,7 +39,7 @@ class CallTracker:
 
     @property
     def closed(self) -> bool:
-        """Whether new calls are refused. Earlier calls may still be in flight."""
+        """Whether new calls are rejected. Earlier calls may still be in flight."""
         return self._closed
 
     def track(self) -> TrackedCall:
@@ -51,7 +51,7 @@ class CallTracker:
         return TrackedCall(self)
 
     def close(self) -> bool:
-        """Refuse new calls and wait for those in flight.
+        """Reject new calls and wait for those in flight.
 
         In a forked process it does not wait, because the threads of the calls do not exist there.
 

@@ -1,4 +1,4 @@
-"""What every command has in common: grouped help, -h, -q, -v, --version, errors and exit codes.
+"""Base classes and shared options of commands: grouped help, -h, -q, -v, errors and exit codes.
 
 @click.command("bench", cls=Command, epilog=EXAMPLES)
 @click.option("--rounds", cls=Option, group="Measurement", former=["--turns"], …)
@@ -50,7 +50,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Option(click.Option):
-    """An option with a heading in the help page, and names that still work but are no longer shown."""
+    """An option with a heading in the help page, and hidden former names that still work."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class Option(click.Option):
         """
         Args:
             param_decls: as in click.
-            group: heading that the option is listed under; empty: "Options".
-            former: names of earlier versions, such as "--equalise/--no-equalise".
-            attributes: everything else that click takes.
+            group: heading that the option is listed under (default: "Options").
+            former: names in earlier versions, such as "--equalise/--no-equalise".
+            attributes: other arguments of `click.Option`.
         """
         super().__init__(param_decls, **attributes)
         if self.metavar is None and self.type.name in _METAVARS:
@@ -99,7 +99,7 @@ class Group(click.Group):
 
 
 class Command(click.Command):
-    """A command that lists its options by group and turns our errors into messages and exit codes."""
+    """A command that lists its options by group, and converts errors to messages and exit codes."""
 
     def __init__(self, name: str | None, **attributes: Any) -> None:
         super().__init__(name, **attributes)
@@ -168,7 +168,7 @@ def as_config(
     Args:
         name: the command's parameter for the object.
         options: the options.
-        make: builds the object from the options' values by name. It may raise ConfigError.
+        make: builds the object from a dict of the options' values. It may raise ConfigError.
     """
     names = [str(option.name) for option in options]
 
@@ -191,8 +191,9 @@ class CommaList(click.ParamType, Generic[_Item]):  # type: ignore[type-arg]  # g
     def __init__(self, convert: Callable[[str], _Item] = str, expected: str = "") -> None:  # type: ignore[assignment]
         """
         Args:
-            convert: turns one value's text into the value; raises ValueError if it can't.
-            expected: what the message asks for, such as "whole numbers such as 1,8,32".
+            convert: converts the text of one value; raises ValueError if the text is invalid.
+            expected: description of valid input for the error message, such as
+                "whole numbers such as 1,8,32".
         """
         self._convert, self._expected = convert, expected
 
@@ -252,8 +253,8 @@ def json_option(content: str = "the result as JSON instead of a table") -> Optio
 
 
 def limit_option(unit: str = "images", **attributes: Any) -> Option:
-    """Return --limit, a number of images that are sampled from all classes."""
-    help_text = f"Maximum number of {unit}, sampled from all classes in proportion."
+    """Return --limit, a maximum number of images, stratified by class."""
+    help_text = f"Maximum number of {unit}, stratified by class."
     return Option(["--limit"], type=click.IntRange(min=1), metavar="N", help=help_text, **attributes)
 
 
@@ -288,14 +289,16 @@ def device_option(**attributes: Any) -> Option:
         default="auto",
         show_default=True,
         type=click.Choice(["auto", "cpu", "cuda"]),
-        help="Device to run on; auto uses the GPU if a model can run there.",
+        help="Device to run on; auto uses the GPU if the model can run there.",
         **attributes,
     )
 
 
 def kernels_option(purpose: str, **attributes: Any) -> Option:
     """Return --gpu-kernels/--cpu-kernels, the arithmetic of ONNX files on a CPU."""
-    help_text = f"Round as a GPU does, also on a CPU. With --cpu-kernels, {purpose} what services on this CPU compute."
+    help_text = (
+        f"On a CPU, round tensors as a GPU does. With --cpu-kernels, {purpose} the results of services on this CPU."
+    )
     return Option(["--gpu-kernels/--cpu-kernels"], default=True, help=help_text, **attributes)
 
 

@@ -1,6 +1,6 @@
 """Logging, progress and results on the terminal, shared by all commands.
 
-Results go to stdout; log messages and progress go to stderr, so that `--json` output can be piped.
+Results go to stdout. Log messages and progress go to stderr, which keeps `--json` output clean.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def verbosity() -> int:
 
 
 def set_up_logging() -> Console:
-    """Send the log of our packages to stderr through rich, and return a console for results.
+    """Send the log of advprop's packages to stderr through rich, and return a console for results.
 
-    Only commands call this. A program that imports our packages configures `logging` itself.
+    Only commands call this. Programs that import the packages configure `logging` themselves.
     """
     from rich.console import Console
     from rich.logging import RichHandler
@@ -51,13 +51,13 @@ def set_up_logging() -> Console:
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are: not wrapped, not colored, and without markup."""
+    """Print lines unchanged: no wrapping, no colors, no markup."""
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _progress_console() -> Console:
-    """Return the console of the log, which prints messages above a progress bar; a silent one after --quiet."""
+    """Return the log's console, which prints messages above progress bars; silent if --quiet."""
     from rich.console import Console
     from rich.logging import RichHandler
 
@@ -67,7 +67,7 @@ def _progress_console() -> Console:
 
 
 def status(text: str) -> Status:
-    """Return a spinner with a text, for work of unknown length."""
+    """Return a spinner with a text, for work of unknown duration."""
     return _progress_console().status(text)
 
 

@@ -1,4 +1,4 @@
-"""Facts about the CPU."""
+"""Detect the usable cores and the INT8 arithmetic of the CPU."""
 
 from __future__ import annotations
 

@@ -118,20 +118,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write `content` to `path` atomically. Raises OutputError."""
+    """Write `content` to `path` atomically.
+
+    Raises:
+        OutputError: the folder is not writable, or the disk is full.
+    """
     with atomic_write(path) as file:
         file.write(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write `content` to `path` atomically, as UTF-8. Raises OutputError."""
+    """Write `content` to `path` atomically, as UTF-8.
+
+    Raises:
+        OutputError: the folder is not writable, or the disk is full.
+    """
     write_bytes(path, content.encode())
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Atomically make `target` a hard link to `source`, or a copy if a link is not possible.
 
-    Our code replaces files and never modifies them, which makes a link as good as a copy.
+    advprop replaces files and never modifies them, so a link is as good as a copy.
 
     Raises:
         FileNotFoundError: `source` does not exist.

@@ -1,4 +1,4 @@
-"""Facts about the GPU, read from the driver without any CUDA package."""
+"""Detect the GPU through the driver, without any CUDA package."""
 
 from __future__ import annotations
 

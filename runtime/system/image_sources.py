@@ -1,10 +1,12 @@
-"""Finds and reads images in folders, tar files and NumPy arrays, by one set of rules.
+"""Find and read images in folders, tar files and NumPy arrays, by one set of rules.
 
 - An image file has one of SUFFIXES, in any case.
-- Hidden and system entries (`.Trash`, `._1.jpg`, `__MACOSX`, `@eaDir`, …) are skipped at every level.
-- Links are followed, except those that lead back to a folder that is being read, or into the folder of
-  another class.
-- An image's name is its path relative to the source, with forward slashes. Names are sorted as text.
+- Hidden and system entries (`.Trash`, `._1.jpg`, `__MACOSX`, `@eaDir`, …) are skipped at every
+  level.
+- Links are followed, except those that lead back to a folder that is being read, or into the folder
+  of another class.
+- An image's name is its path relative to the source, with forward slashes. Names are sorted as
+  text.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _SYSTEM_NAMES = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
-"""Entries that operating systems and network drives add."""
+"""Files and folders that operating systems and network drives create."""
 
 _Item = TypeVar("_Item")
 
@@ -67,7 +69,7 @@ def spread(items: Sequence[_Item], count: int) -> list[_Item]:
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a relative path is an image file by its suffix, and nothing in it is hidden."""
+    """Return whether a relative path has an image suffix and no hidden part."""
     path = PurePosixPath(name)
     return path.suffix.lower() in SUFFIXES and not any(map(_is_hidden, path.parts))
 
@@ -83,7 +85,7 @@ def class_folders(root: Path) -> list[str]:
         DataError: `root` is not a folder.
     """
     if not root.is_dir():
-        found = "a file" if root.exists() else "nothing of that name"
+        found = "a file" if root.exists() else "no such file or folder"
         raise DataError(f"{root}: expected a folder of CLASS/IMAGE files; found {found}")
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
@@ -91,7 +93,7 @@ def class_folders(root: Path) -> list[str]:
 def find_images(root: Path, folders: Sequence[str] = ("",)) -> dict[str, list[str]]:
     """Find the image files below folders, at any depth.
 
-    What is skipped is logged in one line.
+    Skipped entries are logged in one line.
 
     Args:
         root: the dataset's folder.
@@ -109,7 +111,7 @@ def find_images(root: Path, folders: Sequence[str] = ("",)) -> dict[str, list[st
 
 
 class _Walk:
-    """One pass over a dataset's folders."""
+    """Walks a dataset's folders once."""
 
     def __init__(self, root: Path, folders: Sequence[str]) -> None:
         self._root = root
@@ -119,9 +121,9 @@ class _Walk:
     def names(self, folder: str) -> Iterator[str]:
         """Yield the images below a folder."""
         foreign = [real for other, real in self._real.items() if other != folder and real != self._real[folder]]
-        yield from self._below(folder, foreign, (self._real[folder],))
+        yield from self._walk(folder, foreign, (self._real[folder],))
 
-    def _below(self, place: str, foreign: Sequence[str], parents: tuple[str, ...]) -> Iterator[str]:
+    def _walk(self, place: str, foreign: Sequence[str], parents: tuple[str, ...]) -> Iterator[str]:
         with os.scandir(self._root / place) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
         for entry in found:
@@ -138,7 +140,7 @@ class _Walk:
             elif is_folder and any(_is_inside(parent, real) for parent in parents):
                 self.skipped["links to a folder that contains them"] += 1
             elif is_folder:
-                yield from self._below(name, foreign, (*parents, real))
+                yield from self._walk(name, foreign, (*parents, real))
             elif entry.is_file():
                 # ImageNet-C has the same 50,000 names in each of 75 cells.
                 yield sys.intern(name)
@@ -152,7 +154,7 @@ def image_paths(folder: Path) -> list[Path]:
     """Return the image files below `folder`, sorted.
 
     Raises:
-        DataError: there is no such folder, or no image in it.
+        DataError: the folder does not exist or has no image files.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images")
@@ -168,22 +170,22 @@ class ImageSource(ABC):
     @property
     @abstractmethod
     def names(self) -> Sequence[str]:
-        """Names of the images, sorted, so that every machine sees the same order."""
+        """Names of the images, sorted: the order is the same on every machine."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | NDArray[np.uint8]:
         """Return an encoded image, or its pixels, uint8 (H, W, 3).
 
         Raises:
-            DataError: the image can't be read.
+            DataError: the image cannot be read.
         """
 
     @abstractmethod
     def describe(self, name: str) -> str:
-        """Return what messages call the image."""
+        """Return the name of an image for messages."""
 
     def close(self) -> None:  # noqa: B027  # most sources hold nothing open
-        """Close what the source holds open."""
+        """Close the files that the source holds open."""
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +196,7 @@ class ImageSource(ABC):
 
 @dataclass(frozen=True)
 class FolderSource(ImageSource):
-    """The image files below a folder. Small and picklable, because it travels to worker processes."""
+    """The image files below a folder. Small and picklable, for worker processes."""
 
     root: Path
 
@@ -230,10 +232,10 @@ class TarMember(NamedTuple):
         """Return the file's content.
 
         Raises:
-            DataError: the tar file can't be read, or is cut short.
+            DataError: the tar file cannot be read, or is truncated.
         """
         try:
-            # Opened for every file, because worker processes can't share one.
+            # Opened for every file, because worker processes cannot share a file object.
             with Path(self.archive).open("rb") as file:
                 file.seek(self.offset)
                 content = file.read(self.size)
@@ -325,7 +327,7 @@ def _are_images(array: NDArray[Any]) -> bool:
 
 @dataclass(frozen=True)
 class ArraySource(ImageSource):
-    """The rows of a `.npy` file, or of the first array of images in a `.npz` file. An image's name is its row."""
+    """The rows of a `.npy` file, or of the first image array in a `.npz` file, named by number."""
 
     path: Path
 
@@ -361,7 +363,7 @@ class ArraySource(ImageSource):
         return f"{self.path}, image {name}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}  # not the mapped file
+        return {"path": self.path}  # the mapped file cannot be pickled
 
 
 def open_source(path: Path) -> ImageSource:
@@ -378,5 +380,5 @@ def open_source(path: Path) -> ImageSource:
         source = ArraySource(path)
         _ = source.names  # reports a damaged file now
         return source
-    found = "a file of another kind" if path.exists() else "nothing of that name"
+    found = "a file of another kind" if path.exists() else "no such file or folder"
     raise DataError(f"{path}: expected a folder, a tar file or a NumPy file of images; found {found}")

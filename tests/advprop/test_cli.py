@@ -35,7 +35,7 @@ def test_every_command_has_help_with_examples(command: str) -> None:
 def test_a_misspelled_command_names_the_nearest() -> None:
     result = CliRunner().invoke(main, ["predikt"])
     assert result.exit_code == 2
-    assert "no such command: 'predikt'. did you mean predict?" in result.stderr
+    assert "no such command: 'predikt'; did you mean predict?" in result.stderr
 
 
 @pytest.mark.slow

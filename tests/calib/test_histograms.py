@@ -78,7 +78,7 @@ def test_histograms_without_images_are_an_error() -> None:
     def nothing() -> Iterator[np.ndarray]:
         yield from ()
 
-    with pytest.raises(DataError, match="calibration needs images"):
+    with pytest.raises(DataError, match="calibration needs at least one batch of images"):
         collect_histograms(classifier(), nothing(), ["a"])
 
 

@@ -78,7 +78,7 @@ def test_invalid_mixes_are_refused(mix: tuple[str, ...], expected: str) -> None:
 
 def test_images_without_information(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.save(tmp_path / "same.npy", np.repeat(pixels(1), 5, axis=0))
-    with pytest.raises(DataError, match="all 5 images are copies of one"):
+    with pytest.raises(DataError, match="all 5 images are copies of the same image"):
         calibration_set(tmp_path / "same.npy", spec=SPEC)
     gray = pixels()
     gray[3] = 128
@@ -91,7 +91,7 @@ def test_images_without_information(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_folders_without_usable_images(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="found nothing of that name"):
+    with pytest.raises(DataError, match="found no such file or folder"):
         calibration_set(tmp_path / "none")
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(DataError, match="found 1 images, none of which can be used"):

@@ -21,7 +21,7 @@ def batches(images: np.ndarray) -> Callable[[int], Iterator[np.ndarray]]:
 
 def test_few_images_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert calibrate(classifier(), batches(normal(6))).int8_share == 1.0
-    assert "6 calibration images are few; use at least 32, better 256" in caplog.text
+    assert "found only 6 calibration images; use at least 32 (recommended: 256)" in caplog.text
 
 
 def test_images_that_cannot_be_used() -> None:

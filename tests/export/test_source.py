@@ -101,10 +101,10 @@ def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["timm:tf_efficientnet_b0", "--arch", "resnet18"], "leave --arch out"),
-        (["timm:tf_efficientnet_b0", "--route", "adv"], "timm's weights have one BatchNorm route, main"),
+        (["timm:tf_efficientnet_b0", "--arch", "resnet18"], "remove --arch"),
+        (["timm:tf_efficientnet_b0", "--route", "adv"], "timm's weights have the BatchNorm route main only"),
         (["timm:tf_efficientnet_b00"], "no architecture 'tf_efficientnet_b00'; did you mean"),
-        (["{published}", "--arch", "tf_efficientnet_b0", "--weights", "{published}"], "--weights goes with timm:NAME"),
+        (["{published}", "--arch", "tf_efficientnet_b0", "--weights", "{published}"], "--weights requires timm:NAME"),
         (["{published}"], r"plain state_dict"),
         (["timm:resnet18", "--weights", "{published}"], "does not fit resnet18: it has no fc.weight"),
         (["timm:tf_efficientnet_b0", "--weights", "{published}"], "add --data DIR"),
@@ -119,5 +119,5 @@ def test_what_does_not_go_together(published: Path, tmp_path: Path, arguments: l
 
 def test_a_file_without_weights(tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="is no state dict of weights: it is a dict with a"):
+    with pytest.raises(CheckpointError, match=r"expected a state dict of weights in .*: it is a dict with a"):
         load_source(tmp_path / "a.pth", "resnet18")

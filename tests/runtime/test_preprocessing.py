@@ -116,7 +116,7 @@ def test_files_that_are_not_images(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     with pytest.raises(DataError, match=r"half\.jpg"):
         decode(tmp_path / "half.jpg")
-    with pytest.raises(DataError, match=r"cannot decode .*text\.jpg: Pillow does not know its format"):
+    with pytest.raises(DataError, match=r"cannot decode .*text\.jpg: Pillow does not recognize its format"):
         decode(tmp_path / "text.jpg")
     with pytest.raises(DataError, match=r"no such image file: .*none\.jpg"):
         decode(tmp_path / "none.jpg")

@@ -61,7 +61,7 @@ def test_later_settings_replace_earlier_ones_field_by_field() -> None:
     ("content", "expected"),
     [
         ({}, "the architecture is missing: pass --arch NAME"),
-        ({"arch": "a", "epoch": 3}, "unknown setting epoch. did you mean epochs"),
+        ({"arch": "a", "epoch": 3}, "unknown setting epoch; did you mean epochs"),
         ({"arch": "a", "optim": {"learning": 3}}, "unknown setting optim.learning"),
         ({"arch": "a", "epochs": "three"}, "epochs must be int; found 'three'"),
         ({"arch": "a", "epochs": True}, "epochs must be int; found True"),

@@ -118,7 +118,7 @@ def test_a_corrupt_image_is_reported_and_skipped(
 def test_more_than_one_percent_of_corrupt_images_is_an_error(image_folder: Path) -> None:
     for number in range(3):
         (image_folder / "train" / "dark" / f"{number}.png").write_bytes(b"not an image")
-    with pytest.raises(DataError, match="3 of 48 training images cannot be decoded, more than 1 %"):
+    with pytest.raises(DataError, match="3 of 48 training images cannot be decoded, more than 1%"):
         batches(image_folder)
 
 

@@ -58,7 +58,7 @@ class OnnxRuntimeBackend(Backend):
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA if a GPU and the provider are available.
             threads: CPU threads of one run.
-            exact: on a CPU, compute what a GPU computes, although it is slower: Q/DQ nodes run in
+            exact: on a CPU, compute the results of a GPU, which is slower: Q/DQ nodes run in
                 floating point, and every FP16 or BF16 tensor is rounded. By default it is enabled
                 for INT8 files that advprop calibrated, which run fastest this way; for others, Q/DQ
                 nodes run in floating point if this CPU's INT8 sums saturate.
@@ -105,7 +105,7 @@ class OnnxRuntimeBackend(Backend):
 
     @property
     def session(self) -> Any:
-        """The underlying `onnxruntime.InferenceSession`, for measuring it without our checks."""
+        """The underlying `onnxruntime.InferenceSession`, without the checks of this class."""
         return self._session
 
     def _run(self, images_NCHW: NDArray[Any] | DeviceView) -> tuple[NDArray[Any], ...]:
@@ -117,7 +117,7 @@ class OnnxRuntimeBackend(Backend):
         smallest, largest = self.batch_range
         if not smallest <= len(images_NCHW) <= largest:
             raise InputError(
-                f"the model takes batches of {smallest} images; found {len(images_NCHW)}",
+                f"the model accepts batches of {smallest} images; found {len(images_NCHW)}",
                 fix="split or pad the batch, or use run",
             )
         if isinstance(images_NCHW, DeviceView):
@@ -144,13 +144,13 @@ class OnnxRuntimeBackend(Backend):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loading:
-    """How a file is loaded."""
+    """The settings with which a file is loaded."""
 
     path: Path
     providers: Providers
     threads: Threads
     as_written: bool
-    """Whether Q/DQ nodes run in floating point, as they are written, instead of as INT8 kernels."""
+    """Whether Q/DQ nodes run as written, in floating point, instead of as INT8 kernels."""
     saturates: bool
     """Whether that is because this CPU's INT8 sums saturate."""
     source: str | bytes

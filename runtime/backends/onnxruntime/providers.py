@@ -60,7 +60,7 @@ def choose_providers(ort: Any, device: str, gpu: Gpu | None, *, tensorrt: bool) 
     Args:
         ort: the module `onnxruntime`.
         device: `auto`, `cpu` or `cuda`.
-        gpu: the GPU of this machine, if there is one.
+        gpu: the GPU of this machine; None without a GPU.
         tensorrt: use TensorRT inside ONNX Runtime. It builds an engine in the first run, with the
             precision of the file, and rebuilds it for a batch larger or smaller than before. The
             engines are stored in the folder `onnxruntime` of the cache.

@@ -1,7 +1,7 @@
 """The TensorRT backend: engines of TensorRT 10, TensorRT 11 and TensorRT-RTX.
 
-It has not run on a GPU yet. It follows the documentation and type stubs of the APIs, and tests run
-its logic on a stand-in for the GPU.
+The backend has not run on a GPU yet. It follows the documentation and type stubs of the APIs, and
+tests run its logic on a fake GPU.
 
 Shape suffixes: N images, C channels, H height, W width, K classes.
 """
@@ -42,10 +42,10 @@ class TensorRTBackend(Backend):
             validated: the engine.
             path: its file, for messages.
             cuda: the GPU.
-            options: how to run it.
+            options: settings of the engine.
 
         Raises:
-            ModelFileError: TensorRT refuses the engine, or it is not an image classifier.
+            ModelFileError: TensorRT rejects the engine, or it is not an image classifier.
             RunFailed: the GPU is out of memory, or the engine fails on its own profiles.
         """
         info = validated.info

@@ -34,7 +34,7 @@ _EXPLANATIONS = (
     ("utOfMemory", "the GPU is out of memory"),
     ("out of memory", "the GPU is out of memory"),
 )
-"""Part of a TensorRT message → what it means."""
+"""Part of a TensorRT message → explanation."""
 
 
 class LoadedEngine:
@@ -58,7 +58,7 @@ class LoadedEngine:
             allow_host_code: whether the plan may contain code for the CPU.
 
         Raises:
-            ModelFileError: TensorRT refuses the plan, or it is not an image classifier.
+            ModelFileError: TensorRT rejects the plan, or it is not an image classifier.
         """
         trt = flavor.module
         self._trt = trt
@@ -84,11 +84,11 @@ class LoadedEngine:
                 f"{path} has {len(input_names)} inputs and {len(output_names)} outputs, expected 1 and {outputs}: "
                 "it is not an image classifier from advprop build"
             )
-        self.input = self._tensor(input_names[0], "input", 4)
+        self.input = self._read_tensor(input_names[0], "input", 4)
         """The images, (N, C, H, W); -1 for dimensions that differ between profiles."""
-        self.outputs = tuple(self._tensor(name, "output", 2) for name in output_names)
+        self.outputs = tuple(self._read_tensor(name, "output", 2) for name in output_names)
         """(N, K) each."""
-        self.profiles = Profiles([self._profile(index) for index in range(self._engine.num_optimization_profiles)])
+        self.profiles = Profiles([self._read_profile(index) for index in range(self._engine.num_optimization_profiles)])
         """The shapes that it accepts."""
         self.is_rtx = flavor.name == "tensorrt_rtx"
         """Whether contexts manage their own memory and graphs."""
@@ -104,7 +104,7 @@ class LoadedEngine:
                 same time may share it.
 
         Raises:
-            RunFailed: there is not enough memory, or TensorRT refuses.
+            RunFailed: there is not enough memory, or TensorRT cannot create the context.
         """
         how = self._config or self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._lock:  # an engine is thread-safe for reading only
@@ -119,7 +119,7 @@ class LoadedEngine:
         return context
 
     def last_errors(self) -> str:
-        """Return TensorRT's last messages and what they mean. They may come from another thread."""
+        """Return and explain TensorRT's last messages, which may come from another thread."""
         messages = "; ".join(self._logger.errors[-3:]) or "TensorRT gave no reason"
         self._logger.errors.clear()
         explanation = next((explanation for text, explanation in _EXPLANATIONS if text in messages), "")
@@ -146,7 +146,7 @@ class LoadedEngine:
             )
         return int(self._engine.device_memory_size_v2)
 
-    def _tensor(self, name: str, role: str, rank: int) -> TensorInfo:
+    def _read_tensor(self, name: str, role: str, rank: int) -> TensorInfo:
         kind = str(self._engine.get_tensor_dtype(name).name)
         shape = sizes_of(self._engine.get_tensor_shape(name))
         on_device = self._engine.get_tensor_location(name) == self._trt.TensorLocation.DEVICE
@@ -159,7 +159,7 @@ class LoadedEngine:
             )
         return TensorInfo(name, np.dtype(_DTYPES[kind]), shape)
 
-    def _profile(self, index: int) -> Profile:
+    def _read_profile(self, index: int) -> Profile:
         """Return a profile as the engine reports it; fixed dimensions are the input tensor's."""
         shapes = self._engine.get_tensor_profile_shape(self.input.name, index)
         fixed = self.input.shape

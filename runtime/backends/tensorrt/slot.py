@@ -98,7 +98,7 @@ class Slot:
             self._enqueue(images, addresses)
             for output, values in zip(self._engine.outputs, staged, strict=True):
                 self._cuda.copy_to_host(values, addresses[output.name], self._stream)
-            self._mark(3)
+            self._record_timer(3)
             self._cuda.synchronize(self._stream)
         except BaseException:
             # The slot and the images must stay untouched until the stream is idle.
@@ -162,7 +162,7 @@ class Slot:
         profile, run_as = self._engine.profiles.choose(shape)
         own = {name: memory.pointer for name, memory in self._device.items()}
         addresses = {**own, self._engine.input.name: self._stage(images, run_as)}
-        self._mark(1)
+        self._record_timer(1)
         if run_as == shape:
             addresses |= {name: address for name, address in outputs.items() if address % _ALIGNMENT == 0}
         if addresses == own and self._max_graphs and not self._engine.is_rtx:
@@ -170,10 +170,10 @@ class Slot:
         else:
             self._main.prepare(profile, run_as, addresses)
             self._main.enqueue()
-        self._mark(2)
+        self._record_timer(2)
         return addresses
 
-    def _mark(self, index: int) -> None:
+    def _record_timer(self, index: int) -> None:
         """Record a timer of a timed run.
 
         Args:
@@ -199,7 +199,7 @@ class Slot:
         else:
             staged = self._host[name].array(tuple(images.shape), self._engine.input.dtype)
             np.copyto(staged, images)
-            self._mark(0)  # the copy to pinned memory is host time, not GPU time
+            self._record_timer(0)  # the copy to pinned memory is host time, not GPU time
             self._cuda.copy_to_device(target, staged, self._stream)
         return target
 

@@ -24,7 +24,7 @@ CLEAN = "clean"
 """Name of the images without an attack; their ε is 0."""
 NOISE, SQUARE = "noise", "square"
 GRADIENT = ("pgd", "apgd")
-"""Attacks that follow the gradient of a checkpoint; their images are shown to every model."""
+"""Attacks that follow the gradient of a checkpoint; every model is evaluated on their images."""
 ATTACKS = (*GRADIENT, SQUARE, NOISE)
 """All attacks, in the order in which they run and are reported."""
 
@@ -35,7 +35,7 @@ The paper uses 0.05 for ordinary ImageNet networks, 0.3 for some defenses and 0.
 trained networks."""
 
 _SMALL_IMAGE = 64
-"""Networks with inputs up to this many pixels wide are attacked with the usual ε for CIFAR."""
+"""Maximum input width, in pixels, of networks that are attacked with the usual ε for CIFAR."""
 
 
 def default_attacks(has_checkpoint: bool) -> tuple[str, ...]:
@@ -53,9 +53,9 @@ class AttackConfig:
     """Which attacks run and how strong they are. The result contains all of these settings."""
 
     attacks: tuple[str, ...]
-    """Some of ATTACKS."""
+    """Attacks to run, from ATTACKS."""
     epsilons: tuple[float, ...]
-    """Maximum changes of a pixel, in 1/255."""
+    """Values of ε, the maximum change of a pixel, in 1/255."""
     queries: int = 1000
     """Square attack: maximum number of queries per image."""
     initial_share: float = INITIAL_SHARE
@@ -93,9 +93,9 @@ class AttackConfig:
         return tuple(name for name in self.attacks if name in GRADIENT)
 
     def check_gradient(self, has_checkpoint: bool) -> None:
-        """Raise ConfigError if an attack needs a checkpoint and there is none."""
+        """Raise ConfigError if an attack needs a checkpoint and none is available."""
         if self.gradient and not has_checkpoint:
             raise ConfigError(
-                f"{', '.join(self.gradient)} need a gradient, which model files do not have: give the checkpoint that "
+                f"{', '.join(self.gradient)} need a gradient, which model files do not have: pass the checkpoint that "
                 "the models were exported from, such as --checkpoint best.pt, or choose --attacks square,noise"
             )

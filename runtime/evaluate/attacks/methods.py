@@ -5,10 +5,11 @@ a query-efficient black-box adversarial attack via random search" (ECCV 2020), a
 It starts with vertical stripes of ±ε. Each further query tries one square of ±ε per channel at a
 random position, and keeps it if the margin gets smaller.
 
-PGD and APGD follow the gradient of a checkpoint. The runtime has no gradients, so a loader that is
-passed in creates their images, which are then shown to every model.
+PGD and APGD follow the gradient of a checkpoint. The runtime has no gradients, so the caller passes
+a loader that creates their images. Every model is then evaluated on these images.
 
-Shape suffixes: A attacked copies of each image, N images, M of them, H height, W width, C channels.
+Shape suffixes: A attacked copies of each image, N images, M selected images, H height, W width,
+C channels.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ __all__ = [
 ]
 
 Progress = Callable[[float], None]
-"""Called with the finished share of an attack, from 0 to 1."""
+"""Called with the completed share of an attack, from 0 to 1."""
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""Of 10,000 queries, those after which the squares' share of the pixels is halved."""
+"""Numbers of queries, out of 10,000, after which the squares' share of the pixels is halved."""
 
 
 def image_seed(seed: int, name: str, attack: str, epsilon: float) -> int:
@@ -71,8 +72,8 @@ def image_generator(seed: int) -> np.random.Generator:
 def noise(target: AttackTarget, generators_N: Sequence[np.random.Generator], *, draws: int, progress: Progress) -> None:
     """Change every value of every pixel by +ε or −ε at random, several times.
 
-    It is the control: an attack that fools no more images than this has found nothing. Random signs
-    make the noise as large as ε allows, and as large as Square attack's changes.
+    This is the control: an attack that fools no more images than random noise is ineffective. With
+    random signs, every change has the maximum size ε, as in Square attack.
 
     Args:
         target: the model and images; it records the outcome.
@@ -166,8 +167,8 @@ def _place_square(
     window = np.s_[top : top + side, left : left + side]
     before, low, high = image_HWC[window].copy(), lowest_HWC[window], highest_HWC[window]
     while True:
-        # As in the authors' code, a square that changes nothing is not worth a query. Some choice
-        # always changes something, because ε is at least one gray level.
+        # As in the authors' code, a square that changes nothing is drawn again instead of queried.
+        # Some choice always changes something, because ε is at least one gray level.
         image_HWC[window] = np.where(generator.integers(0, 2, channels).astype(bool), high, low)
         if not np.array_equal(image_HWC[window], before):
             return
@@ -194,7 +195,7 @@ class Craft(Protocol):
 
 
 class AttackerLoader(Protocol):
-    """Loads a checkpoint to attack with, such as `advprop.checkpoints.load_attacker`."""
+    """Loads the attacker from a checkpoint, such as `advprop.checkpoints.load_attacker`."""
 
     def __call__(self, path: Path, *, route: str, device: str) -> tuple[ModelSpec, Craft, dict[str, Any]]:
         """Return the checkpoint's spec, the function that creates images, and facts for results."""
@@ -202,7 +203,7 @@ class AttackerLoader(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attacker:
-    """A checkpoint to attack with."""
+    """A checkpoint whose gradient creates adversarial images."""
 
     name: str
     spec: ModelSpec
@@ -214,10 +215,10 @@ class Attacker:
 def load_attacker(
     path: Path, *, checkpoint_loader: AttackerLoader, route: str = "main", device: str = "auto"
 ) -> Attacker:
-    """Load a checkpoint to attack with.
+    """Load a checkpoint whose gradient creates adversarial images.
 
     Args:
-        path: one of our checkpoints.
+        path: an advprop checkpoint.
         checkpoint_loader: loads it, such as `advprop.checkpoints.load_attacker`.
         route: BatchNorm route that the gradient follows.
         device: `auto`, `cpu` or `cuda`.
@@ -228,7 +229,7 @@ def load_attacker(
     """
     if path.suffix in (".onnx", *ENGINE_SUFFIXES):
         raise CheckpointError(
-            f"{path} is a model file, which has no gradient; give --checkpoint the checkpoint that it was exported "
+            f"{path} is a model file, which has no gradient; pass --checkpoint the checkpoint that it was exported "
             "from, such as best.pt"
         )
     spec, craft, facts = checkpoint_loader(path, route=route, device=device)
@@ -236,7 +237,7 @@ def load_attacker(
 
 
 def transfer(target: AttackTarget, attacked_ANHWC: NDArray[np.uint8], progress: Progress) -> None:
-    """Show the model one attacked copy after another of each image that is not yet fooled."""
+    """Query the model with each adversarial copy of the images that do not fool it yet."""
     for number, attacked_NHWC in enumerate(attacked_ANHWC):
         remaining = target.remaining
         target.query(attacked_NHWC[remaining], remaining)

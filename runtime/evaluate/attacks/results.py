@@ -24,7 +24,8 @@ __all__ = ["ATTACK_FORMAT", "WORST", "AttackResult", "Key", "Outcomes", "describ
 ATTACK_FORMAT = "advprop.attack/1"
 
 WORST = "worst"
-"""Name of the curve of images that no attack fools. Noise is a control, so it does not count."""
+"""Name of the curve of images on which every attack fails. Noise is the control and does not
+count."""
 
 AttackResult = dict[str, Any]
 
@@ -59,7 +60,7 @@ def describe_attack(
 def result_of(
     description: AttackResult, name: str, attacks: Sequence[str], blocks: Sequence[int], done: Mapping[Key, Outcomes]
 ) -> AttackResult:
-    """Return a model's result, with a curve per attack and one for the worst of them.
+    """Return a model's result, with a curve per attack and a curve for the worst attack per image.
 
     Args:
         description: what `describe_attack` returned.

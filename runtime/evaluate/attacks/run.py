@@ -1,4 +1,4 @@
-"""`attack`: run attacks on models, block by block, and resume a run that was stopped.
+"""Run attacks on models, block by block, and resume an interrupted run.
 
 Shape suffixes: N images, H height, W width, C channels.
 """
@@ -34,7 +34,8 @@ from runtime.evaluate.suites import open_suite
 __all__ = ["AttackedModel", "attack"]
 
 Progress = Callable[[float, int], None]
-"""Called with the numbers of finished steps, which may be fractional, and of all steps."""
+"""Called with the number of finished steps, which may be fractional, and the number of all
+steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +56,13 @@ def attack(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[AttackResult]:
-    """Attack models. A stopped run with the same arguments is resumed.
+    """Attack models. An interrupted run with the same arguments is resumed.
 
     Args:
         models: models with the same classes and input size, and different names.
-        data: the images and their number.
+        data: test set, limit and seed of the images.
         config: attacks and their strength.
-        out: folder of the progress log, which exists until the run is finished.
+        out: folder of the progress log, which is deleted when the run is finished.
         attacker: checkpoint whose gradient PGD and APGD follow; None if neither of them runs.
         batch_size: images attacked together.
         progress: called as the run proceeds.
@@ -93,8 +94,8 @@ def _check(models: Sequence[AttackedModel], config: AttackConfig, attacker: Atta
                 for own in (first.spec, spec)
             ]
             raise ConfigError(
-                f"{name} has other classes, another input size or another crop than {first.name}, so both cannot be "
-                f"shown the same images: found {found}, expected {expected}. Attack it in a separate run"
+                f"{name} has other classes, another input size or another crop than {first.name}, so they cannot "
+                f"share images: found {found}, expected {expected}. Attack it in a separate run"
             )
     config.check_gradient(attacker is not None)
 
@@ -109,7 +110,7 @@ class _Block:
 
 
 class _Run:
-    """All settings and the state of one call."""
+    """The settings and state of one call of `attack`."""
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class _Run:
         self._done: dict[Key, Outcomes] = {}
 
     def run(self, out: Path, progress: Progress) -> list[AttackResult]:
-        """Run what is not finished and return the results."""
+        """Run the remaining steps and return the results."""
         plan = {"attacked": self._descriptions, "with": [list(attacked.attacks) for attacked in self._models]}
         with ProgressLog(out, plan, self._restore) as log:
             try:

@@ -1,6 +1,6 @@
 """The L-inf ball in whole gray levels, and `AttackTarget`, a model under attack.
 
-Shape suffixes: N images, M of them, H height, W width, C channels, K classes.
+Shape suffixes: N images, M selected images, H height, W width, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def radius_of(epsilon: float) -> int:
         hint = ""
         if 0 < epsilon < 1:
             hint = (
-                f". uint8 pixels cannot change by less than 1; for {epsilon:g} of the range [0, 1], give "
+                f". uint8 pixels cannot change by less than 1; for {epsilon:g} of the range [0, 1], pass "
                 f"{255 * epsilon:.3g}"
             )
         raise ConfigError(f"ε must be from 1 to 255, in units of 1/255, such as 4; found {epsilon:g}{hint}")
@@ -53,7 +53,7 @@ def rounded(pixels_NHWC: NDArray[np.floating], clean_NHWC: NDArray[np.uint8], ra
     Args:
         pixels_NHWC: attacked images, 0 to 255, not rounded.
         clean_NHWC: the images before the attack.
-        radius: of the ball, in gray levels.
+        radius: radius of the ball, in gray levels.
     """
     lowest_NHWC, highest_NHWC = bounds(clean_NHWC, radius)
     nearest_NHWC: NDArray[np.uint8] = np.clip(np.rint(pixels_NHWC), lowest_NHWC, highest_NHWC).astype(np.uint8)
@@ -61,7 +61,7 @@ def rounded(pixels_NHWC: NDArray[np.floating], clean_NHWC: NDArray[np.uint8], ra
 
 
 def check_within(attacked_NHWC: NDArray[np.uint8], clean_NHWC: NDArray[np.uint8], radius: int, attack: str) -> None:
-    """Check that attacked images are inside the ball. It runs before a model sees any of them.
+    """Check that attacked images are inside the ball, before any model is evaluated on them.
 
     Raises:
         VerificationError: the images are not uint8 of the same shape, or differ from the clean
@@ -87,9 +87,9 @@ def evaluate_images(
     """Run a model on images.
 
     Returns:
-        Which images the model classifies correctly, by the rules of `advprop eval`: if logits are
-        equal, the first class wins, and an infinite logit or a nan is wrong. And the margins: the
-        logit of the true class minus the largest other logit.
+        Whether each image is classified correctly, (N,), by the rules of `advprop eval`: for equal
+        logits, the first class wins; an infinite logit or a nan counts as wrong. And the margins,
+        (N,): the logit of the true class minus the largest other logit.
 
     Raises:
         SpecError: the logits do not match the model's classes.
@@ -146,10 +146,10 @@ class AttackTarget:
         return np.flatnonzero(self.not_fooled_N)
 
     def query(self, images_MHWC: NDArray[np.uint8], indices_M: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Show the model changed images and record which of them fool it.
+        """Query the model with changed images, and record which of them fool it.
 
         Args:
-            images_MHWC: uint8.
+            images_MHWC: the changed images, uint8.
             indices_M: their indices in the block.
 
         Returns:

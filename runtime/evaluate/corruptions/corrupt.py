@@ -36,7 +36,7 @@ FUNCTIONS: dict[str, Callable[..., NDArray[np.uint8]]] = {
     "pixelate": digital.pixelate,
     "jpeg_compression": digital.jpeg_compression,
 }
-"""Corruption → function of the image and the parameters of a severity. Those that are not
+"""Corruption → function of the image and the parameters of a severity. Functions that are not
 deterministic also take `random`."""
 
 DETERMINISTIC = frozenset(
@@ -84,7 +84,7 @@ def corrupt(
     Raises:
         ConfigError: the name, table, severity, key or seed is invalid.
         DataError: the image is not a uint8 RGB array.
-        BackendUnavailable: OpenCV, SciPy or Pillow is missing, or the textures of `frost` are.
+        BackendUnavailable: OpenCV, SciPy, Pillow or the textures of `frost` are missing.
     """
     _check_image(image_HWC)
     _check_choices(name, severity, table)

@@ -171,7 +171,7 @@ def _enlarge_to(texture: NDArray[np.uint8], height: int, width: int) -> NDArray[
 
 
 def fog(image_HWC: NDArray[np.uint8], amount: float, decay: float, *, random: np.random.Generator) -> NDArray[np.uint8]:
-    """Add a fractal of light and dim the sum so that white stays white.
+    """Add a fractal of light, and dim the sum to keep white unchanged.
 
     Args:
         image_HWC: uint8 RGB.

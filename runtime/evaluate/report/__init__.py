@@ -27,15 +27,15 @@ _WRITERS: dict[str, Callable[[Report], str]] = {
 
 
 def check_outputs(outputs: Sequence[Path]) -> None:
-    """Create the folders of reports.
+    """Check the suffixes of reports, and create their folders.
 
     Raises:
-        ConfigError: a file has another suffix than `.html`, `.md` or `.csv`.
+        ConfigError: a file has a suffix other than `.html`, `.md` or `.csv`.
         OutputError: a folder cannot be created or written.
     """
     for path in outputs:
         if path.suffix.lower() not in _WRITERS:
-            raise ConfigError(f"a report is a .html, .md or .csv file; found {path}")
+            raise ConfigError(f"expected a .html, .md or .csv file for the report; found {path}")
     for path in outputs:
         output_dir(path.parent)
 
@@ -49,8 +49,9 @@ def write_report(inputs: Sequence[Path], outputs: Sequence[Path]) -> Report:
         outputs: `.html`, `.md` (Markdown) or `.csv` (the raw cells).
 
     Raises:
-        ConfigError: an output has another suffix.
-        DataError: an input has another format or is damaged, or results contradict each other.
+        ConfigError: an output has an unsupported suffix.
+        DataError: an input has an unsupported format or is damaged, or results contradict each
+            other.
         OutputError: an output cannot be written.
     """
     check_outputs(outputs)

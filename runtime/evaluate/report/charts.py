@@ -1,4 +1,4 @@
-"""SVG charts that are narrow enough for a phone. Their colors are CSS classes of the page."""
+"""Draw SVG charts that are narrow enough for a phone. Their colors are CSS classes of the page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 STYLES = 6
-"""Number of colors and markers. The seventh model gets the first ones again, with a dashed line."""
+"""Number of colors and markers. From the seventh model on they repeat, with dashed lines."""
 
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
@@ -40,7 +40,7 @@ class Line:
     label: str
     points: tuple[tuple[float, float], ...]
     is_control: bool = False
-    """Drawn dashed and gray, as the control that other lines are compared with."""
+    """Whether the line is the control, which is drawn dashed and gray."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +211,7 @@ def reliability_diagram(title: str, counts: Counts, place: int) -> Markup:
 
 
 def pareto_front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
-    """Return the points that no other point dominates: by latency, each better than the last."""
+    """Return the points that no other point dominates, in order of latency."""
     sign = -1 if higher_is_better else 1
     best, found = float("inf"), []
     for point in sorted(points, key=lambda point: (point.x, sign * point.y)):
@@ -326,7 +326,7 @@ def _style(place: int, is_control: bool) -> str:
 
 
 def _marker(place: int, x: float, y: float, size: float = 3.6, is_control: bool = False) -> Markup:
-    """Return a marker. Each color has its own shape, so a chart can be read without colors."""
+    """Return a marker. Each color has its own shape, which keeps charts readable without colors."""
     style = f"mark {_style(place, is_control)}"
     shape = place % STYLES
     if shape == 0:

@@ -1,4 +1,4 @@
-"""Sections of the page: calibration, latency, attacks, gaps, and how everything was measured."""
+"""Write sections of the page: calibration, latency, attacks, gaps and provenance."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def calibration(report: Report) -> Markup | None:
         return None
     text = (
         "Bars show the accuracy of images by the model's confidence. On the dashed diagonal, accuracy equals "
-        "confidence; dashed boxes show the gap. The bars below show how many images each bin has. ECE is the mean gap "
-        "over all images, with fifteen bins."
+        "confidence; dashed boxes show the gap. The bars below show the number of images in each bin. ECE is "
+        "the mean gap over all images, with fifteen bins."
     )
     return join(tag("p", text, class_="quiet"), tag("div", *panels, class_="panels"))
 
@@ -103,7 +103,7 @@ def attacks(report: Report) -> Markup | None:
     """Return charts of accuracy against ε, one per model and images; None without attacks."""
     panels, rows = [], []
     names = [curve.attack for entry in report.entries for attack in entry.attacks for curve in attack.curves]
-    # Attacks start with another color than models do.
+    # Colors of attacks are offset, to differ from those of models.
     places = {name: place for place, name in enumerate(dict.fromkeys(names), STYLES // 2)}
     for entry in report.entries:
         for attack in entry.attacks:
@@ -118,7 +118,7 @@ def attacks(report: Report) -> Markup | None:
         return None
     text = (
         "Top-1 on images in which each pixel changes by at most ε. The dashed line is the control: random noise of the "
-        "same size. An attack that fools no more images than noise has found nothing. Transfer alone overestimates a "
+        "same size. An attack that fools no more images than noise is ineffective. Transfer alone overestimates a "
         "quantized model."
     )
     heads = [tag("th", name, scope="col") for name in ("model", "attack", "ε", "correct", "top-1", "queries")]
@@ -162,7 +162,7 @@ def _attack_rows(entry: Entry, attack: Attack) -> list[Markup]:
 
 
 def gaps(report: Report) -> Markup | None:
-    """Return the list of what is missing or not compared; None if it is empty."""
+    """Return the list of missing measurements and comparisons; None if it is empty."""
     return tag("ul", *(tag("li", gap) for gap in report.gaps)) if report.gaps else None
 
 

@@ -1,4 +1,4 @@
-"""Format numbers and differences, the same way for the page and for Markdown."""
+"""Format numbers and differences, in the same way for HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from runtime.evaluate.results import Result
 __all__ = ["Finding", "Statement", "difference_of", "findings", "interval_text", "number", "points", "subject"]
 
 _FACTORS = {Unit.SHARE: 100.0, Unit.MCE: 1.0, Unit.MILLISECONDS: 1.0, Unit.BYTES: 1e-6}
-"""Factor from a number to what is displayed."""
+"""Factor from a number to its displayed value."""
 
 
 class Statement(NamedTuple):
-    """A statement about a difference, and what it shows."""
+    """A statement about a difference, and its verdict."""
 
     text: str
     verdict: Verdict | None = None
 
 
 class Finding(NamedTuple):
-    """How a model differs from its reference on a suite."""
+    """The differences between a model and its reference on a suite."""
 
     model: str
     compared_with: str
@@ -66,7 +66,7 @@ def difference_of(value: Value, quantity: Quantity) -> Statement | None:
 
 
 def subject(report: Report) -> str:
-    """Return one line about the content of a report."""
+    """Return a one-line summary of a report's content."""
     parts = []
     for suite in report.suites():
         counts = [
@@ -82,7 +82,7 @@ def subject(report: Report) -> str:
 
 
 def findings(report: Report) -> list[Finding]:
-    """Return how each model differs from its reference, on each suite."""
+    """Return the differences between each model and its reference, on each suite."""
     found = []
     for group in report.groups:
         for entry, result in group.results:

@@ -1,4 +1,4 @@
-"""The report as one HTML page, without scripts and without anything to load."""
+"""Write the report as one HTML page without scripts and external files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runtime.evaluate.report.text import to_csv
 __all__ = ["to_html"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""Prevents a browser from loading or running anything, whatever the name of a model contains."""
+"""Content security policy: a browser loads and runs nothing, whatever a model's name contains."""
 
 
 def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
-    """Return the page."""
+    """Return the report as an HTML page."""
     sections = [
         ("headline", "Summary", _headline(report)),
         ("corruptions", "Corruptions", corruptions(report)),
@@ -48,7 +48,7 @@ def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
         )
         for anchor, heading, content in shown
     ]
-    foot = tag("footer", "Made by advprop report from results of advprop eval. All intervals are 95 % intervals.")
+    foot = tag("footer", "Made by advprop report from results of advprop eval. All intervals are 95% intervals.")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -81,7 +81,7 @@ def _findings(report: Report) -> Markup | None:
 
 def _table(report: Report, columns: list[Column]) -> Markup:
     caption = (
-        "95 % intervals in brackets. Δ: difference from the reference on the same images (of shares in percentage "
+        "95% intervals in brackets. Δ: difference from the reference on the same images (of shares in percentage "
         "points), colored if its interval excludes 0. mCE and mean error are different: mCE is in percent of AlexNet's "
         "errors, mean error is the plain share of wrong answers."
     )

@@ -83,7 +83,7 @@ class Attack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """Everything that was read."""
+    """The content of all input files."""
 
     results: tuple[Result, ...]
     """One result per model and suite, each with all of its shards."""
@@ -96,10 +96,10 @@ class Inputs:
 def read_inputs(paths: Sequence[Path]) -> Inputs:
     """Read results of evaluations, latencies and attacks.
 
-    Shards and cells of the same evaluation are merged. A file that is given twice counts once.
+    Shards and cells of the same evaluation are merged. A file that is passed twice counts once.
 
     Raises:
-        DataError: a file has another format or is damaged, or results or shards are missing.
+        DataError: a file has an unsupported format or is damaged, or results or shards are missing.
     """
     files: dict[str, str] = {}
     results: dict[tuple[str, str], list[tuple[str, Result]]] = defaultdict(list)
@@ -114,12 +114,12 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
         elif content["format"] == ATTACK_FORMAT:
             attacks.append(attack_of(content, str(path)))
         else:
-            result = _checked(content, path)
+            result = _check_result(content, path)
             results[json.dumps(result["model"], sort_keys=True), result["suite"]].append((str(path), result))
     if not results:
         raise DataError("a report needs results of advprop eval (MODEL.SUITE.json); found none")
     return Inputs(
-        results=tuple(_merged(parts) for parts in results.values()),
+        results=tuple(_merge_results(parts) for parts in results.values()),
         latencies=tuple(latencies),
         attacks=tuple(attacks),
         files=tuple(files.items()),
@@ -145,8 +145,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     return content, hashlib.sha256(raw).hexdigest()
 
 
-def _checked(content: dict[str, Any], path: Path) -> Result:
-    """Return the result with metrics computed again from its counts, so that both agree."""
+def _check_result(content: dict[str, Any], path: Path) -> Result:
+    """Return the result with its metrics recomputed from its counts."""
     try:
         result = finished(content)
         for cell in result["cells"].values():
@@ -168,7 +168,7 @@ def _checked(content: dict[str, Any], path: Path) -> Result:
     return result
 
 
-def _merged(parts: list[tuple[str, Result]]) -> Result:
+def _merge_results(parts: list[tuple[str, Result]]) -> Result:
     """Return the result of one model on one suite from any number of files."""
     names = ", ".join(name for name, _ in parts)
     try:
@@ -177,12 +177,16 @@ def _merged(parts: list[tuple[str, Result]]) -> Result:
         raise DataError(f"{names} have the same model and suite, but cannot be merged: {error}") from error
     if not is_whole(result):
         found = sorted({part for cell in result["cells"].values() for part in cell["parts"]})
-        raise DataError(f"{names}: found only shards {', '.join(found)} of an evaluation; give all of its files")
+        raise DataError(f"{names}: found only shards {', '.join(found)} of an evaluation; pass all of its files")
     return result
 
 
 def latency_of(content: Mapping[str, Any], where: str) -> Latency:
-    """Return the latency in a file. Raises DataError if a value is missing or invalid."""
+    """Return the latency in a file.
+
+    Raises:
+        DataError: a value is missing or invalid.
+    """
     try:
         latency = Latency(
             name=str(content["model"]["name"]),
@@ -202,7 +206,11 @@ def latency_of(content: Mapping[str, Any], where: str) -> Latency:
 
 
 def attack_of(content: Mapping[str, Any], where: str) -> Attack:
-    """Return the attacks in a file. Raises DataError if a value is missing or invalid."""
+    """Return the attacks in a file.
+
+    Raises:
+        DataError: a value is missing or invalid.
+    """
     try:
         attack = Attack(
             name=str(content["model"]["name"]),

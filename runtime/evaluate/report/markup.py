@@ -18,13 +18,13 @@ _HIDDEN = ("Cc", "Cs", "Cf", "Co", "Zl", "Zp")
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that is already escaped markup."""
 
     __slots__ = ()
 
 
 def clean(text: object) -> str:
-    """Return text with � for invisible characters, which could hide or reorder other text."""
+    """Replace invisible characters, which could hide or reorder text, with �."""
     return "".join("�" if unicodedata.category(sign) in _HIDDEN else sign for sign in str(text))
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a report: the headline table, and errors by corruption and by severity."""
+"""Compute the numbers of a report: the headline table, and errors by corruption and severity."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Unit(Enum):
 
 
 class Quantity(Enum):
-    """What a column of the headline table shows: its title, unit, and whether higher is better."""
+    """The quantity in a column of the headline table: title, unit, and whether higher is better."""
 
     TOP1 = ("top-1", Unit.SHARE, True)
     AGREEMENT = ("agreement", Unit.SHARE, True)
@@ -57,7 +57,7 @@ class Quantity(Enum):
 
 
 class Verdict(Enum):
-    """What the interval of a difference shows."""
+    """Conclusion from the interval of a difference."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -70,7 +70,7 @@ class Verdict(Enum):
 
 
 def verdict_of(interval: Sequence[float] | None, higher_is_better: bool) -> Verdict | None:
-    """Return what the interval of a difference shows; None without an interval."""
+    """Return the verdict on the interval of a difference; None without an interval."""
     if interval is None:
         return None
     if interval[0] <= 0 <= interval[1]:
@@ -83,13 +83,13 @@ class Value:
     """A number of the headline table."""
 
     value: float | None
-    """None: missing; `why` says why."""
+    """The number; None if it is missing, for the reason in `why`."""
     interval: Sequence[float] | None = None
     difference: float | None = None
     """Difference from the reference."""
     difference_interval: Sequence[float] | None = None
     why: str = ""
-    """Why the number is missing, or why it cannot be compared with those of other models."""
+    """Why the number is missing, or cannot be compared with the numbers of other models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The section on corruptions: bars, severity curves, heat maps and differences."""
+"""Write the section on corruptions: bars, severity curves, heat maps and differences."""
 
 from __future__ import annotations
 

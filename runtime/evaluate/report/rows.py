@@ -1,4 +1,4 @@
-"""`Report`: models with all of their measurements, grouped by what can be compared."""
+"""`Report`: models with all of their measurements, in groups that can be compared."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Entry:
     label: str
     """Its name, with distinguishing facts if other models have the same name."""
     facts: Mapping[str, Any]
-    """What results record about the model."""
+    """Facts about the model, as results record them."""
     results: Mapping[str, Result]
     """Suite → result."""
     latencies: tuple[Latency, ...] = ()
     attacks: tuple[Attack, ...] = ()
     is_reference: bool = False
-    """Whether other models are compared with it."""
+    """Whether other models are compared with this one."""
 
     @property
     def precision(self) -> str:
@@ -47,12 +47,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Models that were shown the same images of a suite, so that they can be compared."""
+    """Models that were measured on the same images of a suite and can be compared."""
 
     suite: str
     entries: tuple[Entry, ...]
     why_separate: str = ""
-    """Why it cannot be compared with the suite's first group; "" for that group itself."""
+    """Why the group cannot be compared with the suite's first group; "" for the first group."""
 
     @property
     def results(self) -> list[tuple[Entry, Result]]:
@@ -68,7 +68,7 @@ class Report:
     groups: tuple[Group, ...]
     """For each suite, the largest group comes first."""
     gaps: tuple[str, ...]
-    """What is missing or not compared, and why."""
+    """Missing measurements and comparisons, and why they are missing."""
     files: tuple[tuple[str, str], ...]
     """Name and SHA-256 of the input files."""
 
@@ -83,12 +83,12 @@ class Report:
 
 
 def uncorrupted_cell(result: Result) -> str | None:
-    """Return the cell of images without corruptions: `images`, or else `clean`, or None."""
+    """Return the cell of images without corruptions: `images` or `clean`, or None."""
     return next((cell for cell in (IMAGES, CLEAN) if cell in result["cells"]), None)
 
 
 def report_of(inputs: Inputs) -> Report:
-    """Group the inputs by model and by what can be compared."""
+    """Group the inputs by model, and into groups that can be compared."""
     entries = _entries(inputs)
     groups = tuple(group for suite in _suites(inputs.results) for group in _groups(entries, suite))
     hashes = {str(entry.facts.get("sha256")) for entry in entries}
@@ -142,7 +142,7 @@ def _entries(inputs: Inputs) -> tuple[Entry, ...]:
 
 
 def _labels(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of models; models with the same name get the facts that differ."""
+    """Return the names of models; names that occur twice are followed by the facts that differ."""
     names = Counter(str(model["name"]) for model in models)
     labels = []
     for model in models:
@@ -180,11 +180,11 @@ _TASK_TITLES = {
     "table": "table of severities",
     "seed": "seed of the corruptions",
 }
-"""Keys of `_task` → words for messages."""
+"""Keys of `_task` → titles for messages."""
 
 
 def _task(result: Result) -> dict[str, Any]:
-    """Return everything that must be equal for two models to have solved the same task."""
+    """Return everything that must be equal for two results to be comparable."""
     settings, generated = result["settings"], result["settings"]["table"] is not None
     return {
         "cells": sorted(result["cells"]),
@@ -207,12 +207,12 @@ def _why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_labe
         a, b = a[cell], b.get(cell)
     elif isinstance(a, list) and isinstance(b, list):
         a, b = len(a), len(b)
-    detail = "" if key == "names_sha256" else f": {b} instead of {a}"  # hashes say nothing to a reader
+    detail = "" if key == "names_sha256" else f": {b} instead of {a}"  # hashes are of no use to a reader
     return f"its images differ from those of {first_label} ({_TASK_TITLES[key]}{detail})"
 
 
 def _metric_gaps(entries: Sequence[Entry]) -> list[str]:
-    """Return which metrics are missing, and which outputs were not finite."""
+    """Return messages about missing metrics and outputs that were not finite."""
     gaps = []
     missing: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for entry in entries:
@@ -234,7 +234,7 @@ def _metric_gaps(entries: Sequence[Entry]) -> list[str]:
 
 
 def _missing_inputs(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
-    """Return which measurements are missing, and the command that adds each."""
+    """Return messages about missing measurements, each with the command that adds it."""
     suites, gaps = {group.suite for group in groups}, []
     if not suites & set(CORRUPTED):
         gaps.append("no corruptions: run advprop eval --suite corruptions or --suite imagenet-c")

@@ -1,4 +1,4 @@
-"""The report as text: Markdown for a pull request or a wiki, and the raw cells as CSV."""
+"""Write the report as Markdown, for a pull request or a wiki, and the raw cells as CSV."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def to_markdown(report: Report, title: str = "Accuracy and robustness") -> str:
 
 
 def _escape(text: object) -> str:
-    """Return text that Markdown shows unchanged on one line: no HTML, links or table borders."""
+    """Escape text for Markdown: one line without HTML, links and table borders."""
     return _SPECIAL.sub(r"\\\1", clean(text))
 
 
@@ -64,7 +64,7 @@ def _headline(report: Report) -> str:
         for place, entry in enumerate(report.entries)
     ]
     note = (
-        "95 % intervals in brackets. Δ: difference from the reference on the same images, in bold if its interval "
+        "95% intervals in brackets. Δ: difference from the reference on the same images, in bold if its interval "
         "excludes 0. mCE is in percent of AlexNet's errors; mean error is the plain share of wrong answers."
     )
     if any(value.why and value.value is not None for column in columns for value in column.values):

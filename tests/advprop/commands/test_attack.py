@@ -143,7 +143,7 @@ def test_wrong_input_is_told(tmp_path: Path, data: Path, checkpoint: Path, file:
         ((model, "--data", data, "--eps", "four", *out), "expected numbers such as 1,2,4; found 'four'"),
         ((model, "--data", data, "--attacks", "sqare", *out), "unknown attack 'sqare'; did you mean square"),
         ((model, "--data", data, "--attacks", "pgd,noise", *out), "pgd need a gradient, which model files do not"),
-        ((model, "--data", tmp_path / "none", *out), "found nothing of that name"),
+        ((model, "--data", tmp_path / "none", *out), "found no such file or folder"),
         ((model, "--data", tmp_path / "empty", *out), "found none"),
         ((model, "--data", tmp_path / "strange", *out), "expected folders named by the model's classes"),
         ((model, "--data", data, "--out", tmp_path / "taken"), "cannot write"),

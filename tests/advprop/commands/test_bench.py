@@ -132,8 +132,8 @@ def test_files_without_a_spec_and_with_a_fixed_batch(tmp_path: Path) -> None:
     [
         (["none.onnx"], 2, "no such model file: none.onnx"),
         (["bad.onnx"], 2, "bad.onnx"),
-        (["model.onnx", "model.onnx"], 2, "a file is given twice"),
-        (["model.onnx", "./model.onnx"], 2, "a file is given twice"),
+        (["model.onnx", "model.onnx"], 2, "the same file was passed twice"),
+        (["model.onnx", "./model.onnx"], 2, "the same file was passed twice"),
         (["model.onnx", "--batch", "0"], 2, "at least 1; found 0"),
         (["model.onnx", "--batch", "one"], 2, "expected whole numbers such as 1,8,32"),
         (["model.onnx", "--concurrency", "1,1"], 2, "concurrency contains a number twice"),
@@ -182,7 +182,9 @@ def test_the_onnx_beside_an_engine(tmp_path: Path) -> None:
     toy_onnx(tmp_path / "m.onnx", scale=1.0)
     assert find_onnx_of(engine) == tmp_path / "x.onnx"
     (tmp_path / "x.onnx").unlink()
-    with pytest.raises(ModelFileError, match=r"It is not there, and m.onnx is another file. Copy it there, or remove"):
+    with pytest.raises(
+        ModelFileError, match=r"the folder does not contain it, and m.onnx is another file. Copy it there, or remove"
+    ):
         find_onnx_of(engine)
 
 

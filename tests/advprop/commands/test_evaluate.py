@@ -43,7 +43,7 @@ def test_a_table_and_a_result(tmp_path: Path, data: Path) -> None:
     model, out = toy_onnx(tmp_path / "toy.onnx"), tmp_path / "out"
     result = run(model, "--suite", "corruptions", "--data", data, "--out", out, "--only", "clean", "--only", "fog")
     assert result.exit_code == 0, result.output
-    for text in ("clean top-1", "100.0% [88.6, 100.0]", "mean_error", "no mce_alexnet: AlexNet's errors are of"):
+    for text in ("clean top-1", "100.0% [88.6, 100.0]", "mean_error", "no mce_alexnet: mCE needs ImageNet's 1,000"):
         assert text in result.output, result.output
     assert "error, fog " in result.output
     one = run(model, "--suite", "corruptions", "--data", data, "--out", out, "--only", "fog/5", "--only", "snow/2")

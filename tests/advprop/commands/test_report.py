@@ -51,7 +51,7 @@ def test_from_a_checkpoint_to_the_page(checkpoint: Path, data: Path, tmp_path: P
     run = report(checkpoint, *command)
     assert run.exit_code == 0, run.output
     assert "evaluated on 54 of the 72 images" in run.output
-    assert "calibrated on 18 others of it" in run.output
+    assert "calibrated on 18 of the others" in run.output
     first = page.read_bytes()
     for name in ("best.main", "model", "model.int8"):
         assert f"<bdi>{name}</bdi>" in page.read_text()
@@ -95,7 +95,7 @@ def test_calibration_images_are_never_evaluated(data: Path, tmp_path: Path) -> N
         os.link(path, other / f"{number}.png")
     parts = split(suite, spec, other, 256)
     assert len(parts.calibration.images) == 42
-    assert "30 left out because they are evaluated" in parts.words
+    assert "30 others are evaluated and were excluded" in parts.description
     assert not hashes(parts.calibration.images) & evaluated(parts.suite)
     with pytest.raises(ConfigError, match=r"all images of .* are evaluated too"):
         split(dataclasses.replace(suite, limit=None), spec, other, 256)

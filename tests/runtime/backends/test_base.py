@@ -139,5 +139,5 @@ def test_warm_up_of_a_session(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch sizes of at least 1; found \\[0\\]"):
         load(tmp_path, serving_model(), warm_up=[0])
     del open_size.metadata_props[:]
-    with pytest.raises(ConfigError, match="takes images of any size and has no spec"):
+    with pytest.raises(ConfigError, match="accepts images of any size and has no spec"):
         load(tmp_path, open_size, warm_up=[1])

@@ -266,7 +266,7 @@ def test_warnings() -> None:
             {"end_to_end": {"round_medians_ms": [1, 1, 1.02, 1.05, 1.1, 1.1]}},
             "the last third of the rounds was 10% slower than the first",
         ),
-        ({"end_to_end": {"cov_percent": 3.0}}, "more than 2.5 % (CoV) at 1 of 1 points"),
+        ({"end_to_end": {"cov_percent": 3.0}}, "more than 2.5% (CoV) at 1 of 1 points"),
         ({"enqueue": {"p50_ms": 0.9}, "compute": {"p50_ms": 1.0}}, "enqueuing takes as long as computing"),
     ]
     for changes, message in cases:

@@ -53,7 +53,7 @@ def build(model: Path, engine: Path, **options: object) -> EngineInfo:
 
 
 def was_cached(caplog: pytest.LogCaptureFixture) -> bool:
-    found = "taken from the cache" in caplog.text
+    found = "using the cached engine" in caplog.text
     caplog.clear()
     return found
 
@@ -268,7 +268,7 @@ def test_two_processes_build_the_same_engine_once(folder: Path, tmp_path: Path) 
     both = [python(program, source, tmp_path / f"{name}.engine") for name in "ab"]
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert sum("taken from the cache" in errors for _, errors in outputs) == 1
+    assert sum("using the cached engine" in errors for _, errors in outputs) == 1
     assert read_sidecar(tmp_path / "a.engine") == read_sidecar(tmp_path / "b.engine")
     assert len(list(folder.iterdir())) == 2  # no lock is left
 
@@ -311,7 +311,7 @@ def test_the_cache_command_lists_and_prunes(model: Path, folder: Path, tmp_path:
     for _ in range(2):
         built = run.invoke(main, ["build", str(model), "--out", str(tmp_path / "a.engine"), "--sm", "89"])
         assert built.exit_code == 0, built.output
-    assert "taken from the cache" in built.output.replace("\n", " ")
+    assert "using the cached engine" in built.output.replace("\n", " ")
     assert run.invoke(main, ["build", str(model), "--out", str(tmp_path / "a.engine"), "--no-cache"]).exit_code == 0
     assert len(cache.entries(folder)) == 1
     histograms = folder.parent / "histograms"

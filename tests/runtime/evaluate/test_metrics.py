@@ -91,7 +91,7 @@ def test_jackknife_of_a_mean_equals_students_interval() -> None:
 
 
 def test_jackknife_covers_the_mean_error_of_repeated_images() -> None:
-    """Five cells have the same 400 images, hard or easy in all of them: 100 intervals of 95 %."""
+    """Five cells have the same 400 images, hard or easy in all of them: 100 intervals of 95%."""
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
@@ -134,7 +134,7 @@ def test_groups_that_are_alike_by_chance_have_no_interval() -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.004, 0.01, 0.03])
 def test_the_interval_of_a_rare_difference_covers_it(share: float) -> None:
-    """One of two models misclassifies some, or none, of 300 images: 300 intervals of 95 %."""
+    """One of two models misclassifies some, or none, of 300 images: 300 intervals of 95%."""
     random = np.random.default_rng(7)
     covered, no_loss = 0, 0
     for _ in range(300):

@@ -196,7 +196,7 @@ def test_each_fifth_of_cifar10_c_is_a_severity(tmp_path: Path, classes: tuple[st
     assert cells(result) == {f"{name}/{severity}": 6 for name in ("snow", "fog") for severity in range(1, 6)}
     assert all(cell["counts"]["top1"] == 2 for cell in result["cells"].values())
     assert result["metrics"]["mean_error"]["value"] == pytest.approx(2 / 3)
-    assert result["metrics"]["mce_alexnet"]["why_not"].startswith("AlexNet's errors are of ImageNet's")
+    assert result["metrics"]["mce_alexnet"]["why_not"].startswith("mCE needs ImageNet's 1,000 classes")
     with pytest.raises(SpecError, match="without airplane"):
         measure("cifar10-c", data, tmp_path)
 

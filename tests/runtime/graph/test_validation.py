@@ -162,9 +162,9 @@ def test_external_weights_of_a_node_attribute_are_checked_too(tmp_path: Path) ->
 )
 def test_huge_constant_shapes_are_refused(tmp_path: Path, body: str) -> None:
     path = save(graph(body), tmp_path / "a.onnx")
-    with pytest.raises(ModelFileError, match=r"has a shape of .* elements"):
+    with pytest.raises(ModelFileError, match=r"has .* elements \(shape"):
         runtime.build(path)
-    with pytest.raises(ModelFileError, match=r"has a shape of .* elements"):
+    with pytest.raises(ModelFileError, match=r"has .* elements \(shape"):
         check_volumes(read_onnx(path), path)
 
 

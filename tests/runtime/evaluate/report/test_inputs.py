@@ -91,7 +91,7 @@ def test_shards_and_cells_are_merged(made: list[Path], tmp_path: Path) -> None:
         parts.append(tmp_path / f"{shard}.json")
         write_result(parts[-1], part)
     assert read_inputs(parts).results[0]["metrics"]["cells"]["images"]["images"] == 30
-    with pytest.raises(DataError, match="found only shards 1/2 of an evaluation; give all of its files"):
+    with pytest.raises(DataError, match="found only shards 1/2 of an evaluation; pass all of its files"):
         read_inputs(parts[:1])
     with pytest.raises(DataError, match="cannot be merged"):
         read_inputs([made[0], results_of([toy("a")], data, tmp_path / "few", only=ONLY, limit=9)[0]])
@@ -125,7 +125,7 @@ def test_missing_measurements_are_reported(made: list[Path], tmp_path: Path) -> 
     report = report_of(read_inputs([*made, other, attack_file(tmp_path / "t.json", "a")]))
     gaps = "\n".join(report.gaps)
     assert "latency of other (0123456789ab) ignored: no evaluation result has this model hash" in gaps
-    assert "no mce_alexnet, relative_mce_alexnet for a, b, c on corruptions: AlexNet's errors are of ImageNet's" in gaps
+    assert "no mce_alexnet, relative_mce_alexnet for a, b, c on corruptions: mCE needs ImageNet's 1,000 classes" in gaps
     assert report.entries[0].attacks
     assert "no attacks" not in gaps
 
