@@ -1,11 +1,13 @@
-"""An HTTP service with what operators ask for: live and ready, limits, deadlines. asyncio and a session, nothing else.
+"""Serve a model over HTTP, with health checks, limits and deadlines. Uses only asyncio and a session.
 
     python examples/http_service.py model.onnx --port 8000
     curl --data-binary @photo.jpg http://127.0.0.1:8000/predict    {"label": "tench", "probability": 0.93}
-    curl http://127.0.0.1:8000/live          /ready likewise       200 once it listens / once it answers
+    curl http://127.0.0.1:8000/live                                200 as soon as the service listens
+    curl http://127.0.0.1:8000/ready                               200 when the model is loaded and warm
 
-400: not an image. 503: overloaded, or not ready yet; ask again later. 500: the model failed. It listens on this
-machine only; put a proxy with TLS, authentication and limits on connections in front before anybody else may ask.
+Other status codes: 400 if the body is not an image, 413 if it is too large, 500 if the model failed, and 503 if the
+service is overloaded or not ready (retry later). The service listens on 127.0.0.1 only. To expose it, put a proxy
+with TLS, authentication and connection limits in front of it.
 """
 
 import argparse
@@ -43,11 +45,11 @@ async def answer(method: str, path: str, body: bytes) -> tuple[int, object]:
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
-        async with asyncio.timeout(TIMEOUT_S):  # a client that stops sending
+        async with asyncio.timeout(TIMEOUT_S):  # the client may stop sending
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             method, path = head.split()[:2]
             length = int(head.partition("\ncontent-length:")[2].partition("\r")[0] or 0)
-            if "100-continue" in head:  # curl asks before it sends more than a megabyte
+            if "100-continue" in head:  # curl waits for this before it sends more than 1 MB
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(length) if length <= LARGEST_BODY else None
         status, content = await answer(method.upper(), path, body) if body is not None else (413, "too large")
@@ -55,7 +57,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
         await writer.drain()
     except (OSError, EOFError, ValueError, TimeoutError, asyncio.LimitOverrunError):
-        pass  # not HTTP, too slow, or gone: nobody to answer
+        pass  # the client does not speak HTTP, is too slow, or has disconnected
     finally:
         writer.close()
 
@@ -70,10 +72,10 @@ async def main(model: str, port: int, batching: runtime.Batching) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-queued", type=int, default=256, help="images that may wait")
-    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("model", help="ONNX file or engine")
+    parser.add_argument("--port", type=int, default=8000, help="TCP port (default: 8000)")
+    parser.add_argument("--max-queued", type=int, default=256, help="maximum number of waiting images (default: 256)")
+    parser.add_argument("--max-batch", type=int, default=8, help="maximum images per batch (default: 8)")
     arguments = parser.parse_args()
     settings = runtime.Batching(max_batch=arguments.max_batch, max_queued_images=arguments.max_queued)
     with contextlib.suppress(KeyboardInterrupt):

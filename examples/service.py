@@ -1,5 +1,6 @@
-"""The smallest service: `python examples/service.py model.onnx 8000`. What operators ask for more: http_service.py.
+"""Serve a model over HTTP, in as few lines as possible. http_service.py adds health checks and limits.
 
+python examples/service.py model.onnx 8000
 curl --data-binary @photo.jpg http://127.0.0.1:8000/    {"label": "tench", "probability": 0.93}
 """
 
@@ -13,15 +14,15 @@ from runtime.errors import InputError, RequestNotServed
 
 async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-    if "100-continue" in head:  # curl asks before it sends more than a megabyte
+    if "100-continue" in head:  # curl waits for this before it sends more than 1 MB
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     image = await reader.readexactly(int(head.partition("content-length:")[2].split()[0]))
     try:
-        (best,) = await session.apredict([image], timeout_s=10)  # joins the other requests' images in a batch
+        (best,) = await session.apredict([image], timeout_s=10)  # shares a batch with other requests
         status, content = 200, {"label": best.label, "probability": best.probability}
-    except InputError as error:  # no image
+    except InputError as error:  # not an image
         status, content = 400, {"error": str(error)}
-    except RequestNotServed as error:  # too many wait, or it took too long
+    except RequestNotServed as error:  # the queue is full, or the deadline passed
         status, content = 503, {"error": str(error)}
     data = json.dumps(content).encode()
     writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
