@@ -130,7 +130,7 @@ def _read(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """CPU time up to one point in time, in seconds."""
+    """CPU time since the start, in seconds."""
 
     wall_s: float
     own_s: float

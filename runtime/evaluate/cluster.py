@@ -87,7 +87,7 @@ class Cluster:
             self.close()
             raise BackendUnavailable(
                 f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; a worker "
-                f"needs {config.cpus:g} and {gpus:g}. Change --ray-cpus and --ray-gpus, or wait for free resources "
+                f"needs {config.cpus:g} and {gpus:g}. Change --ray-cpus and --ray-gpus, or wait until others finish "
                 "with --ray-workers N"
             )
         self._workers = [self._start() for _ in range(config.workers or math.floor(fitting))]

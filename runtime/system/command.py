@@ -64,7 +64,7 @@ class Option(click.Option):
         Args:
             param_decls: as in click.
             group: heading that the option is listed under (default: "Options").
-            former: names in earlier versions, such as "--equalise/--no-equalise".
+            former: names in earlier versions, such as "--turns".
             attributes: other arguments of `click.Option`.
         """
         super().__init__(param_decls, **attributes)
