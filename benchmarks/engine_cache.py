@@ -1,6 +1,6 @@
 """Time of a first build and of the second, which the engine cache answers.
 
-    python benchmarks/engine_cache.py --data imagenet_dev    twelve families in FP32, FP16 and INT8: about seven minutes
+    python -m benchmarks.engine_cache --data imagenet_dev    twelve families in FP32, FP16 and INT8: about seven minutes
 
 Random weights, each net at its own size, engines of TensorRT-RTX for SM 89 and batches of 1 to 32. INT8 thresholds are
 the largest values on 32 images of `--data`. `first`: built and kept. `second`: to another place, from the cache: the
@@ -20,14 +20,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnx
 import timm
 import torch
-from families import NETS
 
 import runtime
+from benchmarks.families import NETS
 from calib import collect_amax
 from calib.images import calibration_set
 from calib.placement import points_of
@@ -36,7 +37,7 @@ from calib.quantize import quantize
 from export.source import timm_spec
 from export.to_onnx import to_onnx
 from runtime.engine.int8 import summary_of
-from runtime.engine.sidecar import EngineInfo
+from runtime.engine.sidecar import EngineInfo, read_sidecar
 
 IMAGES = 32
 ROUNDS = 5
@@ -70,9 +71,9 @@ def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
     def build(name: str) -> EngineInfo:
         return runtime.build(source, folder / name, sm=(89,), flavor="tensorrt_rtx", cache=True)
 
-    infos = []
-    first, _ = timed(lambda: infos.append(build("first.engine")))
-    second = [timed(lambda number=number: build(f"{number}.engine")) for number in range(ROUNDS)]
+    first, _ = timed(partial(build, "first.engine"))
+    second = [timed(partial(build, f"{number}.engine")) for number in range(ROUNDS)]
+    info = read_sidecar(folder / "0.engine")
     inspect = [sys.executable, "-m", "advprop.cli", "inspect", str(folder / "0.engine")]
     subprocess.run(inspect, check=True, capture_output=True)
     command = [sys.executable, "-m", "advprop.cli", "build", str(source), "--sm", "89", "--builder", "tensorrt_rtx"]
@@ -83,7 +84,7 @@ def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
         f"| {arch} | {precision} | {(folder / 'first.engine').stat().st_size / 1e6:.1f} | {first:.2f} "
         f"| {statistics.median(clock for clock, _ in second):.2f} "
         f"| {statistics.median(processor for _, processor in second):.2f} | {whole:.1f} "
-        f"| {summary_of(infos[0].layers) if infos[0].layers else infos[0].precision} |",
+        f"| {summary_of(info.layers) if info.layers else info.precision} |",
         flush=True,
     )
 

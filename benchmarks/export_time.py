@@ -1,6 +1,6 @@
 """Time of a whole export against the bare `torch.onnx.export` of the same network.
 
-    python benchmarks/export_time.py                          three nets, three rounds: about seven minutes on two cores
+    python -m benchmarks.export_time                          three nets, three rounds: about seven minutes on two cores
 
 Ours: the checkpoint read, traced, folded, described; FP32 and FP16 files written and both verified on
 64 images at the network's size; no engine. The peer: `torch.onnx.export` with its defaults (dynamo,

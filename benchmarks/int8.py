@@ -1,8 +1,8 @@
 """INT8 after training: accuracy, robustness, speed and memory of our calibration beside ONNX Runtime's.
 
-    python benchmarks/int8.py --val imagenet_dev
+    python -m benchmarks.int8 --val imagenet_dev
         EfficientNet-Lite0 with real ImageNet weights: about fifteen minutes on two cores
-    python benchmarks/int8.py --net runs/resnet18/best.pt --calib cifar10/train --val cifar10/val --corrupted 500
+    python -m benchmarks.int8 --net runs/resnet18/best.pt --calib cifar10/train --val cifar10/val --corrupted 500
         a checkpoint of ours; also the mean error on 500 images under 15 corruptions × 5 severities
 
 Without `--calib`, 256 calibration images are spread over `--val` (`CLASS/*`) and accuracy is that on the others. With a
@@ -250,7 +250,7 @@ def theirs(source: Path, images: list[Path], spec: Preprocessing, method: str, e
         quantize_static,
     )
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
             self.left = batches(images, spec)
 

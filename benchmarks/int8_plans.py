@@ -1,8 +1,8 @@
 """What TensorRT-RTX makes of FP32, FP16 and INT8 graphs: plan sizes, what is in INT8, how much memory it moves.
 
-    python benchmarks/int8_plans.py --data imagenet_dev             three nets, all variants, SM 89: three minutes
-    python benchmarks/int8_plans.py --data imagenet_dev --sm 75 80 86 120 --variants fp16 int8 int8-best
-    python benchmarks/int8_plans.py --data imagenet_dev --nets resnet18 --variants int8 --layers
+    python -m benchmarks.int8_plans --data imagenet_dev             three nets, all variants, SM 89: three minutes
+    python -m benchmarks.int8_plans --data imagenet_dev --sm 75 80 86 120 --variants fp16 int8 int8-best
+    python -m benchmarks.int8_plans --data imagenet_dev --nets resnet18 --variants int8 --layers
 
 Builds only, no GPU. EfficientNet-Lite0 has its real weights, the others random ones; thresholds are the largest values
 on 32 images of `--data` (kernels that differ in nothing but a threshold are kernels of their own in the plan). "moved"

@@ -3,10 +3,12 @@
 import asyncio
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,29 +31,28 @@ def jpeg(color: tuple[int, int, int]) -> bytes:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a service and returns its port."""
-    services = []
+    services: list[subprocess.Popen[str]] = []
 
     def start(model: onnx.ModelProto, *arguments: str, example: str = "http_service") -> int:
         onnx.save(model, tmp_path / "m.onnx")
         port = ["0"] if example == "service" else ["--port", "0"]
         command = [sys.executable, f"examples/{example}.py", str(tmp_path / "m.onnx"), *port, *arguments]
-        services.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True))
-        return int(services[-1].stdout.readline().split()[-1])
+        service = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+        services.append(service)
+        assert service.stdout is not None
+        return int(service.stdout.readline().split()[-1])
 
     yield start
     for service in services:
         service.terminate()
-        service.wait(10)
-        service.stdout.close()
+        service.communicate(timeout=10)
 
 
 def environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-async def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, object]:
+async def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, Any]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
         f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body or b'')}\r\n\r\n"
@@ -76,7 +77,7 @@ def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path, example: s
     options = ["--max-queued", "1000", "--max-batch", "32"] if example == "http_service" else []
     port = start(serving_model(MEAN), *options, example=example)
 
-    async def main() -> list[tuple[int, object]]:
+    async def main() -> list[tuple[int, Any]]:
         if example == "http_service":
             await until_ready(port)
         return await asyncio.gather(*(ask(port, "/predict", image) for image in images))

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from PIL import Image
 
 import runtime
 from advprop.commands.inspect import main as inspect
@@ -18,8 +17,9 @@ from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import CheckpointError, ConfigError, DataError, ModelFileError
+from runtime.preprocessing import Preprocessor
 from runtime.system.gpu import find_gpu
-from train.data import embedded_digits
+from tests.support.digit_files import write_digits
 from train.dual_bn import strip_auxiliary
 from train.loop import FitResult
 
@@ -42,6 +42,7 @@ def test_files_names_and_parity(exported: ExportResult) -> None:
     assert (decisions["parity"]["images"], decisions["amax"]["logits"] > 0) == (64, True)
     assert exported.onnx_parity.images == 64
     assert exported.onnx_parity.max_abs <= 1e-4
+    assert exported.reduced_parity is not None and exported.reduced_onnx is not None
     assert exported.reduced_parity.agreement >= 0.98
     assert exported.reduced_onnx.stat().st_size < 0.6 * exported.onnx.stat().st_size
 
@@ -50,12 +51,14 @@ def test_files_names_and_parity(exported: ExportResult) -> None:
 def test_sidecar_says_what_the_engine_is(exported: ExportResult, trained: FitResult) -> None:
     content = json.loads((exported.onnx.parent / "model.fp16.engine.json").read_text())
     assert content["format"] == "advprop.engine/1"
+    assert exported.engine is not None and exported.reduced_onnx is not None
     info = read_sidecar(exported.engine)
     assert info == exported.engine_info
     assert (info.precision, info.flavor, info.compute_capabilities) == ("fp16", "tensorrt_rtx", ("sm_86", "sm_89"))
     assert info.precision_shares["fp16"] == 1.0
     assert info.profiles[0]["input"]["max"] == [32, 3, 32, 32]
     assert info.onnx_sha256 == runtime.system.files.sha256_file(exported.reduced_onnx)
+    assert info.spec is not None
     assert info.spec.classes == tuple("0123456789")
     assert info.spec.checkpoint_sha256 == runtime.system.files.sha256_file(trained.last)
 
@@ -81,6 +84,7 @@ def test_a_range_of_image_sizes_leaves_the_size_open(trained: FitResult, tmp_pat
     result = export_checkpoint(
         trained.last, ExportConfig(out=tmp_path, sizes=sizes, precision="bf16", engine=EngineConfig(sm=(86,)))
     )
+    assert result.engine_info is not None and result.reduced_onnx is not None
     assert result.engine_info.profiles[0]["input"] == {
         "min": [1, 3, 24, 24],
         "opt": [8, 3, 32, 32],
@@ -118,16 +122,11 @@ def _at_48(trained: FitResult, out: Path) -> Path:
 def test_predictions_from_files_are_those_of_the_checkpoint(
     exported: ExportResult, trained: FitResult, tmp_path: Path
 ) -> None:
-    data = embedded_digits()
-    paths = []
-    for number, pixels in enumerate(data.val.images[:40]):
-        paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(pixels).save(paths[-1])
+    paths = write_digits(tmp_path, 40)
     source = load_source(trained.last)
-    from runtime.preprocessing import Preprocessor
-
     with torch.no_grad():
         expected = source.model(torch.from_numpy(Preprocessor(source.spec.preprocessing)(paths))).argmax(1).tolist()
+    assert exported.reduced_onnx is not None
     for path in (exported.onnx, exported.reduced_onnx):
         with runtime.load(path) as session:
             assert [answer.index for answer in session.predict(paths)] == expected

@@ -2,14 +2,16 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data import create_transform
 
 from runtime.errors import DataError
-from runtime.preprocessing import Preprocessor, decode, fit_to_input
+from runtime.preprocessing import ImageLike, Preprocessor, decode, fit_to_input
 from runtime.spec import INTERPOLATIONS, Preprocessing
 
 SPEC = Preprocessing(
@@ -32,7 +34,7 @@ SPECS = [
 ]
 
 
-def timm_transform(spec: Preprocessing) -> Callable[[Image.Image], object]:
+def timm_transform(spec: Preprocessing) -> Callable[[Image.Image], torch.Tensor]:
     return create_transform(
         (3, spec.height, spec.width),
         is_training=False,
@@ -76,7 +78,7 @@ def test_all_kinds_of_image_give_the_same_pixels(tmp_path: Path) -> None:
     image = noise(50, 40)
     path = tmp_path / "a.png"
     image.save(path)
-    kinds = [image, path, str(path), path.read_bytes(), np.asarray(image)]
+    kinds: list[ImageLike] = [image, path, str(path), path.read_bytes(), np.asarray(image)]
     batch = Preprocessor(SPEC)(kinds)
     assert all(np.array_equal(batch[0], other) for other in batch[1:])
 
@@ -138,5 +140,6 @@ def test_a_strip_that_would_fill_the_memory_is_refused(size: tuple[int, int]) ->
 
 
 def test_what_is_no_image_at_all() -> None:
+    nothing: Any = None
     with pytest.raises(DataError, match="found NoneType"):
-        decode(None)
+        decode(nothing)

@@ -132,7 +132,8 @@ def test_a_training_step_of_every_preset(arch: str) -> None:
     optimizer.step()
     assert torch.isfinite(loss)
     # Every parameter has a gradient. It may be 0 in zero-initialized residual branches.
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert changed[0]
     assert changed[-1]

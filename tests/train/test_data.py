@@ -35,10 +35,12 @@ def batches(root: Path, workers: int = 0, epoch: int = 0, start: int = 0) -> lis
 
 def test_digits_are_complete_and_split_by_class() -> None:
     data = embedded_digits()
+    assert isinstance(data.train, ImageSet) and isinstance(data.val, ImageSet)
     assert (len(data.train.labels), len(data.val.labels)) == (1437, 360)
     assert min(np.bincount(data.val.labels)) >= 34
-    assert data.train.images[0].dtype == np.uint8
-    assert max(image.max() for image in data.train.images) == 255
+    pixels = np.stack([np.asarray(data.train.images[number]) for number in range(1437)])
+    assert pixels.dtype == np.uint8
+    assert pixels.max() == 255
 
 
 def test_batches_depend_on_seed_and_epoch_only(image_folder: Path) -> None:

@@ -40,9 +40,11 @@ def attacked_copies(
 ) -> np.ndarray:
     """Return adversarial copies of digits that the network classifies correctly."""
     craft: Craft = gradient_attacks(network, model.spec, torch.device("cpu"))
-    images, labels = (array[places] for array in held_digits(model, 100))
+    images, labels = held_digits(model, 100)
     seeds = list(range(10**30, 10**30 + 100))[places]
-    return craft(attack, images, labels, radius=RADIUS, seeds=seeds, **{"steps": 20, "restarts": 1, **options})
+    return craft(
+        attack, images[places], labels[places], radius=RADIUS, seeds=seeds, **{"steps": 20, "restarts": 1, **options}
+    )
 
 
 def share_robust(model: Model, attacked: np.ndarray) -> float:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -33,7 +34,7 @@ def attack(*arguments: object) -> Result:
     return run(*arguments, "--device", "cpu", "--threads", "1", "--queries", "10", "--draws", "3", "--steps", "2")
 
 
-def content(path: Path) -> dict:
+def content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
@@ -42,7 +43,7 @@ def checkpoint_of(path: Path, classes: tuple[str, ...] = ("red", "green", "blue"
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=len(classes))
     spec = dataclasses.replace(spec_of(classes, wnids=()), arch="resnet10t")
-    fields = {"arch": "resnet10t", "model_kwargs": {"num_classes": len(classes)}, "recipe": "vanilla"}
+    fields: dict[str, Any] = {"arch": "resnet10t", "model_kwargs": {"num_classes": len(classes)}, "recipe": "vanilla"}
     fields |= {"spec": spec.to_json(), "state_dict": model.state_dict(), "ema_state_dict": None, "epoch": 0, "step": 0}
     sample = {"images": torch.zeros(4, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(4)}
     save_checkpoint(path, {**fields, "sample": sample})

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -157,7 +158,7 @@ def test_bad_input(
 
 def sidecar(engine: Path, onnx_sha256: str) -> None:
     engine.write_bytes(b"plan")
-    fields = {
+    fields: dict[str, Any] = {
         "plan_sha256": sha256_file(engine),
         "onnx_sha256": onnx_sha256,
         "flavor": "tensorrt_rtx",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, arguments), "--workers", "0", "--device", "cpu"])
 
 
-def content(path: Path) -> dict:
+def content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 

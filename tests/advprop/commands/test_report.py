@@ -1,7 +1,6 @@
 """`advprop report --from`: a checkpoint's whole way to the page, stopped and gone on with."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -17,11 +16,10 @@ from advprop.split import split
 from calib.images import CalibrationImage
 from runtime.errors import BackendUnavailable, ConfigError
 from runtime.evaluate.cells import SuiteConfig
-from runtime.evaluate.corruptions.weather import frost_texture
 from runtime.evaluate.suites import open_suite
 from runtime.system.files import sha256_file
 from tests.support.checkpoints import save_resnet10t
-from tests.support.evaluation_sets import COLORS, labeled_folder, picture, spec_of
+from tests.support.evaluation_sets import COLORS, hide_frost_textures, labeled_folder, picture, spec_of
 from train.models import create_model
 
 
@@ -114,17 +112,13 @@ def test_impossible_wishes(checkpoint: Path, data: Path, tmp_path: Path) -> None
         )
 
 
-def test_what_a_corruption_lacks_is_told_before_anything_is_exported(
+def test_missing_textures_are_reported_before_the_export(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(name: str) -> importlib.metadata.Distribution:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
-    frost_texture.cache_clear()
+    hide_frost_textures(tmp_path / "site", monkeypatch)
     config = MeasureConfig(
         precisions=("fp32",), suite=SuiteConfig(name="corruptions", data=data), folder=tmp_path / "w", device="cpu"
     )
-    with pytest.raises(BackendUnavailable, match="frost needs the textures"):
+    with pytest.raises(BackendUnavailable, match="imagecorruptions-imaug does not contain"):
         measure_checkpoint(checkpoint, config)
     assert list((tmp_path / "w").iterdir()) == []

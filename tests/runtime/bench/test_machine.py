@@ -117,6 +117,7 @@ class StandInNvml:
         self.unsupported = set(unsupported)
         if old_driver:
             self.unsupported.add("nvmlDeviceGetCurrentClocksEventReasons")
+        self.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonSwThermalSlowdown
         self.values = {
             "nvmlDeviceGetName": lambda gpu: f"NVIDIA {gpu}",
             "nvmlSystemGetDriverVersion": lambda: "550.54",
@@ -131,7 +132,6 @@ class StandInNvml:
             "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: self.reasons,
             "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: self.reasons,
         }
-        self.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonSwThermalSlowdown
 
     def nvmlInit(self) -> None:  # noqa: N802
         if "nvmlInit" in self.unsupported:

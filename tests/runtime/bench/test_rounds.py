@@ -5,6 +5,7 @@ import itertools
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,7 +141,7 @@ def test_peers_have_no_file_for_reports() -> None:
     assert all(list(point["quantities"]) == ["end_to_end"] for point in concurrent)
 
 
-def sizes(*limits: dict, requested: tuple[int, ...] = ()) -> tuple[int, ...]:
+def sizes(*limits: dict[str, Any], requested: tuple[int, ...] = ()) -> tuple[int, ...]:
     return choose_batch_sizes([toy_target(f"m{place}", [], **limit) for place, limit in enumerate(limits)], requested)
 
 

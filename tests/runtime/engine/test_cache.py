@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(model: Path, engine: Path, **options: object) -> EngineInfo:
+def build(model: Path, engine: Path, **options: Any) -> EngineInfo:
     return runtime.build(model, engine, **{"sm": (89,), "cache": True, **options})
 
 
@@ -144,7 +145,7 @@ def test_other_inputs_and_options_build_another_engine(
     ],
 )  # fmt: skip
 def test_the_key_depends_on_everything_that_determines_an_engine(
-    model: Path, tmp_path: Path, field: str, value: object
+    model: Path, tmp_path: Path, field: str, value: Any
 ) -> None:
     info = runtime.build(model, tmp_path / "a.engine", sm=(89,))
     assert engine_key(dataclasses.replace(info, **{field: value})) != engine_key(info)

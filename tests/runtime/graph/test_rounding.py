@@ -27,7 +27,8 @@ def network(gain: float = 1.0) -> onnx.ModelProto:
 def reference(model: onnx.ModelProto) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy warns of overflows
-        return ReferenceEvaluator(model).run(None, {"input": IMAGES})[0]
+        (logits,) = ReferenceEvaluator(model).run(None, {"input": IMAGES})
+        return np.asarray(logits)
 
 
 def rounded(model: onnx.ModelProto) -> np.ndarray:

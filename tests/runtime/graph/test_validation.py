@@ -105,7 +105,7 @@ def test_every_valid_encoding_of_a_tensor_is_accepted(tmp_path: Path) -> None:
         array = np.zeros(5, kind)
         model.graph.initializer.append(numpy_helper.from_array(array, f"raw_{name}"))
         model.graph.initializer.append(helper.make_tensor(f"typed_{name}", value, [5], np.zeros(5)))
-    model.graph.initializer.append(helper.make_tensor("texts", TensorProto.STRING, [2], [b"a", b"b"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray([b"a", b"b"], object), "texts"))
     model.graph.initializer.append(helper.make_tensor("none", TensorProto.FLOAT, [0, 3], []))
     assert summarize(save(model, tmp_path / "a.onnx")).weights == {"fp32": 108}
 
