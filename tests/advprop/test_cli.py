@@ -29,7 +29,7 @@ def test_every_command_has_help_with_examples(command: str) -> None:
     assert "Examples:" in result.output
 
 
-def test_a_misspelled_command_names_the_nearest() -> None:
+def test_a_misspelled_command_suggests_the_nearest() -> None:
     result = CliRunner().invoke(main, ["predikt"])
     assert result.exit_code == 2
     assert "no such command: 'predikt'. did you mean predict?" in result.stderr
@@ -54,7 +54,7 @@ def test_predict_as_json(model: Path, digits: Path) -> None:
 
 
 @pytest.mark.slow
-def test_predict_names_an_image_it_cannot_decode_and_does_the_others(model: Path, digits: Path) -> None:
+def test_predict_skips_and_names_an_image_that_cannot_be_decoded(model: Path, digits: Path) -> None:
     (digits / "02.png").write_bytes(b"not an image")
     result = CliRunner().invoke(main, ["predict", str(model), str(digits)])
     assert result.exit_code == 2
@@ -63,7 +63,7 @@ def test_predict_names_an_image_it_cannot_decode_and_does_the_others(model: Path
     assert "1 of 5 images could not be decoded" in result.stderr
 
 
-def test_predict_with_nothing_to_predict(model: Path, tmp_path: Path) -> None:
+def test_predict_without_images_is_an_error(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["predict", str(model), str(tmp_path)])
     assert result.exit_code == 2
     assert "found no image files" in result.stderr

@@ -73,7 +73,7 @@ def test_exported_names_are_sorted_and_exist() -> None:
         train.nothing  # noqa: B018
 
 
-def test_the_error_tree_is_the_one_drawn() -> None:
+def test_the_drawn_error_tree_is_complete() -> None:
     drawn = re.findall(r"[├└]── (\w+)", runtime.errors.__doc__)
     defined = [name for name in runtime.errors.__all__ if name not in ("AdvPropError", "first_line", "nearest")]
     assert sorted(drawn) == sorted(defined)

@@ -89,7 +89,7 @@ def test_only_the_layer_that_loses_accuracy_is_kept_in_floating_point() -> None:
     assert len(quantized) == 2
 
 
-def test_if_the_budget_cannot_be_met_the_choice_with_the_smallest_loss_of_all_is_made() -> None:
+def test_an_unreachable_budget_results_in_the_smallest_loss_of_all_choices() -> None:
     model, pixels = network(1e4, 1e4, 1e4), images(scales(1e4, 3))
     found = calibrated(model, pixels, budget=0)
     assert found.fallback is not None

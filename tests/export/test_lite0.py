@@ -14,7 +14,7 @@ from tests.support.real_weights import labeled_images
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
-def test_every_stage_answers_like_the_checkpoint(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_stage_agrees_with_the_checkpoint(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     data = tmp_path / "few"
     for folder in sorted((shared_data("imagenet_dev.tar") / "imagenet_dev").iterdir())[:24]:
         shutil.copytree(folder, data / folder.name)

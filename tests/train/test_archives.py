@@ -45,7 +45,7 @@ def test_a_tar_file_is_read_like_its_folder(image_folder: Path, packed: Path, wo
         assert torch.equal(labels, truth)
 
 
-def test_one_tar_file_per_class(image_folder: Path, tmp_path: Path) -> None:
+def test_one_tar_file_per_class_is_read(image_folder: Path, tmp_path: Path) -> None:
     for part in ("train", "validation"):
         for name in ("bright", "dark"):
             files = files_of(image_folder / ("val" if part == "validation" else part) / name)
@@ -55,7 +55,7 @@ def test_one_tar_file_per_class(image_folder: Path, tmp_path: Path) -> None:
     assert (len(data.train), len(data.val)) == (48, 16)
 
 
-def test_webdataset_shards(image_folder: Path, tmp_path: Path) -> None:
+def test_webdataset_shards_are_read(image_folder: Path, tmp_path: Path) -> None:
     for part in ("train", "val"):
         names = {"bright": b"0", "dark": b"1\n"}
         for shard, (name, label) in enumerate(names.items()):
@@ -77,7 +77,7 @@ def test_an_unpacked_folder_takes_precedence_over_its_tar_file(image_folder: Pat
     assert open_data(DataConfig(root=image_folder)).classes == ("bright", "dark")
 
 
-def test_unusable_tar_files(tmp_path: Path, image_folder: Path) -> None:
+def test_unusable_tar_files_are_refused(tmp_path: Path, image_folder: Path) -> None:
     files = files_of(image_folder / "train")
     pack(tmp_path / "one" / "train.tar", files)
     with pytest.raises(DataError, match=r"no tar files of val; expected val\.tar"):

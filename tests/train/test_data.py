@@ -70,7 +70,7 @@ def test_input_size_is_reduced_for_small_images(image_folder: Path) -> None:
     assert (explicit.height, explicit.crop_pct) == (24, 0.9)
 
 
-def test_names_of_wordnet_ids(tmp_path: Path) -> None:
+def test_wordnet_ids_are_replaced_by_names(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for wnid in ("n01440764", "n01443537"):
             (tmp_path / part / wnid).mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_names_of_wordnet_ids(tmp_path: Path) -> None:
         (["train/a/x.png", "train/b/x.png", "val/c/x.png"], "classes that are missing from train: c"),
     ],
 )
-def test_unusable_folders(tmp_path: Path, folders: list[str], expected: str) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, folders: list[str], expected: str) -> None:
     root = tmp_path / "root"
     for name in folders:
         path = root / name

@@ -68,7 +68,7 @@ def shards(image_folder: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_torchvision(mnist: Path) -> None:
+def test_a_torchvision_dataset_is_read(mnist: Path) -> None:
     data = open_data(DataConfig(dataset="torch/mnist", root=mnist))
     assert data.classes[:2] == ("0 - zero", "1 - one")
     assert (len(data.train), len(data.val), data.short_side) == (1437, 360, 28)
@@ -92,7 +92,7 @@ def test_training_on_a_torchvision_dataset(mnist: Path, tmp_path: Path) -> None:
     assert result.metrics[0].step == 11
 
 
-def test_hugging_face(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hugging_face_dataset_is_read(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets", reason="the extra [datasets] is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = DataConfig(dataset=f"hfds/{image_folder}", root=tmp_path / "cache")
@@ -153,14 +153,16 @@ def test_training_on_a_stream(shards: Path, tmp_path: Path) -> None:
         ({"dataset": "torch/nonsense", "root": "here"}, DataError, "Unknown torchvision dataset nonsense"),
     ],
 )
-def test_unusable_names(tmp_path: Path, config: dict[str, Any], kind: type[Exception], expected: str) -> None:
+def test_unusable_names_are_refused(
+    tmp_path: Path, config: dict[str, Any], kind: type[Exception], expected: str
+) -> None:
     root = {"root": tmp_path} if "root" in config else {}
     with pytest.raises(kind, match=expected):
         open_data(DataConfig(**{**config, **root}))
 
 
 @webdataset_leaves_files_open
-def test_a_stream_without_class_names(shards: Path) -> None:
+def test_a_stream_without_a_number_of_classes_is_refused(shards: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
     with pytest.raises(ConfigError, match=r"the number of classes of wds/ is unknown; add --set data\.num_classes=N"):
         open_data(DataConfig(dataset="wds/", root=shards, val_split="val"))

@@ -52,7 +52,7 @@ class StopAt(SilentReporter):
             os.kill(os.getpid(), self.number)
 
 
-def test_files_of_a_run(trained: FitResult) -> None:
+def test_a_run_writes_checkpoints_and_metrics(trained: FitResult) -> None:
     assert trained.last.name == "last.pt"
     assert trained.best.name == "best.pt"
     assert trained.best_epoch == trained.metrics[0]
@@ -194,7 +194,7 @@ def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path: Path, batche
     assert same(gradients, expected)
 
 
-def test_curves_and_event_files(trained: FitResult) -> None:
+def test_a_run_writes_curves_and_event_files(trained: FitResult) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = trained.last.parent
@@ -221,7 +221,7 @@ def test_tensorboard_shows_the_loss_of_each_branch(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a finished run."""
+    """Train for two epochs, and return the output folder."""
     out = tmp_path_factory.mktemp("two-epochs")
     fit(small(out))
     return out

@@ -85,7 +85,7 @@ def test_outputs_without_a_batch_dimension_are_rejected(tmp_path: Path) -> None:
             session.run(images_of(1.0, 2.0))
 
 
-def test_thread_settings(tmp_path: Path) -> None:
+def test_thread_settings_are_used_and_checked(tmp_path: Path) -> None:
     images = images_of(1.0, 2.0)
     for threads in (1, runtime.Threads(intra=2, inter=2, spin=False), runtime.Threads(intra=1)):
         with load(tmp_path, serving_model(), threads=threads, device="cpu") as session:

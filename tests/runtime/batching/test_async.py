@@ -115,7 +115,7 @@ def test_cancelling_a_task_cancels_its_request(tmp_path: Path) -> None:
         assert stats.batch_sizes == {1: 21}, "cancelled requests must not run"
 
 
-def test_deadlines(tmp_path: Path) -> None:
+def test_expired_deadlines_are_errors(tmp_path: Path) -> None:
     async def main() -> None:
         long = asyncio.create_task(session.arun(images_of(LONG)))
         await asyncio.sleep(0.01)

@@ -41,7 +41,7 @@ def test_known_percentiles() -> None:
     assert percentile(list(map(float, range(1, 11))), 90) == 9
 
 
-def test_a_summary() -> None:
+def test_a_summary_of_times() -> None:
     times = [4.0, 1.0, 2.0, 3.0]
     found = summary(times)
     assert (found["count"], found["min_ms"], found["max_ms"], found["mean_ms"]) == (4, 1, 4, 2.5)
@@ -74,7 +74,7 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_claims() -> None:
     assert 0.88 <= covered / 200 <= 1
 
 
-def test_drift() -> None:
+def test_drift_compares_the_ends_of_a_run() -> None:
     assert drift([1, 1, 1, 5, 1.1, 1.1, 1.1]) == pytest.approx(0.1)
     assert drift([2, 1, 1]) == -0.5
     assert drift([1, 2]) is None

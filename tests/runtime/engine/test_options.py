@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 convolutions of distinct shapes, which take the builder at least a second."""
+    """Write 150 convolutions of distinct shapes, which take the builder at least a second."""
     random = np.random.default_rng(0)
     lines, weights, channels, name = [], {}, 3, "input"
     for number in range(150):

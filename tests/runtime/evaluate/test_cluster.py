@@ -175,7 +175,7 @@ def test_a_cluster_that_is_too_small_is_reported(two_cpus: None) -> None:
             ClusterConfig(address="auto", **options)
 
 
-def test_an_unreachable_address_is_reported_quickly(data: Path, models: list[Path], tmp_path: Path) -> None:
+def test_an_unreachable_address_is_reported(data: Path, models: list[Path], tmp_path: Path) -> None:
     """It runs in another process, because this one is connected to a cluster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

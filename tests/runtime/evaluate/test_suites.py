@@ -299,7 +299,17 @@ def test_gray_images_are_read_as_color_and_other_files_ignored(tmp_path: Path) -
     folder.mkdir(parents=True)
     Image.fromarray(picture("red", 0)[..., 0]).save(folder / "gray.JPEG")
     (folder / "notes.txt").write_text("no image")
-    assert cells(measure("imagenet", tmp_path / "set", tmp_path)) == {"images": 1}
+    seen: list[np.ndarray] = []
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        seen.append(images)
+        return images.mean((2, 3))
+
+    (result,) = evaluate([toy(predict=predict)], config("imagenet", tmp_path / "set"), run_config(tmp_path))
+    assert cells(result) == {"images": 1}
+    (image,) = seen[0]
+    assert np.ptp(image) > 0.1  # it has texture
+    assert np.array_equal(image[0], image[1]) and np.array_equal(image[0], image[2])
 
 
 def test_only_selected_corruptions_are_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ def model() -> ir.Model:
 
 @pytest.mark.parametrize(("axis", "rank", "shape"), [(0, 1, (5,)), (1, 4, (1, 5, 1, 1)), (2, 3, (1, 1, 5))])
 def test_channel_values_broadcast_along_their_axis(axis: int, rank: int, shape: tuple[int, ...]) -> None:
-    assert along(np.arange(5), axis, rank).shape == shape
+    found = along(np.arange(5), axis, rank)
+    assert found.shape == shape
+    assert found.ravel().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_initializers_are_constants_with_unused_names(model: ir.Model) -> None:
