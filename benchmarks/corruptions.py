@@ -114,7 +114,8 @@ def print_speed(peer_python: str, folder: Path) -> None:
     from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 
     images = folder / "images.npz"
-    np.savez(images, names=np.array([*CORRUPTIONS, *EXTRAS]), **{str(side): photograph(side) for side in (224, 32)})
+    arrays: dict[str, Any] = {str(side): photograph(side) for side in (224, 32)}
+    np.savez(images, names=np.array([*CORRUPTIONS, *EXTRAS]), **arrays)
     best: dict[str, dict[str, float]] = {"ours": {}, "peer": {}}
     for _ in range(ROUNDS):
         for who, python in (("ours", sys.executable), ("peer", peer_python)):

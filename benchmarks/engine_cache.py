@@ -1,6 +1,6 @@
 """Compare the time of an engine build with the time of fetching the same engine from the cache.
 
-    python benchmarks/engine_cache.py --data imagenet_dev    twelve networks, about seven minutes
+    python -m benchmarks.engine_cache --data imagenet_dev    twelve networks, about seven minutes
 
 Each network has random weights and its own image size. Engines are TensorRT-RTX engines for SM 89
 and batches of 1 to 32, in FP32, FP16 and INT8. INT8 thresholds are the largest magnitudes on 32
@@ -23,14 +23,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnx
 import timm
 import torch
-from families import NETS
 
 import runtime
+from benchmarks.families import NETS
 from calib import collect_amax
 from calib.images import calibration_set
 from calib.placement import points_of
@@ -39,7 +40,7 @@ from calib.quantize import quantize
 from export.source import timm_spec
 from export.to_onnx import to_onnx
 from runtime.engine.int8 import summary_of
-from runtime.engine.sidecar import EngineInfo
+from runtime.engine.sidecar import EngineInfo, read_sidecar
 
 IMAGES = 32
 ROUNDS = 5
@@ -73,9 +74,9 @@ def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
     def build(name: str) -> EngineInfo:
         return runtime.build(source, folder / name, sm=(89,), flavor="tensorrt_rtx", cache=True)
 
-    infos = []
-    first, _ = timed(lambda: infos.append(build("first.engine")))
-    second = [timed(lambda number=number: build(f"{number}.engine")) for number in range(ROUNDS)]
+    first, _ = timed(partial(build, "first.engine"))
+    second = [timed(partial(build, f"{number}.engine")) for number in range(ROUNDS)]
+    info = read_sidecar(folder / "0.engine")
     inspect = [sys.executable, "-m", "advprop.cli", "inspect", str(folder / "0.engine")]
     subprocess.run(inspect, check=True, capture_output=True)
     command = [sys.executable, "-m", "advprop.cli", "build", str(source), "--sm", "89", "--builder", "tensorrt_rtx"]
@@ -86,7 +87,7 @@ def measure(arch: str, precision: str, source: Path, folder: Path) -> None:
         f"| {arch} | {precision} | {(folder / 'first.engine').stat().st_size / 1e6:.1f} | {first:.2f} "
         f"| {statistics.median(clock for clock, _ in second):.2f} "
         f"| {statistics.median(processor for _, processor in second):.2f} | {whole:.1f} "
-        f"| {summary_of(infos[0].layers) if infos[0].layers else infos[0].precision} |",
+        f"| {summary_of(info.layers) if info.layers else info.precision} |",
         flush=True,
     )
 

@@ -1,6 +1,6 @@
 """Compare the time of a whole export with a bare `torch.onnx.export` of the same network.
 
-    python benchmarks/export_time.py    three networks, about seven minutes on two cores
+    python -m benchmarks.export_time    three networks, about seven minutes on two cores
 
     ours    read a checkpoint, write FP32 and FP16 files, verify both on 64 images; no engine
     peer    `torch.onnx.export` with its defaults (dynamo, optimized) into one unverified file

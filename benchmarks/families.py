@@ -1,6 +1,6 @@
 """Measure the accuracy of an export for one network of each architecture family.
 
-    python benchmarks/families.py --data imagenet_dev    twelve networks, about seven minutes on two cores
+    python -m benchmarks.families --data imagenet_dev    twelve networks, about seven minutes on two cores
 
 The script exports each network at its own image size to FP32 and FP16 ONNX and builds an FP16
 engine with TensorRT-RTX. EfficientNet-Lite0 has its ImageNet weights and is compared on all images
@@ -13,7 +13,6 @@ are the largest |Δlogit| divided by the largest |logit|.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -70,6 +69,7 @@ def on_all_images(result: ExportResult, weights: Path, arch: str, data: Path) ->
     """Return both parities of `result`, measured on all images of `data`."""
     source = load_source(weights, arch, data=data, images=1_000_000)
     full = graph_logits(onnx.load(result.onnx), source)
+    assert result.reduced_onnx is not None
     half = graph_logits(with_roundings(onnx.load(result.reduced_onnx)), source)
     return compare(torch_logits(source), full), compare(full, half)
 
@@ -84,11 +84,8 @@ def measure(arch: str, data: Path, folder: Path) -> None:
     result = export_checkpoint(
         weights, ExportConfig(arch=arch, data=data, out=folder / arch, precision="fp16", engine=EngineConfig(sm=(86,)))
     )
-    parities = (result.onnx_parity, result.reduced_parity)
-    if real:
-        parities = on_all_images(result, weights, arch, data)
-        result = dataclasses.replace(result, onnx_parity=parities[0], reduced_parity=parities[1])
-    full, half = parities
+    assert result.reduced_onnx is not None and result.reduced_parity is not None and result.engine is not None
+    full, half = on_all_images(result, weights, arch, data) if real else (result.onnx_parity, result.reduced_parity)
     ops = Counter(node.op_type for node in onnx.load(result.reduced_onnx).graph.node)
     print(
         f"| {arch} | {'real' if real else 'random'} | {full.images} | {full.relative:.1e} | {half.relative:.1e} | "

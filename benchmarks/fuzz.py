@@ -1,7 +1,7 @@
 """Pass damaged and malicious files to all readers, which may raise advprop's errors only.
 
-    python benchmarks/fuzz.py             500 cases of each of five kinds, about a minute
-    python benchmarks/fuzz.py --native    also pass valid ONNX files to TensorRT-RTX, in a child process
+    python -m benchmarks.fuzz             500 cases of each of five kinds, about a minute
+    python -m benchmarks.fuzz --native    also pass valid ONNX files to TensorRT-RTX, in a child process
 
 The generators are in `tests/support/fuzzing.py`; `tests/runtime/test_fuzz.py` runs a few cases of
 each kind.
@@ -10,12 +10,9 @@ each kind.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.support.fuzzing import KINDS, fuzz
 

@@ -1,8 +1,8 @@
 """Compare INT8 calibration with ONNX Runtime's: accuracy, robustness, time and memory.
 
-    python benchmarks/int8.py --val imagenet_dev
+    python -m benchmarks.int8 --val imagenet_dev
         EfficientNet-Lite0 with its ImageNet weights: about fifteen minutes on two cores
-    python benchmarks/int8.py --net runs/resnet18/best.pt --calib cifar10/train --val cifar10/val --corrupted 500
+    python -m benchmarks.int8 --net runs/resnet18/best.pt --calib cifar10/train --val cifar10/val --corrupted 500
         an advprop checkpoint; also the mean error on 500 images under 15 corruptions × 5 severities
 
 Without `--calib`, 256 evenly spaced images of `--val` (`CLASS/*`) are used for calibration, and
@@ -251,7 +251,7 @@ def theirs(source: Path, images: list[Path], spec: Preprocessing, method: str, e
         quantize_static,
     )
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
             self.left = batches(images, spec)
 

@@ -1,8 +1,8 @@
 """Measure TensorRT-RTX engines of FP32, FP16 and INT8 graphs: size, INT8 share, memory traffic.
 
-    python benchmarks/int8_plans.py --data imagenet_dev    three networks, SM 89: about three minutes
-    python benchmarks/int8_plans.py --data imagenet_dev --sm 75 80 86 120 --variants fp16 int8 int8-best
-    python benchmarks/int8_plans.py --data imagenet_dev --nets resnet18 --variants int8 --layers
+    python -m benchmarks.int8_plans --data imagenet_dev    three networks, SM 89: about three minutes
+    python -m benchmarks.int8_plans --data imagenet_dev --sm 75 80 86 120 --variants fp16 int8 int8-best
+    python -m benchmarks.int8_plans --data imagenet_dev --nets resnet18 --variants int8 --layers
 
 Engines are only built, which needs no GPU. EfficientNet-Lite0 has its ImageNet weights, the other
 networks have random weights. Thresholds are the largest magnitudes on 32 images of `--data`,

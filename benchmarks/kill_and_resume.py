@@ -1,6 +1,6 @@
 """Kill training runs at random times and finish them with `--resume auto`.
 
-    python benchmarks/kill_and_resume.py    ten runs, about five minutes on two cores
+    python -m benchmarks.kill_and_resume    ten runs, about five minutes on two cores
 
 One run is not interrupted. The others are killed with SIGKILL at a random time after their first
 checkpoint, resumed, and compared bit by bit with the first run: weights, moving average, optimizer,

@@ -1,7 +1,7 @@
 """Measure accuracy and robustness of every recipe, by BatchNorm route.
 
-    python benchmarks/recipes.py --data cifar10    one epoch each: about 40 minutes on two cores
-    python benchmarks/recipes.py --data cifar10 --epochs 100 --seeds 0 1 2 --amp bf16    on a GPU: full length
+    python -m benchmarks.recipes --data cifar10    one epoch each: about 40 minutes on two cores
+    python -m benchmarks.recipes --data cifar10 --epochs 100 --seeds 0 1 2 --amp bf16    on a GPU: full length
 
 Each recipe trains the architecture for the same number of epochs with the same attack. Accuracy is
 then measured through the main route and through every auxiliary one, on clean images and under

@@ -1,7 +1,7 @@
 """Measure the overhead of a `Session` over ONNX Runtime, and the throughput of the batcher.
 
-    python benchmarks/runtime_overhead.py            about eight minutes on two idle cores
-    python benchmarks/runtime_overhead.py --quick    about two minutes, with less precise ratios
+    python -m benchmarks.runtime_overhead            about eight minutes on two idle cores
+    python -m benchmarks.runtime_overhead --quick    about two minutes, with less precise ratios
 
 The network is EfficientNet-B0 with random weights at 224 pixels.
 
@@ -35,11 +35,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-from export_time import write_checkpoint
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import runtime
+from benchmarks.export_time import write_checkpoint
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 
@@ -78,7 +78,7 @@ def by_hand(bare: ort.InferenceSession, spec: runtime.ModelSpec, files: list[byt
     """Classify images with code written for this one model; return probabilities, (N, K)."""
     plan = spec.preprocessing
     scaled = int(plan.height / plan.crop_pct)
-    mean, std = np.float32(plan.mean), np.float32(plan.std)
+    mean, std = np.asarray(plan.mean, np.float32), np.asarray(plan.std, np.float32)
     images = []
     for data in files:
         image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -164,8 +164,8 @@ def measure_overhead(path: Path, threads: int, pairs: int) -> None:
             print(f"{'  of which checks':22} {1e3 * statistics.median(checks):9.3f} ms")
         for batch in (1, 8):
             files = jpegs(batch)
-            ours, theirs = partial(session.predict, files), partial(by_hand, bare, session.spec, files)
-            report(f"predict, {batch} JPEG", interleaved(ours, theirs, max(pairs // batch, 20)), "≤ 1.05")
+            predict, peer = partial(session.predict, files), partial(by_hand, bare, session.spec, files)
+            report(f"predict, {batch} JPEG", interleaved(predict, peer, max(pairs // batch, 20)), "≤ 1.05")
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -1,7 +1,7 @@
 """Measure time and memory of a training step of each recipe, relative to vanilla and a reference.
 
-    python benchmarks/train_step.py    two networks at 64 px, batch size 32: ten minutes
-    python benchmarks/train_step.py --arch resnet18 --rounds 5
+    python -m benchmarks.train_step    two networks at 64 px, batch size 32: ten minutes
+    python -m benchmarks.train_step --arch resnet18 --rounds 5
 
 All rows of a network are timed in interleaved rounds, so changes of the machine's speed affect all
 of them. A ratio compares times of the same round; its median, minimum and maximum over the rounds
@@ -91,6 +91,7 @@ def reference_step(arch: str, steps: int, device: str = "cpu", amp: torch.dtype 
         for _ in range(steps):
             attacked = attacked.detach().requires_grad_(True)
             F.cross_entropy(model(attacked), targets).backward()
+            assert attacked.grad is not None
             attacked = attacked - attacked.grad.sign() * 2 / 255
             attacked = torch.clamp(torch.minimum(torch.maximum(attacked, images - epsilon), images + epsilon), -1, 1)
         attacked = attacked.detach()
@@ -150,7 +151,7 @@ def memory_mb(field: str) -> float:
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024 / 1e6
 
 
-def peak_mb(arch: str, row: str, size: int, count: int, queue: multiprocessing.Queue) -> None:
+def peak_mb(arch: str, row: str, size: int, count: int, queue: multiprocessing.Queue[float]) -> None:
     torch.set_num_threads(2)
     step = make_step(arch, row)
     images, labels = batch(size, count, row)

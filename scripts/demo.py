@@ -19,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 import runtime
 from export.source import load_source
-from runtime.preprocessing import Preprocessor
-from train.data import embedded_digits
+from runtime.preprocessing import Preprocessor, decode
+from train.data import ImageSet, embedded_digits
 
 NO_ENGINE = 3
 """Exit code of an export that wrote the ONNX files but found no engine builder."""
@@ -91,14 +90,15 @@ def results(out: Path) -> Table:
 
 def held_out_files(folder: Path) -> tuple[list[Path], np.ndarray]:
     """Write the held-out digits as PNG files; return the files and their labels."""
-    data = embedded_digits()
+    digits = embedded_digits().val
+    assert isinstance(digits, ImageSet)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, pixels in enumerate(data.val.images):
+    for number in range(len(digits)):
         path = folder / f"{number:03d}.png"
-        Image.fromarray(np.asarray(pixels)).save(path)
+        decode(digits.images[number]).save(path)
         paths.append(path)
-    return paths, np.asarray(data.val.labels)
+    return paths, np.asarray(digits.labels)
 
 
 def milliseconds(call: Callable[[], object], warmup: int = 5, repeats: int = 30) -> float:

@@ -80,12 +80,21 @@ def fingerprint(arch: str, images: int, out: Path) -> dict[str, str]:
     run("train.run", "--arch", arch, "--data", out / "data", "--out", trained, *settings)
     hashes = {"weights": weights_hash(trained / "last.pt")}
     for precision in ("fp16", "int8"):
-        extra = ["--calib-data", out / "data" / "train"] if precision == "int8" else []
+        extra: list[str | Path] = ["--calib-data", out / "data" / "train"] if precision == "int8" else []
         run("export.cli", trained / "last.pt", "--precision", precision, "--out", out / "models", *extra)
     for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx"):
         hashes[name] = onnx_hash(out / "models" / name)
     cli = "advprop.cli" if importlib.util.find_spec("advprop.cli") else "runtime" + ".cli"  # until 0.1
-    suite = ["--suite", "corruptions", "--data", out / "data" / "val", "--limit", "40", "--out", out / "evaluation"]
+    suite: list[str | Path] = [
+        "--suite",
+        "corruptions",
+        "--data",
+        out / "data" / "val",
+        "--limit",
+        "40",
+        "--out",
+        out / "evaluation",
+    ]
     only = [argument for name in CORRUPTIONS for argument in ("--only", name)]
     run(cli, "eval", out / "models" / "model.onnx", out / "models" / "model.int8.onnx", *suite, *only)
     for path in sorted((out / "evaluation").glob("*.json")):

@@ -3,10 +3,12 @@
 import asyncio
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,30 +30,29 @@ def jpeg(color: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a service and returns its port."""
-    services = []
+    """Return a function that starts a service and returns its port."""
+    services: list[subprocess.Popen[str]] = []
 
     def start(model: onnx.ModelProto, *arguments: str, example: str = "http_service") -> int:
         onnx.save(model, tmp_path / "m.onnx")
         port = ["0"] if example == "service" else ["--port", "0"]
         command = [sys.executable, f"examples/{example}.py", str(tmp_path / "m.onnx"), *port, *arguments]
-        services.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True))
-        return int(services[-1].stdout.readline().split()[-1])
+        service = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+        services.append(service)
+        assert service.stdout is not None
+        return int(service.stdout.readline().split()[-1])
 
     yield start
     for service in services:
         service.terminate()
-        service.wait(10)
-        service.stdout.close()
+        service.communicate(timeout=10)
 
 
 def environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-async def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, object]:
+async def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, Any]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
         f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body or b'')}\r\n\r\n"
@@ -76,7 +77,7 @@ def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path, example: s
     options = ["--max-queued", "1000", "--max-batch", "32"] if example == "http_service" else []
     port = start(serving_model(MEAN), *options, example=example)
 
-    async def main() -> list[tuple[int, object]]:
+    async def main() -> list[tuple[int, Any]]:
         if example == "http_service":
             await until_ready(port)
         return await asyncio.gather(*(ask(port, "/predict", image) for image in images))
@@ -89,7 +90,7 @@ def test_a_thousand_concurrent_requests(start: Start, tmp_path: Path, example: s
     assert len({(answer["label"], answer["probability"]) for answer in expected}) > 900
 
 
-def test_the_smallest_service_is_thirty_lines_and_tells_of_wrong_images(start: Start) -> None:
+def test_the_smallest_service_has_thirty_lines_and_reports_invalid_images(start: Start) -> None:
     lines = (ROOT / "examples" / "service.py").read_text().split('"""', 2)[2].splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 30
     port = start(serving_model(MEAN), example="service")
@@ -100,8 +101,8 @@ def test_the_smallest_service_is_thirty_lines_and_tells_of_wrong_images(start: S
 
 
 @pytest.mark.parametrize("example", ["service", "http_service"])
-def test_a_client_that_asks_before_it_sends_is_answered(start: Start, example: str) -> None:
-    """As curl does before more than a megabyte."""
+def test_a_client_that_waits_for_100_continue_is_answered(start: Start, example: str) -> None:
+    """curl waits before it sends more than a megabyte."""
     image = jpeg((200, 0, 0))
 
     async def main() -> None:
@@ -120,7 +121,7 @@ def test_a_client_that_asks_before_it_sends_is_answered(start: Start, example: s
     asyncio.run(main())
 
 
-def test_live_is_not_ready_and_wrong_requests_are_told(start: Start) -> None:
+def test_invalid_requests_are_reported_and_do_not_stop_the_service(start: Start) -> None:
     async def main() -> None:
         assert await ask(port, "/live") == (200, "live")
         status, content = await ask(port, "/ready")
@@ -142,8 +143,8 @@ def test_live_is_not_ready_and_wrong_requests_are_told(start: Start) -> None:
     asyncio.run(main())
 
 
-def test_loading_is_live_and_not_ready(start: Start) -> None:
-    """The warm-up of this model, whose loop always goes round, takes long enough to be seen."""
+def test_a_service_that_loads_its_model_is_live_but_not_ready(start: Start) -> None:
+    """The warm-up of this model runs a long loop, which leaves time for requests."""
     body = SLOW.replace("trips = Cast <to=7> (most)", "trips = Constant <value = int64 {2000000}> ()")
 
     async def main() -> None:
@@ -155,7 +156,7 @@ def test_loading_is_live_and_not_ready(start: Start) -> None:
     asyncio.run(main())
 
 
-def test_overload_is_503_and_passes(start: Start) -> None:
+def test_an_overloaded_service_answers_503_and_recovers(start: Start) -> None:
     body = SLOW.replace("trips = Cast <to=7> (most)", "trips = Constant <value = int64 {100000}> ()")
 
     async def main() -> None:

@@ -1,7 +1,7 @@
 """Run one network on a GPU with every backend, and compare results and latencies.
 
-    python benchmarks/gpu/runtime.py    efficientnet_b0 with random weights, about ten minutes
-    python benchmarks/gpu/runtime.py --arch resnet50 --batches 1 32 --seconds 1 --json result.json
+    python -m benchmarks.gpu.runtime    efficientnet_b0 with random weights, about ten minutes
+    python -m benchmarks.gpu.runtime --arch resnet50 --batches 1 32 --seconds 1 --json result.json
 
 The script has not been run yet. It has six parts. A part that cannot run reports the reason.
 `engines` always runs; `--parts` selects the others.
@@ -39,9 +39,6 @@ from typing import Any
 
 import numpy as np
 
-sys.path.pop(0)  # this folder, in which this file would be imported as the package `runtime`
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import runtime
 from runtime.errors import AdvPropError
 from runtime.system.gpu import find_gpu
@@ -49,6 +46,7 @@ from runtime.system.gpu import find_gpu
 PARTS = ("numerics", "latency", "graphs", "zero-copy", "threads")
 FLAVORS = ("tensorrt", "tensorrt_rtx")
 THREADS = 8
+Calls = dict[str, Callable[[], Any]]
 
 
 class Rows:
@@ -63,7 +61,7 @@ class Rows:
         print(f"{part:10} {name:34} {'  '.join(words)}", flush=True)
 
 
-def times_ms(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+def times_ms(calls: Calls, seconds: float) -> dict[str, list[float]]:
     """Return the milliseconds of each call. The calls take turns, for `seconds` each on average.
 
     A call must return when its work is done.
@@ -81,7 +79,7 @@ def times_ms(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, l
     return found
 
 
-def report_times(rows: Rows, part: str, batch: int, calls: dict[str, Callable[[], Any]], seconds: float) -> None:
+def report_times(rows: Rows, part: str, batch: int, calls: Calls, seconds: float) -> None:
     for name, times in times_ms(calls, seconds).items():
         p50, p90, p99 = (float(np.percentile(times, q)) for q in (50, 90, 99))
         cov = statistics.pstdev(times) / statistics.fmean(times)
@@ -89,13 +87,13 @@ def report_times(rows: Rows, part: str, batch: int, calls: dict[str, Callable[[]
 
 
 def files_of(arch: str, folder: Path) -> dict[str, Path]:
-    from export_time import write_checkpoint
-
+    from benchmarks.export_time import write_checkpoint
     from export.config import ExportConfig
     from export.pipeline import export_checkpoint
 
     write_checkpoint(arch, folder / "checkpoint.pt")
     result = export_checkpoint(folder / "checkpoint.pt", ExportConfig(out=folder, precision="fp16"))
+    assert result.reduced_onnx is not None
     return {"fp32": result.onnx, "fp16": result.reduced_onnx}
 
 
@@ -147,7 +145,7 @@ def numerics(rows: Rows, files: dict[str, Path], sessions: dict[str, runtime.Ses
         )
 
 
-def torch_calls(arch: str, batch: np.ndarray) -> dict[str, Callable[[], Any]]:
+def torch_calls(arch: str, batch: np.ndarray) -> Calls:
     """Return calls of the network in torch, from and to host memory through pinned memory."""
     import timm
     import torch
@@ -161,7 +159,7 @@ def torch_calls(arch: str, batch: np.ndarray) -> dict[str, Callable[[], Any]]:
     def run(network: Any, dtype: Any) -> Any:
         return network(pinned.to("cuda", non_blocking=True).to(dtype)).float().cpu()
 
-    calls = {"torch eager fp32": partial(run, model, torch.float32)}
+    calls: Calls = {"torch eager fp32": partial(run, model, torch.float32)}
     calls["torch compiled fp32"] = partial(run, torch.compile(model, mode="reduce-overhead"), torch.float32)
     half = timm.create_model(arch).eval().cuda().half()
     calls["torch eager fp16"] = partial(run, half, torch.float16)
@@ -186,7 +184,10 @@ def graphs(rows: Rows, engines: dict[str, Path], images: np.ndarray, options: An
             same = all(np.array_equal(on.run(images[:8]), off.run(images[:8])) for _ in range(4))
             rows.add("graphs", name, same_bits=same)
             for size in options.batches:
-                calls = {f"{name} on": partial(on.run, images[:size]), f"{name} off": partial(off.run, images[:size])}
+                calls: Calls = {
+                    f"{name} on": partial(on.run, images[:size]),
+                    f"{name} off": partial(off.run, images[:size]),
+                }
                 report_times(rows, "graphs", size, calls, options.seconds)
 
 
@@ -209,14 +210,14 @@ def zero_copy(rows: Rows, sessions: dict[str, runtime.Session], images: np.ndarr
         for kind, source in sources.items():
             left = session.run_on_device(source)[session.backend.outputs[0].name]
             same = np.array_equal(session.run(source), expected) and np.array_equal(left.numpy(), expected)
-            back = np.array_equal(torch.from_dlpack(left).cpu().numpy(), expected)
+            back = np.array_equal(torch.utils.dlpack.from_dlpack(left).cpu().numpy(), expected)
             rows.add("zero-copy", f"{name} {kind}", same_bits=same, torch_reads_output=back)
         with torch.cuda.stream(torch.cuda.Stream()):  # work that is still pending when the session is called
             torch.cuda._sleep(50_000_000)
             late = tensor * 1.0
             same = np.array_equal(session.run(late), expected)
             rows.add("zero-copy", f"{name} waits for torch's stream", same_bits=same)
-        calls = {f"{name} {kind}": partial(session.run_on_device, source) for kind, source in sources.items()}
+        calls: Calls = {f"{name} {kind}": partial(session.run_on_device, source) for kind, source in sources.items()}
         report_times(rows, "zero-copy", len(batch), calls, options.seconds)
 
 

@@ -1,7 +1,7 @@
 """Measure the images per second of each recipe on a GPU, eager and compiled, relative to vanilla.
 
-    python benchmarks/gpu/train_speed.py    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
-    python benchmarks/gpu/train_speed.py --batch 64 --steps 30
+    python -m benchmarks.gpu.train_speed    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
+    python -m benchmarks.gpu.train_speed --batch 64 --steps 30
 
 Each row shows clean images per second, the ratio to vanilla with the same network and mode, and the
 peak memory. "reference" is the step of benchmarks/train_step.py, with PGD-1 like
@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks.train_step import CLASSES, our_step, reference_step
 from train.recipes import RECIPES
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from train_step import CLASSES, our_step, reference_step
 
 NETS = {"efficientnet_b3": 300, "resnet50": 224}
 ROWS = ("vanilla", "advprop", "reference", "shared-bn", "fine-grained", "fast")

@@ -1,15 +1,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from advprop.cli import COMMANDS, main
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
-from train.data import embedded_digits
+from tests.support.digit_files import write_digits
 from train.loop import FitResult
 
 
@@ -20,8 +18,7 @@ def model(trained: FitResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    for number, pixels in enumerate(embedded_digits().val.images[:5]):
-        Image.fromarray(np.asarray(pixels)).save(tmp_path / f"{number}.png")
+    write_digits(tmp_path, 5)
     return tmp_path
 
 
@@ -32,7 +29,7 @@ def test_every_command_has_help_with_examples(command: str) -> None:
     assert "Examples:" in result.output
 
 
-def test_a_misspelled_command_names_the_nearest() -> None:
+def test_a_misspelled_command_suggests_the_nearest() -> None:
     result = CliRunner().invoke(main, ["predikt"])
     assert result.exit_code == 2
     assert "no such command: 'predikt'; did you mean predict?" in result.stderr
@@ -40,10 +37,10 @@ def test_a_misspelled_command_names_the_nearest() -> None:
 
 @pytest.mark.slow
 def test_predict_files_and_folders(model: Path, digits: Path) -> None:
-    result = CliRunner().invoke(main, ["predict", str(model), str(digits), str(digits / "0.png"), "--top", "3"])
+    result = CliRunner().invoke(main, ["predict", str(model), str(digits), str(digits / "00.png"), "--top", "3"])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [str(digits / f"{n}.png") for n in (0, 1, 2, 3, 4, 0)]
+    assert [line.split()[0] for line in lines] == [str(digits / f"{n:02}.png") for n in (0, 1, 2, 3, 4, 0)]
     assert lines[0] == lines[5]
     assert lines[0].count("%") == 3
 
@@ -57,16 +54,16 @@ def test_predict_as_json(model: Path, digits: Path) -> None:
 
 
 @pytest.mark.slow
-def test_predict_names_an_image_it_cannot_decode_and_does_the_others(model: Path, digits: Path) -> None:
-    (digits / "2.png").write_bytes(b"not an image")
+def test_predict_skips_and_names_an_image_that_cannot_be_decoded(model: Path, digits: Path) -> None:
+    (digits / "02.png").write_bytes(b"not an image")
     result = CliRunner().invoke(main, ["predict", str(model), str(digits)])
     assert result.exit_code == 2
     assert len(result.stdout.splitlines()) == 4
-    assert f"skipped: cannot decode {digits / '2.png'}" in result.stderr
+    assert f"skipped: cannot decode {digits / '02.png'}" in result.stderr
     assert "1 of 5 images could not be decoded" in result.stderr
 
 
-def test_predict_with_nothing_to_predict(model: Path, tmp_path: Path) -> None:
+def test_predict_without_images_is_an_error(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["predict", str(model), str(tmp_path)])
     assert result.exit_code == 2
     assert "found no image files" in result.stderr

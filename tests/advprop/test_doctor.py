@@ -36,7 +36,7 @@ def test_doctor_prints_a_table_or_json() -> None:
 
 
 def test_two_onnx_runtimes_are_reported_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The metadata of two distributions, as pip writes it."""
+    """Two distributions of ONNX Runtime are installed, according to their metadata."""
     for name in ("onnxruntime", "onnxruntime_gpu"):
         folder = tmp_path / f"{name}-9.9.9.dist-info"
         folder.mkdir()

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from calib.config import CalibrationConfig
@@ -13,6 +15,6 @@ from runtime.errors import ConfigError
         ({"budget": 101}, "budget must be 0 to 100 percentage points of top-1 accuracy; found 101"),
     ],
 )
-def test_invalid_settings_are_refused(settings: dict, expected: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         CalibrationConfig(**settings)

@@ -76,7 +76,7 @@ def test_invalid_mixes_are_refused(mix: tuple[str, ...], expected: str) -> None:
         check_mix(mix, None)
 
 
-def test_images_without_information(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_uniform_and_small_images_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.save(tmp_path / "same.npy", np.repeat(pixels(1), 5, axis=0))
     with pytest.raises(DataError, match="all 5 images are copies of the same image"):
         calibration_set(tmp_path / "same.npy", spec=SPEC)
@@ -90,7 +90,7 @@ def test_images_without_information(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "12 of 12 images are less than half as large as the network's input (16 x 16)" in caplog.text
 
 
-def test_folders_without_usable_images(tmp_path: Path) -> None:
+def test_folders_without_usable_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no such file or folder"):
         calibration_set(tmp_path / "none")
     (tmp_path / "a.jpg").write_text("no image")

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 import runtime
 from advprop.cli import main
@@ -19,16 +18,15 @@ from export.pipeline import export_checkpoint
 from runtime.errors import ConfigError
 from runtime.graph.model import run_batches, tensor_types
 from runtime.graph.rounding import with_roundings
+from tests.support.digit_files import write_digits
 from tests.support.networks import classifier, scale_initializer
-from train.data import embedded_digits
 from train.loop import FitResult
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
-    for number, pixels in enumerate(embedded_digits().val.images[:60]):
-        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    write_digits(folder, 60)
     return folder
 
 
@@ -76,6 +74,7 @@ def test_from_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, t
     result = export_checkpoint(
         trained.last, ExportConfig(out=tmp_path, precision="int8", calib_data=digits, engine=EngineConfig(sm=(89,)))
     )
+    assert result.engine_info is not None and result.reduced_parity is not None
     assert result.engine_info.precision == "int8"
     assert result.reduced_parity.agreement >= 0.95
     assert {path.name for path in tmp_path.iterdir()} == {

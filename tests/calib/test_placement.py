@@ -63,7 +63,7 @@ def test_layers_without_constant_weights_are_not_quantized() -> None:
     assert points[1].reason == "its weights are not constant"
 
 
-def test_models_that_cannot_be_quantized() -> None:
+def test_models_without_quantizable_layers_are_refused() -> None:
     quantized = quantize(classifier(), points_of(classifier()), {"input": 3.0})
     with pytest.raises(ModelFileError, match="already quantized: it has DequantizeLinear, QuantizeLinear"):
         points_of(quantized)

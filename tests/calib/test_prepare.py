@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -87,7 +88,7 @@ def test_batch_norms_are_folded_and_nodes_named(tmp_path: Path) -> None:
         ({"batch": "4"}, r"has float input \[4, 3, 8, 8\]"),
     ],
 )
-def test_other_input_shapes_are_refused(tmp_path: Path, changes: dict, expected: str) -> None:
+def test_other_input_shapes_are_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ModelFileError, match=expected):
         prepare_model(foreign(tmp_path / "m.onnx", **changes), PREPROCESSING)
 

@@ -19,12 +19,12 @@ def batches(images: np.ndarray) -> Callable[[int], Iterator[np.ndarray]]:
     return lambda count: iter([images[: count or None]])
 
 
-def test_few_images_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_few_images_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert calibrate(classifier(), batches(normal(6))).int8_share == 1.0
     assert "found only 6 calibration images; use at least 32 (recommended: 256)" in caplog.text
 
 
-def test_images_that_cannot_be_used() -> None:
+def test_images_of_zeros_or_nan_are_refused() -> None:
     with pytest.raises(DataError, match="every tensor is zero"):
         calibrate(classifier(), batches(np.zeros((6, 3, 8, 8), np.float32)))
     images = normal(6)

@@ -17,10 +17,12 @@ from runtime.graph.model import run_batches
 from tests.support.networks import graph
 
 
-def random_network(seed: int) -> tuple[onnx.ModelProto, list[dict[str, object]]]:
+def random_network(seed: int) -> tuple[onnx.ModelProto, list[dict[str, int]]]:
     """Return a network of a few random convolutions and a Gemm, and the settings of its convolutions."""
     random = np.random.default_rng(seed)
-    body, weights, layers, channels, name = [], {}, [], 3, "input"
+    body, channels, name = [], 3, "input"
+    weights: dict[str, np.ndarray] = {}
+    layers: list[dict[str, int]] = []
     for number in range(random.integers(2, 5)):
         groups = channels if number and random.random() < 0.4 else 1
         out = channels if groups > 1 else int(random.integers(2, 9))
@@ -47,7 +49,7 @@ def rounded(values: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
 
 
 def simulated(
-    layers: list[dict[str, object]], model: onnx.ModelProto, steps: dict[str, float], images: np.ndarray
+    layers: list[dict[str, int]], model: onnx.ModelProto, steps: dict[str, float], images: np.ndarray
 ) -> np.ndarray:
     """Return the logits of the network of `random_network` with INT8 inputs and weights."""
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -57,7 +59,7 @@ def simulated(
         number = layer["number"]
         integers, scales = quantize_weight(weights[f"w{number}"], 0)
         weight = integers.astype(np.float32) * scales.reshape(-1, 1, 1, 1)
-        x = rounded(x, np.float32(steps[tensors[f"c{number}"]]))
+        x = rounded(x, np.asarray(steps[tensors[f"c{number}"]], np.float32))
         x = F.conv2d(
             torch.from_numpy(x),
             torch.from_numpy(weight),
@@ -68,7 +70,9 @@ def simulated(
         ).numpy()
         x = np.maximum(x, 0) if layer["relu"] else x
     integers, scales = quantize_weight(weights["wf"], 0)
-    return rounded(x.mean((2, 3)), np.float32(steps["f"])) @ (integers.astype(np.float32) * scales[:, None]).T
+    return (
+        rounded(x.mean((2, 3)), np.asarray(steps["f"], np.float32)) @ (integers.astype(np.float32) * scales[:, None]).T
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -59,8 +59,8 @@ def test_sensitivity_is_the_kl_divergence_in_nats() -> None:
     impossible = [0, 0, -80, -80]
     body = "p = GlobalAveragePool(input) f = Flatten(p) logits = Gemm(f, w, b)"
     quantized = graph(body, w=np.eye(3, 4), b=np.asarray(impossible))
-    image = np.log(np.float32([0.25, 0.75, 1.0])).reshape(1, 3, 1, 1) * np.ones((1, 3, 8, 8), np.float32)
-    reference = np.float32([impossible])  # the probabilities are 0.5, 0.5, 0, 0
+    image = np.log(np.asarray([0.25, 0.75, 1.0], np.float32)).reshape(1, 3, 1, 1) * np.ones((1, 3, 8, 8), np.float32)
+    reference = np.asarray([impossible], np.float32)  # the probabilities are 0.5, 0.5, 0, 0
     (point,) = points_of(quantized)
     found = measure_sensitivity(lambda points: quantized, [point], [image], [reference])
     assert found == {"Gemm_2": pytest.approx(0.1438, abs=1e-4)}
@@ -69,6 +69,7 @@ def test_sensitivity_is_the_kl_divergence_in_nats() -> None:
 def test_only_the_layer_that_loses_accuracy_is_kept_in_floating_point() -> None:
     model = network(first=1e4)
     whole = calibrated(model, images(), budget=100)
+    assert whole.fallback is not None
     assert whole.int8_share == 1.0
     assert [trial.floating for trial in whole.fallback.trials] == [()]
     assert whole.fallback.sensitivity == {}
@@ -76,6 +77,7 @@ def test_only_the_layer_that_loses_accuracy_is_kept_in_floating_point() -> None:
     assert loss > 0.01
 
     kept = calibrated(model, images(), budget=50 * loss)
+    assert kept.fallback is not None
     assert kept.fallback.met
     assert kept.fallback.chosen.floating == ("Conv_2",)
     assert max(kept.fallback.sensitivity, key=kept.fallback.sensitivity.__getitem__) == "Conv_2"
@@ -87,9 +89,10 @@ def test_only_the_layer_that_loses_accuracy_is_kept_in_floating_point() -> None:
     assert len(quantized) == 2
 
 
-def test_if_the_budget_cannot_be_met_the_choice_with_the_smallest_loss_of_all_is_made() -> None:
+def test_an_unreachable_budget_results_in_the_smallest_loss_of_all_choices() -> None:
     model, pixels = network(1e4, 1e4, 1e4), images(scales(1e4, 3))
     found = calibrated(model, pixels, budget=0)
+    assert found.fallback is not None
     assert not found.fallback.met
     assert found.int8_share > 0  # one layer stays in INT8, whatever it costs
     reference = run_batches(model, [pixels])

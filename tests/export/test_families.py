@@ -35,11 +35,11 @@ FAMILIES = {
 
 
 OVERFLOWS = ("inception_v3",)
-"""Whose random weights make activations that do not fit into FP16."""
+"""Their random weights cause activations beyond the range of FP16."""
 
 
 def used(arch: str) -> nn.Module:
-    """A model whose BatchNorms have moved, as in training, and are not the identity."""
+    """Return a model whose BatchNorms have statistics and weights like after training."""
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=10).train()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def used(arch: str) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_a_family_all_the_way_to_an_engine(arch: str, tmp_path: Path) -> None:
+def test_a_family_is_exported_to_an_engine(arch: str, tmp_path: Path) -> None:
     model, size = used(arch), FAMILIES[arch]
     spec = ModelSpec(
         arch=arch,

@@ -9,7 +9,7 @@ from export.fold import BatchNormToAffine, FoldBatchNorm
 
 CHANNELS = 6
 
-GRAPHS = {
+GRAPHS: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
     "conv": ("[n, 4, 8, 8]", "y = Conv<pads=[1, 1, 1, 1]>(x, w, b)", {"w": (6, 4, 3, 3), "b": (6,)}),
     "conv without bias": ("[n, 4, 8, 8]", "y = Conv(x, w)", {"w": (6, 4, 3, 3)}),
     "depthwise": ("[n, 6, 8, 8]", "y = Conv<group=6>(x, w)", {"w": (6, 1, 3, 3)}),
@@ -48,6 +48,12 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
     return session.run(None, {"x": x})[0]
 
 
+def array(value: ir.Value | None) -> np.ndarray:
+    """Return a constant."""
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
 def ops(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
@@ -68,11 +74,11 @@ def test_folding_does_not_change_the_output_of_any_linear_operator(name: str) ->
 def test_folded_weights_are_computed_in_float64_and_rounded_once() -> None:
     shape, linear, shapes = GRAPHS["conv"]
     model = graph(shape, f"{linear} z = BatchNormalization(y, scale, shift, mean, var)", shapes)
-    before = {name: value.const_value.numpy().astype(np.float64) for name, value in model.graph.initializers.items()}
+    before = {name: array(value).astype(np.float64) for name, value in model.graph.initializers.items()}
     FoldBatchNorm()(model)
     factor = before["scale"] / np.sqrt(before["var"] + 1e-5)
     conv = next(iter(model.graph))
-    weight, bias = (value.const_value.numpy() for value in conv.inputs[1:])
+    weight, bias = (array(value) for value in conv.inputs[1:])
     assert np.array_equal(weight, (before["w"] * factor.reshape(-1, 1, 1, 1)).astype(np.float32))
     shift = before["shift"] - factor * before["mean"]
     assert np.array_equal(bias, (factor * before["b"] + shift).astype(np.float32))

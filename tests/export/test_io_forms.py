@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ PREPROCESSING = Preprocessing(
 )
 
 
-def spec(**forms: str) -> ModelSpec:
+def spec(**forms: Any) -> ModelSpec:
     return ModelSpec(arch="x", classes=("a", "b", "c", "d"), preprocessing=PREPROCESSING, **forms)
 
 

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from PIL import Image
 
 import runtime
 from advprop.commands.inspect import main as inspect
@@ -18,8 +17,9 @@ from export.pipeline import ExportResult, export_checkpoint
 from export.source import load_source
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import CheckpointError, ConfigError, DataError, ModelFileError
+from runtime.preprocessing import Preprocessor
 from runtime.system.gpu import find_gpu
-from train.data import embedded_digits
+from tests.support.digit_files import write_digits
 from train.dual_bn import strip_auxiliary
 from train.loop import FitResult
 
@@ -42,26 +42,29 @@ def test_files_names_and_parity(exported: ExportResult) -> None:
     assert (decisions["parity"]["images"], decisions["amax"]["logits"] > 0) == (64, True)
     assert exported.onnx_parity.images == 64
     assert exported.onnx_parity.max_abs <= 1e-4
+    assert exported.reduced_parity is not None and exported.reduced_onnx is not None
     assert exported.reduced_parity.agreement >= 0.98
     assert exported.reduced_onnx.stat().st_size < 0.6 * exported.onnx.stat().st_size
 
 
 @pytest.mark.slow
-def test_sidecar_says_what_the_engine_is(exported: ExportResult, trained: FitResult) -> None:
+def test_the_sidecar_describes_the_engine(exported: ExportResult, trained: FitResult) -> None:
     content = json.loads((exported.onnx.parent / "model.fp16.engine.json").read_text())
     assert content["format"] == "advprop.engine/1"
+    assert exported.engine is not None and exported.reduced_onnx is not None
     info = read_sidecar(exported.engine)
     assert info == exported.engine_info
     assert (info.precision, info.flavor, info.compute_capabilities) == ("fp16", "tensorrt_rtx", ("sm_86", "sm_89"))
     assert info.precision_shares["fp16"] == 1.0
     assert info.profiles[0]["input"]["max"] == [32, 3, 32, 32]
     assert info.onnx_sha256 == runtime.system.files.sha256_file(exported.reduced_onnx)
+    assert info.spec is not None
     assert info.spec.classes == tuple("0123456789")
     assert info.spec.checkpoint_sha256 == runtime.system.files.sha256_file(trained.last)
 
 
 @pytest.mark.slow
-def test_inspect_tells_how_a_file_was_verified_and_what_runs_it(exported: ExportResult) -> None:
+def test_inspect_shows_how_a_file_was_verified_and_which_backends_run_it(exported: ExportResult) -> None:
     for name, words in (
         ("model.onnx", ("against the checkpoint on 64 images", "MMACs", "100.0% fp32")),
         ("model.fp16.onnx", ("against model.onnx on 64 images", "% fp16,", "ONNX Runtime on the CPU: yes")),
@@ -76,11 +79,12 @@ def test_inspect_tells_how_a_file_was_verified_and_what_runs_it(exported: Export
 
 
 @pytest.mark.slow
-def test_a_range_of_image_sizes_leaves_the_size_open(trained: FitResult, tmp_path: Path) -> None:
+def test_a_range_of_image_sizes_makes_the_input_size_dynamic(trained: FitResult, tmp_path: Path) -> None:
     sizes = runtime.ImageSizes.parse("24:32:48x64")
     result = export_checkpoint(
         trained.last, ExportConfig(out=tmp_path, sizes=sizes, precision="bf16", engine=EngineConfig(sm=(86,)))
     )
+    assert result.engine_info is not None and result.reduced_onnx is not None
     assert result.engine_info.profiles[0]["input"] == {
         "min": [1, 3, 24, 24],
         "opt": [8, 3, 32, 32],
@@ -96,11 +100,11 @@ def test_a_range_of_image_sizes_leaves_the_size_open(trained: FitResult, tmp_pat
     with pytest.raises(ModelFileError, match=r"has a dynamic size.*--img-size MIN:OPT:MAX"):
         runtime.build(result.onnx)
     with pytest.raises(ConfigError, match="fixed size"):
-        runtime.build(_at_48(trained, tmp_path / "fixed"), options=runtime.BuildOptions(image_sizes=sizes))
+        runtime.build(export_at_48(trained, tmp_path / "fixed"), options=runtime.BuildOptions(image_sizes=sizes))
 
 
-def _at_48(trained: FitResult, out: Path) -> Path:
-    """The network at another size than it was trained at."""
+def export_at_48(trained: FitResult, out: Path) -> Path:
+    """Export the network at another size than it was trained at, and check its outputs."""
     result = export_checkpoint(
         trained.last, ExportConfig(out=out, sizes=runtime.ImageSizes.parse("48"), output_form="topk")
     )
@@ -118,16 +122,11 @@ def _at_48(trained: FitResult, out: Path) -> Path:
 def test_predictions_from_files_are_those_of_the_checkpoint(
     exported: ExportResult, trained: FitResult, tmp_path: Path
 ) -> None:
-    data = embedded_digits()
-    paths = []
-    for number, pixels in enumerate(data.val.images[:40]):
-        paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(pixels).save(paths[-1])
+    paths = write_digits(tmp_path, 40)
     source = load_source(trained.last)
-    from runtime.preprocessing import Preprocessor
-
     with torch.no_grad():
         expected = source.model(torch.from_numpy(Preprocessor(source.spec.preprocessing)(paths))).argmax(1).tolist()
+    assert exported.reduced_onnx is not None
     for path in (exported.onnx, exported.reduced_onnx):
         with runtime.load(path) as session:
             assert [answer.index for answer in session.predict(paths)] == expected
@@ -170,7 +169,7 @@ def test_a_plain_state_dict_is_exported_with_arch_and_images(state_dict: Path, i
         ("efficientnet_b0", "does not fit efficientnet_b0: it has no classifier.weight"),
     ],
 )
-def test_a_state_dict_that_does_not_fit(state_dict: Path, arch: str | None, expected: str) -> None:
+def test_a_state_dict_of_another_architecture_is_refused(state_dict: Path, arch: str | None, expected: str) -> None:
     with pytest.raises(CheckpointError, match=expected):
         load_source(state_dict, arch)
 
@@ -183,14 +182,14 @@ def test_a_checkpoint_cannot_make_timm_download_or_read_files(trained: FitResult
         load_source(tmp_path / "evil.pt")
 
 
-def test_our_checkpoint_with_another_arch(trained: FitResult) -> None:
+def test_another_architecture_than_that_of_the_checkpoint_is_refused(trained: FitResult) -> None:
     with pytest.raises(CheckpointError, match="holds resnet10t, but --arch resnet18 was given"):
         load_source(trained.last, "resnet18")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_gpu() is not None, reason="with a GPU, full TensorRT may be able to build")
-def test_without_a_builder_the_onnx_files_stay_and_the_exit_code_is_3(trained: FitResult, tmp_path: Path) -> None:
+def test_without_a_builder_the_onnx_files_are_kept_and_the_exit_code_is_3(trained: FitResult, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, [str(trained.last), "--trt", "fp16", "--builder", "tensorrt", "--out", str(tmp_path)]
     )
@@ -206,7 +205,7 @@ def test_without_a_builder_the_onnx_files_stay_and_the_exit_code_is_3(trained: F
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitResult, tmp_path: Path) -> None:
+def test_a_failed_verification_exits_with_4_and_keeps_the_file(trained: FitResult, tmp_path: Path) -> None:
     checkpoint = torch.load(trained.last, weights_only=True)
     for state in ("state_dict", "ema_state_dict"):
         checkpoint[state]["fc.bias"][0] = float("nan")
@@ -244,7 +243,7 @@ def test_a_model_that_does_not_verify_exits_4_and_keeps_its_file(trained: FitRes
         (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],
 )
-def test_bad_input_has_a_message_and_exit_code_2(trained: FitResult, arguments: list[str], expected: str) -> None:
+def test_invalid_input_exits_with_2_and_a_message(trained: FitResult, arguments: list[str], expected: str) -> None:
     arguments = [str(trained.last) if word == "CHECKPOINT" else word for word in arguments]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2, result.output

@@ -25,14 +25,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state dict of tf_efficientnet_b0, as timm publishes them."""
+    """Write a state dict of tf_efficientnet_b0 like those that timm publishes."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
     torch.save(timm.create_model("tf_efficientnet_b0").state_dict(), path)
     return path
 
 
-def test_published_weights_come_with_their_own_mean(published: Path) -> None:
+def test_published_weights_use_the_mean_they_were_trained_with(published: Path) -> None:
     source = load_source("timm:tf_efficientnet_b0.ap_in1k", weights=published)
     assert source.spec.preprocessing.mean == source.spec.preprocessing.std == (0.5, 0.5, 0.5)
     assert source.spec.preprocessing.interpolation == "bicubic"
@@ -55,10 +55,11 @@ def test_timms_split_batch_norms_are_stripped(tmp_path: Path) -> None:
     source = load_source(tmp_path / "s.pth", "resnet10t")
     assert torch.equal(logits(source.model), logits(model.eval()))
     split = load_source(tmp_path / "s.pth", "resnet10t", route="aux_bn.0")
-    assert torch.equal(split.model.bn1.running_var, model.bn1.aux_bn[0].running_var)
+    found, expected = (net.get_buffer("running_var") for net in (split.model.get_submodule("bn1"), model.bn1.aux_bn[0]))
+    assert torch.equal(found, expected)
 
 
-def test_an_auxiliary_route_is_exported_on_purpose(trained: FitResult) -> None:
+def test_an_auxiliary_route_is_exported_on_request(trained: FitResult) -> None:
     content = load_checkpoint(trained.last)
     model = add_auxiliary_bns(timm.create_model("resnet10t", num_classes=10), ["adv"])
     model.load_state_dict(content["state_dict"])
@@ -71,15 +72,15 @@ def test_an_auxiliary_route_is_exported_on_purpose(trained: FitResult) -> None:
         load_source(trained.last, route="nonsense")
 
 
-def test_the_moving_average_can_be_left_aside(trained: FitResult) -> None:
+def test_the_moving_average_is_optional(trained: FitResult) -> None:
     content = load_checkpoint(trained.last)
-    model = load_source(trained.last, ema=False).model
-    assert torch.equal(model.conv1[0].weight, content["state_dict"]["conv1.0.weight"])
-    assert not torch.equal(model.conv1[0].weight, load_source(trained.last).model.conv1[0].weight)
+    plain, average = (load_source(trained.last, ema=ema).model.get_parameter("conv1.0.weight") for ema in (False, True))
+    assert torch.equal(plain, content["state_dict"]["conv1.0.weight"])
+    assert not torch.equal(plain, average)
 
 
 @pytest.mark.slow
-def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp_path: Path) -> None:
+def test_auxiliary_statistics_do_not_change_an_export(trained: FitResult, tmp_path: Path) -> None:
     content = load_checkpoint(trained.last)
     for name in ("state_dict", "ema_state_dict"):
         content[name] = {
@@ -93,7 +94,7 @@ def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp
     ]
     for kind in ("onnx", "reduced_onnx"):
         clean, garbage = (getattr(result, kind).read_bytes() for result in files)
-        # The hash of the checkpoint is in the file, and is another one.
+        # The file contains the hash of its checkpoint, which differs.
         hashes = [load_source(path).spec.checkpoint_sha256.encode() for path in (trained.last, tmp_path / "garbage.pt")]
         assert clean.replace(*hashes) == garbage
 
@@ -110,14 +111,14 @@ def test_garbage_in_auxiliary_statistics_changes_nothing(trained: FitResult, tmp
         (["timm:tf_efficientnet_b0", "--weights", "{published}"], "add --data DIR"),
     ],
 )
-def test_what_does_not_go_together(published: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
+def test_conflicting_options_are_refused(published: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
     filled = [argument.format(published=published) for argument in arguments]
     result = CliRunner().invoke(main, [*filled, "--out", str(tmp_path)])
     assert result.exit_code == 2, result.output
     assert expected in " ".join(result.output.split())
 
 
-def test_a_file_without_weights(tmp_path: Path) -> None:
+def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"expected a state dict of weights in .*: it is a dict with a"):
         load_source(tmp_path / "a.pth", "resnet18")

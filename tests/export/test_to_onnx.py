@@ -30,8 +30,8 @@ def randomized(arch: str) -> nn.Module:
     model = timm.create_model(arch, num_classes=3).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 1.5)
+            module.get_buffer("running_mean").normal_(0, 0.2)
+            module.get_buffer("running_var").uniform_(0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
     return model

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -33,7 +34,9 @@ def test_a_message_ends_with_its_fix(kind: type[AdvPropError]) -> None:
         Interrupted("stopped", 143),
     ],
 )
-def test_copies_and_pickles_keep_all_fields(error: AdvPropError, duplicate) -> None:
+def test_copies_and_pickles_keep_all_fields(
+    error: AdvPropError, duplicate: Callable[[AdvPropError], AdvPropError]
+) -> None:
     other = duplicate(error)
     assert type(other) is type(error)
     assert (str(other), vars(other), other.exit_code) == (str(error), vars(error), error.exit_code)

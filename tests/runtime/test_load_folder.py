@@ -59,8 +59,8 @@ def test_an_engine_that_cannot_run_is_skipped(folder: Path, caplog: pytest.LogCa
     with runtime.load(folder, device="cpu") as session:
         assert "runs on a GPU only" in session.explain()
     assert not warnings_in(caplog)  # the files are valid
-    with (folder / "model.int8.engine").open("r+b") as file:
-        file.write(b"\0\0\0\0")
+    with (folder / "model.int8.engine").open("r+b") as plan:
+        plan.write(b"\0\0\0\0")
     with runtime.load(folder) as session:
         assert "skipped model.int8.engine: " in session.explain()
     (warning,) = warnings_in(caplog)

@@ -2,14 +2,16 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data import create_transform
 
 from runtime.errors import DataError
-from runtime.preprocessing import Preprocessor, decode, fit_to_input
+from runtime.preprocessing import ImageLike, Preprocessor, decode, fit_to_input
 from runtime.spec import INTERPOLATIONS, Preprocessing
 
 SPEC = Preprocessing(
@@ -32,7 +34,7 @@ SPECS = [
 ]
 
 
-def timm_transform(spec: Preprocessing) -> Callable[[Image.Image], object]:
+def timm_transform(spec: Preprocessing) -> Callable[[Image.Image], torch.Tensor]:
     return create_transform(
         (3, spec.height, spec.width),
         is_training=False,
@@ -50,7 +52,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("size", [(200, 150), (150, 201), (96, 96), (40, 60), (333, 110), (110, 110)])
-def test_bit_equal_to_timms_evaluation_transform(spec: Preprocessing, size: tuple[int, int]) -> None:
+def test_pixels_are_bit_equal_to_timms_evaluation_transform(spec: Preprocessing, size: tuple[int, int]) -> None:
     image = noise(*size)
     expected = timm_transform(spec)(image).numpy()
     found = Preprocessor(spec)([image])[0]
@@ -59,7 +61,7 @@ def test_bit_equal_to_timms_evaluation_transform(spec: Preprocessing, size: tupl
     assert np.array_equal(found, expected)
 
 
-def test_bit_equal_on_200_photographs_with_every_interpolation(shared_data: Callable[[str], Path]) -> None:
+def test_200_photographs_are_bit_equal_with_every_interpolation(shared_data: Callable[[str], Path]) -> None:
     paths = sorted(shared_data("imagenet_dev.tar").rglob("*.JPEG"))[:400:2]
     assert len(paths) == 200
     specs = [replace(SPEC, interpolation=name) for name in INTERPOLATIONS]
@@ -72,11 +74,11 @@ def test_bit_equal_on_200_photographs_with_every_interpolation(shared_data: Call
             assert np.array_equal(Preprocessor(spec)([photograph])[0], transform(photograph).numpy()), (path, spec)
 
 
-def test_all_kinds_of_image_give_the_same_pixels(tmp_path: Path) -> None:
+def test_all_kinds_of_images_have_the_same_pixels(tmp_path: Path) -> None:
     image = noise(50, 40)
     path = tmp_path / "a.png"
     image.save(path)
-    kinds = [image, path, str(path), path.read_bytes(), np.asarray(image)]
+    kinds: list[ImageLike] = [image, path, str(path), path.read_bytes(), np.asarray(image)]
     batch = Preprocessor(SPEC)(kinds)
     assert all(np.array_equal(batch[0], other) for other in batch[1:])
 
@@ -89,7 +91,7 @@ def test_gray_palette_alpha_and_16_bit_images_become_rgb(tmp_path: Path) -> None
         assert decode(image).mode == "RGB"
 
 
-def test_arrays_that_are_not_contiguous(tmp_path: Path) -> None:
+def test_arrays_need_not_be_contiguous(tmp_path: Path) -> None:
     pixels = np.asarray(noise(30, 20))
     assert np.array_equal(np.asarray(decode(pixels[:, ::-1])), pixels[:, ::-1])
 
@@ -104,12 +106,12 @@ def test_arrays_that_are_not_contiguous(tmp_path: Path) -> None:
         np.zeros((0, 4, 3), np.uint8),
     ],
 )
-def test_arrays_that_are_not_images(array: np.ndarray) -> None:
+def test_arrays_of_other_shapes_and_types_are_refused(array: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"must be uint8 of shape \(height, width, 3\).*found"):
         decode(array)
 
 
-def test_files_that_are_not_images(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_refused(tmp_path: Path) -> None:
     whole = io.BytesIO()
     noise(64, 64).save(whole, "JPEG")
     (tmp_path / "half.jpg").write_bytes(whole.getvalue()[:500])
@@ -124,7 +126,7 @@ def test_files_that_are_not_images(tmp_path: Path) -> None:
         decode(b"hello")
 
 
-def test_result_is_contiguous_and_owned() -> None:
+def test_the_result_is_contiguous_and_owns_its_memory() -> None:
     found = fit_to_input(noise(200, 150), SPEC)
     assert found.flags.c_contiguous
     found[:] = 0
@@ -137,6 +139,7 @@ def test_a_strip_that_would_fill_the_memory_is_refused(size: tuple[int, int]) ->
             Preprocessor(spec)([Image.new("RGB", size)])
 
 
-def test_what_is_no_image_at_all() -> None:
+def test_none_is_not_an_image() -> None:
+    nothing: Any = None
     with pytest.raises(DataError, match="found NoneType"):
-        decode(None)
+        decode(nothing)

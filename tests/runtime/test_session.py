@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,8 +76,9 @@ def test_run_rejects_invalid_batches(model: Path, batch: object) -> None:
 
 
 def test_predict_rejects_anything_but_a_list(model: Path) -> None:
+    images: list[Any] = ["a.jpg", Path("a.jpg"), color(0, 0, 0), b"bytes", Image.new("RGB", (4, 4)), None]
     with runtime.load(model) as session:
-        for single in ("a.jpg", Path("a.jpg"), color(0, 0, 0), b"bytes", Image.new("RGB", (4, 4)), None):
+        for single in images:
             with pytest.raises(InputError, match=r"put a single image in a list: \[image\]"):
                 session.predict(single)
         with pytest.raises(ConfigError, match="batch_size must be at least 1"):
@@ -171,7 +173,7 @@ def test_cuda_without_a_gpu_reports_what_is_missing(model: Path) -> None:
 
 def test_softmax_of_large_logits() -> None:
     found = softmax(np.array([[1e4, 0.0], [-1e4, -1e4]], np.float32))
-    np.testing.assert_allclose(found, [[1, 0], [0.5, 0.5]])
+    np.testing.assert_allclose(found, [[1.0, 0.0], [0.5, 0.5]])
     assert found.dtype == np.float32
 
 

@@ -1,11 +1,12 @@
 import json
+from typing import Any
 
 import pytest
 
 from runtime.errors import ConfigError, SpecError
 from runtime.spec import ImageSizes, ModelSpec, Preprocessing
 
-PREPROCESSING = {
+PREPROCESSING: dict[str, Any] = {
     "height": 224,
     "width": 160,
     "mean": (0.5, 0.4, 0.3),
@@ -15,10 +16,9 @@ PREPROCESSING = {
 }
 
 
-def spec(**changes: object) -> ModelSpec:
-    return ModelSpec(
-        **{"arch": "resnet18", "classes": ("Katze", "犬"), "preprocessing": Preprocessing(**PREPROCESSING), **changes}
-    )
+def spec(**changes: Any) -> ModelSpec:
+    fields: dict[str, Any] = {"arch": "resnet18", "classes": ("Katze", "犬")}
+    return ModelSpec(**{**fields, "preprocessing": Preprocessing(**PREPROCESSING), **changes})
 
 
 def test_json_round_trip_is_exact_and_stable() -> None:
@@ -40,7 +40,7 @@ def test_json_round_trip_is_exact_and_stable() -> None:
         ("crop_mode", "middle", "center"),
     ],
 )
-def test_invalid_preprocessing_is_rejected(field: str, value: object, expected: str) -> None:
+def test_invalid_preprocessing_is_rejected(field: str, value: Any, expected: str) -> None:
     with pytest.raises(SpecError, match=expected):
         Preprocessing(**{**PREPROCESSING, field: value})
 

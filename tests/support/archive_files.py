@@ -3,9 +3,10 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 
-def pack(archive: Path, files: dict[str, bytes], mode: str = "w") -> None:
+def pack(archive: Path, files: dict[str, bytes], mode: Literal["w", "w:gz"] = "w") -> None:
     """Write files (name → content) into a tar file."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, mode) as tar:

@@ -22,9 +22,10 @@ from tests.support.report_sets import digit_images
 
 def held_digits(model: Model, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return digits that the network was not fitted to and classifies correctly."""
-    images, labels = (array[1500:] for array in digit_images())
-    right = evaluate_images(model, images, labels.astype(np.int64))[0]
-    return images[right][:count], labels[right][:count].astype(np.int64)
+    images, labels = digit_images()
+    images, labels = images[1500:], labels[1500:].astype(np.int64)
+    right = evaluate_images(model, images, labels)[0]
+    return images[right][:count], labels[right][:count]
 
 
 def torch_digit_net(file: Path) -> nn.Module:

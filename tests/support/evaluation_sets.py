@@ -6,13 +6,16 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.evaluate.cells import SuiteConfig
+from runtime.evaluate.corruptions.weather import frost_texture
 from runtime.evaluate.models import Model, model_of
 from runtime.evaluate.results import Result, write_result
 from runtime.evaluate.run import RunConfig
@@ -81,12 +84,21 @@ def toy_onnx(path: Path, scale: float = 8.0, spec: ModelSpec | None = None) -> P
     return path
 
 
-def config(name: str, data: Path, **options: object) -> SuiteConfig:
-    return SuiteConfig(name=name, data=data, **options)  # type: ignore[arg-type]
+def config(name: str, data: Path, **options: Any) -> SuiteConfig:
+    return SuiteConfig(name=name, data=data, **options)
 
 
-def run_config(out: Path, **options: object) -> RunConfig:
-    return RunConfig(out=out, **{"workers": 0, "batch_size": 4, **options})  # type: ignore[arg-type]
+def run_config(out: Path, **options: Any) -> RunConfig:
+    return RunConfig(out=out, **{"workers": 0, "batch_size": 4, **options})
+
+
+def hide_frost_textures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Python find an installation of imagecorruptions-imaug without its files first."""
+    info = folder / "imagecorruptions_imaug-1.1.5.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: imagecorruptions-imaug\nVersion: 1.1.5\n")
+    monkeypatch.syspath_prepend(str(folder))
+    frost_texture.cache_clear()
 
 
 def written(result: Result, path: Path) -> bytes:

@@ -90,7 +90,7 @@ INFO = EngineInfo(
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes of which some are changed, removed, repeated or inserted."""
+    """Draw a copy of the content with bytes changed, removed, repeated or inserted."""
     result = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(len(result) - 1, 0)))
@@ -113,7 +113,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def nonsense(draw: st.DrawFn) -> bytes:
-    """A file that protobuf can read, but whose graph is nonsense."""
+    """Draw a file that protobuf can read but whose graph is nonsense."""
     model = onnx.ModelProto()
     model.CopyFrom(MODEL)
     graph = model.graph
@@ -165,7 +165,7 @@ def nonsense(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def sidecars(draw: st.DrawFn) -> bytes:
-    """A sidecar with nonsense in its fields, or with damaged bytes."""
+    """Draw a sidecar with nonsense in its fields, or with damaged bytes."""
     with tempfile.TemporaryDirectory() as folder:
         write_sidecar(Path(folder) / "a.engine", INFO)
         text = sidecar_path(Path(folder) / "a.engine").read_bytes()

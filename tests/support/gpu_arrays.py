@@ -44,6 +44,6 @@ class Exporter:
 class UnversionedExporter(Exporter):
     """Follows the DLPack protocol from before it had versions."""
 
-    def __dlpack__(self, *, stream: int) -> Any:
+    def __dlpack__(self, *, stream: int) -> Any:  # type: ignore[override]  # that is the difference
         self.streams.append(stream)
         return make_capsule(self.tensor, self, versioned=False)

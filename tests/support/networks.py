@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+from numpy.typing import ArrayLike
 from onnx import numpy_helper
 
 
-def graph(body: str, height: int = 8, width: int = 8, **weights: np.ndarray) -> onnx.ModelProto:
+def graph(body: str, height: int = 8, width: int = 8, /, **weights: ArrayLike) -> onnx.ModelProto:
     """Build a graph from float32 `input` (batch, 3, height, width) to `logits` (batch, 4), with nodes named OP_NUMBER.
 
     `weights` are the initializers.

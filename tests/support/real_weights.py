@@ -22,7 +22,7 @@ SOURCE = f"timm:{ARCH}.in1k"
 
 
 def save_lite0(path: Path) -> Path:
-    """Writes the weights as a state dict of timm's `tf_efficientnet_lite0`, and returns `path`.
+    """Write the weights as a state dict of timm's `tf_efficientnet_lite0`, and return `path`.
 
     The package's tensors have other names, but the same order and shapes.
     """
@@ -38,7 +38,7 @@ def save_lite0(path: Path) -> Path:
 
 
 def save_lite0_checkpoint(path: Path, data: Path, images: int = 64) -> None:
-    """Writes the weights as a checkpoint of ours, with a sample of the photographs in `data`, WNID/IMAGE."""
+    """Write the weights as a checkpoint of ours, with a sample of the photographs in `data`, WNID/IMAGE."""
     model = timm.create_model(ARCH)
     model.load_state_dict(torch.load(save_lite0(path.with_suffix(".weights")), weights_only=True))
     path.with_suffix(".weights").unlink()
@@ -49,13 +49,18 @@ def save_lite0_checkpoint(path: Path, data: Path, images: int = 64) -> None:
         "images": torch.from_numpy(Preprocessor(spec.preprocessing).fit(paths[::step][:images])),
         "labels": torch.tensor(labels[::step][:images]),
     }
-    content = {"arch": ARCH, "model_kwargs": {"num_classes": 1000}, "recipe": "vanilla", "spec": spec.to_json()}
+    content: dict[str, object] = {
+        "arch": ARCH,
+        "model_kwargs": {"num_classes": 1000},
+        "recipe": "vanilla",
+        "spec": spec.to_json(),
+    }
     content |= {"state_dict": model.state_dict(), "epoch": 1, "step": 1, "sample": sample}
     save_checkpoint(path, content)
 
 
 def labeled_images(folder: Path) -> tuple[list[Path], list[int]]:
-    """Returns the images of `folder/WNID/*` in order, and their ImageNet-1k classes."""
+    """Return the images of `folder/WNID/*` in order, and their ImageNet-1k classes."""
     from timm.data import ImageNetInfo
 
     order = {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Machine:
 
     def __init__(
         self,
-        profiles: list[tuple[tuple[int, ...], ...]] = ONE,
+        profiles: Sequence[tuple[tuple[int, ...], ...]] = ONE,
         *,
         flavor: str = "tensorrt",
         plan: bytes = b"plan",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +49,7 @@ class StandInTensorRT:
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
-    def __init__(self, driver: StandInDriver, profiles: list[tuple[tuple[int, ...], ...]], **changes: Any) -> None:
+    def __init__(self, driver: StandInDriver, profiles: Sequence[tuple[tuple[int, ...], ...]], **changes: Any) -> None:
         self.driver = driver
         self.profiles = profiles
         self.changes = changes
@@ -170,4 +171,5 @@ class StandInContext:
     def _array(self, address: int, shape: tuple[int, ...]) -> np.ndarray:
         nbytes = 4 * int(np.prod(shape))
         self.trt.driver.find(address, nbytes)
-        return np.ndarray(shape, np.float32, (ctypes.c_ubyte * nbytes).from_address(address))
+        memory = memoryview((ctypes.c_ubyte * nbytes).from_address(address))
+        return np.frombuffer(memory, np.float32).reshape(shape)

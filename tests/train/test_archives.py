@@ -1,15 +1,15 @@
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from runtime.errors import DataError
+from runtime.preprocessing import decode
 from runtime.spec import Preprocessing
 from tests.support.archive_files import files_of, pack
 from train.archives import image_archives
 from train.config import DataConfig
+from train.data import ImageSet
 from train.data import image_folder as read_folder
 from train.datasets import open_data
 from train.loaders import train_loader
@@ -38,13 +38,14 @@ def test_a_tar_file_is_read_like_its_folder(image_folder: Path, packed: Path, wo
     folder, archive = read_folder(image_folder), image_archives(packed)
     assert archive.classes == folder.classes == ("bright", "dark")
     assert archive.short_side == 36
+    assert isinstance(archive.train, ImageSet)
     assert archive.train.name(0) == f"{packed / 'train.tar'}:bright/0.png"
     for (images, labels), (expected, truth) in zip(batches(packed, workers), batches(image_folder, 0), strict=True):
         assert torch.equal(images, expected)
         assert torch.equal(labels, truth)
 
 
-def test_one_tar_file_per_class(image_folder: Path, tmp_path: Path) -> None:
+def test_one_tar_file_per_class_is_read(image_folder: Path, tmp_path: Path) -> None:
     for part in ("train", "validation"):
         for name in ("bright", "dark"):
             files = files_of(image_folder / ("val" if part == "validation" else part) / name)
@@ -54,7 +55,7 @@ def test_one_tar_file_per_class(image_folder: Path, tmp_path: Path) -> None:
     assert (len(data.train), len(data.val)) == (48, 16)
 
 
-def test_webdataset_shards(image_folder: Path, tmp_path: Path) -> None:
+def test_webdataset_shards_are_read(image_folder: Path, tmp_path: Path) -> None:
     for part in ("train", "val"):
         names = {"bright": b"0", "dark": b"1\n"}
         for shard, (name, label) in enumerate(names.items()):
@@ -66,9 +67,9 @@ def test_webdataset_shards(image_folder: Path, tmp_path: Path) -> None:
             pack(tmp_path / "shards" / f"digits-{part}-{shard:04}.tar", files)
     data = open_data(DataConfig(root=tmp_path / "shards"))
     assert data.classes == ("class 0", "class 1")
+    assert isinstance(data.train, ImageSet) and isinstance(data.val, ImageSet)
     assert (len(data.train), sum(data.train.labels)) == (48, 24)
-    with Image.open(io.BytesIO(data.val.images[15])) as image:
-        assert image.size == (36, 40)
+    assert decode(data.val.images[15]).size == (36, 40)
 
 
 def test_an_unpacked_folder_takes_precedence_over_its_tar_file(image_folder: Path) -> None:
@@ -76,7 +77,7 @@ def test_an_unpacked_folder_takes_precedence_over_its_tar_file(image_folder: Pat
     assert open_data(DataConfig(root=image_folder)).classes == ("bright", "dark")
 
 
-def test_unusable_tar_files(tmp_path: Path, image_folder: Path) -> None:
+def test_unusable_tar_files_are_refused(tmp_path: Path, image_folder: Path) -> None:
     files = files_of(image_folder / "train")
     pack(tmp_path / "one" / "train.tar", files)
     with pytest.raises(DataError, match=r"no tar files of val; expected val\.tar"):
@@ -95,6 +96,7 @@ def test_unusable_tar_files(tmp_path: Path, image_folder: Path) -> None:
 
 def test_a_truncated_tar_file_is_reported(packed: Path) -> None:
     data = image_archives(packed)
+    assert isinstance(data.train, ImageSet)
     archive = packed / "train.tar"
     archive.write_bytes(archive.read_bytes()[:9000])
     with pytest.raises(DataError, match=r"train\.tar is truncated at dark/23\.png"):

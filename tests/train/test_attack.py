@@ -61,7 +61,7 @@ def test_attack_does_not_change_the_model(model: nn.Module) -> None:
     model.zero_grad(set_to_none=True)
     frozen_one = next(model.parameters())
     frozen_one.requires_grad_(False)
-    model.layer1.eval()
+    model.get_submodule("layer1").eval()
     state = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
     LinfPGD(AttackConfig(), *INCEPTION)(model, torch.rand(4, 3, 32, 32), torch.randint(0, 5, (4,)), "adv")
@@ -180,6 +180,6 @@ def test_accuracy_under_attack() -> None:
 
 def test_accuracy_of_each_route() -> None:
     model = add_auxiliary_bns(Brightness(), ["adv"])
-    model.norm.aux["adv"].weight.data.fill_(-1)
+    model.get_submodule("norm.aux.adv").get_parameter("weight").data.fill_(-1)
     assert accuracy(model, BATCHES, bn="adv") == 1 / 6
     assert accuracy(model, BATCHES) == 5 / 6

@@ -27,7 +27,7 @@ def test_toml_round_trip(tmp_path: Path) -> None:
 
 
 def test_toml_of_earlier_versions(tmp_path: Path) -> None:
-    """They wrote dicts inline and arrays on one line."""
+    """Earlier versions wrote dicts inline and arrays on one line."""
     (tmp_path / "c.toml").write_text(
         'arch = "resnet18"\nout = "runs/é"\n\n[data]\ncrop_scale = [0.1, 1.0]\n\n[optim]\noptions = {alpha = 0.9}\n',
         "utf-8",
@@ -69,12 +69,12 @@ def test_later_settings_replace_earlier_ones_field_by_field() -> None:
         ({"arch": "a", "amp": "fp8"}, "amp must be none, bf16 or fp16"),
     ],
 )
-def test_invalid_settings(content: dict[str, object], expected: str) -> None:
+def test_invalid_settings_are_refused(content: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         from_mapping(content)
 
 
-def test_invalid_settings_files(tmp_path: Path) -> None:
+def test_invalid_settings_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("arch = resnet18")
     with pytest.raises(ConfigError, match=r"bad\.toml is not TOML.*line 1"):
         read_toml(tmp_path / "bad.toml")
@@ -132,7 +132,8 @@ def test_a_training_step_of_every_preset(arch: str) -> None:
     optimizer.step()
     assert torch.isfinite(loss)
     # Every parameter has a gradient. It may be 0 in zero-initialized residual branches.
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert changed[0]
     assert changed[-1]

@@ -35,10 +35,12 @@ def batches(root: Path, workers: int = 0, epoch: int = 0, start: int = 0) -> lis
 
 def test_digits_are_complete_and_split_by_class() -> None:
     data = embedded_digits()
+    assert isinstance(data.train, ImageSet) and isinstance(data.val, ImageSet)
     assert (len(data.train.labels), len(data.val.labels)) == (1437, 360)
     assert min(np.bincount(data.val.labels)) >= 34
-    assert data.train.images[0].dtype == np.uint8
-    assert max(image.max() for image in data.train.images) == 255
+    pixels = np.stack([np.asarray(data.train.images[number]) for number in range(1437)])
+    assert pixels.dtype == np.uint8
+    assert pixels.max() == 255
 
 
 def test_batches_depend_on_seed_and_epoch_only(image_folder: Path) -> None:
@@ -68,7 +70,7 @@ def test_input_size_is_reduced_for_small_images(image_folder: Path) -> None:
     assert (explicit.height, explicit.crop_pct) == (24, 0.9)
 
 
-def test_names_of_wordnet_ids(tmp_path: Path) -> None:
+def test_wordnet_ids_are_replaced_by_names(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for wnid in ("n01440764", "n01443537"):
             (tmp_path / part / wnid).mkdir(parents=True)
@@ -91,7 +93,7 @@ def test_names_of_wordnet_ids(tmp_path: Path) -> None:
         (["train/a/x.png", "train/b/x.png", "val/c/x.png"], "classes that are missing from train: c"),
     ],
 )
-def test_unusable_folders(tmp_path: Path, folders: list[str], expected: str) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, folders: list[str], expected: str) -> None:
     root = tmp_path / "root"
     for name in folders:
         path = root / name

@@ -1,18 +1,18 @@
-import io
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from runtime.errors import ConfigError, DataError
+from runtime.preprocessing import decode
 from runtime.spec import Preprocessing
 from tests.support.archive_files import files_of, pack
 from train.config import DataConfig, OptimConfig, TrainConfig
-from train.data import ImageStream, embedded_digits
+from train.data import ImageSet, ImageStream, embedded_digits
 from train.datasets import open_data
 from train.loaders import eval_loader, train_loader
 from train.loop import fit
@@ -34,7 +34,9 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw.mkdir(parents=True)
     digits = embedded_digits()
     for part, images in (("train", digits.train), ("t10k", digits.val)):
-        pixels = np.stack([np.asarray(Image.fromarray(image).resize((28, 28))) for image in images.images])
+        assert isinstance(images, ImageSet)
+        small = (decode(images.images[number]).convert("L") for number in range(len(images)))
+        pixels = np.stack([np.asarray(image.resize((28, 28))) for image in small])
         header = struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
         labels = np.array(images.labels, dtype=np.uint8)
@@ -66,11 +68,13 @@ def shards(image_folder: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_torchvision(mnist: Path) -> None:
+def test_a_torchvision_dataset_is_read(mnist: Path) -> None:
     data = open_data(DataConfig(dataset="torch/mnist", root=mnist))
     assert data.classes[:2] == ("0 - zero", "1 - one")
     assert (len(data.train), len(data.val), data.short_side) == (1437, 360, 28)
-    assert data.train.labels == embedded_digits().train.labels
+    expected = embedded_digits().train
+    assert isinstance(data.train, ImageSet) and isinstance(expected, ImageSet)
+    assert data.train.labels == expected.labels
     assert data.train.name(3) == "torch/mnist[3]"
 
 
@@ -88,14 +92,15 @@ def test_training_on_a_torchvision_dataset(mnist: Path, tmp_path: Path) -> None:
     assert result.metrics[0].step == 11
 
 
-def test_hugging_face(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hugging_face_dataset_is_read(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets", reason="the extra [datasets] is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = DataConfig(dataset=f"hfds/{image_folder}", root=tmp_path / "cache")
     data = open_data(config)
     assert data.classes == ("bright", "dark")
     assert (len(data.train), len(data.val), data.short_side) == (48, 16, 36)
-    darkness = [np.asarray(Image.open(io.BytesIO(data.val.images[index]))).mean() < 100 for index in range(16)]
+    assert isinstance(data.val, ImageSet)
+    darkness = [np.asarray(decode(data.val.images[index])).mean() < 100 for index in range(16)]
     assert darkness == [label == 1 for label in data.val.labels]
 
 
@@ -121,11 +126,12 @@ def test_a_stream_is_reproducible_and_resumes(shards: Path, workers: int) -> Non
     assert not torch.equal(first[0][0], other[0][0])
     assert torch.cat([labels for _, labels in first]).bincount().tolist() == [24, 24]
 
-    common = {"batch_size": 8, "device": CPU}
-    labels = torch.cat([labels for _, labels in eval_loader(data, config, SPEC, **common)])
-    assert sorted(labels.tolist()) == [0] * 8 + [1] * 8
-    some = torch.cat([labels for _, labels in eval_loader(data, config, SPEC, every=4, **common)])
-    assert sorted(some.tolist()) == [0] * 2 + [1] * 2
+    def labels_of(every: int) -> list[int]:
+        loader = eval_loader(data, config, SPEC, batch_size=8, device=CPU, every=every)
+        return torch.cat([labels for _, labels in loader]).tolist()
+
+    assert sorted(labels_of(every=1)) == [0] * 8 + [1] * 8
+    assert sorted(labels_of(every=4)) == [0] * 2 + [1] * 2
 
 
 @webdataset_leaves_files_open
@@ -147,14 +153,16 @@ def test_training_on_a_stream(shards: Path, tmp_path: Path) -> None:
         ({"dataset": "torch/nonsense", "root": "here"}, DataError, "Unknown torchvision dataset nonsense"),
     ],
 )
-def test_unusable_names(tmp_path: Path, config: dict[str, str], kind: type[Exception], expected: str) -> None:
+def test_unusable_names_are_refused(
+    tmp_path: Path, config: dict[str, Any], kind: type[Exception], expected: str
+) -> None:
     root = {"root": tmp_path} if "root" in config else {}
     with pytest.raises(kind, match=expected):
         open_data(DataConfig(**{**config, **root}))
 
 
 @webdataset_leaves_files_open
-def test_a_stream_without_class_names(shards: Path) -> None:
+def test_a_stream_without_a_number_of_classes_is_refused(shards: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")
     with pytest.raises(ConfigError, match=r"the number of classes of wds/ is unknown; add --set data\.num_classes=N"):
         open_data(DataConfig(dataset="wds/", root=shards, val_split="val"))

@@ -75,8 +75,10 @@ def test_a_run_resumes_after_torchrun_restarts_a_killed_process(tmp_path: Path) 
     settings = ["--arch", "resnet10t", "--img-size", "16", "--epochs", "2", "--batch-size", "64", "--workers", "0"]
     settings += ["--out", str(tmp_path), "--resume", "auto", "--set", "save_every=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "300"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([*launch, "-m", "train.run", *settings], cwd=ROOT, env=environment, **pipes) as run:
+    command = [*launch, "-m", "train.run", *settings]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
         deadline = time.monotonic() + 120
         while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.1)

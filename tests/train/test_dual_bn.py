@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -47,7 +48,7 @@ def test_batch_norm_act_has_its_activation_on_every_route() -> None:
     add_auxiliary_bns(model, ["adv"])
     assert nn.SiLU in before.values()
     for name, activation in before.items():
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         assert type(layer.act) is activation
         assert type(layer.aux["adv"].act) is activation
 
@@ -102,7 +103,9 @@ def test_route_is_restored_after_an_error() -> None:
     add_auxiliary_bns(model, ["adv"])
     with pytest.raises(RuntimeError), route(model, "adv"):
         model(images[:, :2])
-    assert find_router(model).plan == (("main", 1),)
+    router = find_router(model)
+    assert router is not None
+    assert router.plan == (("main", 1),)
 
 
 def test_architecture_without_batch_norm_is_reported_with_its_norms() -> None:

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from train.dual_bn import add_auxiliary_bns, route
 from train.joint_norm import affine_map, can_normalize_parts, can_use_affine_map, is_plain, normalize_parts
 
 
-def layer(kind: str, **changes: object) -> nn.Module:
+def layer(kind: str, **changes: Any) -> nn.BatchNorm2d:
     torch.manual_seed(0)
-    made = BatchNormAct2d(6, act_layer=nn.SiLU, **changes) if kind == "timm" else nn.BatchNorm2d(6, **changes)
+    made: nn.BatchNorm2d = (
+        BatchNormAct2d(6, act_layer=nn.SiLU, **changes) if kind == "timm" else nn.BatchNorm2d(6, **changes)
+    )
+    assert isinstance(made.running_mean, torch.Tensor) and isinstance(made.running_var, torch.Tensor)
     for tensor in (made.weight, made.bias, made.running_mean):
         nn.init.normal_(tensor)
     nn.init.uniform_(made.running_var, 0.5, 2)

@@ -9,6 +9,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ from train.reporting import SilentReporter
 CPU = torch.device("cpu")
 
 
-def small(out: Path, **changes: object) -> TrainConfig:
+def small(out: Path, **changes: Any) -> TrainConfig:
     """Return the settings of a run that takes seconds: the digits at 16 px, 11 steps per epoch."""
-    settings = {
+    settings: dict[str, Any] = {
         "arch": "resnet10t",
         "epochs": 2,
         "batch_size": 128,
@@ -51,7 +52,7 @@ class StopAt(SilentReporter):
             os.kill(os.getpid(), self.number)
 
 
-def test_files_of_a_run(trained: FitResult) -> None:
+def test_a_run_writes_checkpoints_and_metrics(trained: FitResult) -> None:
     assert trained.last.name == "last.pt"
     assert trained.best.name == "best.pt"
     assert trained.best_epoch == trained.metrics[0]
@@ -99,8 +100,9 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path, workers: str) -> None:
     """A terminal sends the signal to all processes of the run, including the loaders."""
     command = [sys.executable, "-m", "train.run", "--arch", "resnet10t", "--img-size", "16", "--out", str(tmp_path)]
     command += ["--workers", workers]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as run:
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
         deadline = time.monotonic() + 120
         while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -182,22 +184,23 @@ def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path: Path, batche
     for part, target in parts:
         reference.task(part, target)["loss"].div(batches).backward()
     expected = [parameter.grad for parameter in reference.state.model.parameters()]
+    assert all(gradient is not None for gradient in expected)
     gradients: list[torch.Tensor] = []
     trainer.state.optimizer.register_step_pre_hook(
-        lambda *_: gradients.extend(parameter.grad.clone() for parameter in trainer.state.model.parameters())
+        lambda *_: gradients.extend(cast(torch.Tensor, each.grad).clone() for each in trainer.state.model.parameters())
     )
     for number, (part, target) in enumerate(parts, 1):
         trainer.step(part, target, group=batches, update=number == batches)
     assert same(gradients, expected)
 
 
-def test_curves_and_event_files(trained: FitResult) -> None:
+def test_a_run_writes_curves_and_event_files(trained: FitResult) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = trained.last.parent
     with Image.open(folder / "curves.png") as image:
         assert image.size == (1200, 400)
-        assert len(image.getcolors(1 << 20)) > 20  # something is drawn
+        assert len(image.getcolors(1 << 20) or ()) > 20  # something is drawn
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     (clean,) = events.Scalars("epoch/top1")
@@ -218,7 +221,7 @@ def test_tensorboard_shows_the_loss_of_each_branch(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a finished run."""
+    """Train for two epochs, and return the output folder."""
     out = tmp_path_factory.mktemp("two-epochs")
     fit(small(out))
     return out

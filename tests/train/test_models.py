@@ -50,7 +50,7 @@ def test_unknown_architecture_suggests_the_nearest() -> None:
         create_model("resnet10t", nonsense=1)
 
 
-def test_devices() -> None:
+def test_device_names_are_resolved() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="--device 'gpu' is not a torch device"):
@@ -61,6 +61,6 @@ def test_devices() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
-def test_cuda_without_a_gpu(name: str) -> None:
+def test_cuda_without_a_gpu_is_an_error(name: str) -> None:
     with pytest.raises(BackendUnavailable, match=rf"--device {name}: torch .* finds no NVIDIA GPU; use --device cpu"):
         resolve_device(name)

@@ -21,7 +21,7 @@ from train.run import main
         (["--arch", "resnet10t", "--out", "/proc/nowhere"], "error: cannot write /proc/nowhere"),
     ],
 )
-def test_bad_input_exits_with_2_and_a_message(
+def test_invalid_input_exits_with_2_and_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

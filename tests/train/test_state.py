@@ -1,6 +1,7 @@
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def draw() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def resumed(trained: FitResult, out: Path, **changes: object) -> Trainer:
+def resumed(trained: FitResult, out: Path, **changes: Any) -> Trainer:
     """Return a trainer with the settings of a finished run, and copy its checkpoint."""
     config = from_mapping(read_toml(trained.last.parent / "config.toml"))
     save_checkpoint(out / "last.pt", load_checkpoint(trained.last))

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_fine_grained_uses_a_route_for_the_autoaugment_view() -> None:
 def test_fast_step_equals_the_published_one() -> None:
     """Three passes; gradients are averaged over the images that each parameter sees."""
     torch.manual_seed(0)
-    attack = LinfPGD(AttackConfig(**RECIPES["fast"].attack), HALF, HALF)
+    attack = LinfPGD(AttackConfig(**dict[str, Any](RECIPES["fast"].attack)), HALF, HALF)
     task = AdvPropTask(timm.create_model("resnet10t", num_classes=5), RECIPES["fast"], attack).train()
     torch.manual_seed(3)
     images, labels = torch.rand(10, 3, 32, 32) * 2 - 1, torch.randint(0, 5, (10,))
@@ -148,6 +149,7 @@ def test_fast_step_equals_the_published_one() -> None:
     noisy = task.attack.start(ball).requires_grad_(True)
     with frozen_statistics(model), route(model, "adv"):
         (nn.functional.cross_entropy(model(noisy), few_labels, reduction="sum") / 2).backward()
+    assert noisy.grad is not None
     attacked = task.attack.step(ball, noisy.detach(), noisy.grad)
     assert (attacked - few).abs().max() <= 2 / 255 + 1e-6
     nn.functional.cross_entropy(model(clean), labels[:8], reduction="sum").backward()

@@ -61,7 +61,7 @@ def train(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
-def test_trackers_of_the_settings(tmp_path: Path) -> None:
+def test_the_settings_choose_the_trackers(tmp_path: Path) -> None:
     assert open_trackers(TrainConfig(arch="a", tensorboard=False), tmp_path, 0) == []
     (tracker,) = open_trackers(TrainConfig(arch="a"), tmp_path, 0)
     assert isinstance(tracker, TensorBoardTracker)
@@ -83,13 +83,13 @@ def test_wandb_records_a_run(tmp_path: Path) -> None:
     assert file.read_bytes().count(b"epoch/top1_attacked") >= 2
 
 
-def test_wandb_without_a_login(tmp_path: Path) -> None:
+def test_wandb_without_a_login_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
     message = python(OPEN, tmp_path, WANDB_MODE="online", HOME=str(tmp_path))
     assert "Weights & Biases does not start: " in message
     assert "run `wandb login`, or set WANDB_MODE=offline" in message
 
 
-def test_wandb_is_not_installed(tmp_path: Path) -> None:
+def test_a_missing_wandb_is_reported(tmp_path: Path) -> None:
     message = python(OPEN, tmp_path, "missing")
     assert message.strip() == "the setting wandb needs the package wandb: pip install 'advprop[wandb]'"

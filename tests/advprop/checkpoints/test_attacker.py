@@ -40,9 +40,11 @@ def attacked_copies(
 ) -> np.ndarray:
     """Return adversarial copies of digits that the network classifies correctly."""
     craft: Craft = gradient_attacks(network, model.spec, torch.device("cpu"))
-    images, labels = (array[places] for array in held_digits(model, 100))
+    images, labels = held_digits(model, 100)
     seeds = list(range(10**30, 10**30 + 100))[places]
-    return craft(attack, images, labels, radius=RADIUS, seeds=seeds, **{"steps": 20, "restarts": 1, **options})
+    return craft(
+        attack, images[places], labels[places], radius=RADIUS, seeds=seeds, **{"steps": 20, "restarts": 1, **options}
+    )
 
 
 def share_robust(model: Model, attacked: np.ndarray) -> float:
@@ -74,8 +76,8 @@ def test_two_classes_skip_the_dlr_loss(network: nn.Module, model: Model) -> None
     assert len(craft("apgd", images, labels, radius=4, seeds=[1, 2, 3, 4], steps=2, restarts=1)) == 1
 
 
-def test_as_strong_as_pgd_and_apgd_of_art(network: nn.Module, model: Model) -> None:
-    """Same network, images and ε; ART's copies are rounded too and evaluated on the ONNX file."""
+def test_attacks_are_as_strong_as_arts(network: nn.Module, model: Model) -> None:
+    """Network, images and ε are the same. ART's copies are rounded too and evaluated on the ONNX file."""
     pytest.importorskip("art", reason="needs adversarial-robustness-toolbox")
     from art.attacks.evasion import AutoProjectedGradientDescent, ProjectedGradientDescent
     from art.estimators.classification import PyTorchClassifier

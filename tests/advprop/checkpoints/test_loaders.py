@@ -46,7 +46,7 @@ def test_the_package_works_without_torch() -> None:
     assert all("needs torch and timm" in message and "pip install torch timm, or" in message for message in messages)
 
 
-def test_predictor(trained: FitResult) -> None:
+def test_the_predictor_uses_the_requested_route_and_weights(trained: FitResult) -> None:
     loaded = load_predictor(trained.last, route="adv", ema=False, device="cpu")
     assert (loaded.spec.route, loaded.spec.checkpoint_sha256) == ("adv", sha256_file(trained.last))
     assert (loaded.facts["route"], loaded.facts["weights"], loaded.facts["device"]) == ("adv", "last", "cpu")
@@ -59,7 +59,7 @@ def test_predictor(trained: FitResult) -> None:
         load_predictor(trained.last, route="other", device="cpu")
 
 
-def test_attacker(trained: FitResult) -> None:
+def test_the_attacker_changes_pixels_up_to_the_radius(trained: FitResult) -> None:
     spec, craft, facts = load_attacker(trained.last, device="cpu")
     assert facts["weights"] == "moving average"
     sample = load_checkpoint(trained.last)["sample"]
@@ -70,19 +70,21 @@ def test_attacker(trained: FitResult) -> None:
     assert spec.arch == "resnet10t"
 
 
-def test_torch_peer(trained: FitResult) -> None:
+def test_a_torch_peer_has_the_weights_of_the_checkpoint_or_none(trained: FitResult) -> None:
     spec, ((suffix, model), *_) = open_torch_peer(None, checkpoint=trained.last, half=False, device="cpu", threads=0)
     assert (suffix, model.image_size, model.facts["kind"]) == ("", (32, 32), "checkpoint")
-    images = np.zeros((2, 3, 32, 32), np.float32)
-    assert model.run(images).shape == (2, 10)
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    expected = load_predictor(trained.last, device="cpu").predict(images)
+    np.testing.assert_allclose(model.run(images), expected, rtol=1e-4, atol=1e-5)
     assert model.probe(images)() > 0
     _, ((_, untrained), *_) = open_torch_peer(spec, checkpoint=None, half=False, device="cpu", threads=0)
     assert untrained.facts["kind"] == "peer"
+    assert not np.allclose(untrained.run(images), expected, atol=0.1)
     with pytest.raises(ConfigError, match="needs a spec or a checkpoint"):
         open_torch_peer(None, checkpoint=None, half=False, device="cpu", threads=0)
 
 
-def test_description(trained: FitResult) -> None:
+def test_a_description_lists_weights_routes_and_training(trained: FitResult) -> None:
     facts = describe_checkpoint(trained.last)
     weights = load_checkpoint(trained.last)["state_dict"]
     main, total = (sum(t.numel() for t in part.values()) for part in (strip_auxiliary(weights), weights))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -33,16 +34,16 @@ def attack(*arguments: object) -> Result:
     return run(*arguments, "--device", "cpu", "--threads", "1", "--queries", "10", "--draws", "3", "--steps", "2")
 
 
-def content(path: Path) -> dict:
+def content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
 def checkpoint_of(path: Path, classes: tuple[str, ...] = ("red", "green", "blue")) -> Path:
-    """A checkpoint of a network that was not trained."""
+    """Write the checkpoint of an untrained network."""
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=len(classes))
     spec = dataclasses.replace(spec_of(classes, wnids=()), arch="resnet10t")
-    fields = {"arch": "resnet10t", "model_kwargs": {"num_classes": len(classes)}, "recipe": "vanilla"}
+    fields: dict[str, Any] = {"arch": "resnet10t", "model_kwargs": {"num_classes": len(classes)}, "recipe": "vanilla"}
     fields |= {"spec": spec.to_json(), "state_dict": model.state_dict(), "ema_state_dict": None, "epoch": 0, "step": 0}
     sample = {"images": torch.zeros(4, 32, 32, 3, dtype=torch.uint8), "labels": torch.zeros(4)}
     save_checkpoint(path, {**fields, "sample": sample})
@@ -64,7 +65,7 @@ def file(checkpoint: Path) -> Path:
     return export_checkpoint(checkpoint, ExportConfig(out=checkpoint.parent / "model")).onnx
 
 
-def test_transfer_square_and_noise_in_one_table_and_the_report(
+def test_all_attacks_are_in_one_table_and_in_the_report(
     tmp_path: Path, data: Path, checkpoint: Path, file: Path
 ) -> None:
     result = attack(file, "--checkpoint", checkpoint, "--data", data, "--eps", "2,8", "--limit", "6", "--out", tmp_path)
@@ -78,7 +79,7 @@ def test_transfer_square_and_noise_in_one_table_and_the_report(
     assert own["curves"][0]["white_box"]
     assert model["curves"][0]["of_own_checkpoint"]
     assert own["names_sha256"] == model["names_sha256"]
-    # The file is the checkpoint, but for rounding: transfer is a white-box attack on it.
+    # The file equals the checkpoint up to rounding, so transfer is as strong as a white-box attack.
     assert own["curves"][0]["points"] == model["curves"][0]["points"]
     options = ("--suite", "imagenet", "--limit", "6", "--workers", "0", "--device", "cpu")
     again = run(file, checkpoint, "--data", data, "--out", tmp_path, *options, command="eval")
@@ -100,7 +101,7 @@ def test_transfer_square_and_noise_in_one_table_and_the_report(
         assert word in html, word
 
 
-def test_files_alone_get_square_and_noise_and_say_what_is_missing(tmp_path: Path, data: Path) -> None:
+def test_without_a_checkpoint_only_square_and_noise_run(tmp_path: Path, data: Path) -> None:
     model = toy_onnx(tmp_path / "toy.onnx")
     result = attack(model, "--data", data, "--out", tmp_path, "--limit", "6")
     assert result.exit_code == 0, result.output
@@ -116,7 +117,7 @@ def test_files_alone_get_square_and_noise_and_say_what_is_missing(tmp_path: Path
     assert run(command="attack").exit_code == 2
 
 
-def test_transfer_from_another_checkpoint_is_told(tmp_path: Path, data: Path, checkpoint: Path) -> None:
+def test_transfer_from_an_unrelated_checkpoint_causes_a_warning(tmp_path: Path, data: Path, checkpoint: Path) -> None:
     model = toy_onnx(tmp_path / "toy.onnx", spec=spec_of(wnids=()))
     options = ("--data", data, "--out", tmp_path, "--checkpoint", checkpoint)
     result = attack(model, *options, "--attacks", "pgd")
@@ -127,7 +128,7 @@ def test_transfer_from_another_checkpoint_is_told(tmp_path: Path, data: Path, ch
     assert "--checkpoint has no effect" in unused.output
 
 
-def test_wrong_input_is_told(tmp_path: Path, data: Path, checkpoint: Path, file: Path) -> None:
+def test_invalid_input_exits_with_2_and_a_message(tmp_path: Path, data: Path, checkpoint: Path, file: Path) -> None:
     (tmp_path / "empty" / "red").mkdir(parents=True)
     labeled_folder(tmp_path / "strange", {"purple": "red"}, count=1)
     (tmp_path / "taken").write_text("a file")
@@ -159,10 +160,10 @@ def test_wrong_input_is_told(tmp_path: Path, data: Path, checkpoint: Path, file:
     assert not list(tmp_path.glob("*.attack.json"))
 
 
-def test_control_c_stops_with_a_word_and_the_same_command_goes_on(tmp_path: Path, data: Path) -> None:
+def test_ctrl_c_stops_an_attack_and_keeps_its_progress(tmp_path: Path, data: Path) -> None:
     model = toy_onnx(tmp_path / "toy.onnx")
     command = [sys.executable, "-m", "advprop.cli", "attack", str(model), "--data", str(data), "--out", str(tmp_path)]
-    # Blocks of one image; fast ones first, so that some are done while there is much left.
+    # Blocks of one image: a few are finished early, and most are not.
     command += ["--queries", "2000", "--batch-size", "1", "--eps", "1", "--device", "cpu", "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
     deadline = time.monotonic() + 120

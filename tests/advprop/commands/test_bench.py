@@ -1,4 +1,4 @@
-"""`advprop bench` on real files in ONNX Runtime and PyTorch, and its way into the report."""
+"""`advprop bench` on real files in ONNX Runtime and PyTorch, and its results in the report."""
 
 import csv
 import dataclasses
@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,7 +35,7 @@ def bench(*arguments: object) -> Result:
 
 @pytest.fixture
 def real_spec(tmp_path: Path) -> Path:
-    """The toy, that says of itself that it is a ResNet."""
+    """Write the toy model with the name of a ResNet in its spec."""
     return toy_onnx(tmp_path / "model.onnx", spec=dataclasses.replace(spec_of(), arch="resnet10t"))
 
 
@@ -78,7 +79,7 @@ def test_files_and_peers_side_by_side(real_spec: Path, tmp_path: Path) -> None:
     assert written == ["bench.json", "model.batch1.json", "model.batch4.json"]
 
 
-def test_the_report_takes_it(real_spec: Path, tmp_path: Path) -> None:
+def test_the_report_shows_latencies(real_spec: Path, tmp_path: Path) -> None:
     int8 = toy_onnx(tmp_path / "quick.onnx", scale=4.0)
     data, out = labeled_folder(tmp_path / "set", count=4), tmp_path / "out"
     assert bench(real_spec, int8, "--batch", "1,2", "--out", out).exit_code == 0
@@ -97,7 +98,7 @@ def test_the_report_takes_it(real_spec: Path, tmp_path: Path) -> None:
         assert result["model"]["sha256"] == latency.sha256
 
 
-def test_a_checkpoint_and_images_of_ones_own(real_spec: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_timed_on_given_images(real_spec: Path, tmp_path: Path) -> None:
     model = create_model("resnet10t", num_classes=3)
     save_resnet10t(tmp_path / "best.pt", model, np.zeros((1, 32, 32, 3), np.uint8))
     threads = torch.get_num_threads()
@@ -144,7 +145,7 @@ def test_files_without_a_spec_and_with_a_fixed_batch(tmp_path: Path) -> None:
         ([], 2, "Missing argument"),
     ],
 )
-def test_bad_input(
+def test_invalid_input_exits_with_a_message(
     arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -157,7 +158,7 @@ def test_bad_input(
 
 def sidecar(engine: Path, onnx_sha256: str) -> None:
     engine.write_bytes(b"plan")
-    fields = {
+    fields: dict[str, Any] = {
         "plan_sha256": sha256_file(engine),
         "onnx_sha256": onnx_sha256,
         "flavor": "tensorrt_rtx",
@@ -174,7 +175,7 @@ def sidecar(engine: Path, onnx_sha256: str) -> None:
     write_sidecar(engine, EngineInfo(**fields))
 
 
-def test_the_onnx_beside_an_engine(tmp_path: Path) -> None:
+def test_the_onnx_file_next_to_an_engine_is_found_by_its_hash(tmp_path: Path) -> None:
     engine, model = tmp_path / "m.engine", toy_onnx(tmp_path / "m.onnx")
     sidecar(engine, sha256_file(model))
     assert find_onnx_of(engine) == model
@@ -188,7 +189,7 @@ def test_the_onnx_beside_an_engine(tmp_path: Path) -> None:
         find_onnx_of(engine)
 
 
-def test_names_and_settings_without_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_names_of_targets_and_settings_without_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         toy_onnx(tmp_path / folder / "m.onnx")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, arguments), "--workers", "0", "--device", "cpu"])
 
 
-def content(path: Path) -> dict:
+def content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
@@ -80,7 +81,7 @@ def test_shards_and_merge(tmp_path: Path, data: Path) -> None:
     assert "overlap" in twice.stderr
 
 
-def test_models_of_one_name_are_told_apart(tmp_path: Path, data: Path) -> None:
+def test_models_with_equal_names_have_separate_results(tmp_path: Path, data: Path) -> None:
     for folder, scale in (("a", 8.0), ("b", -8.0)):
         (tmp_path / folder).mkdir()
         toy_onnx(tmp_path / folder / "toy.onnx", scale)
@@ -95,10 +96,10 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path, data: Path) -> None:
     assert top1 == {True: 1.0, False: 0.0}
     assert "-100.0 [-100.0, " in result.output
     same = run(models[0], models[0], *options)
-    assert same.exit_code == 0  # once is enough
+    assert same.exit_code == 0  # a file given twice is evaluated once
 
 
-def test_pixels_and_probabilities_are_the_same_model(tmp_path: Path, data: Path) -> None:
+def test_a_model_with_pixel_input_and_probabilities_has_the_same_result(tmp_path: Path, data: Path) -> None:
     plain = toy_onnx(tmp_path / "plain.onnx")
     text = """<ir_version: 9, opset_import: ["" : 20]> g (uint8[n, 32, 32, 3] input) => (float[n, 3] probs)
     <float half = {127.5}, float s = {0.12549019}>
@@ -119,7 +120,7 @@ def test_pixels_and_probabilities_are_the_same_model(tmp_path: Path, data: Path)
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A checkpoint of a network that was not trained, whose two routes answer differently."""
+    """Write the checkpoint of an untrained network whose two routes have different outputs."""
     torch.manual_seed(0)
     model = add_auxiliary_bns(create_model("resnet10t", num_classes=3), ("adv",))
     for name, value in model.state_dict().items():
@@ -128,7 +129,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return save_resnet10t(tmp_path / "best.pt", model, np.zeros((4, 32, 32, 3), np.uint8), recipe="advprop")
 
 
-def test_a_checkpoint_through_either_route_beside_its_onnx_file(tmp_path: Path, checkpoint: Path, data: Path) -> None:
+def test_both_routes_of_a_checkpoint_and_its_onnx_file_are_compared(
+    tmp_path: Path, checkpoint: Path, data: Path
+) -> None:
     out, file = tmp_path / "out", export_checkpoint(checkpoint, ExportConfig(out=tmp_path / "model")).onnx
     options = ["--suite", "imagenet", "--data", data, "--out", out]
     result = run(checkpoint, file, "--route", "main", "--route", "adv", "--reference", checkpoint, *options)
@@ -149,7 +152,7 @@ def test_a_checkpoint_through_either_route_beside_its_onnx_file(tmp_path: Path, 
     assert "no BatchNorm route 'none'" in wrong.stderr
 
 
-def test_a_route_of_a_checkpoint_is_that_of_the_routed_network(checkpoint: Path) -> None:
+def test_a_loaded_route_has_the_logits_of_that_route(checkpoint: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     normalized = torch.from_numpy((images.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.25).float()
     network = restore_model(load_checkpoint(checkpoint), checkpoint, routes=True).eval()
@@ -180,7 +183,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, data: Path) -> None
     assert "no such ONNX file" in missing.stderr
 
 
-def test_ray_options_are_checked_and_a_missing_ray_is_told(
+def test_ray_options_are_checked_and_a_missing_ray_is_reported(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [str(toy_onnx(tmp_path / "toy.onnx")), "--suite", "imagenet", "--data", str(data)]
@@ -195,7 +198,7 @@ def test_ray_options_are_checked_and_a_missing_ray_is_told(
         assert words in result.stderr
 
 
-def test_a_result_of_another_file_of_that_name_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_result_of_another_file_with_that_name_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = ({"name": "model", "sha256": letter * 64} for letter in "ab")
     path = result_path(first, tmp_path, "imagenet.json")
     assert path == tmp_path / "model.imagenet.json"

@@ -1,7 +1,6 @@
-"""`advprop report --from`: a checkpoint's whole way to the page, stopped and gone on with."""
+"""`advprop report --from`: from a checkpoint to the page, in one run or resumed."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -17,17 +16,16 @@ from advprop.split import split
 from calib.images import CalibrationImage
 from runtime.errors import BackendUnavailable, ConfigError
 from runtime.evaluate.cells import SuiteConfig
-from runtime.evaluate.corruptions.weather import frost_texture
 from runtime.evaluate.suites import open_suite
 from runtime.system.files import sha256_file
 from tests.support.checkpoints import save_resnet10t
-from tests.support.evaluation_sets import COLORS, labeled_folder, picture, spec_of
+from tests.support.evaluation_sets import COLORS, hide_frost_textures, labeled_folder, picture, spec_of
 from train.models import create_model
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a network that was not trained; its answers are anything, but they are the same everywhere."""
+    """Write the checkpoint of an untrained network, with a fixed seed."""
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=3)
     images = np.stack([picture(color, 100 + number) for number in range(4) for color in COLORS])
@@ -45,7 +43,7 @@ def report(checkpoint: Path, *arguments: object) -> Result:
 
 
 @pytest.mark.slow
-def test_from_a_checkpoint_to_the_page(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_a_page_is_built_from_a_checkpoint_and_resumed(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     command = ["--data", data, "--precisions", "fp32,int8", "-o", page]
     run = report(checkpoint, *command)
@@ -66,9 +64,9 @@ def test_from_a_checkpoint_to_the_page(checkpoint: Path, data: Path, tmp_path: P
     times = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     again = report(checkpoint, *command)
     assert again.exit_code == 0, again.output
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == times  # nothing done twice
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == times  # no step is repeated
     assert page.read_bytes() == first
-    (work / "evaluation" / "model.int8.imagenet.json").unlink()  # as if it had been stopped there
+    (work / "evaluation" / "model.int8.imagenet.json").unlink()  # as if the run had stopped before it wrote this file
     assert report(checkpoint, *command).exit_code == 0
     assert page.read_bytes() == first
     for file in (work / "fp32" / "model.onnx", work / "int8" / "model.int8.onnx"):
@@ -103,7 +101,7 @@ def test_calibration_images_are_never_evaluated(data: Path, tmp_path: Path) -> N
         split(dataclasses.replace(suite, limit=70), spec, None, 256)
 
 
-def test_impossible_wishes(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_invalid_precisions_are_refused(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     for precisions, words in (("fp32,int9", "found 'int9'"), ("fp32,fp32", "each precision once"), ("", "found none")):
         run = report(checkpoint, "--data", data, "--precisions", precisions, "-o", tmp_path / "r.html")
         assert run.exit_code == 2
@@ -114,17 +112,13 @@ def test_impossible_wishes(checkpoint: Path, data: Path, tmp_path: Path) -> None
         )
 
 
-def test_what_a_corruption_lacks_is_told_before_anything_is_exported(
+def test_missing_textures_are_reported_before_the_export(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(name: str) -> importlib.metadata.Distribution:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
-    frost_texture.cache_clear()
+    hide_frost_textures(tmp_path / "site", monkeypatch)
     config = MeasureConfig(
         precisions=("fp32",), suite=SuiteConfig(name="corruptions", data=data), folder=tmp_path / "w", device="cpu"
     )
-    with pytest.raises(BackendUnavailable, match="frost needs the textures"):
+    with pytest.raises(BackendUnavailable, match="imagecorruptions-imaug does not contain"):
         measure_checkpoint(checkpoint, config)
     assert list((tmp_path / "w").iterdir()) == []

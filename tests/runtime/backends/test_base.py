@@ -1,6 +1,7 @@
 """The checks, splitting and padding that all backends share, with ONNX Runtime."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,13 +10,14 @@ import pytest
 import runtime
 from runtime.backends.base import Backend, TensorInfo
 from runtime.backends.open import warm_up
+from runtime.device.views import DeviceView
 from runtime.errors import ConfigError, InputError, RunFailed
 from tests.support.serving_models import FRAGILE, SPEC, images_of, serving_model
 
 NHWC = "t = Transpose <perm=[0, 3, 1, 2]> (input) p = GlobalAveragePool(t) logits = Flatten(p)"
 
 
-def load(folder: Path, model: onnx.ModelProto, **options: object) -> runtime.Session:
+def load(folder: Path, model: onnx.ModelProto, **options: Any) -> runtime.Session:
     onnx.save(model, folder / "m.onnx")
     return runtime.load(folder / "m.onnx", **{"threads": 1, **options})
 
@@ -83,7 +85,7 @@ def test_outputs_without_a_batch_dimension_are_rejected(tmp_path: Path) -> None:
             session.run(images_of(1.0, 2.0))
 
 
-def test_thread_settings(tmp_path: Path) -> None:
+def test_thread_settings_are_used_and_checked(tmp_path: Path) -> None:
     images = images_of(1.0, 2.0)
     for threads in (1, runtime.Threads(intra=2, inter=2, spin=False), runtime.Threads(intra=1)):
         with load(tmp_path, serving_model(), threads=threads, device="cpu") as session:
@@ -91,9 +93,9 @@ def test_thread_settings(tmp_path: Path) -> None:
             explained = session.explain()
     assert "device: cpu, as requested" in explained
     assert "threads: 1 per operator, 1 parallel operators" in explained
-    for wrong in ({"intra": -1}, {"inter": 0}):
+    for intra, inter in ((-1, 1), (0, 0)):
         with pytest.raises(ConfigError, match="intra must be at least 0 and inter at least 1"):
-            runtime.Threads(**wrong)
+            runtime.Threads(intra=intra, inter=inter)
     with pytest.raises(ConfigError, match="intra must be at least 0"):
         runtime.load(tmp_path / "m.onnx", threads=-1)
 
@@ -117,7 +119,8 @@ class Recorder(Backend):
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
 
-    def _run(self, images_NCHW: np.ndarray) -> tuple[np.ndarray]:
+    def _run(self, images_NCHW: np.ndarray | DeviceView) -> tuple[np.ndarray]:
+        assert isinstance(images_NCHW, np.ndarray)
         self.shapes.append(images_NCHW.shape)
         return (images_NCHW.mean((2, 3)),)
 

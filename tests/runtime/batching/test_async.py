@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from PIL import Image
 
 import runtime
 from runtime.errors import DataError, DeadlineExceeded, InputError, QueueFull, SessionClosed, SpecError
+from runtime.preprocessing import ImageLike
 from tests.support.serving_models import MEAN, SLOW, images_of, serving_model
 
 LONG = 400_000.0
@@ -58,12 +60,20 @@ def test_predictions_belong_to_their_images(tmp_path: Path) -> None:
 
 def test_an_undecodable_image_fails_only_its_request(tmp_path: Path) -> None:
     async def main() -> None:
-        requests = ([png("red")], [png("green"), b"no image"], [png("blue")], [tmp_path / "none.png"])
-        results = await asyncio.gather(*map(session.apredict, requests), return_exceptions=True)
-        assert [results[0][0].label, results[2][0].label] == ["red", "blue"]
-        assert isinstance(results[1], DataError)
-        assert "cannot decode the image" in str(results[1])
-        assert isinstance(results[3], DataError)
+        requests: list[list[ImageLike]] = [
+            [png("red")],
+            [png("green"), b"no image"],
+            [png("blue")],
+            [tmp_path / "none.png"],
+        ]
+        red, broken, blue, missing = await asyncio.gather(
+            *(session.apredict(request) for request in requests), return_exceptions=True
+        )
+        assert not isinstance(red, BaseException) and not isinstance(blue, BaseException)
+        assert [red[0].label, blue[0].label] == ["red", "blue"]
+        assert isinstance(broken, DataError)
+        assert "cannot decode the image" in str(broken)
+        assert isinstance(missing, DataError)
 
     with open_session(tmp_path) as session:
         asyncio.run(main())
@@ -71,9 +81,10 @@ def test_an_undecodable_image_fails_only_its_request(tmp_path: Path) -> None:
 
 
 def test_invalid_requests_are_rejected_at_once(tmp_path: Path) -> None:
+    single: Any = b"bytes"
     with open_session(tmp_path) as session:
         with pytest.raises(InputError, match=r"put a single image in a list: \[image\]"):
-            session.submit_predict(b"bytes")
+            session.submit_predict(single)
         with pytest.raises(InputError, match="no images; expected at least one"):
             session.submit_predict([])
     with pytest.raises(SessionClosed, match="load it again"):
@@ -88,7 +99,7 @@ def test_invalid_requests_are_rejected_at_once(tmp_path: Path) -> None:
 def test_cancelling_a_task_cancels_its_request(tmp_path: Path) -> None:
     async def main() -> None:
         long = asyncio.create_task(session.arun(images_of(LONG)))
-        tasks = [asyncio.create_task(session.arun(images_of(1))) for _ in range(20)]
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(session.arun(images_of(1))) for _ in range(20)]
         tasks += [asyncio.create_task(session.apredict([png("red")])) for _ in range(20)]
         await asyncio.sleep(0.05)
         for task in tasks[::2]:
@@ -104,7 +115,7 @@ def test_cancelling_a_task_cancels_its_request(tmp_path: Path) -> None:
         assert stats.batch_sizes == {1: 21}, "cancelled requests must not run"
 
 
-def test_deadlines(tmp_path: Path) -> None:
+def test_expired_deadlines_are_errors(tmp_path: Path) -> None:
     async def main() -> None:
         long = asyncio.create_task(session.arun(images_of(LONG)))
         await asyncio.sleep(0.01)
@@ -135,9 +146,10 @@ def test_a_request_takes_its_place_before_its_images_are_decoded(tmp_path: Path)
 
 def test_close_with_pending_predictions(tmp_path: Path) -> None:
     session = open_session(tmp_path, SLOW, max_batch=1)
-    futures = [session.submit(images_of(LONG)), *(session.submit_predict([png("blue")]) for _ in range(30))]
+    session.submit(images_of(LONG))
+    futures = [session.submit_predict([png("blue")]) for _ in range(30)]
     session.close()
-    assert [future.result(0)[0].label for future in futures[1:]] == ["blue"] * 30
+    assert [future.result(0)[0].label for future in futures] == ["blue"] * 30
 
     session = open_session(tmp_path, SLOW, max_batch=1)
     futures = [session.submit_predict([png("blue")] * 8) for _ in range(30)]

@@ -34,7 +34,7 @@ def slow(tmp_path: Path) -> Iterator[runtime.Session]:
         yield session
 
 
-def busy(session: runtime.Session) -> Future:
+def busy(session: runtime.Session) -> Future[np.ndarray]:
     """Submit a long request, and return once it runs."""
     future = session.submit(images_of(LONG))
     while session.stats.batcher.waiting_images:

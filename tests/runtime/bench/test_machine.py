@@ -45,7 +45,7 @@ def test_values_that_cannot_be_read_are_none(tmp_path: Path) -> None:
     assert cpu_name(tmp_path) is None
 
 
-def test_the_present_machine() -> None:
+def test_the_state_of_this_machine_is_read() -> None:
     state = cpu_state()
     assert state["load_average"] >= 0
     assert state["frequency_mhz"] is None or 100 < state["frequency_mhz"] < 10_000
@@ -117,6 +117,7 @@ class StandInNvml:
         self.unsupported = set(unsupported)
         if old_driver:
             self.unsupported.add("nvmlDeviceGetCurrentClocksEventReasons")
+        self.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonSwThermalSlowdown
         self.values = {
             "nvmlDeviceGetName": lambda gpu: f"NVIDIA {gpu}",
             "nvmlSystemGetDriverVersion": lambda: "550.54",
@@ -131,7 +132,6 @@ class StandInNvml:
             "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: self.reasons,
             "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: self.reasons,
         }
-        self.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonSwThermalSlowdown
 
     def nvmlInit(self) -> None:  # noqa: N802
         if "nvmlInit" in self.unsupported:
@@ -161,7 +161,7 @@ class StandInNvml:
 
 
 @pytest.mark.parametrize("old_driver", [False, True])
-def test_a_gpu(old_driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_of_a_gpu(old_driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     nvml = StandInNvml("nvmlDeviceGetPowerManagementLimit", old_driver=old_driver)
     assert gpu_state(nvml) == {
@@ -237,7 +237,7 @@ def result(**changes: Any) -> dict[str, Any]:
     return {"machine": machine, "points": [point]}
 
 
-def test_warnings() -> None:
+def test_warnings_about_the_machine() -> None:
     assert warnings_of(result(), gpu_unknown=False) == []
     cases: list[tuple[dict[str, Any], str]] = [
         ({"machine": {"others_share": 0.3}}, "other processes used 30% of the cores"),

@@ -3,8 +3,10 @@
 import csv
 import itertools
 import json
+import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,7 +106,9 @@ def test_ctrl_c_keeps_finished_points(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "out" / "a.batch1.json").read_text())
     assert kept["p50_ms"] == found["points"][0]["quantities"]["end_to_end"]["p50_ms"]
     assert not (tmp_path / "out" / "a.batch2.json").exists()
-    assert "<svg" in (tmp_path / "out" / "latency_throughput.svg").read_text()
+    texts = re.findall("<!-- (.*?) -->", (tmp_path / "out" / "latency_throughput.svg").read_text())
+    assert texts.count("1") == 2  # two points, labeled with their batch size
+    assert {"a", "b"} <= set(texts)
 
 
 def test_nothing_is_written_if_no_point_is_finished(tmp_path: Path) -> None:
@@ -140,11 +144,11 @@ def test_peers_have_no_file_for_reports() -> None:
     assert all(list(point["quantities"]) == ["end_to_end"] for point in concurrent)
 
 
-def sizes(*limits: dict, requested: tuple[int, ...] = ()) -> tuple[int, ...]:
+def sizes(*limits: dict[str, Any], requested: tuple[int, ...] = ()) -> tuple[int, ...]:
     return choose_batch_sizes([toy_target(f"m{place}", [], **limit) for place, limit in enumerate(limits)], requested)
 
 
-def test_batch_sizes() -> None:
+def test_batch_sizes_that_all_files_support_are_chosen() -> None:
     assert sizes({}, {"most_images": 1 << 62}) == (1, 8, 32)
     assert sizes({}, {"most_images": 16}) == (1, 8)
     assert sizes({"most_images": 16}, {"fixed_batch": 4}) == (4,)

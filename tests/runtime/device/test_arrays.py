@@ -23,6 +23,12 @@ from tests.support.gpu_arrays import FLOAT, Exporter, Interface, UnversionedExpo
 from tests.support.serving_models import images_of, serving_model
 
 
+def view_of(array: object, stream: object = None) -> DeviceView:
+    view = array_or_view(array, stream)
+    assert isinstance(view, DeviceView)
+    return view
+
+
 @pytest.mark.parametrize(
     ("changes", "stream"),
     [
@@ -38,8 +44,7 @@ from tests.support.serving_models import images_of, serving_model
 )
 def test_the_stream_of_a_cuda_array_interface(changes: dict[str, Any], stream: int | None) -> None:
     owner = Interface(**changes)
-    view = array_or_view(owner)
-    assert isinstance(view, DeviceView)
+    view = view_of(owner)
     assert (view.pointer, view.shape, view.dtype, view.stream) == (4096, (2, 3, 4, 4), FLOAT, stream)
     assert (view.owner, view.by_dlpack, view.size, view.nbytes, len(view)) == (owner, False, 96, 384, 2)
 
@@ -57,7 +62,9 @@ def test_the_stream_of_a_cuda_array_interface(changes: dict[str, Any], stream: i
     ],
 )
 def test_valid_interfaces_are_accepted(changes: dict[str, Any]) -> None:
-    assert isinstance(array_or_view(Interface(**changes)), DeviceView)
+    view = view_of(Interface(**changes))
+    assert view.pointer == changes.get("data", (4096,))[0]
+    assert view.shape == changes.get("shape", (2, 3, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -88,13 +95,14 @@ def test_invalid_interfaces_are_rejected(changes: dict[str, Any], expected: str)
 
 
 def test_an_interface_must_be_a_dictionary() -> None:
-    for wrong in (None, 3, [], {}, {"shape": (1,)}):
+    values: list[Any] = [None, 3, [], {}, {"shape": (1,)}]
+    for wrong in values:
         with pytest.raises(InputError, match="is invalid"):
             view_of_interface(wrong, object())
 
 
 def test_slices_of_a_view() -> None:
-    view = array_or_view(Interface(shape=(5, 3, 4, 4)))
+    view = view_of(Interface(shape=(5, 3, 4, 4)))
     part = view[2:4]
     assert (part.pointer, part.shape, len(part)) == (4096 + 2 * 192, (2, 3, 4, 4), 2)
     assert view[4:9].shape == (1, 3, 4, 4)
@@ -104,10 +112,11 @@ def test_slices_of_a_view() -> None:
 @pytest.mark.parametrize("kind", [Exporter, UnversionedExporter])
 def test_a_dlpack_array_is_read_first_and_synchronized_later(kind: type[Exporter]) -> None:
     owner = kind()
-    view = array_or_view(owner)
+    view = view_of(owner)
     assert (view.pointer, view.shape, view.dtype, view.by_dlpack) == (4096, (2, 3, 4, 4), FLOAT, True)
     assert owner.streams == [-1]
-    view.order_after_writes(None, 555, 0)
+    cuda: Any = None  # not needed: the exporter orders its own work
+    view.order_after_writes(cuda, 555, 0)
     assert owner.streams == [-1, 555]
     gc.collect()
     alive = weakref.ref(owner)
@@ -117,10 +126,10 @@ def test_a_dlpack_array_is_read_first_and_synchronized_later(kind: type[Exporter
 
 def test_an_explicit_stream_overrides_the_arrays_own() -> None:
     waits: list[tuple[int, ...]] = []
-    cuda = SimpleNamespace(wait_for=lambda *numbers: waits.append(numbers))
+    cuda: Any = SimpleNamespace(wait_for=lambda *numbers: waits.append(numbers))
     for owner in (Interface(stream=9), Interface(version=2), Exporter()):
-        array_or_view(owner, SimpleNamespace(handle=44)).order_after_writes(cuda, 5, 6)
-    array_or_view(Interface(stream=None)).order_after_writes(cuda, 5, 6)
+        view_of(owner, SimpleNamespace(handle=44)).order_after_writes(cuda, 5, 6)
+    view_of(Interface(stream=None)).order_after_writes(cuda, 5, 6)
     assert waits == [(5, 44, 6)] * 3
 
 
@@ -170,13 +179,16 @@ def session(tmp_path: Path) -> runtime.Session:
 def test_torch_tensors_are_read_in_place(session: runtime.Session) -> None:
     images = torch.from_numpy(images_of(1.0, 2.0))
     accepted = session.backend.accept(images)
+    assert isinstance(accepted, np.ndarray)
     assert accepted.ctypes.data == images.data_ptr()
     expected = session.run(images.numpy())
-    for call in (session.run, lambda batch: session.submit(batch).result()):
-        assert np.array_equal(call(images), expected)
+    for found in (session.run(images), session.submit(images).result()):
+        assert np.array_equal(found, expected)
     last = images.contiguous(memory_format=torch.channels_last)
     assert np.array_equal(session.run(last), expected)  # NumPy supports strides
-    assert session.backend.accept(last).ctypes.data == last.data_ptr()
+    accepted = session.backend.accept(last)
+    assert isinstance(accepted, np.ndarray)
+    assert accepted.ctypes.data == last.data_ptr()
     assert session.stats.images == 6
     session.close()
 
@@ -221,7 +233,7 @@ def test_io_binding_does_not_copy_inputs_and_outputs(tmp_path: Path) -> None:
     for source in (images, view, view[1:]):
         (output,) = run_bound(native, *tensors, source, "cpu")
         expected = [[1.0] * 3, [5.0] * 3][-len(source) :]
-        consumed = torch.from_dlpack(output)
+        consumed = torch.utils.dlpack.from_dlpack(output)
         assert consumed.data_ptr() == output.pointer
         assert output.numpy().tolist() == expected
         del output

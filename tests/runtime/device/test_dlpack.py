@@ -12,7 +12,7 @@ import torch
 
 from runtime.device.arrays import CPU, CUDA, DeviceArray
 from runtime.device.dlpack import read_capsule
-from runtime.device.views import array_or_view, view_of_interface
+from runtime.device.views import DeviceView, array_or_view, view_of_interface
 from runtime.errors import InputError
 from tests.support import ROOT
 
@@ -32,7 +32,7 @@ def test_the_interpreter_exits_while_torch_holds_an_output() -> None:
     program = (
         "import numpy, torch; from runtime.device.arrays import DeviceArray; ones = numpy.ones(3, numpy.float32)\n"
         "array = DeviceArray(pointer=ones.ctypes.data, shape=(3,), dtype=ones.dtype, owner=ones, to_host=0, kind=1)\n"
-        "torch.kept = torch.from_dlpack(array); unused = array.__dlpack__(); print(torch.kept.sum())"
+        "torch.kept = torch.utils.dlpack.from_dlpack(array); unused = array.__dlpack__(); print(torch.kept.sum())"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == (0, "tensor(3.)\n", "")
@@ -63,7 +63,7 @@ def test_types_unknown_to_numpy_are_rejected() -> None:
             read_capsule(torch.zeros(2, dtype=dtype).__dlpack__())
 
 
-@pytest.mark.parametrize("consume", [torch.from_dlpack, np.from_dlpack])
+@pytest.mark.parametrize("consume", [torch.utils.dlpack.from_dlpack, np.from_dlpack])
 def test_our_capsules_are_consumed_and_freed(consume: Any) -> None:
     memory = np.arange(6, dtype=np.float32).reshape(2, 3)
     array = host_array(memory)
@@ -101,6 +101,7 @@ def test_a_device_array_exports_its_memory() -> None:
     }
     assert (array.__dlpack_device__(), array.nbytes, len(array)) == ((2, 0), 12, 2)
     again = array_or_view(array)  # by DLPack
+    assert isinstance(again, DeviceView)
     assert (again.pointer, again.shape, again.dtype) == (memory.ctypes.data, (2, 3), memory.dtype)
     assert view_of_interface(array.__cuda_array_interface__, array).stream is None
     assert np.array_equal(array.numpy(), memory)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -81,7 +82,7 @@ def test_several_targets_and_batch_sizes(files: dict[str, Path], tmp_path: Path)
     ],
 )
 def test_invalid_arguments_are_rejected(
-    files: dict[str, Path], tmp_path: Path, changes: dict[str, object], error: type[Exception], expected: str
+    files: dict[str, Path], tmp_path: Path, changes: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     if "sm" in changes:
         changes = {**changes, "flavor": "tensorrt_rtx"}

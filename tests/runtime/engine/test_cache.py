@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(model: Path, engine: Path, **options: object) -> EngineInfo:
+def build(model: Path, engine: Path, **options: Any) -> EngineInfo:
     return runtime.build(model, engine, **{"sm": (89,), "cache": True, **options})
 
 
@@ -144,7 +145,7 @@ def test_other_inputs_and_options_build_another_engine(
     ],
 )  # fmt: skip
 def test_the_key_depends_on_everything_that_determines_an_engine(
-    model: Path, tmp_path: Path, field: str, value: object
+    model: Path, tmp_path: Path, field: str, value: Any
 ) -> None:
     info = runtime.build(model, tmp_path / "a.engine", sm=(89,))
     assert engine_key(dataclasses.replace(info, **{field: value})) != engine_key(info)
@@ -269,12 +270,13 @@ def test_two_processes_build_the_same_engine_once(folder: Path, tmp_path: Path) 
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert sum("using the cached engine" in errors for _, errors in outputs) == 1
+    assert sum("waiting for another process" in errors for _, errors in outputs) == 1
     assert read_sidecar(tmp_path / "a.engine") == read_sidecar(tmp_path / "b.engine")
     assert len(list(folder.iterdir())) == 2  # no lock is left
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_build_after_a_kill_succeeds(folder: Path, tmp_path: Path) -> None:
+def test_a_build_after_a_kill_does_not_wait(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = slow_network(tmp_path / "slow.onnx")
     process = python(BUILD, source, tmp_path / "a.engine")
     while not list(folder.glob("*.lock")):
@@ -287,9 +289,9 @@ def test_a_build_after_a_kill_succeeds(folder: Path, tmp_path: Path) -> None:
     assert [file.suffix for file in folder.iterdir()] == [".lock"]
     (folder / ".abc.engine.xyz.tmp").write_bytes(b"left behind by a kill during a write")
     os.utime(folder / ".abc.engine.xyz.tmp", (0, 0))
-    start = time.monotonic()
-    info = build(source, tmp_path / "a.engine")
-    assert time.monotonic() - start < 60  # it does not wait for the killed process
+    with caplog.at_level(logging.INFO):
+        info = build(source, tmp_path / "a.engine")
+    assert "waiting for another process" not in caplog.text
     assert read_sidecar(tmp_path / "a.engine") == info
     assert {file.name for file in folder.iterdir()} == {
         f"{engine_key(info)}{end}" for end in (".engine", ".engine.json")
@@ -301,7 +303,7 @@ def test_waiting_for_another_build_times_out(folder: Path) -> None:
     with cache.lock("key"):
         start = time.monotonic()
         with cache.lock("key"):
-            assert 0.2 <= time.monotonic() - start < 5
+            assert time.monotonic() - start >= 0.2
 
 
 def test_the_cache_command_lists_and_prunes(model: Path, folder: Path, tmp_path: Path) -> None:

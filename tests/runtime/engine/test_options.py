@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 convolutions of distinct shapes, which take the builder at least a second."""
+    """Write 150 convolutions of distinct shapes, which take the builder at least a second."""
     random = np.random.default_rng(0)
     lines, weights, channels, name = [], {}, 3, "input"
     for number in range(150):
@@ -173,7 +174,7 @@ def test_a_workspace_that_is_too_small_is_reported(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_tensorrt_rtx_does_not_support(
-    model: Path, tmp_path: Path, options: dict[str, object], expected: str
+    model: Path, tmp_path: Path, options: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         runtime.build(model, tmp_path / "a.engine", sm=(89,), options=BuildOptions(**options))
@@ -187,11 +188,11 @@ def test_invalid_options_are_rejected() -> None:
         BuildOptions(hardware_compatible="all")
 
 
-@pytest.mark.parametrize("option", ["refit", "strip_weights"])
-def test_int8_engines_cannot_be_refitted(option: str) -> None:
+@pytest.mark.parametrize("options", [BuildOptions(refit=True), BuildOptions(strip_weights=True)])
+def test_int8_engines_cannot_be_refitted(options: BuildOptions) -> None:
     flavor = choose_flavor("tensorrt_rtx", (89,))
     with pytest.raises(ConfigError, match="an INT8 engine cannot be refitted"):
-        check_options(flavor, BuildOptions(**{option: True}), quantized=True)
+        check_options(flavor, options, quantized=True)
 
 
 def test_flags_reach_the_builder() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,9 @@ def test_killed_workers_change_no_byte(
     """Kill both workers. Paths are relative, because workers have another working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data, tmp_path / "images")
-    expected, killed, seen = bytes_without_ray(models, Path("images"), tmp_path), [], []
+    expected = bytes_without_ray(models, Path("images"), tmp_path)
+    killed: list[int] = []
+    seen: list[int] = []
 
     def progress(done: int, total: int) -> None:
         seen.append(done)
@@ -166,12 +169,13 @@ def test_a_worker_with_other_files_gets_no_work(two_cpus: None, data: Path, mode
 def test_a_cluster_that_is_too_small_is_reported(two_cpus: None) -> None:
     with pytest.raises(BackendUnavailable, match="has 2 CPUs and 0 GPUs; a worker needs 3 and 0"):
         Cluster(ClusterConfig(address="auto", cpus=3))
-    for options in ({"workers": 0}, {"cpus": 0.0}, {"gpus": -1.0}):
+    wrong: list[dict[str, Any]] = [{"workers": 0}, {"cpus": 0.0}, {"gpus": -1.0}]
+    for options in wrong:
         with pytest.raises(ConfigError, match="at least one worker"):
-            ClusterConfig(address="auto", **options)  # type: ignore[arg-type]
+            ClusterConfig(address="auto", **options)
 
 
-def test_an_unreachable_address_is_reported_quickly(data: Path, models: list[Path], tmp_path: Path) -> None:
+def test_an_unreachable_address_is_reported(data: Path, models: list[Path], tmp_path: Path) -> None:
     """It runs in another process, because this one is connected to a cluster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

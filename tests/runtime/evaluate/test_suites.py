@@ -1,15 +1,14 @@
 """Every suite on a tiny folder with the layout of the released set."""
 
-import importlib.metadata
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from runtime.errors import BackendUnavailable, ConfigError, DataError, SpecError
-from runtime.evaluate.corruptions.weather import frost_texture
 from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.labels import CIFAR10, IMAGENET_A, IMAGENET_R
 from runtime.evaluate.results import Result
@@ -21,6 +20,7 @@ from tests.support.evaluation_sets import (
     COLORS,
     WNIDS,
     config,
+    hide_frost_textures,
     labeled_folder,
     picture,
     run_config,
@@ -37,7 +37,7 @@ def imagenet_spec(size: int = 32) -> ModelSpec:
     return spec_of(tuple(f"name {place}" for place in range(1000)), tuple(ImageNetInfo().label_names()), size)
 
 
-def measure(name: str, data: Path, out: Path, spec: ModelSpec | None = None, **options: object) -> Result:
+def measure(name: str, data: Path, out: Path, spec: ModelSpec | None = None, **options: Any) -> Result:
     (result,) = evaluate([toy(spec=spec)], config(name, data, **options), run_config(out))
     return result
 
@@ -299,19 +299,24 @@ def test_gray_images_are_read_as_color_and_other_files_ignored(tmp_path: Path) -
     folder.mkdir(parents=True)
     Image.fromarray(picture("red", 0)[..., 0]).save(folder / "gray.JPEG")
     (folder / "notes.txt").write_text("no image")
-    assert cells(measure("imagenet", tmp_path / "set", tmp_path)) == {"images": 1}
+    seen: list[np.ndarray] = []
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        seen.append(images)
+        return images.mean((2, 3))
+
+    (result,) = evaluate([toy(predict=predict)], config("imagenet", tmp_path / "set"), run_config(tmp_path))
+    assert cells(result) == {"images": 1}
+    (image,) = seen[0]
+    assert np.ptp(image) > 0.1  # it has texture
+    assert np.array_equal(image[0], image[1]) and np.array_equal(image[0], image[2])
 
 
 def test_only_selected_corruptions_are_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, spec = labeled_folder(tmp_path, count=2), spec_of()
+    data, spec = labeled_folder(tmp_path / "set", count=2), spec_of()
     suite = open_suite(config("corruptions", data), spec)
-
-    def not_installed(name: str) -> importlib.metadata.Distribution:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
-    frost_texture.cache_clear()
+    hide_frost_textures(tmp_path / "site", monkeypatch)
     suite.probe(set(), spec.preprocessing)
     suite.probe({"fog/3", "clean"}, spec.preprocessing)
-    with pytest.raises(BackendUnavailable, match="frost needs the textures"):
+    with pytest.raises(BackendUnavailable, match=r"imagecorruptions-imaug does not contain .*frost\d\.png"):
         suite.probe({"frost/1"}, spec.preprocessing)

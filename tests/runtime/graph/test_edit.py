@@ -23,13 +23,15 @@ def model() -> ir.Model:
 
 @pytest.mark.parametrize(("axis", "rank", "shape"), [(0, 1, (5,)), (1, 4, (1, 5, 1, 1)), (2, 3, (1, 1, 5))])
 def test_channel_values_broadcast_along_their_axis(axis: int, rank: int, shape: tuple[int, ...]) -> None:
-    assert along(np.arange(5), axis, rank).shape == shape
+    found = along(np.arange(5), axis, rank)
+    assert found.shape == shape
+    assert found.ravel().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_initializers_are_constants_with_unused_names(model: ir.Model) -> None:
     weight = model.graph.initializers["w"]
     value = add_initializer(model.graph, unused_name(model.graph, "w"), 2 * array_of(weight).transpose(0, 1, 3, 2))
-    assert (value.name, value.dtype, list(value.shape)) == ("w_again", ir.DataType.FLOAT, [4, 3, 3, 3])
+    assert (value.name, value.dtype, value.shape) == ("w_again", ir.DataType.FLOAT, ir.Shape([4, 3, 3, 3]))
     np.testing.assert_array_equal(array_of(value), 2 * array_of(weight).transpose(0, 1, 3, 2))
     assert constant_of(None) is constant_of(model.graph.inputs[0]) is None
     assert unused_name(model.graph, "w") == "w_again_again"
@@ -40,10 +42,14 @@ def test_a_replaced_node_keeps_the_name_and_the_readers_of_its_output(model: ir.
     images = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
     relu = next(node for node in model.graph if node.op_type == "Relu")
     data = relu.inputs[0]
+    assert data is not None
     absolute = make_node("Abs", [data], name="absolute", like=data)
     total = make_node("Add", [data, absolute.outputs[0]], name="total", like=data, output="sum")
     half = make_node(
-        "Mul", [total.outputs[0], add_initializer(model.graph, "half", np.float32([0.5]))], name="h", like=data
+        "Mul",
+        [total.outputs[0], add_initializer(model.graph, "half", np.asarray([0.5], np.float32))],
+        name="h",
+        like=data,
     )
     replace_node(model.graph, relu, [absolute, total, half])
     proto = ir.to_proto(model)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -29,7 +31,7 @@ def test_a_model_too_large_for_protobuf_runs_with_external_weights() -> None:
     assert [size.dim_value for size in shapes["a"].dim][1:] == [64, 6, 6]
 
 
-def test_a_large_model_is_saved_with_external_weights_that_a_smaller_one_removes(tmp_path) -> None:
+def test_a_large_model_is_saved_with_external_weights_that_a_smaller_one_removes(tmp_path: Path) -> None:
     save_onnx(network(), tmp_path / "m.onnx", 4000)
     assert (tmp_path / "m.onnx").stat().st_size < 4000 < (tmp_path / "m.onnx.data").stat().st_size
     np.testing.assert_array_equal(

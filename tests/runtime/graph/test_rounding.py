@@ -18,7 +18,7 @@ IMAGES = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
 
 
 def network(gain: float = 1.0) -> onnx.ModelProto:
-    """Two convolutions; the first is scaled by `gain`, the second by its inverse."""
+    """Build two convolutions: the first is scaled by `gain`, the second by its inverse."""
     random = np.random.default_rng(0)
     body = "a = Conv(input, w1) r = Relu(a) b = Conv(r, w2) p = GlobalAveragePool(b) logits = Flatten(p)"
     return graph(body, w1=random.normal(size=(4, 3, 3, 3)) * gain, w2=random.normal(size=(4, 4, 1, 1)) / gain)
@@ -26,8 +26,9 @@ def network(gain: float = 1.0) -> onnx.ModelProto:
 
 def reference(model: onnx.ModelProto) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy warns of overflows
-        return ReferenceEvaluator(model).run(None, {"input": IMAGES})[0]
+        warnings.simplefilter("ignore")  # NumPy warns about overflows
+        (logits,) = ReferenceEvaluator(model).run(None, {"input": IMAGES})
+        return np.asarray(logits)
 
 
 def rounded(model: onnx.ModelProto) -> np.ndarray:

@@ -26,7 +26,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two class folders with three images each."""
+    """Write two class folders with three images each."""
     for number, image in enumerate(PIXELS):
         path = tmp_path / "photos" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def test_a_source_travels_to_another_process_without_its_images(tmp_path: Path, 
     assert pickle.loads(pickle.dumps(FolderSource(photos))) == FolderSource(photos)
 
 
-def test_bad_sources_are_refused(tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a folder, a tar file or a NumPy file of images; found nothing"):
         open_source(tmp_path / "none")
     (tmp_path / "a.txt").write_text("")
@@ -138,7 +138,7 @@ def test_loops_and_links_into_another_class_are_skipped(photos: Path, caplog: py
     assert "skipped 2 links into the folder of another class, 2 links to a folder that contains them" in caplog.text
 
 
-def test_files_of_other_kinds_and_broken_links_are_no_images(photos: Path) -> None:
+def test_files_of_other_kinds_and_broken_links_are_not_images(photos: Path) -> None:
     (photos / "notes.txt").write_text("")
     (photos / "gone.png").symlink_to(photos / "nothing.png")
     (photos / "folder.png").mkdir()

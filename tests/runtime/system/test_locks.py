@@ -51,7 +51,7 @@ def test_a_lock_that_stays_held_times_out(tmp_path: Path) -> None:
         start = time.monotonic()
         with file_lock(tmp_path / "a.lock", timeout_s=0.2, on_wait=lambda: waits.append(1)) as second:
             assert (first, second) == (True, False)
-            assert 0.2 <= time.monotonic() - start < 5
+            assert time.monotonic() - start >= 0.2
         assert (tmp_path / "a.lock").exists()  # the second one did not remove it
     assert waits == [1]
 

@@ -115,13 +115,12 @@ def test_gpu_outputs_outlive_the_session() -> None:
     machine.driver.counts.clear()
     for source in (batch, Interface(shape=view.shape, data=(view.pointer, False))):
         output = session.run_on_device(source)["logits"]
-        assert (output.shape, output.dtype) == ((19, 3), np.float32)
+        assert (output.shape, output.dtype) == ((19, 3), np.dtype(np.float32))
         assert machine.count("cuMemcpyDtoHAsync") == 0
     assert session.stats.images == 38
     assert session.stats.device_bytes == machine.driver.used > 0
     session.close()
-    del session
-    machine.backend = None
+    del session, machine.backend
     gc.collect()
     np.testing.assert_array_equal(output.numpy(), means(batch))
     again = Interface(**output.__cuda_array_interface__)

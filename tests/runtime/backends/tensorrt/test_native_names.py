@@ -20,7 +20,7 @@ def driver_calls() -> dict[str, int]:
         if node.func.attr.startswith("cu") and node.func.attr[2].isupper():
             found[node.func.attr] = len(node.args)
         elif node.func.attr == "_call" and isinstance(node.args[0], ast.Constant):
-            found[node.args[0].value] = len(node.args) - 1
+            found[str(node.args[0].value)] = len(node.args) - 1
     return found
 
 

@@ -192,9 +192,10 @@ def test_models_that_cannot_share_images_are_refused(digits: Digits, tmp_path: P
 def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown attack 'sqare'; did you mean square"):
         AttackConfig(attacks=("sqare",), epsilons=(4,))
-    for options in ({"queries": 0}, {"draws": 0}, {"steps": 0}, {"restarts": 0}, {"initial_share": 0.0}):
+    wrong: list[dict[str, Any]] = [{"queries": 0}, {"draws": 0}, {"steps": 0}, {"restarts": 0}, {"initial_share": 0.0}]
+    for options in wrong:
         with pytest.raises(ConfigError, match="must be"):
-            AttackConfig(attacks=("square",), epsilons=(4,), **options)  # type: ignore[arg-type]
+            AttackConfig(attacks=("square",), epsilons=(4,), **options)
     for attacks, epsilons in (((), (4,)), (("square",), ())):
         with pytest.raises(ConfigError, match="at least one attack and one ε"):
             AttackConfig(attacks=attacks, epsilons=epsilons)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def picture(height: int, width: int) -> np.ndarray:
     return (255 * np.stack([0.8 * x, 0.8 * y, (x > 0.4) * 0.6], axis=2) + 51 * texture[..., None]).astype(np.uint8)
 
 
-def try_corrupt(image: np.ndarray, name: str, severity: int, **options: object) -> np.ndarray:
+def try_corrupt(image: np.ndarray, name: str, severity: int, **options: Any) -> np.ndarray:
     """Call `corrupt`; skip the test if the textures of frost are missing."""
     if name == "frost":
         try:
@@ -56,6 +57,12 @@ def bare_folder(folder: Path, *packages: str) -> str:
         for source in site.glob(pattern):
             (folder / source.name).symlink_to(source)
     return f"{folder}{os.pathsep}{ROOT}"
+
+
+def legacy_state() -> np.ndarray:
+    """Return a copy of the state of NumPy's global generator."""
+    state: Any = np.random.get_state()
+    return np.array(state[1])
 
 
 def test_every_table_has_five_severities_of_all_nineteen_corruptions() -> None:
@@ -91,10 +98,10 @@ def test_cells_do_not_depend_on_the_order_of_calls(name: str) -> None:
 
 def test_1_and_its_text_are_different_keys_and_numpys_global_state_is_unchanged() -> None:
     image = picture(32, 32)
-    state = np.random.get_state()[1].copy()
+    state = legacy_state()
     assert not np.array_equal(corrupt(image, "fog", 3, key=1), corrupt(image, "fog", 3, key="1"))
-    assert np.array_equal(corrupt(image, "fog", 3, key=1), corrupt(image, "fog", 3, key=np.int64(1)))
-    assert np.array_equal(np.random.get_state()[1], state)
+    assert np.array_equal(corrupt(image, "fog", 3, key=1), corrupt(image, "fog", 3, key=cast(int, np.int64(1))))
+    assert np.array_equal(legacy_state(), state)
 
 
 def test_cells_are_equal_in_another_process() -> None:
@@ -114,8 +121,7 @@ def test_any_shape_at_all_severities(name: str, shape: tuple[int, int]) -> None:
         result = try_corrupt(image, name, severity)
         assert result.shape == image.shape
         assert result.dtype == np.uint8
-    if min(shape) >= 32:
-        assert not np.array_equal(result, image)
+        assert min(shape) < 32 or not np.array_equal(result, image)
 
 
 @pytest.mark.parametrize("name", ["frost", "fog", "snow", "zoom_blur"])
@@ -184,7 +190,7 @@ def test_the_table_depends_on_the_shorter_side(side: int, table: str) -> None:
         (("fog", 1), {"seed": "a"}, "seed .* found 'a'"),
     ],
 )
-def test_invalid_arguments_are_refused(arguments: tuple[object, ...], options: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: tuple[Any, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         corrupt(picture(32, 32), *arguments, **options)
 
@@ -200,7 +206,7 @@ def test_invalid_arguments_are_refused(arguments: tuple[object, ...], options: d
         ([[0]], "found list"),
     ],
 )
-def test_invalid_images_are_refused(image: object, message: str) -> None:
+def test_invalid_images_are_refused(image: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         corrupt(image, "fog", 1)
 

@@ -85,9 +85,13 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+def number(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
 def test_a_planted_fault_is_shown_with_an_interval_that_excludes_zero(faulty: Path) -> None:
     text = faulty.with_suffix(".md").read_text().replace("\\", "")
-    found = {}
+    found: dict[str, list[tuple[float, float, str]]] = {}
     for name in ("net.int8", "net.fault"):
         (line,) = [
             line for line in text.splitlines() if line.startswith(f"- **{name}** compared with net on corruptions")
@@ -95,9 +99,7 @@ def test_a_planted_fault_is_shown_with_an_interval_that_excludes_zero(faulty: Pa
         top1 = re.search(r"top-1 \S+ points \[([−+\d.]+), ([−+\d.]+)\] – \*\*([a-z ]+)\*\*", line)
         error = re.search(r"mean error \S+ points \[([−+\d.]+), ([−+\d.]+)\] – \*\*([a-z ]+)\*\*", line)
         assert top1 and error, line
-        found[name] = [
-            (*(float(end.replace("−", "-")) for end in match.groups()[:2]), match[3]) for match in (top1, error)
-        ]
+        found[name] = [(number(match[1]), number(match[2]), match[3]) for match in (top1, error)]
     (low, high, word), (error_low, error_high, error_word) = found["net.fault"]
     assert low <= high < 0
     assert word == "worse"
