@@ -7,8 +7,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import TopologicalSortPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from calib.precision import LIMIT, Decision, deciding_tensors, overflows, to_reduced
+from calib.precision import LIMIT, Decision, ToReduced, deciding_tensors, losses, overflows, to_reduced
 from runtime.graph.collect import collect_amax
+from runtime.graph.compare import TensorError
 from runtime.graph.model import run_batches
 from runtime.graph.rounding import with_roundings
 from tests.support.networks import graph, scale_initializer
@@ -121,3 +122,126 @@ def test_the_input_model_is_not_changed() -> None:
     to_reduced(model, "fp16")
     scale_initializer(to_reduced(model, "bf16"), "w1_bf16", 2.0)
     assert model.SerializeToString(deterministic=True) == before
+
+
+def types_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element type of every tensor, from ONNX's own shape inference."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    values = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    return values | {tensor.name: tensor.data_type for tensor in inferred.initializer}
+
+
+def test_the_names_of_input_and_output_stay_and_casts_are_named_after_their_tensors() -> None:
+    half, _ = to_fp16(network(1e5))
+    assert [value.name for value in (*half.graph.input, *half.graph.output)] == ["input", "logits"]
+    casts = {node.name: tuple(node.output) for node in half.graph.node if node.op_type == "Cast"}
+    assert casts == {"b_fp16_cast": ("b_fp16",), "logits_cast": ("logits",)}
+
+
+def test_a_product_with_a_sigmoid_is_not_measured_because_it_is_not_larger() -> None:
+    body = """a = Conv(input, w) s = Sigmoid(a) gated = Mul(a, s) square = Mul(gated, gated)
+              p = GlobalAveragePool(square) logits = Flatten(p)"""
+    model = graph(body, w=np.ones((4, 3, 3, 3)))
+    assert deciding_tensors(model) == {"input", "a", "square"}
+
+
+def test_a_product_with_the_input_is_measured() -> None:
+    body = """doubled = Mul(input, two) a = Conv(doubled, w) s = Sigmoid(a) gated = Mul(s, a)
+              p = GlobalAveragePool(gated) logits = Flatten(p)"""
+    model = graph(body, w=np.ones((4, 3, 3, 3)), two=np.float32(2))
+    assert deciding_tensors(model) == {"input", "doubled", "a"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1.01 * LIMIT])
+def test_values_that_fp16_cannot_represent_are_overflows(value: float) -> None:
+    decisions = overflows(network(), {"r": value})
+    assert [(decision.node, decision.tensor) for decision in decisions] == [("Relu_1", "r"), ("Conv_2", "r")]
+    assert all(decision.amax > LIMIT for decision in decisions)
+
+
+def test_values_at_the_limit_are_not_overflows() -> None:
+    assert overflows(network(), {"a": LIMIT, "r": LIMIT}) == []
+
+
+def test_a_large_weight_is_an_overflow_even_if_no_tensor_is_measured() -> None:
+    model = network()
+    scale_initializer(model, "w2", 1e6)
+    amax = float(np.abs(numpy_helper.to_array(model.graph.initializer[1])).max())
+    assert overflows(model, {}) == [Decision(node="Conv_2", op="Conv", reason="overflow", tensor="w2", amax=amax)]
+
+
+PIECES = """up = Resize<mode="nearest">(input, roi, scales) a = Conv(up, w) part = Slice(a, starts, ends, axes)
+            c = Clip(part, , six) p = GlobalAveragePool(c) logits = Reshape(p, shape)"""
+"""Integer inputs, an empty one, one that is left out, and an operator without an FP16 version."""
+
+
+def network_of_pieces() -> onnx.ModelProto:
+    model = graph(
+        PIECES,
+        w=np.random.default_rng(0).normal(size=(4, 3, 3, 3)),
+        roi=np.zeros(0),
+        scales=np.array([1, 1, 2, 2]),
+        six=np.float32(6),
+    )
+    integers = {"starts": [0], "ends": [np.iinfo(np.int64).max], "axes": [2], "shape": [-1, 4]}
+    for name, values in integers.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def test_integers_and_empty_tensors_are_not_overflows() -> None:
+    assert overflows(network_of_pieces(), {}) == []
+
+
+def test_integers_missing_inputs_and_operators_without_fp16_are_not_converted() -> None:
+    model = network_of_pieces()
+    half = to_reduced(model, "fp16")
+    types = types_of(half)
+    assert {types[name] for name in ("starts", "ends", "axes", "shape")} == {TensorProto.INT64}
+    assert {types[name] for name in ("up", "scales", "logits")} == {TensorProto.FLOAT}
+    assert {types[name] for name in ("a", "part", "c", "p")} == {TensorProto.FLOAT16}
+    clip = next(node for node in half.graph.node if node.op_type == "Clip")
+    assert clip.input[1] == ""
+    np.testing.assert_allclose(rounded(half), run(model), rtol=1e-2, atol=1e-2)
+
+
+def test_quantized_tensors_stay_integers_and_their_scales_become_fp16() -> None:
+    body = """q = QuantizeLinear(input, scale, zero) d = DequantizeLinear(q, scale, zero) a = Conv(d, w)
+              p = GlobalAveragePool(a) logits = Flatten(p)"""
+    model = graph(body, w=np.random.default_rng(0).normal(size=(4, 3, 3, 3)), scale=np.float32(1 / 32))
+    model.graph.initializer.append(numpy_helper.from_array(np.int8(0), "zero"))
+    half = to_reduced(onnx.shape_inference.infer_shapes(model), "fp16")
+    types = types_of(half)
+    assert types["q"] == TensorProto.INT8
+    assert {types[name] for name in ("d", "a", "p", "scale_fp16")} == {TensorProto.FLOAT16}
+    assert [node.op_type for node in half.graph.node].count("Cast") == 2
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_second_conversion_changes_nothing(weights: bool) -> None:
+    without = graph(
+        "s = Sigmoid(input) f = Flatten(s) p = ReduceMean<keepdims=1>(f) logits = Concat<axis=1>(p, p, p, p)"
+    )
+    model = ir.from_proto(network() if weights else without)
+    assert ToReduced()(model).modified
+    assert not ToReduced()(model).modified
+
+
+def test_the_nodes_with_the_largest_added_errors_stay_in_fp32_with_those_they_read() -> None:
+    """The error that a node inherits does not count."""
+    errors = [
+        TensorError(node="Conv_0", op="Conv", tensor="a", error=0.1, added=0.1),
+        TensorError(node="Relu_1", op="Relu", tensor="r", error=0.1, added=0.0),
+        TensorError(node="Conv_2", op="Conv", tensor="b", error=0.5, added=0.4),
+        TensorError(node="GlobalAveragePool_3", op="GlobalAveragePool", tensor="p", error=0.7, added=0.2),
+    ]
+    worst = [
+        Decision(node="Conv_2", op="Conv", reason="loss", tensor="b", amax=3.0, error=0.5),
+        Decision(node="Relu_1", op="Relu", reason="loss", tensor="b", amax=3.0, error=0.5),
+    ]
+    assert losses(network(), errors, {"b": 3.0}, 0) == []
+    assert losses(network(), errors, {"b": 3.0}, 1) == worst
+    second = Decision(
+        node="GlobalAveragePool_3", op="GlobalAveragePool", reason="loss", tensor="p", amax=0.0, error=0.7
+    )
+    assert losses(network(), errors, {"b": 3.0}, 2) == [*worst, second]

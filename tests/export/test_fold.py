@@ -123,3 +123,85 @@ def test_a_weight_shared_by_two_convolutions_is_folded_into_copies() -> None:
 def test_a_gemm_with_factors_is_not_folded() -> None:
     body = "y = Gemm<alpha=2.0, transB=1>(x, w, b) z = BatchNormalization(y, scale, shift, mean, var)"
     assert not FoldBatchNorm()(graph("[n, 4]", body, {"w": (6, 4), "b": (6,)})).modified
+
+
+def test_a_gemm_whose_bias_has_a_factor_is_not_folded() -> None:
+    body = "y = Gemm<beta=0.5, transB=1>(x, w, b) z = BatchNormalization(y, scale, shift, mean, var)"
+    assert not FoldBatchNorm()(graph("[n, 4]", body, {"w": (6, 4), "b": (6,)})).modified
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "y = Conv(x, w, b) s = Identity(scale) z = BatchNormalization(y, s, shift, mean, var)",
+            "its parameters are not constant",
+        ),
+        (
+            "k = Identity(w) y = Conv(x, k, b) z = BatchNormalization(y, scale, shift, mean, var)",
+            "the weights of Conv Conv_1 are not constant",
+        ),
+        (
+            "k = Identity(b) y = Conv(x, w, k) z = BatchNormalization(y, scale, shift, mean, var)",
+            "the weights of Conv Conv_1 are not constant",
+        ),
+    ],
+)
+def test_computed_parameters_and_weights_are_not_folded(
+    body: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = graph("[n, 4, 4, 4]", body, {"w": (6, 4, 1, 1), "b": (6,)})
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    with caplog.at_level("INFO"):
+        assert not FoldBatchNorm()(model).modified
+    assert caplog.messages == [f"BatchNorm BatchNormalization_2 is not folded: {reason}"]
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_a_folded_layer_keeps_its_name_attributes_and_metadata() -> None:
+    body = "y = Conv<pads=[1, 1, 1, 1], strides=[2, 2]>(x, w) z = BatchNormalization(y, scale, shift, mean, var)"
+    model = graph("[n, 4, 8, 8]", body, {"w": (6, 4, 3, 3)})
+    before = next(iter(model.graph))
+    before.metadata_props["source"] = "stem.conv"
+    FoldBatchNorm()(model)
+    after = next(iter(model.graph))
+    assert after is not before
+    assert (after.name, after.attributes, after.metadata_props) == (
+        "Conv_0",
+        before.attributes,
+        {"source": "stem.conv"},
+    )
+
+
+@pytest.mark.parametrize("rewrite", [FoldBatchNorm(), BatchNormToAffine()])
+def test_a_graph_without_batch_norm_is_not_modified(rewrite: ir.passes.InPlacePass) -> None:
+    assert not rewrite(graph("[n, 4, 4, 4]", "z = Conv(x, w)", {"w": (6, 4, 1, 1)})).modified
+
+
+@pytest.mark.parametrize("unknown", ["parameters", "shape"])
+def test_a_batch_norm_with_unknown_parameters_or_shape_stays_and_others_become_mul_and_add(
+    unknown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scale = "s" if unknown == "parameters" else "scale"
+    body = f"""s = Identity(scale) r = Relu(x) y = BatchNormalization(r, {scale}, shift, mean, var)
+               z = BatchNormalization(y, scale, shift, mean, var)"""
+    model = graph("[n, 6, 4, 4]", body, {})
+    x = np.random.default_rng(1).normal(size=(2, 6, 4, 4)).astype(np.float32)
+    expected = run(model, x)
+    if unknown == "shape":
+        next(node for node in model.graph if node.op_type == "Relu").outputs[0].shape = None
+    assert BatchNormToAffine()(model).modified
+    assert ops(model) == ["Identity", "Relu", "BatchNormalization", "Mul", "Add"]
+    assert caplog.messages == [
+        "BatchNorm BatchNormalization_2 is not replaced: its parameters or shape are not constant"
+    ]
+    np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_all_nodes_have_different_names_after_a_replacement() -> None:
+    body = "y = BatchNormalization(x, scale, shift, mean, var) z = BatchNormalization(y, shift, scale, mean, var)"
+    model = graph("[n, 6, 4, 4]", body, {})
+    BatchNormToAffine()(model)
+    names = [node.name for node in model.graph]
+    assert len(names) == len(set(names)) == 4
+    assert all(names)
