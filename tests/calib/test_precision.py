@@ -172,7 +172,7 @@ def test_a_large_weight_is_an_overflow_even_if_no_tensor_is_measured() -> None:
 
 PIECES = """up = Resize<mode="nearest">(input, roi, scales) a = Conv(up, w) part = Slice(a, starts, ends, axes)
             c = Clip(part, , six) p = GlobalAveragePool(c) logits = Reshape(p, shape)"""
-"""Integer inputs, an empty one, one that is left out, and an operator without an FP16 version."""
+"""Integer inputs, an empty one, an omitted one, and an operator without an FP16 version."""
 
 
 def network_of_pieces() -> onnx.ModelProto:
@@ -209,7 +209,7 @@ def test_quantized_tensors_stay_integers_and_their_scales_become_fp16() -> None:
     body = """q = QuantizeLinear(input, scale, zero) d = DequantizeLinear(q, scale, zero) a = Conv(d, w)
               p = GlobalAveragePool(a) logits = Flatten(p)"""
     model = graph(body, w=np.random.default_rng(0).normal(size=(4, 3, 3, 3)), scale=np.float32(1 / 32))
-    model.graph.initializer.append(numpy_helper.from_array(np.int8(0), "zero"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), "zero"))
     half = to_reduced(onnx.shape_inference.infer_shapes(model), "fp16")
     types = types_of(half)
     assert types["q"] == TensorProto.INT8
