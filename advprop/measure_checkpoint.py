@@ -42,7 +42,7 @@ class MeasureConfig:
     calib_images: int = 256
     """Maximum number of calibration images."""
     workers: int | None = None
-    """Processes that decode and corrupt images (default: cores − 1)."""
+    """Processes that decode and corrupt images (default: cores − 1, at most 8)."""
     batch_size: int = 8
     """Images per batch."""
     device: str = "auto"

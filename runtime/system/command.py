@@ -278,7 +278,7 @@ def threads_option(help_text: str = "CPU threads of ONNX Runtime; 0 uses all cor
 
 def workers_option(**attributes: Any) -> Option:
     """Return --workers, the number of processes that prepare images."""
-    help_text = "Processes that decode and corrupt images (default: number of cores − 1)."
+    help_text = "Processes that decode and corrupt images (default: number of cores − 1, at most 8)."
     return Option(["--workers"], type=click.IntRange(min=0), help=help_text, **attributes)
 
 
