@@ -96,7 +96,7 @@ _ATTACKS = (
         ["--checkpoint"],
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Checkpoint whose gradient PGD and APGD follow.",
+        help="Checkpoint whose gradients PGD and APGD use.",
     ),
     limit_option(),
     seed_option("sampling and attacks"),
@@ -121,7 +121,7 @@ def main(
     attacks: dict[str, Any],
     **execution: Any,
 ) -> None:
-    """Attack MODELs (ONNX files, engines, checkpoints) with uint8 images within an L-inf ball.
+    """Attack MODELs (ONNX files, engines, checkpoints): change each pixel by at most ε.
 
     Prints a table and writes OUT/MODEL.attack.json, which advprop report plots as accuracy against
     ε.

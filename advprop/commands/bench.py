@@ -36,7 +36,7 @@ Examples:
   advprop bench model.onnx best.pt --data photos/ --duration-s 10
   advprop report evaluation/*.json bench/*.batch1.json -o report.html
 
-Models take turns in short rounds. Ratios compare turns of the same round with the first FILE.
+Models take turns in short rounds. Each ratio compares a FILE with the first FILE in the same round.
 Ctrl-C keeps the measurements that are finished.
 """
 
