@@ -160,7 +160,10 @@ def test_a_workspace_that_is_too_small_is_reported(tmp_path: Path) -> None:
             {"version_compatible": True},
             "does not support version-compatible engines: each release needs its own engine",
         ),
-        ({"hardware_compatible": "ampere_plus"}, "no hardware compatibility levels; name the GPU generations"),
+        (
+            {"hardware_compatible": "ampere_plus"},
+            "does not support hardware compatibility levels; name the GPU generations",
+        ),
         pytest.param(
             {"refit": True},
             "needs a GPU and its driver",

@@ -82,7 +82,7 @@ def test_a_source_travels_to_another_process_without_its_images(tmp_path: Path, 
 
 
 def test_invalid_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a folder, a tar file or a NumPy file of images; found nothing"):
+    with pytest.raises(DataError, match="expected a folder, a tar file or a NumPy file of images; found no such"):
         open_source(tmp_path / "none")
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="found a file of another kind"):

@@ -94,7 +94,7 @@ def test_epsilon_is_in_gray_levels() -> None:
     for epsilon in (0, -1, 256, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="from 1 to 255"):
             radius_of(epsilon)
-    with pytest.raises(ConfigError, match=r"found 0.0157.* for 0.0157 of the range \[0, 1\], give 4"):
+    with pytest.raises(ConfigError, match=r"found 0.0157.* for 0.0157 of the range \[0, 1\], pass 4"):
         radius_of(0.0157)
 
 
