@@ -248,3 +248,32 @@ def test_the_layers_of_a_class_stay_of_one_class_with_a_telling_name() -> None:
 def test_a_network_without_batch_norm_is_named_with_all_its_norms(layers: list[nn.Module], found: str) -> None:
     with pytest.raises(ArchError, match=f"^Sequential has no BatchNorm: it has {found}. AdvProp needs"):
         add_auxiliary_bns(nn.Sequential(*layers), ["adv"])
+
+
+def test_a_joint_forward_in_evaluation_mode_uses_the_running_statistics_of_each_route() -> None:
+    model, x = trained_network(), torch.randn(5, 3, 4, 4)
+    separate = []
+    for name, part in (("aug", x[:2]), ("main", x[2:])):
+        with route(model, name):
+            separate.append(model(part))
+    with route(model, ("aug", 2), ("main", 3)):
+        torch.testing.assert_close(model(x), torch.cat(separate))
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_subclasses_of_batch_norm_keep_their_own_forward(factor: int) -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * factor
+
+    norm = Own(3) if factor == 1 else Scaled(3)
+    plain = nn.BatchNorm2d(3)
+    model = add_auxiliary_bns(nn.Sequential(norm), ["adv"]).train()
+    x = torch.randn(6, 3, 4, 4)
+    with route(model, ("main", 4), ("adv", 2)):
+        torch.testing.assert_close(model(x), factor * torch.cat([plain(x[:4]), plain(x[4:])]))
+    with route(model, "adv"):
+        torch.testing.assert_close(model(x), factor * plain(x))
