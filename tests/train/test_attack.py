@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from train.attack import LinfPGD, accuracy, evaluation_attack, frozen
+from train.attack import LinfPGD, Randomness, accuracy, evaluation_attack, frozen
 from train.config import AttackConfig
 from train.dual_bn import add_auxiliary_bns, route
 from train.samples import BAD_LABEL
@@ -183,3 +183,99 @@ def test_accuracy_of_each_route() -> None:
     model.get_submodule("norm.aux.adv").get_parameter("weight").data.fill_(-1)
     assert accuracy(model, BATCHES, bn="adv") == 1 / 6
     assert accuracy(model, BATCHES) == 5 / 6
+
+
+def test_accuracy_of_a_single_image() -> None:
+    assert accuracy(Brightness(), [(flat_images(0.5), torch.tensor([1]))]) == 1.0
+
+
+class Fixed(Randomness):
+    """The same noise for every pixel, the smallest number for every image, and one distance for every target."""
+
+    def __init__(self, noise: float = 0.0, distance: int = 1) -> None:
+        self._noise, self._distance = noise, distance
+
+    def noise(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(images_NCHW, self._noise)
+
+    def chance(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(images_NCHW.shape[0], 1, 1, 1)
+
+    def shift(self, labels_N: torch.Tensor, classes: int) -> torch.Tensor:
+        return torch.full_like(labels_N, self._distance)
+
+
+def test_bounds_are_epsilon_and_the_pixel_range() -> None:
+    pixels = torch.linspace(0, 1, 256).expand(1, 3, 1, 256)
+    ball = LinfPGD(AttackConfig(epsilon=4), *IMAGENET).ball(normalized(pixels, *IMAGENET))
+    lowest, highest = (as_pixels(bound, *IMAGENET) for bound in (ball.lowest, ball.highest))
+    torch.testing.assert_close(lowest, (pixels - 4 / 255).clamp(min=0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(highest, (pixels + 4 / 255).clamp(max=1), rtol=0, atol=1e-6)
+
+
+def test_start_points_are_uniform_within_epsilon() -> None:
+    attack = LinfPGD(AttackConfig(epsilon=4, clean_start_share=0.0), *IMAGENET)
+    clean = normalized(torch.full((64, 3, 32, 32), 0.5), *IMAGENET)
+    torch.manual_seed(0)
+    offset = (as_pixels(attack.start(attack.ball(clean)), *IMAGENET) - 0.5) * 255 / 4
+    assert offset.min() == pytest.approx(-1, abs=1e-3)
+    assert offset.max() == pytest.approx(1, abs=1e-3)
+    assert offset.mean() == pytest.approx(0, abs=0.01)
+    assert offset.square().mean() == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_without_clean_starts_the_smallest_random_number_also_starts_with_noise() -> None:
+    attack = LinfPGD(AttackConfig(epsilon=1, clean_start_share=0.0), *INCEPTION, Fixed(noise=1.0))
+    images = flat_images(0.0, 0.5)
+    torch.testing.assert_close(attack.start(attack.ball(images)), images + 2 / 255)
+
+
+def test_random_numbers_and_bounds_are_on_the_device_of_the_images() -> None:
+    images, labels = torch.zeros(2, 3, 4, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    random = Randomness()
+    assert {values.device for values in LinfPGD(AttackConfig(), *INCEPTION).ball(images)} == {images.device}
+    for drawn in (random.noise(images), random.chance(images), random.shift(labels, 5)):
+        assert drawn.device == images.device
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+def test_each_step_moves_every_pixel_by_the_step_size_toward_the_other_class(targeted: bool) -> None:
+    config = AttackConfig(epsilon=4, steps=3, step_size=0.5, targeted=targeted)
+    images = flat_images(-0.5, 0.5)
+    attacked = LinfPGD(config, *IMAGENET, Fixed())(Brightness(), images, torch.tensor([0, 1]), "main")
+    moved = as_pixels(attacked, *IMAGENET) - as_pixels(images, *IMAGENET)
+    brighter = torch.full((3, 4, 4), 3 * 0.5 / 255)
+    torch.testing.assert_close(moved, torch.stack([brighter, -brighter]), rtol=0, atol=1e-6)
+
+
+def test_the_target_is_the_given_distance_behind_the_true_class() -> None:
+    attack = LinfPGD(AttackConfig(), *INCEPTION, Fixed(distance=2))
+    assert attack.goal(torch.tensor([0, 1, 4]), 5).tolist() == [2, 3, 1]
+
+
+class Faint(nn.Module):
+    """Gradients of 2e-9 per pixel in float16, whose smallest number is 6e-8."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = 1e-7 * x.to(torch.float16).to(torch.float32).mean((1, 2, 3))
+        return torch.stack([-mean, mean], 1)
+
+
+def test_small_gradients_do_not_vanish_in_float16_even_in_large_batches() -> None:
+    attack = LinfPGD(AttackConfig(targeted=False), *INCEPTION, Fixed())
+    images = flat_images(*[0.0] * 512)
+    attacked = attack(Faint(), images, torch.zeros(512, dtype=torch.int64), "main")
+    torch.testing.assert_close(attacked, images + 2 / 255)
+
+
+def test_the_evaluation_attack_has_the_settings_of_madry_et_al() -> None:
+    assert evaluation_attack(8, *INCEPTION, steps=10).config == AttackConfig(
+        epsilon=8, steps=10, step_size=2.0, targeted=False, clean_start_share=0.0
+    )
+    assert evaluation_attack(8, *INCEPTION).config.steps == 5
+
+
+def test_the_evaluation_attack_uses_the_given_random_numbers() -> None:
+    attack = evaluation_attack(4, *INCEPTION, randomness=Fixed(noise=0.0))
+    images = flat_images(0.0, 0.5)
+    assert torch.equal(attack.start(attack.ball(images)), images)

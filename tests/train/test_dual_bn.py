@@ -8,7 +8,16 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from runtime.errors import ArchError, ConfigError
-from train.dual_bn import RoutedBatchNorm, add_auxiliary_bns, find_router, route, strip_auxiliary
+from train.dual_bn import (
+    RoutedBatchNorm,
+    add_auxiliary_bns,
+    auxiliary_routes,
+    find_router,
+    frozen_statistics,
+    route,
+    select_route,
+    strip_auxiliary,
+)
 
 
 def model_and_images(arch: str, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
@@ -125,3 +134,149 @@ def test_unknown_route() -> None:
     model, images = model_and_images("resnet10t")
     with pytest.raises(ConfigError, match="no BatchNorm route 'adv'; it has main"), route(model, "adv"):
         model(images)
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4, affine=False))
+
+
+def trained_network() -> nn.Module:
+    """Build a network whose routes `adv` and `aug` have parameters and statistics of their own."""
+    model = add_auxiliary_bns(small_network(), ["adv", "aug"]).train()
+    for tensor in model.parameters():
+        nn.init.normal_(tensor)
+    for number, name in enumerate(("main", "adv", "aug")):
+        with route(model, name):
+            model(torch.randn(8, 3, 4, 4) + number)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["main", "adv", "aug"])
+def test_a_selected_route_loads_into_the_stock_model_and_has_the_same_output(name: str) -> None:
+    model, stock, x = trained_network(), small_network().eval(), torch.randn(2, 3, 4, 4)
+    stock.load_state_dict(select_route(model.state_dict(), name), strict=True)
+    with route(model, name):
+        torch.testing.assert_close(model(x), stock(x), rtol=0, atol=0)
+
+
+def test_routes_are_listed_in_the_order_of_the_state_dict() -> None:
+    state = trained_network().state_dict()
+    assert auxiliary_routes(state) == ("adv", "aug")
+    assert auxiliary_routes(strip_auxiliary(state)) == ()
+    with pytest.raises(ConfigError, match=r"^no BatchNorm route 'noise'; available: main, adv, aug$"):
+        select_route(state, "noise")
+
+
+@pytest.mark.parametrize(("key", "name"), [("bn1.aux_bn.0.weight", "aux_bn.0"), ("bn1.aux_bn.weight", "aux_bn")])
+def test_split_batch_norms_of_timm_and_others_are_routes(key: str, name: str) -> None:
+    state = {"bn1.weight": 1, key: 2, "aux.weight": 3, "head.aux_bn_size": 4}
+    assert auxiliary_routes(state) == (name,)
+    assert strip_auxiliary(state) == {"bn1.weight": 1, "aux.weight": 3, "head.aux_bn_size": 4}
+    assert select_route(state, name) == {"bn1.weight": 2, "aux.weight": 3, "head.aux_bn_size": 4}
+
+
+def test_frozen_statistics_are_not_updated_but_batches_are_still_normalized_by_their_own() -> None:
+    model = add_auxiliary_bns(small_network(), ["adv"]).train()
+    model.append(nn.BatchNorm2d(4, track_running_stats=False))
+    twin, x = copy.deepcopy(model), torch.randn(8, 3, 4, 4)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ZeroDivisionError), frozen_statistics(model):
+        torch.testing.assert_close(model(x), twin(x))
+        raise ZeroDivisionError
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model(x)
+    assert model[1].num_batches_tracked == 1
+    assert [layer.track_running_stats for layer in (model[1], model[1].aux["adv"], model[4])] == [True, True, False]
+
+
+def test_a_model_without_auxiliary_layers_has_the_main_route_only() -> None:
+    model = small_network()
+    assert find_router(model) is None
+    with route(model, "main"):
+        assert model(torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
+
+
+def test_an_unknown_route_is_reported_with_the_known_ones() -> None:
+    model = trained_network()
+    message = "^the model has no BatchNorm route 'noise'; it has main, adv, aug$"
+    with pytest.raises(ConfigError, match=message), route(model, ("main", 1), ("noise", 1)):
+        pass
+    assert find_router(model).plan == (("main", 1),)
+
+
+def test_counts_are_scaled_if_a_layer_folds_other_dimensions_into_the_first() -> None:
+    model = add_auxiliary_bns(nn.Sequential(nn.Flatten(0, 1), nn.BatchNorm1d(6)), ["adv"]).train()
+    twin, x = copy.deepcopy(model), torch.randn(5, 4, 6)
+    with route(model, ("main", 2), ("adv", 3)):
+        joint = model(x)
+    with route(twin, "adv"):
+        adv = twin(x[2:])
+    torch.testing.assert_close(joint, torch.cat([twin(x[:2]), adv]))
+    with route(model, ("main", 2), ("adv", 3)), pytest.raises(ValueError, match="a batch of 24 cannot be routed as"):
+        model(torch.randn(6, 4, 6))
+
+
+def test_auxiliary_layers_cannot_be_added_twice() -> None:
+    model = trained_network()
+    with pytest.raises(ConfigError, match=r"^the model already has auxiliary BatchNorms$"):
+        add_auxiliary_bns(model, ["other"])
+    assert find_router(model).auxiliary == ("adv", "aug")
+
+
+def test_auxiliary_layers_start_as_copies_that_share_nothing() -> None:
+    model = small_network()
+    nn.init.normal_(model[1].weight)
+    add_auxiliary_bns(model, ["adv", "aug"])
+    layers = [model[1], model[1].aux["adv"], model[1].aux["aug"]]
+    assert all(torch.equal(layer.weight, model[1].weight) for layer in layers)
+    assert len({layer.weight.data_ptr() for layer in layers}) == 3
+    assert len({layer.running_mean.data_ptr() for layer in layers}) == 3
+
+
+def test_the_layers_of_a_class_stay_of_one_class_with_a_telling_name() -> None:
+    model = add_auxiliary_bns(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm1d(3)), ["adv"])
+    assert [type(layer).__name__ for layer in model] == ["RoutedBatchNorm2d", "RoutedBatchNorm2d", "RoutedBatchNorm1d"]
+    assert type(model[0]) is type(model[1])
+    assert isinstance(model[0], nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        ([nn.Linear(3, 3)], "no normalization layer"),
+        ([nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.LayerNorm(3)], "2 LayerNorm, 1 GroupNorm"),
+    ],
+)
+def test_a_network_without_batch_norm_is_named_with_all_its_norms(layers: list[nn.Module], found: str) -> None:
+    with pytest.raises(ArchError, match=f"^Sequential has no BatchNorm: it has {found}. AdvProp needs"):
+        add_auxiliary_bns(nn.Sequential(*layers), ["adv"])
+
+
+def test_a_joint_forward_in_evaluation_mode_uses_the_running_statistics_of_each_route() -> None:
+    model, x = trained_network(), torch.randn(5, 3, 4, 4)
+    separate = []
+    for name, part in (("aug", x[:2]), ("main", x[2:])):
+        with route(model, name):
+            separate.append(model(part))
+    with route(model, ("aug", 2), ("main", 3)):
+        torch.testing.assert_close(model(x), torch.cat(separate))
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_subclasses_of_batch_norm_keep_their_own_forward(factor: int) -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * factor
+
+    norm = Own(3) if factor == 1 else Scaled(3)
+    plain = nn.BatchNorm2d(3)
+    model = add_auxiliary_bns(nn.Sequential(norm), ["adv"]).train()
+    x = torch.randn(6, 3, 4, 4)
+    with route(model, ("main", 4), ("adv", 2)):
+        torch.testing.assert_close(model(x), factor * torch.cat([plain(x[:4]), plain(x[4:])]))
+    with route(model, "adv"):
+        torch.testing.assert_close(model(x), factor * plain(x))
