@@ -107,7 +107,18 @@ def export(arguments: argparse.Namespace, folder: Path) -> ModelSpec:
 
 
 def run(row: str, images: int, folder: Path) -> dict[str, float] | str:
-    command = [sys.executable, __file__, *sys.argv[1:], "--row", row, "--folder", str(folder), "--images", str(images)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.int8",
+        *sys.argv[1:],
+        "--row",
+        row,
+        "--folder",
+        str(folder),
+        "--images",
+        str(images),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return done.stderr.strip().splitlines()[-1]

@@ -97,7 +97,7 @@ def test_pixels_are_normalized_bit_for_bit_as_in_preprocessing(network: onnx.Mod
 def test_files_with_pixel_input_and_probabilities_predict_like_the_plain_file(
     trained: FitResult, tmp_path: Path
 ) -> None:
-    """The FP32 and the FP16 file; the engine is only built."""
+    """The FP32 and FP16 files run; the engine is only built."""
     arguments = [str(trained.last), "--out", str(tmp_path / "pixels"), "--trt", "fp16", "--sm", "86"]
     result = CliRunner().invoke(main, [*arguments, "--input", "uint8-nhwc", "--output", "probs"])
     assert result.exit_code == 0, result.output
