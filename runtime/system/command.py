@@ -296,9 +296,7 @@ def device_option(**attributes: Any) -> Option:
 
 def kernels_option(purpose: str, **attributes: Any) -> Option:
     """Return --gpu-kernels/--cpu-kernels, the arithmetic of ONNX files on a CPU."""
-    help_text = (
-        f"On a CPU, round tensors as a GPU does (default), or {purpose} what a service on this CPU computes."
-    )
+    help_text = f"On a CPU, round tensors as a GPU does (default), or {purpose} what a service on this CPU computes."
     return Option(["--gpu-kernels/--cpu-kernels"], default=True, help=help_text, **attributes)
 
 
