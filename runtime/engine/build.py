@@ -72,8 +72,7 @@ def build(
         options: all other settings.
         cache: use the engine cache, and add the engine to it. The cache is the folder `engines`
             in `ADVPROP_CACHE` or `~/.cache/advprop`, with at most `ADVPROP_CACHE_GB` gigabytes
-            (default: 10). If it contains the engine, neither the builder nor its timing cache is
-            used.
+            (default: 10). If it contains the engine, no builder runs.
         progress: called with the builder's current phase and the completed share, 0 to 1, in
             another thread. An error that it raises stops the build and is raised here.
 
