@@ -177,7 +177,7 @@ def test_split_batch_norms_of_timm_and_others_are_routes(key: str, name: str) ->
 
 
 def test_frozen_statistics_are_not_updated_but_batches_are_still_normalized_by_their_own() -> None:
-    model = add_auxiliary_bns(small_network(), ["adv"]).train()
+    model: Any = add_auxiliary_bns(small_network(), ["adv"]).train()
     model.append(nn.BatchNorm2d(4, track_running_stats=False))
     twin, x = copy.deepcopy(model), torch.randn(8, 3, 4, 4)
     before = copy.deepcopy(model.state_dict())
@@ -191,7 +191,7 @@ def test_frozen_statistics_are_not_updated_but_batches_are_still_normalized_by_t
 
 
 def test_a_model_without_auxiliary_layers_has_the_main_route_only() -> None:
-    model = small_network()
+    model: Any = small_network()
     assert find_router(model) is None
     with route(model, "main"):
         assert model(torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
@@ -202,11 +202,13 @@ def test_an_unknown_route_is_reported_with_the_known_ones() -> None:
     message = "^the model has no BatchNorm route 'noise'; it has main, adv, aug$"
     with pytest.raises(ConfigError, match=message), route(model, ("main", 1), ("noise", 1)):
         pass
-    assert find_router(model).plan == (("main", 1),)
+    router = find_router(model)
+    assert router
+    assert router.plan == (("main", 1),)
 
 
 def test_counts_are_scaled_if_a_layer_folds_other_dimensions_into_the_first() -> None:
-    model = add_auxiliary_bns(nn.Sequential(nn.Flatten(0, 1), nn.BatchNorm1d(6)), ["adv"]).train()
+    model: Any = add_auxiliary_bns(nn.Sequential(nn.Flatten(0, 1), nn.BatchNorm1d(6)), ["adv"]).train()
     twin, x = copy.deepcopy(model), torch.randn(5, 4, 6)
     with route(model, ("main", 2), ("adv", 3)):
         joint = model(x)
@@ -221,11 +223,13 @@ def test_auxiliary_layers_cannot_be_added_twice() -> None:
     model = trained_network()
     with pytest.raises(ConfigError, match=r"^the model already has auxiliary BatchNorms$"):
         add_auxiliary_bns(model, ["other"])
-    assert find_router(model).auxiliary == ("adv", "aug")
+    router = find_router(model)
+    assert router
+    assert router.auxiliary == ("adv", "aug")
 
 
 def test_auxiliary_layers_start_as_copies_that_share_nothing() -> None:
-    model = small_network()
+    model: Any = small_network()
     nn.init.normal_(model[1].weight)
     add_auxiliary_bns(model, ["adv", "aug"])
     layers = [model[1], model[1].aux["adv"], model[1].aux["aug"]]
@@ -235,7 +239,7 @@ def test_auxiliary_layers_start_as_copies_that_share_nothing() -> None:
 
 
 def test_the_layers_of_a_class_stay_of_one_class_with_a_telling_name() -> None:
-    model = add_auxiliary_bns(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm1d(3)), ["adv"])
+    model: Any = add_auxiliary_bns(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm1d(3)), ["adv"])
     assert [type(layer).__name__ for layer in model] == ["RoutedBatchNorm2d", "RoutedBatchNorm2d", "RoutedBatchNorm1d"]
     assert type(model[0]) is type(model[1])
     assert isinstance(model[0], nn.BatchNorm2d)
@@ -274,7 +278,7 @@ def test_subclasses_of_batch_norm_keep_their_own_forward(factor: int) -> None:
 
     norm = Own(3) if factor == 1 else Scaled(3)
     plain = nn.BatchNorm2d(3)
-    model = add_auxiliary_bns(nn.Sequential(norm), ["adv"]).train()
+    model: Any = add_auxiliary_bns(nn.Sequential(norm), ["adv"]).train()
     x = torch.randn(6, 3, 4, 4)
     with route(model, ("main", 4), ("adv", 2)):
         torch.testing.assert_close(model(x), factor * torch.cat([plain(x[:4]), plain(x[4:])]))
