@@ -183,7 +183,7 @@ def test_a_checkpoint_cannot_make_timm_download_or_read_files(trained: FitResult
 
 
 def test_another_architecture_than_that_of_the_checkpoint_is_refused(trained: FitResult) -> None:
-    with pytest.raises(CheckpointError, match="holds resnet10t, but --arch resnet18 was given"):
+    with pytest.raises(CheckpointError, match="is a checkpoint of resnet10t, but --arch is resnet18"):
         load_source(trained.last, "resnet18")
 
 

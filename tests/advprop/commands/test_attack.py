@@ -139,7 +139,7 @@ def test_invalid_input_exits_with_2_and_a_message(tmp_path: Path, data: Path, ch
     onnx.helper.set_model_props(proto, {METADATA_KEY: spec.to_json()})
     cases = [
         ((model, "--data", data, "--eps", "0", *out), "ε must be from 1 to 255, in units of 1/255, such as 4; found 0"),
-        ((model, "--data", data, "--eps", "0.0157", *out), "for 0.0157 of the range [0, 1], give 4"),
+        ((model, "--data", data, "--eps", "0.0157", *out), "for 0.0157 of the range [0, 1], pass 4"),
         ((model, "--data", data, "--eps", "300", *out), "found 300"),
         ((model, "--data", data, "--eps", "four", *out), "expected numbers such as 1,2,4; found 'four'"),
         ((model, "--data", data, "--attacks", "sqare", *out), "unknown attack 'sqare'; did you mean square"),
