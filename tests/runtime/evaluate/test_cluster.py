@@ -158,7 +158,7 @@ def test_a_worker_with_other_files_gets_no_work(two_cpus: None, data: Path, mode
         def moves(done: int, total: int) -> None:
             copied.rename(tmp_path / "moved")
 
-        with pytest.raises(DataError, match=rf"{NODE}: .*copied/blue/0\.png.*Every node must see the images"):
+        with pytest.raises(DataError, match=rf"{NODE}: .*copied/blue/0\.png.*Every node needs the images"):
             evaluate([model], config("imagenet", copied), run_config(tmp_path), progress=moves, cluster=cluster)
         with pytest.raises(InputError, match=rf"{NODE}: .*missing\.onnx"):
             cluster.load_model(tmp_path / "missing.onnx", device="cpu")
