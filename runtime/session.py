@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +77,7 @@ class Session:
         self._skipped = tuple(skipped)
         self._backend = backend
         self._calls = CallTracker(f"the session on {source}")
+        self._close_failed = False
         self._batcher = Batcher(backend, batching or Batching())
         self._decoder = Decoder(self._batcher)
 
@@ -267,8 +269,9 @@ class Session:
         Args:
             drain: complete the submitted requests. Otherwise they fail with SessionClosed.
         """
-        if not self._calls.close():
+        if not self._calls.close() and not self._close_failed:
             return
+        self._close_failed = False
         if in_worker_thread():
             threading.Thread(target=self._free, args=(drain,), name="advprop-close").start()
         else:
@@ -301,9 +304,12 @@ class Session:
         return batch
 
     def _free(self, drain: bool) -> None:
-        self._batcher.close(drain=drain)
-        self._decoder.close()
-        self._backend.close()
+        self._close_failed = True  # such as by Ctrl-C; a second call then tries again
+        with ExitStack() as stack:  # each is closed even if another one raises
+            stack.callback(self._backend.close)
+            stack.callback(self._decoder.close)
+            stack.callback(self._batcher.close, drain=drain)
+        self._close_failed = False
 
 
 def _check_list(images: Any) -> None:

@@ -110,7 +110,11 @@ class Batcher:
         if isinstance(batch_NCHW, DeviceView):
             raise InputError("the images are on the GPU, but requests are joined in CPU memory", fix="use run")
         request, future = self.reserve(len(batch_NCHW), timeout_s=timeout_s, finish=finish)
-        self.enqueue(request, batch_NCHW)
+        try:
+            self.enqueue(request, batch_NCHW)
+        except BaseException as error:
+            self.fail(request, error)
+            raise
         return future
 
     def reserve(
@@ -128,7 +132,7 @@ class Batcher:
         """Pass the images of a reserved request, which `Backend.check_form` has accepted."""
         self._core.enqueue(request, images_NCHW)
 
-    def fail(self, request: Request, error: Exception) -> None:
+    def fail(self, request: Request, error: BaseException) -> None:
         """End a reserved request with an error."""
         self._core.fail(request, error)
 

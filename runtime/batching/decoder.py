@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from runtime.batching.batcher import Batcher
 from runtime.batching.queue import Request
-from runtime.errors import SessionClosed
+from runtime.errors import AdvPropError, RunFailed, SessionClosed, first_line
 from runtime.preprocessing import ImageLike
-from runtime.system.calls import mark_worker_thread
+from runtime.system.calls import ATTEMPTS, mark_worker_thread
 
 __all__ = ["Decoder"]
 
@@ -31,6 +31,7 @@ class Decoder:
         self._batcher = batcher
         self._lock = threading.Lock()
         self._pool: Executor | None = None
+        self._closed = False
 
     def start(
         self,
@@ -39,17 +40,33 @@ class Decoder:
         prepare: Callable[[Sequence[ImageLike]], NDArray[Any]],
     ) -> None:
         """Call `prepare` for the images of a request in a thread. An error ends the request."""
-        try:
-            self._threads().submit(self._prepare, request, images, prepare)
-        except RuntimeError:  # the session or the interpreter shuts down
-            self._batcher.fail(request, SessionClosed("the session was closed before this request ran"))
+        failure: BaseException | None = None
+        for _ in ATTEMPTS:
+            try:
+                if failure is None:
+                    self._threads().submit(self._prepare, request, images, prepare)
+                else:
+                    self._batcher.fail(request, self._reason(failure))
+                break
+            except BaseException as error:
+                failure = error
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure
 
     def close(self) -> None:
         """Wait until all started requests are prepared. No request may be started afterwards."""
         with self._lock:
+            self._closed = True
             pool = self._pool
         if pool is not None:
             pool.shutdown()
+
+    def _reason(self, failure: BaseException) -> AdvPropError:
+        if self._closed:
+            return SessionClosed("the session was closed before this request ran")
+        return RunFailed(
+            f"cannot start a thread: {first_line(failure)}", fix="raise the limit of threads, or retry later"
+        )
 
     def _threads(self) -> Executor:
         from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +74,7 @@ class Decoder:
         with self._lock:
             if self._pool is None:
                 count = self._batcher.config.decode_threads
-                self._pool = ThreadPoolExecutor(count, "advprop-decoder", initializer=mark_worker_thread)
+                self._pool = ThreadPoolExecutor(count, "advprop-decoder")
             return self._pool
 
     def _prepare(
@@ -66,11 +83,15 @@ class Decoder:
         images: Sequence[ImageLike],
         prepare: Callable[[Sequence[ImageLike]], NDArray[Any]],
     ) -> None:
-        if not self._batcher.is_open(request):  # the request has ended already
-            return
-        try:
-            batch_NCHW = prepare(images)
-        except Exception as error:  # every error must reach the owner of the request
-            self._batcher.fail(request, error)
-        else:
-            self._batcher.enqueue(request, batch_NCHW)
+        failure: BaseException | None = None
+        for _ in ATTEMPTS:
+            try:
+                if failure is not None:  # every error must reach the owner of the request
+                    self._batcher.fail(request, failure)
+                    return
+                mark_worker_thread()
+                if self._batcher.is_open(request):
+                    self._batcher.enqueue(request, prepare(images))
+                return
+            except BaseException as error:
+                failure = error

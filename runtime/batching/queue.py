@@ -9,23 +9,32 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FairQueue", "Outputs", "Part", "Request"]
+__all__ = ["End", "FairQueue", "Outputs", "Part", "Request"]
 
 Outputs: TypeAlias = tuple[NDArray[Any], ...]
 """(N, K) array for each output of the model."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class End:
+    """How a request ends: with a result, an error, or neither because its owner canceled it."""
+
+    kind: Literal["answered", "cancelled", "late", "failed"]
+    result: Any = None
+    error: BaseException | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """Images whose results are delivered together."""
 
-    future: Future[Any] | None
-    """Receives the result; None once the request has ended."""
+    future: Future[Any]
+    """Receives the result."""
     count: int
     """Number of images."""
     deadline_s: float
@@ -40,6 +49,10 @@ class Request:
     """Images that batches have taken."""
     turn: int = 0
     """Images taken in the current turn at the head of the queue."""
+    end: End | None = None
+    """How the request ends; None while it is open. Only the first end counts."""
+    is_counted: bool = False
+    """Whether the statistics contain its end."""
     parts: dict[int, Outputs] = field(default_factory=dict)
     """Index of the first image → outputs of a part, in order of arrival."""
     missing: int = field(init=False)
@@ -96,9 +109,11 @@ class FairQueue:
             del self._requests[request]
             self.images -= request.count - request.taken
 
-    def take(self, max_images: int) -> list[Part]:
-        """Remove and return the next batch: at most `max_images` images, all of the same size."""
-        parts: list[Part] = []
+    def take(self, max_images: int, parts: list[Part]) -> None:
+        """Move the next batch to `parts`: at most `max_images` images, all of the same size.
+
+        If it fails halfway, every request whose images are not in the queue is in `parts`.
+        """
         while max_images and self._requests:
             request = self.head
             images_NCHW = request.images_NCHW
@@ -109,7 +124,6 @@ class FairQueue:
             parts.append(Part(request, images_NCHW[start : start + count], start))
             max_images -= count
             self._advance(request, count)
-        return parts
 
     def _advance(self, request: Request, count: int) -> None:
         request.taken += count

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import ConfigError, Interrupted
+from runtime.errors import ConfigError, DataError, Interrupted
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.image_workers import Workers
@@ -156,6 +156,7 @@ class _Plan:
         self.measurement = measurement
         self._run = run
         cells = measurement.suite.cells
+        self._images = {cell.id: len(cell.images) for cell in cells}
         self.units = {(cell.id, block) for cell in cells for block in run.blocks(cell.images)}
         if not self.units:
             blocks = max(-(-len(cell.images) // run.batch_size) for cell in cells)
@@ -188,6 +189,15 @@ class _Plan:
         """Add an entry of the progress log to the totals."""
         counts = [Counts.from_dict(item) for item in entry["counts"]]
         cell, block = str(entry["cell"]), int(entry["block"])
+        if (cell, block) not in self.units:
+            raise DataError(f"block {block} of {cell} is not part of this run")
+        if (cell, block) in self._done:
+            raise DataError(f"block {block} of {cell} is already counted")
+        expected = [min(self._run.batch_size, self._images[cell] - block * self._run.batch_size)] * len(
+            self._descriptions
+        )
+        if (found := [item.images for item in counts]) != expected:
+            raise DataError(f"block {block} of {cell} must have the images {expected} of each model; found {found}")
         before = self._totals.get(cell)
         self._totals[cell] = [a + b for a, b in zip(before, counts, strict=True)] if before else counts
         self._done.add((cell, block))

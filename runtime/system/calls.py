@@ -8,7 +8,10 @@ from types import TracebackType
 
 from runtime.errors import InputError, SessionClosed
 
-__all__ = ["CallTracker", "check_not_forked", "in_worker_thread", "mark_worker_thread"]
+__all__ = ["ATTEMPTS", "CallTracker", "check_not_forked", "in_worker_thread", "mark_worker_thread"]
+
+ATTEMPTS = (1, 2, 3, 4, 5)
+"""Attempts at work that must be done even if memory runs out or Ctrl-C arrives in the middle of it."""
 
 
 class CallTracker:

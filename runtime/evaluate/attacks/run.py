@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import ConfigError, Interrupted
+from runtime.errors import ConfigError, DataError, Interrupted
 from runtime.evaluate.attacks.config import CLEAN, GRADIENT, NOISE, SQUARE, AttackConfig
 from runtime.evaluate.attacks.methods import (
     Attacker,
@@ -159,6 +159,10 @@ class _Run:
     def _restore(self, entry: Any) -> None:
         """Read an entry of the progress log, which `_entry` wrote."""
         key = (str(entry["attack"]), float(entry["epsilon"]), int(entry["block"]))
+        if key not in self._keys:
+            raise DataError(f"{key[0]} with ε = {key[1]:g} on block {key[2]} is not part of this run")
+        if key in self._done:
+            raise DataError(f"{key[0]} with ε = {key[1]:g} on block {key[2]} is already finished")
         self._done[key] = {
             str(name): (np.asarray(found["right"], np.int64).astype(bool), np.asarray(found["queries"], np.int64))
             for name, found in dict(entry["models"]).items()

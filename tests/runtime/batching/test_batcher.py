@@ -382,7 +382,7 @@ def test_a_late_request_reports_its_deadline_and_age(slow: runtime.Session) -> N
 
 def test_garbage_collection_does_not_wait_for_a_running_batch(slow: runtime.Session) -> None:
     batcher = Batcher(slow.backend, Batching(max_batch=1))
-    future = batcher.submit(images_of(LONG), finish=rows)
+    future = batcher.submit(images_of(4 * LONG), finish=rows)
     del batcher
     gc.collect()
     assert not future.done()

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from runtime.batching.queue import FairQueue, Request
+from runtime.batching.queue import FairQueue, Part, Request
 from runtime.batching.statistics import Counts
 
 
@@ -15,7 +15,13 @@ def put(queue: FairQueue, count: int, size: int = 4) -> Request:
 
 
 def take(queue: FairQueue, max_images: int, names: dict[Request, str]) -> str:
-    return " ".join(f"{names[part.request]}{part.start}+{len(part.images_NCHW)}" for part in queue.take(max_images))
+    return " ".join(f"{names[part.request]}{part.start}+{len(part.images_NCHW)}" for part in taken(queue, max_images))
+
+
+def taken(queue: FairQueue, max_images: int) -> list[Part]:
+    parts: list[Part] = []
+    queue.take(max_images, parts)
+    return parts
 
 
 def test_requests_fill_batches_first_in_first_out() -> None:
@@ -26,7 +32,7 @@ def test_requests_fill_batches_first_in_first_out() -> None:
     assert take(queue, 8, names) == "c1+4 d0+2"
     assert not queue
     assert queue.images == 0
-    assert queue.take(8) == []
+    assert taken(queue, 8) == []
 
 
 def test_a_large_request_alternates_with_others() -> None:
@@ -47,7 +53,7 @@ def test_a_stream_of_small_requests_does_not_starve_a_large_one() -> None:
     for _ in range(100):
         for _ in range(4):
             put(queue, 1)
-        queue.take(4)
+        taken(queue, 4)
         if large.taken == 40:
             break
     assert large.taken == 40
@@ -62,7 +68,7 @@ def test_a_batch_has_one_image_size_and_keeps_the_order() -> None:
 def test_a_request_can_be_removed() -> None:
     queue = FairQueue(2)
     large, names = put(queue, 5), {put(queue, 1): "a"}
-    queue.take(2)
+    taken(queue, 2)
     queue.remove(large)
     queue.remove(large)
     assert queue.images == 1
