@@ -17,6 +17,7 @@ from calib.precision import REDUCED, Decision, deciding_tensors
 from export.adversary import adversary_of
 from export.bisect import first_module, first_tensor
 from export.config import PRECISIONS, EngineConfig, ExportConfig
+from export.inference_form import can_be_reparameterized, inference_form
 from export.io_forms import with_forms
 from export.record import save_decisions, save_record
 from export.reduce import reduce_precision
@@ -137,7 +138,8 @@ def export_checkpoint(
         result = _export_int8(first, config, result, progress)
     if result.reduced_onnx and result.reduced_parity:
         stages.append((result.reduced_onnx, first.path.name, result.reduced_parity))
-    save_record(folder, source.spec.checkpoint_sha256, stages)
+    reparameterized = can_be_reparameterized(source.model)
+    save_record(folder, source.spec.checkpoint_sha256, stages, reparameterized=reparameterized)
     if config.engine:
         progress("building the engine")
         result = _build_engine(result, config, config.engine, build_progress)
@@ -163,7 +165,8 @@ def _export_fp32(source: Source, config: ExportConfig, folder: Path, progress: P
     progress("tracing and folding")
     sizes = config.sizes
     spec = dataclasses.replace(source.spec, input_form=config.input_form, output_form=config.output_form)
-    model = to_onnx(source.model, source.spec, free_size=sizes is not None and not sizes.fixed)
+    deployed = dataclasses.replace(source, model=inference_form(source.model))
+    model = to_onnx(deployed.model, source.spec, free_size=sizes is not None and not sizes.fixed)
     path = folder / "model.onnx"
     save_onnx(with_forms(model, spec), path)
 
@@ -172,7 +175,7 @@ def _export_fp32(source: Source, config: ExportConfig, folder: Path, progress: P
     wanted = deciding_tensors(model) if config.precision in REDUCED else set()
     amax, logits_NK = collect(model, batches(source), tensors=wanted)
     parity = compare(torch_logits(source), logits_NK)
-    find = first_module(source, model) if config.bisect else None
+    find = first_module(deployed, model) if config.bisect else None
     require(parity, TOLERANCE["fp32"], str(path), "the checkpoint", find)
     if sizes is not None:
         for size in {sizes.smallest, sizes.largest} - {sizes.usual}:

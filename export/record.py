@@ -42,25 +42,33 @@ def save_decisions(path: Path, decisions: Sequence[Decision], amax: Mapping[str,
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def save_record(folder: Path, checkpoint_sha256: str, stages: Sequence[tuple[Path, str, Parity]]) -> None:
+def save_record(
+    folder: Path,
+    checkpoint_sha256: str,
+    stages: Sequence[tuple[Path, str, Parity]],
+    *,
+    reparameterized: bool = False,
+) -> None:
     """Record the verification of exported files. Entries of this checkpoint's other files stay.
 
     Args:
         folder: folder of the exported files.
         checkpoint_sha256: hash of the checkpoint.
         stages: (file, name of the reference, comparison with the reference) of each file.
+        reparameterized: whether the files hold the re-parameterized network.
 
     Raises:
         OutputError: the record cannot be written.
     """
     earlier = read_record(folder)
+    form = {"reparameterized": True} if reparameterized else {}
     files = earlier["files"] if earlier.get("checkpoint_sha256") == checkpoint_sha256 else {}
     content = {
         "format": RECORD_FORMAT,
         "checkpoint_sha256": checkpoint_sha256,
         "files": files
         | {
-            path.name: {"sha256": sha256_onnx(path), "against": against, "parity": _plain(parity)}
+            path.name: {"sha256": sha256_onnx(path), "against": against, "parity": _plain(parity), **form}
             for path, against, parity in stages
         },
     }
@@ -83,9 +91,10 @@ def verification(folder: Path, sha256: str) -> str:
         for entry in read_record(folder).get("files", {}).values():
             if entry["sha256"] == sha256:
                 parity = entry["parity"]
+                form = ", re-parameterized" if entry.get("reparameterized") else ""
                 return (
                     f"against {entry['against']} on {parity['images']} images: max |Δlogit| {parity['max_abs']:.1e}, "
-                    f"top-1 agreement {parity['agreement']:.1%}, KL {parity['kl']:.1e}"
+                    f"top-1 agreement {parity['agreement']:.1%}, KL {parity['kl']:.1e}{form}"
                 )
     except (ValueError, KeyError, TypeError):  # the record was edited
         return ""

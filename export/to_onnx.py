@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
@@ -14,7 +16,7 @@ from onnxscript import optimizer
 from torch import nn
 
 from export.fold import BatchNormToAffine, FoldBatchNorm
-from runtime.errors import ArchError
+from runtime.errors import ArchError, first_line
 from runtime.graph.model import OPSET, check
 from runtime.spec import METADATA_KEY, ModelSpec
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 INPUT, OUTPUT = "input", "logits"
 _NO_LIMIT = 1 << 40
+_TORCH_LOGGERS = ("torch.onnx", "torch._subclasses.fake_tensor", "torch.export._trace")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key under which the exporter stores the path of a node's module, as the text of a Python
 list."""
@@ -83,10 +86,8 @@ def _trace(model: nn.Module, spec: ModelSpec, free_size: bool) -> ir.Model:
     free = {0: torch.export.Dim("batch")}
     if free_size:
         free |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _silent_loggers():
         warnings.simplefilter("ignore")  # deprecations inside torch, which users cannot act on
-        level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 model,
@@ -100,13 +101,27 @@ def _trace(model: nn.Module, spec: ModelSpec, free_size: bool) -> ir.Model:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error).strip().splitlines()[-1]
-            hint = "; try a fixed image size (--img-size N)" if free_size else ""
-            raise ArchError(f"torch cannot export {spec.arch} to ONNX: {reason}{hint}") from error
-        finally:
-            logging.getLogger("torch.onnx").setLevel(level)
+            size = f"{spec.preprocessing.height}x{spec.preprocessing.width}"
+            hint = "try a fixed image size (--img-size N)" if free_size else "try another image size (--img-size N)"
+            # torch's own text is advice to developers; the error that it wraps is the reason.
+            reason = first_line(error.__cause__ or error)
+            raise ArchError(f"torch cannot export {spec.arch} at {size} px to ONNX: {reason}; {hint}") from error
     assert program is not None
     return program.model
+
+
+@contextmanager
+def _silent_loggers() -> Iterator[None]:
+    """Silence torch's logs, which repeat an error with its stack trace."""
+    loggers = [logging.getLogger(name) for name in _TORCH_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _clean(model: ir.Model, spec: ModelSpec, free_size: bool) -> ir.Model:

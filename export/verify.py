@@ -23,6 +23,7 @@ from runtime.loading import load
 from runtime.preprocessing import Preprocessor, normalize
 from runtime.session import softmax
 from runtime.spec import ModelSpec
+from train.models import to_channels_last
 
 __all__ = [
     "FEW_IMAGES",
@@ -149,7 +150,7 @@ def batches(source: Source) -> Iterator[NDArray[np.float32]]:
 def torch_logits(source: Source) -> NDArray[np.float32]:
     """Return the network's logits for all images, (N, K)."""
     # oneDNN is fastest with channels_last; the weights stay the same.
-    model = source.model.to(memory_format=torch.channels_last)
+    model = to_channels_last(source.model)
     return np.concatenate(
         [model(torch.from_numpy(batch).to(memory_format=torch.channels_last)).numpy() for batch in batches(source)]
     )

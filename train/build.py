@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import random
 from typing import Any
@@ -21,13 +22,29 @@ from runtime.spec import Preprocessing
 from train.attack import LinfPGD
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
-from train.data import ImageData
+from train.data import ImageData, choose_preprocessing
 from train.distributed import synchronize_batch_norms, world_size
-from train.models import create_model, load_weights, route_weights
+from train.models import (
+    create_model,
+    data_config,
+    load_weights,
+    next_working_size,
+    route_weights,
+    to_channels_last,
+    unsupported_size,
+)
 from train.recipes import Recipe
 from train.task import AdvPropTask
 
-__all__ = ["make_model", "make_optimization", "make_sample", "make_task", "model_arguments", "seed_everything"]
+__all__ = [
+    "make_model",
+    "make_optimization",
+    "make_preprocessing",
+    "make_sample",
+    "make_task",
+    "model_arguments",
+    "seed_everything",
+]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +95,34 @@ def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
     return model
 
 
+def make_preprocessing(config: TrainConfig, data: ImageData, model: nn.Module) -> Preprocessing:
+    """Choose an input size that the network accepts, and the crop.
+
+    Raises:
+        ConfigError: the architecture does not accept the requested size.
+    """
+    model_config = data_config(model)
+    chosen = choose_preprocessing(data, config.data, model_config)
+    size = chosen.height
+    reason = unsupported_size(config.arch, size)
+    larger = next_working_size(config.arch, size, max(model_config["input_size"][-1], 2 * size)) if reason else None
+    if larger is None:
+        return chosen
+    if config.data.img_size is not None:
+        raise ConfigError(
+            f"--img-size {size}: {config.arch} does not accept images of {size} px ({reason}); the next size that "
+            f"works is --img-size {larger}"
+        )
+    log.info(
+        "input size: %d px, the smallest multiple of 32 px that %s accepts (at %d px: %s)",
+        larger,
+        config.arch,
+        size,
+        reason,
+    )
+    return choose_preprocessing(data, dataclasses.replace(config.data, img_size=larger), model_config)
+
+
 def make_task(
     config: TrainConfig, recipe: Recipe, model: nn.Module, attack: LinfPGD, classes: int, device: torch.device
 ) -> AdvPropTask:
@@ -97,7 +142,7 @@ def make_task(
             num_classes=classes,
         )
     task = AdvPropTask(
-        model.to(device).to(memory_format=torch.channels_last),
+        to_channels_last(model.to(device)),
         recipe,
         attack,
         criterion_kwargs={"smoothing": config.optim.label_smoothing},

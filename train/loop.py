@@ -19,15 +19,21 @@ from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDi
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import link_or_copy, output_dir, write_text
 from train.attack import LinfPGD, Randomness, accuracy, evaluation_attack
-from train.build import make_model, make_optimization, make_sample, make_task, seed_everything
+from train.build import (
+    make_model,
+    make_optimization,
+    make_preprocessing,
+    make_sample,
+    make_task,
+    seed_everything,
+)
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.config_file import to_toml
-from train.data import choose_preprocessing
 from train.datasets import open_data
 from train.distributed import StopRequest, process_group, rank, world_size, world_sum
 from train.loaders import Batches, eval_loader, train_loader
-from train.models import data_config, resolve_device
+from train.models import resolve_device
 from train.recipes import find_recipe
 from train.reporting import EpochMetrics, Reporter, SilentReporter, best_epoch, plot_curves, write_metrics
 from train.state import TrainState, preserve_rng
@@ -106,7 +112,7 @@ class Trainer:
         self.data = open_data(config.data)
         classes = len(self.data.classes)
         model = make_model(config, recipe, classes)
-        preprocessing = choose_preprocessing(self.data, config.data, data_config(model))
+        preprocessing = make_preprocessing(config, self.data, model)
         mean, std = preprocessing.mean, preprocessing.std
         attack = LinfPGD(config.resolved_attack(recipe), mean, std, randomness)
         self.task = make_task(config, recipe, model, attack, classes, device)

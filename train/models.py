@@ -15,7 +15,20 @@ from runtime.errors import ArchError, BackendUnavailable, CheckpointError, Confi
 from train.dual_bn import add_auxiliary_bns, auxiliary_routes, select_route
 from train.recipes import MAIN
 
-__all__ = ["create_model", "data_config", "load_weights", "resolve_device", "restore_model", "route_weights"]
+__all__ = [
+    "create_model",
+    "data_config",
+    "load_weights",
+    "next_working_size",
+    "resolve_device",
+    "restore_model",
+    "route_weights",
+    "to_channels_last",
+    "unsupported_size",
+]
+
+_SIZE_STEP = 32
+"""Most networks divide their input size by 32."""
 
 
 def create_model(arch: str, **kwargs: Any) -> nn.Module:
@@ -124,6 +137,46 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     """Return timm's data configuration of `model`, plus `fixed_input_size`, a bool."""
     fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
     return {**resolve_model_data_config(model), "fixed_input_size": bool(fixed)}
+
+
+def unsupported_size(arch: str, size: int) -> str:
+    """Return why the network cannot train on images of `size` pixels, or an empty string.
+
+    The network runs on torch's `meta` device, which computes shapes only. A network that cannot be
+    created there is not checked.
+    """
+    with torch.device("meta"), torch.no_grad(), torch.random.fork_rng(()):
+        try:
+            model = create_model(arch, num_classes=2).train()
+        except ArchError:
+            return ""
+        try:
+            model(torch.empty(2, 3, size, size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            return first_line(error)
+    return ""
+
+
+def next_working_size(arch: str, size: int, limit: int) -> int | None:
+    """Return the smallest multiple of 32 above `size`, up to `limit`, that the network accepts.
+
+    Returns:
+        The size in pixels, or None if there is none.
+    """
+    multiples = range(size - size % _SIZE_STEP + _SIZE_STEP, limit + 1, _SIZE_STEP)
+    return next((larger for larger in multiples if not unsupported_size(arch, larger)), None)
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """Store the weights of 2-D convolutions in channels-last layout, in place, and return `model`.
+
+    `model.to(memory_format=torch.channels_last)` does the same, but raises an error if the model
+    also has 3-D convolutions, as networks with lambda layers do.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def resolve_device(name: str) -> torch.device:

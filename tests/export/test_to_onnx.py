@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from export.to_onnx import to_onnx
-from runtime.errors import OutputError
+from runtime.errors import ArchError, OutputError
 from runtime.graph.model import OPSET, save_onnx
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 from train.dual_bn import add_auxiliary_bns, strip_auxiliary
@@ -76,3 +77,12 @@ def test_auxiliary_statistics_do_not_change_a_byte_of_the_file(tmp_path_factory:
     onnx.checker.check_model(str(folder / "a"), full_check=True)
     with pytest.raises(OutputError):
         save_onnx(onnx.load(folder / "a"), folder / "a" / "below-a-file")
+
+
+def test_the_reason_why_torch_cannot_export_is_in_the_message() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("dla46x_c", num_classes=3).eval()
+    described = spec("dla46x_c")
+    small = dataclasses.replace(described.preprocessing, height=50, width=50)
+    with pytest.raises(ArchError, match=r"dla46x_c at 50x50 px to ONNX: .*dimension.*--img-size"):
+        to_onnx(model, dataclasses.replace(described, preprocessing=small))

@@ -3,12 +3,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 
 from runtime.errors import ArchError, BackendUnavailable, CheckpointError, ConfigError
 from train.checkpoint import load_checkpoint
 from train.dual_bn import route
 from train.loop import FitResult
-from train.models import create_model, resolve_device, restore_model, route_weights
+from train.models import (
+    create_model,
+    next_working_size,
+    resolve_device,
+    restore_model,
+    route_weights,
+    to_channels_last,
+    unsupported_size,
+)
 
 
 def test_both_routes_are_restored(trained: FitResult) -> None:
@@ -64,3 +73,20 @@ def test_device_names_are_resolved() -> None:
 def test_cuda_without_a_gpu_is_an_error(name: str) -> None:
     with pytest.raises(BackendUnavailable, match=rf"--device {name}: torch .* finds no NVIDIA GPU; use --device cpu"):
         resolve_device(name)
+
+
+def test_input_sizes_are_tried_without_computing() -> None:
+    assert unsupported_size("test_resnet", 32) == ""
+    assert "Kernel size can't be greater than actual input size" in unsupported_size("inception_v3", 64)
+    assert next_working_size("inception_v3", 64, 299) == 96
+    assert next_working_size("inception_v3", 32, 64) is None
+
+
+def test_channels_last_layout_leaves_volumes_and_values_unchanged() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(4, 2, 3), nn.Linear(2, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert to_channels_last(model) is model
+    weight = model.get_parameter("0.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert model.get_parameter("1.weight").is_contiguous()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
