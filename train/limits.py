@@ -170,8 +170,8 @@ def _describe(kind: Any, limits: Limits) -> str:
         bool: "true or false",
         int: "a whole number",
         float: "a finite number",
-        str: "text without control characters",
-        Path: "a path without control characters",
+        str: "a text (not empty, no control characters)",
+        Path: "a path (not empty, no control characters)",
     }
     return f"{names[kind]} {limits}".rstrip()
 

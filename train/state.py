@@ -127,12 +127,12 @@ class TrainState:
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         if checkpoint["scaler"] is not None:
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
+        self.epoch, self.batch, self.step = (int(checkpoint[name]) for name in ("epoch", "batch", "step"))
         self.loss_sum = checkpoint["loss_sum"].to(self.loss_sum.device)
         self.metrics = [EpochMetrics(**row) for row in checkpoint["metrics"]]
         # Earlier versions did not store these values.
-        self.lr = checkpoint.get("lr", self.lr)
-        self.images, self.seconds = checkpoint.get("images", 0), checkpoint.get("seconds", 0.0)
+        self.lr = float(checkpoint.get("lr", self.lr))
+        self.images, self.seconds = int(checkpoint.get("images", 0)), float(checkpoint.get("seconds", 0.0))
         if checkpoint.get("train_images", self.train_images) != self.train_images:
             log.warning(
                 "%s was written with %d training images, and there are %d now: the order of the images changes, so "
