@@ -25,7 +25,7 @@ from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
 from runtime.system.image_sources import image_paths, spread
-from train.checkpoint import FORMAT, check_checkpoint, describe, read_torch_file
+from train.checkpoint import FORMAT, check_checkpoint, describe, plain_state_dict, read_torch_file
 from train.data import class_names, class_wnids
 from train.dual_bn import select_route
 from train.models import create_model, load_weights, restore_model
@@ -128,7 +128,7 @@ def _from_state_dict(path: Path, content: Any, arch: str | None, route: str) -> 
             f"{path} is not an advprop checkpoint: {describe(content)}; expected format {FORMAT!r}, or a plain "
             "state_dict together with --arch NAME"
         )
-    weights = select_route(_extract_state_dict(path, content), route)
+    weights = select_route(plain_state_dict(content, path), route)
     model = create_model(arch, num_classes=_count_classes(arch, weights, path))
     load_weights(model, weights, path, arch)
     log.warning("%s does not contain its preprocessing; using timm's default preprocessing of %s", path, arch)
@@ -146,21 +146,10 @@ def _from_timm(name: str, arch: str | None, weights: Path | None, route: str) ->
             )
         model = create_model(name, pretrained=True)
         return model, timm_spec(model, name), _sha256_of_weights(model)
-    state = select_route(_extract_state_dict(weights, read_torch_file(weights)), route)
+    state = select_route(plain_state_dict(read_torch_file(weights), weights), route)
     model = create_model(name, num_classes=_count_classes(name, state, weights))
     load_weights(model, state, weights, name)
     return model, timm_spec(model, name), sha256_file(weights)
-
-
-def _extract_state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:
-    # timm's and torch's training scripts nest the weights under one of these keys.
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not (isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())):
-        raise CheckpointError(f"expected a state dict of weights in {path}: {describe(content)}")
-    return {key.removeprefix("module."): value for key, value in content.items()}
 
 
 def timm_spec(model: nn.Module, arch: str) -> ModelSpec:

@@ -2,7 +2,8 @@
 
 Two layouts of timm and WebDataset are supported:
 
-    by class     train.tar with CLASS/IMAGE files, or train/CLASS.tar with IMAGE files
+    by class     train.tar with CLASS/IMAGE files, or train/CLASS.tar with IMAGE files. Subfolders of
+                 classes, and folders that contain all classes, do not matter.
     WebDataset   shards train*.tar or train/*.tar with KEY.jpg and KEY.cls, which is a class number
 
 A tar file is a list of headers, each followed by a file. One pass over the headers finds every
@@ -13,22 +14,68 @@ not supported because they do not allow random access.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
-from typing import overload
+from typing import NamedTuple, overload
 
 from timm.utils.misc import natural_key
 
 from runtime.errors import DataError
-from runtime.system.image_sources import TarMember, is_image_name, tar_members
+from runtime.system.image_sources import is_image_name, unread_format
 from train.data import ImageData, ImageSet, by_class, class_names, median_short_side
 
-__all__ = ["find_archives", "image_archives"]
+__all__ = ["TarMember", "find_archives", "image_archives", "tar_members"]
 
 log = logging.getLogger(__name__)
 
 _PARTS = {"train": ("train",), "val": ("val", "validation")}
+
+
+class TarMember(NamedTuple):
+    """A file inside an uncompressed tar file."""
+
+    archive: str
+    """Path of the tar file."""
+    name: str
+    """Path inside it."""
+    offset: int
+    """Position of its first byte."""
+    size: int
+    """Size in bytes."""
+
+    def read(self) -> bytes:
+        """Return the file's content.
+
+        Raises:
+            DataError: the tar file cannot be read, or is truncated.
+        """
+        try:
+            # Opened for every file, because worker processes cannot share a file object.
+            with Path(self.archive).open("rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise DataError(f"cannot read {self.archive}: {error.strerror}") from error
+        if len(content) != self.size:
+            raise DataError(f"{self.archive} is truncated at {self.name}")
+        return content
+
+
+def tar_members(path: Path) -> list[TarMember]:
+    """List the files of an uncompressed tar file, in its order, in one pass over its headers.
+
+    Raises:
+        DataError: it is compressed, damaged or not a tar file.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [TarMember(str(path), file.name, file.offset_data, file.size) for file in tar if file.isreg()]
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"cannot read {path} as an uncompressed tar file: {error}. Decompress it first, for example with gunzip"
+        ) from error
 
 
 class TarImages:
@@ -89,18 +136,46 @@ def image_archives(root: Path) -> ImageData:
             val=val,
             short_side=median_short_side(train),
         )
-    return by_class(root, _group_by_class(members["train"]), _group_by_class(members["val"]), TarImages)
+    train, unread = _group_by_class(members["train"])
+    val, _ = _group_by_class(members["val"], known=train)
+    empty = {name: counts for name, counts in unread.items() if not train[name]}
+    return by_class(root, train, val, TarImages, empty)
 
 
-def _group_by_class(members: Sequence[TarMember]) -> dict[str, list[TarMember]]:
-    """Group images by their folder in the tar file, or by the tar file's name without a folder."""
+def _group_by_class(
+    members: Sequence[TarMember], known: Collection[str] = ()
+) -> tuple[dict[str, list[TarMember]], dict[str, Counter[str]]]:
+    """Group images by the outermost folder in the tar file, or by its name if it has no folders.
+
+    A folder that contains all images is not a class, because there are at least two.
+
+    Args:
+        members: files of all tar files of a part.
+        known: class names. Such a folder is a class even if it contains all images.
+
+    Returns:
+        The images by class, and the number of files by class and suffix of an image format that is
+        not decoded.
+    """
+    files = [
+        (member, [part for part in PurePosixPath(member.name).parent.parts if part != "."])
+        for member in members
+        if is_image_name(member.name) or (unread_format(member.name) and is_image_name(f"{member.name}.png"))
+    ]
+    while files and all(parts and parts[0] == files[0][1][0] for _, parts in files) and files[0][1][0] not in known:
+        files = [(member, parts[1:]) for member, parts in files]
     found: dict[str, list[TarMember]] = defaultdict(list)
-    for member in members:
-        if not is_image_name(member.name):
-            continue
-        folder = PurePosixPath(member.name).parent.name
-        found[folder or Path(member.archive).stem].append(member)
-    return {name: sorted(files, key=lambda file: natural_key(file.name)) for name, files in found.items()}
+    unread: dict[str, Counter[str]] = defaultdict(Counter)
+    for member, parts in files:
+        name = parts[0] if parts else Path(member.archive).stem
+        if suffix := unread_format(member.name):
+            unread[name][suffix] += 1
+            found[name] += []
+        else:
+            found[name].append(member)
+    for name, counts in unread.items():
+        log.warning("%s: skipped %d files, formats that are not decoded (%s)", name, counts.total(), ", ".join(counts))
+    return {name: sorted(images, key=lambda file: natural_key(file.name)) for name, images in found.items()}, unread
 
 
 def _read_shards(members: Sequence[TarMember], where: Path) -> ImageSet:

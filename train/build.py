@@ -16,12 +16,12 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.errors import ConfigError, DataError
+from runtime.errors import ConfigError, DataError, first_line
 from runtime.preprocessing import decode, fit_to_input
 from runtime.spec import Preprocessing
 from train.attack import LinfPGD
 from train.checkpoint import load_checkpoint
-from train.config import TrainConfig
+from train.config import OptimConfig, TrainConfig
 from train.data import ImageData, choose_preprocessing
 from train.distributed import synchronize_batch_norms, world_size
 from train.models import (
@@ -124,9 +124,18 @@ def make_preprocessing(config: TrainConfig, data: ImageData, model: nn.Module) -
 
 
 def make_task(
-    config: TrainConfig, recipe: Recipe, model: nn.Module, attack: LinfPGD, classes: int, device: torch.device
+    config: TrainConfig,
+    recipe: Recipe,
+    model: nn.Module,
+    attack: LinfPGD,
+    classes: int,
+    device: torch.device,
+    class_weights: torch.Tensor | None = None,
 ) -> AdvPropTask:
-    """Create the training task: routed BatchNorms, losses, mixup, AMP, torch.compile and DDP."""
+    """Create the training task: routed BatchNorms, losses, mixup, AMP, torch.compile and DDP.
+
+    `class_weights`, (classes,), multiplies the losses of the images of each class.
+    """
     if config.amp != "none" and device.type == "cpu":
         log.warning(
             "--amp %s is usually slower than FP32 on a CPU, and torch's bfloat16 convolutions can return gradients "
@@ -141,11 +150,16 @@ def make_task(
             label_smoothing=config.optim.label_smoothing,
             num_classes=classes,
         )
+    smoothing = config.optim.label_smoothing
+    weighted = None
+    if class_weights is not None:
+        weighted = nn.CrossEntropyLoss(class_weights.to(device), label_smoothing=smoothing)
     task = AdvPropTask(
         to_channels_last(model.to(device)),
         recipe,
         attack,
-        criterion_kwargs={"smoothing": config.optim.label_smoothing},
+        criterion=weighted,
+        criterion_kwargs={"smoothing": smoothing},
         mixup=mixup,
         amp_dtype=_AMP[config.amp],
         device=device,
@@ -169,12 +183,8 @@ def make_optimization(
         ConfigError: timm does not know one of them or rejects its options.
     """
     optim = config.optim
-    try:
-        optimizer = create_optimizer_v2(
-            model, opt=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, **optim.options
-        )
-    except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"timm cannot create the optimizer {optim.optimizer!r}: {error}") from error
+    _try_optimizer(optim)
+    optimizer = _make_optimizer(optim, model)
     epochs = config.resolved_epochs
     try:
         scheduler, _ = create_scheduler_v2(
@@ -188,12 +198,38 @@ def make_optimization(
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # timm checks its arguments in many ways
         raise ConfigError(f"timm cannot create the schedule {optim.schedule!r}: {error}") from error
     if scheduler is None:
         raise ConfigError(f"timm has no schedule {optim.schedule!r}; use cosine, step, constant, …")
     scheduler.step_update(0)
     return optimizer, scheduler
+
+
+def _make_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        model, opt=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, **optim.options
+    )
+    return optimizer
+
+
+def _try_optimizer(optim: OptimConfig) -> None:
+    """Make one update of a tiny layer.
+
+    Some optimizers need a GPU, second derivatives or other arguments, and fail in the first update
+    only.
+    """
+    layer = nn.Linear(2, 2)
+    try:
+        optimizer = _make_optimizer(optim, layer)
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    except Exception as error:  # timm and torch check their arguments in many ways
+        raise ConfigError(
+            f"the optimizer {optim.optimizer!r} with {optim.options or 'its default options'} does not work here: "
+            f"{first_line(error)}",
+            fix="use another one, such as adamw, sgd or rmsproptf, or change optim.options",
+        ) from error
 
 
 def make_sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]:
@@ -211,5 +247,5 @@ def make_sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]
             images.append(fit_to_input(decode(image), spec))
             labels.append(label)
     if not images:
-        raise DataError(f"none of {count} validation images of {data.name} can be decoded")
+        raise DataError(f"none of {min(count, len(data.val))} validation images of {data.name} can be decoded")
     return {"images": torch.from_numpy(np.stack(images)), "labels": torch.tensor(labels)}

@@ -5,16 +5,19 @@ Format `advprop.checkpoint/1`: a dict of plain values and tensors that
 
     format, arch, model_kwargs, recipe (name), spec (ModelSpec as JSON), state_dict,
     ema_state_dict | None, optimizer, scheduler, scaler | None, epoch (finished epochs),
-    batch (finished batches of the current epoch), step (updates), loss_sum (of the current
-    epoch), rng (by process), metrics, versions, config (TrainConfig as TOML),
+    batch (finished batches of the current epoch), step (updates), loss_sum, images and seconds
+    (of the current epoch), lr (of the last update), train_images (their number), rng (by process),
+    metrics, versions, config (TrainConfig as TOML),
     sample (uint8 NHWC validation images and their labels)
 
-`train.state` writes and restores its content. Checkpoints may be untrusted files, so only tensors
-and plain values are unpickled.
+`train.state` writes and restores its content. Checkpoints may be untrusted files, so only tensors,
+plain values and `argparse.Namespace`, which timm's train.py stores, are unpickled.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +28,29 @@ import torch
 from runtime.errors import CheckpointError, OutputError
 from runtime.system.files import atomic_write
 
-__all__ = ["FORMAT", "check_checkpoint", "describe", "load_checkpoint", "read_torch_file", "save_checkpoint"]
+__all__ = [
+    "FORMAT",
+    "check_checkpoint",
+    "describe",
+    "load_checkpoint",
+    "plain_state_dict",
+    "read_torch_file",
+    "save_checkpoint",
+]
+
+log = logging.getLogger(__name__)
 
 FORMAT = "advprop.checkpoint/1"
 _MAGIC = (b"PK\x03\x04", b"\x80")
 """First bytes of the files that torch writes: a zip archive, or up to torch 1.5 a pickle."""
-_REQUIRED = ("arch", "model_kwargs", "recipe", "spec", "state_dict", "epoch", "step", "sample")
+_REQUIRED = {
+    **dict.fromkeys(("arch", "recipe", "spec"), str),
+    **dict.fromkeys(("model_kwargs", "state_dict", "sample"), dict),
+    **dict.fromkeys(("epoch", "step"), int),
+}
+"""Keys of every checkpoint, and the types of their values."""
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes that DistributedDataParallel, torch.compile and training frameworks add to all keys."""
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -72,6 +92,13 @@ def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if key not in content]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; train again, or use another checkpoint")
+    for key, kind in _REQUIRED.items():
+        if not isinstance(content[key], kind):
+            raise CheckpointError(
+                f"{path} is damaged: {key} must be of type {kind.__name__}; found {type(content[key]).__name__}"
+            )
+    if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
+        raise CheckpointError(f"{path} is damaged: its state_dict must hold tensors only")
     checkpoint: dict[str, Any] = content
     return checkpoint
 
@@ -97,7 +124,8 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; loading either works or raises
-            return torch.load(path, map_location=device, weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged pickle stream can raise almost any exception
         if "Unsupported " in str(error) or "Trying to " in str(error):  # torch has no exception type for rejected code
             raise CheckpointError(
@@ -109,6 +137,34 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
         raise CheckpointError(
             f"{path} is truncated or damaged ({type(error).__name__}); copy or download it again"
         ) from error
+
+
+def plain_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in the content of a torch file, under the keys of the bare network.
+
+    timm's and torch's training scripts nest the weights in a dict. Prefixes of wrapped networks are
+    removed from the keys, and logged.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not (isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())):
+        raise CheckpointError(f"expected a state dict of weights in {path}: {describe(content)}")
+    weights = {str(key): value for key, value in content.items()}
+    removed = []
+    while prefix := next((each for each in _WRAPPERS if all(key.startswith(each) for key in weights)), ""):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+        removed.append(prefix)
+    if any("._orig_mod." in key for key in weights):  # single layers were compiled
+        weights = {key.replace("._orig_mod.", "."): value for key, value in weights.items()}
+        removed.append("._orig_mod")
+    if removed:
+        log.info("%s: removed %s from the names of the weights", path, ", ".join(removed))
+    return weights
 
 
 def describe(content: Any) -> str:

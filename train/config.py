@@ -1,6 +1,7 @@
 """`TrainConfig`: every setting of a training run. Uses the standard library only.
 
-A field whose default is None is chosen from the model and the data; `fit` logs the choice.
+A field whose default is None is chosen from the model and the data; `fit` logs the choice. Each
+field declares its range with `setting`; `train.limits` checks types and ranges.
 """
 
 from __future__ import annotations
@@ -8,12 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from runtime.errors import ConfigError
-
-if TYPE_CHECKING:
-    from train.recipes import Recipe
+from train.limits import check_fields, setting
+from train.recipes import Recipe, find_recipe
 
 __all__ = ["AttackConfig", "DataConfig", "OptimConfig", "TrainConfig"]
 
@@ -22,23 +21,19 @@ __all__ = ["AttackConfig", "DataConfig", "OptimConfig", "TrainConfig"]
 class AttackConfig:
     """L-inf PGD on the training images. The defaults are the paper's weakest attack."""
 
-    epsilon: float = 1.0
+    epsilon: float = setting(1.0, above=0, at_most=255, unit="1/255 of the pixel range")
     """Maximum change of a pixel, in 1/255 of the pixel range."""
-    steps: int | None = None
+    steps: int | None = setting(None, at_least=1, at_most=10_000)
     """Number of gradient steps (default: the published ε + 1, except 1 at ε = 1)."""
-    step_size: float = 1.0
+    step_size: float = setting(1.0, above=0, at_most=255, unit="1/255 of the pixel range")
     """Size of a step, in 1/255 of the pixel range."""
     targeted: bool = True
     """Attack toward a random wrong class, as published; otherwise away from the true class."""
-    clean_start_share: float = 0.2
+    clean_start_share: float = setting(0.2, at_least=0, at_most=1)
     """Share of images whose attack starts from the clean image instead of uniform noise."""
 
     def __post_init__(self) -> None:
-        _check(self.epsilon > 0 and math.isfinite(self.epsilon), "attack.epsilon", "above 0 (in /255)", self.epsilon)
-        _check(self.steps is None or self.steps >= 1, "attack.steps", "at least 1", self.steps)
-        _check(self.step_size > 0, "attack.step_size", "above 0 (in /255)", self.step_size)
-        share = self.clean_start_share
-        _check(0 <= share <= 1, "attack.clean_start_share", "from 0 to 1", share)
+        check_fields(self, "attack")
 
     @property
     def resolved_steps(self) -> int:
@@ -65,32 +60,34 @@ class DataConfig:
     """Image column of a Hugging Face, TFDS or WebDataset dataset (default: timm's)."""
     target_key: str = ""
     """Label column of a Hugging Face, TFDS or WebDataset dataset (default: timm's)."""
-    num_classes: int = 0
+    num_classes: int = setting(0, at_least=0, at_most=1_000_000)
     """Number of classes of a stream, if its metadata does not include it."""
     download: bool = False
     """Allow torchvision or TFDS to download `dataset`."""
-    img_size: int | None = None
+    img_size: int | None = setting(None, at_least=8, at_most=8192, unit="pixels")
     """Height and width of the network's input, in pixels (default: the model's own, or smaller if
     the images are smaller)."""
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: tuple[float, float] | None = setting(None, above=0, at_most=1)
     """Range of the area share that a random training crop covers (default: by image size)."""
     auto_augment: str = ""
     """timm's augmentation policy for the clean images, e.g. `original` or `rand-m9-mstd0.5`
     (default: none). The `fine-grained` recipe also has its own AutoAugment view."""
-    mixup: float = 0.0
+    mixup: float = setting(0.0, at_least=0, at_most=1000)
     """MixUp α for the clean images; 0 disables it."""
-    cutmix: float = 0.0
+    cutmix: float = setting(0.0, at_least=0, at_most=1000)
     """CutMix α for the clean images; 0 disables it."""
-    hflip: float | None = None
+    hflip: float | None = setting(None, at_least=0, at_most=1)
     """Probability of flipping a training image horizontally (default: 0.5; 0 for the digits)."""
-    color_jitter: float | None = None
+    color_jitter: float | None = setting(None, at_least=0, at_most=10)
     """Strength of color jitter (default: 0.4; 0 for the digits and for small images)."""
-    workers: int | None = None
+    balance: str = setting("none", one_of=("none", "sampler", "loss"))
+    """What to do about classes with few images: `sampler` draws all classes equally often, `loss`
+    weights the images of a class by the inverse of its size, `none` does neither."""
+    workers: int | None = setting(None, at_least=0, at_most=1024)
     """Loader processes (default: by number of cores and kind of data)."""
 
     def __post_init__(self) -> None:
-        _check(self.img_size is None or self.img_size >= 8, "data.img_size", "at least 8 pixels", self.img_size)
-        _check(self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers)
+        check_fields(self, "data")
 
     @property
     def embedded(self) -> bool:
@@ -104,35 +101,31 @@ class OptimConfig:
 
     optimizer: str = "adamw"
     """Name of an optimizer in `timm.optim`."""
-    lr: float = 3e-3
+    lr: float = setting(3e-3, above=0)
     """Peak learning rate."""
-    weight_decay: float = 0.02
+    weight_decay: float = setting(0.02, at_least=0)
     """Weight decay; biases and BatchNorms have none."""
     schedule: str = "cosine"
     """Name of a learning rate schedule in `timm.scheduler`; it advances at each update."""
-    warmup_epochs: float = 0.5
+    warmup_epochs: float = setting(0.5, at_least=0)
     """Epochs of linear warm-up."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = setting(0.1, at_least=0, below=1)
     """Label smoothing of the losses of all branches."""
-    clip_grad: float = 5.0
+    clip_grad: float = setting(5.0, at_least=0)
     """Maximum gradient norm; 0 disables clipping."""
-    ema_decay: float = 0.0
+    ema_decay: float = setting(0.0, at_least=0, below=1)
     """Decay of the moving average of the weights, warmed up; 0 disables it."""
-    accumulate: int = 1
+    accumulate: int = setting(1, at_least=1, at_most=1_000_000)
     """Batches whose gradients are averaged for one update."""
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """Other arguments of the optimizer, e.g. `alpha`, `momentum`, `eps`."""
-    decay_epochs: float = 2.4
+    decay_epochs: float = setting(2.4, above=0)
     """Epochs between decays of the `step` schedule."""
-    decay_rate: float = 0.97
+    decay_rate: float = setting(0.97, above=0, at_most=1)
     """Factor of each decay of the `step` schedule."""
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0 and math.isfinite(self.lr), "optim.lr", "above 0", self.lr)
-        _check(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
-        _check(0 <= self.label_smoothing < 1, "optim.label_smoothing", "in [0, 1)", self.label_smoothing)
-        _check(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
-        _check(0 <= self.ema_decay < 1, "optim.ema_decay", "in [0, 1)", self.ema_decay)
+        check_fields(self, "optim")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,16 +136,16 @@ class TrainConfig:
     """timm's name of the architecture."""
     recipe: str = "advprop"
     """Name of a recipe in `train.recipes.RECIPES`."""
-    epochs: int | None = None
+    epochs: int | None = setting(None, at_least=1, at_most=1_000_000)
     """Passes over the training images (default: 8 for the embedded digits, otherwise 100)."""
-    batch_size: int | None = None
+    batch_size: int | None = setting(None, at_least=2, at_most=1_000_000)
     """Clean images per step and process; adversarial ones are added to them (default: 32 for the
     embedded digits, otherwise 128 up to 64 px and 64 above)."""
-    seed: int = 0
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """Seed of weights, order, augmentation and attack."""
     device: str = "auto"
     """torch device, or `auto` for CUDA if a GPU is available."""
-    amp: str = "none"
+    amp: str = setting("none", one_of=("none", "bf16", "fp16"))
     """Mixed precision of attack and step: `none`, `bf16` or `fp16`."""
     compile: bool = False
     """Compile the network with torch.compile."""
@@ -160,17 +153,17 @@ class TrainConfig:
     """Start from timm's pretrained weights, which timm downloads."""
     init_checkpoint: Path | None = None
     """Checkpoint whose main-route weights training starts from (required by `finetune`)."""
-    drop: float = 0.0
+    drop: float = setting(0.0, at_least=0, below=1)
     """Dropout rate before the classifier."""
-    drop_path: float = 0.0
+    drop_path: float = setting(0.0, at_least=0, below=1)
     """Stochastic depth rate, for architectures that support it."""
-    bn_momentum: float | None = None
+    bn_momentum: float | None = setting(None, above=0, at_most=1)
     """Momentum of running statistics; as in torch, 0.01 keeps 99% (default: the model's)."""
     sync_bn: bool = True
     """Compute batch statistics over all processes, separately for each route."""
-    save_every: int = 0
+    save_every: int = setting(0, at_least=0, at_most=10**12)
     """Updates between additional saves of `last.pt`; 0 saves after each epoch only."""
-    log_every: int = 50
+    log_every: int = setting(50, at_least=1, at_most=10**12)
     """Updates between TensorBoard and W&B entries of losses and learning rate."""
     tensorboard: bool = True
     """Write event files for TensorBoard."""
@@ -179,7 +172,7 @@ class TrainConfig:
     out: Path | None = None
     """Folder of checkpoints and metrics (default: `runs/ARCH`, or `runs/ARCH-RECIPE` for recipes
     other than advprop)."""
-    resume: str = "never"
+    resume: str = setting("never", one_of=("auto", "never"))
     """`auto` continues from `last.pt` in the output folder if it exists; `never` does not."""
     overwrite: bool = False
     """Start a new run in an output folder with a `last.pt`, and replace it."""
@@ -189,21 +182,12 @@ class TrainConfig:
     """The images."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimization."""
-    eval_attack_images: int = 512
+    eval_attack_images: int = setting(512, at_least=1, at_most=10**12)
     """Validation images, evenly spaced, on which accuracy under attack is measured."""
 
     def __post_init__(self) -> None:
-        _check(self.epochs is None or self.epochs >= 1, "epochs", "at least 1", self.epochs)
-        _check(self.amp in ("none", "bf16", "fp16"), "amp", "none, bf16 or fp16", self.amp)
-        _check(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
-        _check(self.log_every >= 1, "log_every", "at least 1 update", self.log_every)
-        _check(self.save_every >= 0, "save_every", "0 or more updates", self.save_every)
-        _check(
-            self.batch_size is None or self.batch_size >= 2,
-            "batch_size",
-            "at least 2 (BatchNorm needs it)",
-            self.batch_size,
-        )
+        check_fields(self)
+        find_recipe(self.recipe)
 
     @property
     def resolved_epochs(self) -> int:
@@ -232,8 +216,3 @@ class TrainConfig:
         if self.out is not None:
             return self.out
         return Path("runs") / (self.arch if self.recipe == "advprop" else f"{self.arch}-{self.recipe}")
-
-
-def _check(condition: bool, name: str, expected: str, found: object) -> None:
-    if not condition:
-        raise ConfigError(f"{name} must be {expected}; found {found}")

@@ -11,16 +11,17 @@ Field names are those in `train.config`; the sections are `attack`, `data` and `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tomllib
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import ConfigError, nearest
 from train.config import TrainConfig
+from train.limits import shown, types_of
 
 __all__ = ["flatten", "from_mapping", "merge", "parse_setting", "read_toml", "to_mapping", "to_toml"]
 
@@ -36,8 +37,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --config {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ConfigError(f"--config {path} is not TOML: {error}") from error
 
 
@@ -50,10 +51,10 @@ def parse_setting(text: str) -> dict[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"--set takes FIELD=VALUE, e.g. optim.weight_decay=1e-5; found {text!r}")
-    try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
+    parsed: Any = value.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        content = tomllib.loads(f"value = {value}")
+        parsed = content["value"] if len(content) == 1 else parsed
     for part in reversed(name.strip().split(".")):
         parsed = {part: parsed}
     result: dict[str, Any] = parsed
@@ -75,7 +76,7 @@ def from_mapping(content: Mapping[str, Any]) -> TrainConfig:
 
     Raises:
         ConfigError: a field is unknown (the message suggests the nearest), a value has the wrong
-            type, or `arch` is missing.
+            type or is out of range, or `arch` is missing.
     """
     if "arch" not in content:
         raise ConfigError(
@@ -85,48 +86,60 @@ def from_mapping(content: Mapping[str, Any]) -> TrainConfig:
 
 
 def _build(kind: type[_Config], content: Mapping[str, Any], prefix: str) -> _Config:
-    hints = typing.get_type_hints(kind, localns={"Recipe": Any})
+    known = types_of(kind)
     values = {}
     for key, value in content.items():
-        if key not in hints:
-            raise ConfigError(f"unknown setting {prefix}{key}; {nearest(key, hints)}".rstrip("; "))
-        values[key] = _convert(hints[key], value, prefix + key)
+        if key not in known:
+            raise ConfigError(f"unknown setting {prefix}{key}; {nearest(key, known)}".rstrip("; "))
+        values[key] = _convert(known[key], value, prefix + key)
     return kind(**values)
 
 
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} is a section: set {name}.FIELD; found {value!r}")
-        return _build(typing.cast(type, kind), value, f"{name}.")
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif option is Path and isinstance(value, str | Path):
-            return Path(value).expanduser()
-        elif typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            return tuple(float(item) for item in value)
-        elif typing.get_origin(option) is dict and isinstance(value, Mapping):
+def _convert(kinds: Sequence[Any], value: Any, name: str) -> Any:
+    """Convert a TOML value to the type of its field, if possible; the config checks the result."""
+    for kind in kinds:
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} is a section: set {name}.FIELD; found {shown(value)}")
+            return _build(typing.cast(type, kind), value, f"{name}.")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return _as_float(value)
+        if kind is Path and isinstance(value, str | Path):
+            return _as_path(value)
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            return tuple(_convert((float,), item, name) for item in value)
+        if typing.get_origin(kind) is dict and isinstance(value, Mapping):
             return dict(value)
-        elif option in (int, str, bool) and type(value) is option:
-            return value
-    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
-    raise ConfigError(f"{name} must be {expected}; found {value!r}")
+    return value
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return value
+
+
+def _as_path(value: str | Path) -> str | Path:
+    """Return a path; leave an empty text and `~` of an unknown user as text, which is not valid."""
+    try:
+        return Path(value).expanduser() if str(value) else value
+    except RuntimeError:
+        return value
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Return a config as nested dicts of TOML types, without the fields that are None."""
+    """Return a config as nested dicts of TOML types, without the fields that are None.
+
+    Paths become absolute, so `config.toml` repeats a run from any folder.
+    """
     result: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             result[item.name] = to_mapping(value)
         elif value is not None:
-            result[item.name] = str(value) if isinstance(value, Path) else value
+            result[item.name] = str(value.absolute()) if isinstance(value, Path) else value
     return result
 
 

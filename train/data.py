@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from timm.utils.misc import natural_key
 from runtime.errors import ConfigError, DataError
 from runtime.preprocessing import ImageLike, image_size
 from runtime.spec import Preprocessing
-from runtime.system.image_sources import SUFFIXES, class_folders, find_images, spread
+from runtime.system.image_sources import SUFFIXES, class_folders, find_images, spread, unread_format
 from train.config import DataConfig
 
 __all__ = [
@@ -159,8 +161,7 @@ def image_folder(root: Path) -> ImageData:
     """List the files of `root/train/CLASS/*` and `root/val/CLASS/*`.
 
     Raises:
-        DataError: a folder is missing or empty, there are fewer than two classes, or `val` has
-            classes that are missing from `train`.
+        DataError: see `by_class`; also if a folder is missing or cannot be read.
     """
     for part in ("train", "val"):
         if not (root / part).is_dir():
@@ -168,7 +169,13 @@ def image_folder(root: Path) -> ImageData:
             found = f"found {', '.join(there) or 'an empty folder'}" if there is not None else "no such folder"
             raise DataError(f"{root}: {found}; expected {part}/CLASS/IMAGE files below it ({root / part} is missing)")
     parts = {part: _labeled_files(root / part) for part in ("train", "val")}
-    return by_class(root, parts["train"], parts["val"], list)
+    # Only the files of classes without images are searched for other formats.
+    unread = {
+        name: Counter(unread_format(file) for *_, files in os.walk(root / "train" / name) for file in files)
+        for name, images in parts["train"].items()
+        if not images
+    }
+    return by_class(root, parts["train"], parts["val"], list, unread)
 
 
 def by_class(
@@ -176,19 +183,25 @@ def by_class(
     train: Mapping[str, Sequence[_Item]],
     val: Mapping[str, Sequence[_Item]],
     images: Callable[[Sequence[_Item]], Images],
+    unread: Mapping[str, Counter[str]],
 ) -> ImageData:
     """Build a dataset from images that are grouped by class.
+
+    A class without any image is reported and ignored.
 
     Args:
         root: folder of the dataset, for its name and for messages.
         train: training items by class name.
         val: validation items by class name.
         images: converts a list of items to `Images`.
+        unread: class without training images → number of its files by the suffix of an image format
+            that is not decoded.
 
     Raises:
-        DataError: there are fewer than two classes, `val` is empty, or `val` has classes that are
-            missing from `train`.
+        DataError: there are fewer than two classes, `val` is empty, `val` has classes that are
+            missing from `train`, or a class has only images of formats that are not decoded.
     """
+    _check_empty_classes(root, train, val, unread)
     names = sorted((name for name, items in train.items() if items), key=natural_key)
     if len(names) < 2:
         count = sum(len(items) for items in train.values())
@@ -220,6 +233,29 @@ def by_class(
         val=image_set(val),
         short_side=median_short_side(trained),
     )
+
+
+def _check_empty_classes(
+    root: Path,
+    train: Mapping[str, Sequence[_Item]],
+    val: Mapping[str, Sequence[_Item]],
+    unread: Mapping[str, Counter[str]],
+) -> None:
+    """Report classes without images; raise DataError if their images are in unknown formats."""
+    for name, counts in unread.items():
+        formats = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()) if suffix)
+        if formats:
+            raise DataError(
+                f"{root / 'train'}: the class {name} has no image that can be decoded; found {formats} files, expected "
+                f"{', '.join(SUFFIXES)}",
+                fix="convert these files, or remove the class from train and val",
+            )
+    empty = [name for name, items in train.items() if not items]
+    if empty:
+        log.warning("%s: ignored %d classes without images: %s", root / "train", len(empty), ", ".join(empty[:5]))
+    unseen = [name for name, items in train.items() if items and not val.get(name)]
+    if unseen and any(val.values()):
+        log.warning("%s has no images of %d classes: %s", root / "val", len(unseen), ", ".join(unseen[:5]))
 
 
 def _labeled_files(folder: Path) -> dict[str, list[str]]:

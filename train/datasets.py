@@ -54,7 +54,10 @@ def open_data(config: DataConfig) -> ImageData:
             barrier()
         return data
     if config.root is not None:
-        return image_archives(config.root) if _is_archived(config.root) else image_folder(config.root)
+        try:
+            return image_archives(config.root) if _is_archived(config.root) else image_folder(config.root)
+        except OSError as error:
+            raise DataError(f"cannot read --data {config.root}: {error.strerror or error}") from error
     data = embedded_digits()
     log.warning(
         "no --data given: training on the embedded digits, %d images (and %d for validation)",

@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from runtime.errors import DataError
+from runtime.errors import ConfigError, DataError, first_line
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 from train.data import ImageData, ImageSet, ImageStream
 from train.distributed import rank, world_size
-from train.samples import EpochBatches, SeededSamples, StreamedSamples, Transform
+from train.samples import EpochBatches, SeededSamples, StreamedSamples, Transform, seeded, transformed
 
 __all__ = ["Batches", "SetBatches", "StreamBatches", "eval_loader", "eval_transform", "train_loader"]
 
@@ -165,7 +166,14 @@ def train_loader(
         return StreamBatches(loader, streamed, batches, spec, device)
     samples = SeededSamples(data.train, transforms, seed, train=True)
     _check_one_batch(len(samples) // (batch_size * world_size()), len(samples))
-    sampler = EpochBatches(len(samples), batch_size, seed, rank(), world_size())
+    sampler = EpochBatches(
+        data.train.labels,
+        batch_size,
+        seed,
+        balanced=config.balance == "sampler",
+        rank=rank(),
+        world=world_size(),
+    )
     loader = DataLoader(samples, batch_sampler=sampler, **options)
     return SetBatches(loader, samples, sampler, "training", spec, device)
 
@@ -209,21 +217,30 @@ def _train_transforms(data: ImageData, config: DataConfig, spec: Preprocessing, 
     hflip = config.hflip if config.hflip is not None else (0.0 if data.embedded else 0.5)
     jitter = config.color_jitter if config.color_jitter is not None else (0.0 if small else 0.4)
     scale = config.crop_scale or ((0.8, 1.0) if data.embedded else (0.5, 1.0) if small else (0.08, 1.0))
-    return [
-        create_transform(
-            (3, spec.height, spec.width),
-            is_training=True,
-            scale=scale,
-            ratio=(0.9, 1.1) if data.embedded else (3 / 4, 4 / 3),
-            hflip=hflip,
-            color_jitter=jitter or None,
-            auto_augment=policy or None,
-            interpolation=spec.interpolation,
-            mean=spec.mean,
-            use_prefetcher=True,
-        )
-        for policy in (config.auto_augment, "original")[:views]
-    ]
+    transforms: list[Transform] = []
+    for policy in (config.auto_augment, "original")[:views]:
+        try:
+            transform = create_transform(
+                (3, spec.height, spec.width),
+                is_training=True,
+                scale=scale,
+                ratio=(0.9, 1.1) if data.embedded else (3 / 4, 4 / 3),
+                hflip=hflip,
+                color_jitter=jitter or None,
+                auto_augment=policy or None,
+                interpolation=spec.interpolation,
+                mean=spec.mean,
+                use_prefetcher=True,
+            )
+            with seeded(0):
+                transformed(transform, Image.new("RGB", (64, 64)))
+        except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ConfigError(
+                f"timm has no augmentation policy {policy!r}" + (f": {first_line(error)}" if str(error) else ""),
+                fix="set data.auto_augment to original, rand-m9-mstd0.5, augmix-m5-w4-d2, … or remove it",
+            ) from error
+        transforms.append(transform)
+    return transforms
 
 
 def _check_one_batch(batches: int, images: int) -> None:

@@ -15,10 +15,10 @@ from timm.utils.distributed import distribute_bn
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from runtime.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
+from runtime.errors import Interrupted, TrainingDiverged
 from runtime.spec import ModelSpec, Preprocessing
-from runtime.system.files import link_or_copy, output_dir, write_text
 from train.attack import LinfPGD, Randomness, accuracy, evaluation_attack
+from train.balance import check_balance, class_weights
 from train.build import (
     make_model,
     make_optimization,
@@ -29,13 +29,14 @@ from train.build import (
 )
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
-from train.config_file import to_toml
+from train.data import ImageSet
 from train.datasets import open_data
 from train.distributed import StopRequest, process_group, rank, world_size, world_sum
 from train.loaders import Batches, eval_loader, train_loader
 from train.models import resolve_device
+from train.output import RunFolder
 from train.recipes import find_recipe
-from train.reporting import EpochMetrics, Reporter, SilentReporter, best_epoch, plot_curves, write_metrics
+from train.reporting import EpochMetrics, Reporter, SilentReporter, best_epoch
 from train.state import TrainState, preserve_rng
 from train.tracking import Tracker, epoch_values, open_trackers
 
@@ -76,7 +77,10 @@ def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
     """
     reporter = reporter or SilentReporter()
     try:
-        with process_group(resolve_device(config.device)) as device:
+        with contextlib.ExitStack() as stack:
+            device = stack.enter_context(process_group(resolve_device(config.device)))
+            if rank() == 0:  # the other processes of the run rely on its lock
+                stack.enter_context(RunFolder(config).reserved())
             return Trainer(config, reporter, device).run()
     finally:
         reporter.close()
@@ -101,28 +105,26 @@ class Trainer:
         """
         self.config, self.reporter, self.device = config, reporter, device
         recipe = find_recipe(config.recipe)
-        self.out = output_dir(config.resolved_out)
-        self.last, self.best = self.out / "last.pt", self.out / "best.pt"
-        if self.last.exists() and config.resume == "never" and not config.overwrite:
-            raise ConfigError(
-                f"{self.last} belongs to another run: continue that run with --resume, choose another folder with "
-                "--out, or replace its files with --overwrite"
-            )
+        self.folder = RunFolder(config)
+        self.last = self.folder.last
         seed_everything(config.seed)
         self.data = open_data(config.data)
+        check_balance(self.data, config.data.balance)
         classes = len(self.data.classes)
         model = make_model(config, recipe, classes)
+        if config.init_checkpoint is not None:
+            _compare_classes(config.init_checkpoint, self.data.classes)
         preprocessing = make_preprocessing(config, self.data, model)
         mean, std = preprocessing.mean, preprocessing.std
         attack = LinfPGD(config.resolved_attack(recipe), mean, std, randomness)
-        self.task = make_task(config, recipe, model, attack, classes, device)
+        weighted = config.data.balance == "loss" and isinstance(self.data.train, ImageSet)
+        weights = class_weights(self.data.train.labels, classes) if weighted else None
+        self.task = make_task(config, recipe, model, attack, classes, device, weights)
         self.validation_attack = evaluation_attack(attack.config.epsilon, mean, std)
         self._open_loaders(preprocessing, recipe.views)
         self.state = self._initial_state(preprocessing)
-        self.best_epoch: EpochMetrics | None = None
         self.first_bad = torch.full((), -1, device=device)
         self.losses: dict[str, torch.Tensor] = {}
-        self.lr = config.optim.lr
         self.trackers: list[Tracker] = []
         self.stop = StopRequest()
         # Seed again: the random numbers that setup draws (or that a library draws when it is first
@@ -163,16 +165,17 @@ class Trainer:
             scaler=torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16"),
             sample=make_sample(data, preprocessing),
             loss_sum=torch.zeros((), device=self.device),
+            train_images=len(data.train),
+            lr=config.optim.lr,
         )
 
     def run(self) -> FitResult:
         """Train the remaining epochs."""
-        if self.config.resume == "auto":
-            self._resume()
+        resumed = self.config.resume == "auto" and self._resume()
         if rank() == 0:
-            write_text(self.out / "config.toml", to_toml(self.config))
+            self.folder.start(resumed=resumed)
             with preserve_rng():
-                self.trackers = open_trackers(self.config, self.out, self.state.step)
+                self.trackers = open_trackers(self.config, self.folder.path, self.state.step)
         try:
             with self.stop.listening():
                 self._run_epochs()
@@ -180,18 +183,18 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.close()
         rows = self.state.metrics
-        best = self.best_epoch or best_epoch(rows)
-        return FitResult(last=self.last, best=self.best, best_epoch=best, metrics=tuple(rows))
+        best = self.folder.best_epoch or best_epoch(rows)
+        return FitResult(last=self.last, best=self.folder.best, best_epoch=best, metrics=tuple(rows))
 
     def _run_epochs(self) -> None:
         epochs = self.config.resolved_epochs
         seconds: list[float] = []
         for epoch in range(self.state.epoch, epochs):
             began = time.monotonic()
-            trained, images_per_s = self._train_epoch()
+            self._train_epoch()
             self._save()  # before validation, during which the run may be killed
             self.reporter.evaluating()
-            row = self._validate(trained, images_per_s)
+            row = self._validate()
             self.state.finish_epoch(row)
             self._save()
             self._publish()
@@ -203,19 +206,15 @@ class Trainer:
             if self.state.epoch < epochs:
                 self._raise_if_stopped()
 
-    def _train_epoch(self) -> tuple[float, float]:
-        """Train the rest of the current epoch.
-
-        Returns:
-            Seconds, and clean images per second of all processes together.
-        """
+    def _train_epoch(self) -> None:
+        """Train the rest of the current epoch."""
         state = self.state
         self.task.train()
         self.batches.start_at(state.epoch, state.batch)
         steps = len(self.batches) + state.batch
         accumulate = self.config.optim.accumulate
         self.reporter.epoch_started(state.epoch + 1, self.config.resolved_epochs, steps, state.batch)
-        began, images_seen = time.monotonic(), 0
+        began = time.monotonic() - state.seconds
         for images, labels in self.batches:
             # The last group of an epoch may be smaller.
             group = min(accumulate, steps - state.batch // accumulate * accumulate)
@@ -224,17 +223,17 @@ class Trainer:
             state.loss_sum += loss
             self.first_bad = torch.where((self.first_bad < 0) & ~torch.isfinite(loss), state.batch, self.first_bad)
             state.batch += 1
-            images_seen += len(labels) * world_size()
+            state.images += len(labels) * world_size()
+            state.seconds = time.monotonic() - began
             readable = self.device.type == "cpu" or state.batch % _GPU_LOSS_INTERVAL == 0 or state.batch == steps
             if readable:
                 self._check_finite()
             self.reporter.stepped(loss.item() if readable else None)
             if update and self.trackers and state.step % self.config.log_every == 0:
-                self._track({name: value.item() for name, value in self.losses.items()} | {"lr": self.lr})
+                self._track({name: value.item() for name, value in self.losses.items()} | {"lr": state.lr})
             if update:
                 self._save_if_due()
-        seconds = time.monotonic() - began
-        return seconds, images_seen / max(seconds, 1e-9)
+        state.seconds = time.monotonic() - began
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, *, group: int, update: bool) -> torch.Tensor:
         """Add the gradients of one batch; update the weights if it is the last one of its group.
@@ -255,7 +254,7 @@ class Trainer:
             self.losses = {name: value.detach() for name, value in result.items() if name.startswith("loss")}
             state.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
         if update:
-            self.lr = state.optimizer.param_groups[0]["lr"]
+            state.lr = state.optimizer.param_groups[0]["lr"]
             if self.config.optim.clip_grad:
                 state.scaler.unscale_(state.optimizer)
                 nn.utils.clip_grad_norm_(state.model.parameters(), self.config.optim.clip_grad)
@@ -267,7 +266,7 @@ class Trainer:
             self.task.update_ema(state.step)
         return loss.detach()
 
-    def _validate(self, seconds: float, images_per_s: float) -> EpochMetrics:
+    def _validate(self) -> EpochMetrics:
         """Measure the weights that an export would use: the moving average, if enabled."""
         state = self.state
         if world_size() > 1 and not self.config.sync_bn:
@@ -276,12 +275,12 @@ class Trainer:
         return EpochMetrics(
             epoch=state.epoch + 1,
             step=state.step,
-            lr=self.lr,
+            lr=state.lr,
             loss=world_sum(state.loss_sum).item() / world_size() / max(1, state.batch),
             top1=accuracy(model, self._until_stopped(self.val)),
             top1_attacked=accuracy(model, self._until_stopped(self.val_attacked), self.validation_attack),
-            images_per_s=images_per_s,
-            seconds=seconds,
+            images_per_s=state.images / max(state.seconds, 1e-9),
+            seconds=state.seconds,
         )
 
     def _until_stopped(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -294,14 +293,9 @@ class Trainer:
     @preserve_rng()
     def _publish(self) -> None:
         """Write the files that are derived from `last.pt` at the end of an epoch."""
-        rows = self.state.metrics
-        if rank() != 0 or not rows:
-            return
-        if self.best_epoch is None or rows[-1].top1 > self.best_epoch.top1:
-            link_or_copy(self.last, self.best)
-            self.best_epoch = rows[-1]
-        write_metrics(self.out / "metrics.csv", rows)
-        plot_curves(self.out / "curves.png", rows, f"{self.config.arch}, {self.config.recipe}, {self.data.name}")
+        if rank() == 0 and self.state.metrics:
+            title = f"{self.config.arch}, {self.config.recipe}, {self.data.name}"
+            self.folder.publish(self.state.metrics, title)
 
     @preserve_rng()
     def _track(self, values: dict[str, float]) -> None:
@@ -344,38 +338,30 @@ class Trainer:
                 130 if self.stop.signal == signal.SIGINT else 143,
             )
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Restore the state of `last.pt`; return whether the file exists."""
+        state = self.state
         if not self.last.exists():
-            log.info("nothing to resume in %s: starting a new run", self.out)
-            return
-        self.state.load(self.last)
-        log.info("resuming %s at epoch %d, step %d", self.last, self.state.epoch + 1, self.state.step)
+            log.info("nothing to resume in %s: starting a new run", self.folder.path)
+            return False
+        state.load(self.last)
+        state.batch = min(state.batch, len(self.batches))  # images may have been removed
+        log.info("resuming %s at epoch %d, step %d", self.last, state.epoch + 1, state.step)
         if rank() == 0:
-            self._find_best()
-        if self.state.batch == 0:
+            self.folder.find_best(state.metrics, between_epochs=state.batch == 0)
+        if state.batch == 0:
             self._publish()  # again, in case the run was killed before it
+        return True
 
-    def _find_best(self) -> None:
-        """Find the epoch that `best.pt` holds, and warn if the file is lost."""
-        rows, between_epochs = self.state.metrics, self.state.batch == 0
-        if not rows or (between_epochs and best_epoch(rows) is rows[-1]):
-            return  # `_publish` writes the first or a new `best.pt`
-        try:
-            saved = load_checkpoint(self.best, device="meta")["epoch"]
-            self.best_epoch = next((row for row in rows if row.epoch == saved), None)
-            problem = f"{self.best} belongs to another run"
-        except CheckpointError as error:
-            problem = str(error)
-        if self.best_epoch is None:
-            lost = best_epoch(rows)
-            new = f"epoch {rows[-1].epoch} ({rows[-1].top1:.1%})" if between_epochs else "the epoch in progress"
-            log.warning(
-                "%s. It held epoch %d, the best so far (clean accuracy %.1f%%), whose weights are in no other file. "
-                "best.pt now becomes %s, until a later epoch is better. To keep epoch %d, restore best.pt from a "
-                "backup and resume again",
-                problem,
-                lost.epoch,
-                100 * lost.top1,
-                new,
-                lost.epoch,
-            )
+
+def _compare_classes(checkpoint: Path, classes: tuple[str, ...]) -> None:
+    """Warn if training starts from the weights of other classes."""
+    found = ModelSpec.from_json(load_checkpoint(checkpoint, device="meta")["spec"], where=str(checkpoint)).classes
+    other = [pair for pair in zip(found, classes, strict=False) if pair[0] != pair[1]]
+    if other:
+        log.warning(
+            "init_checkpoint %s has other classes: %s. Its classifier starts with the weights of those classes; the "
+            "number and the order of classes must match",
+            checkpoint,
+            ", ".join(f"found {old}, expected {new}" for old, new in other[:3]) + (", …" if len(other) > 3 else ""),
+        )

@@ -106,10 +106,11 @@ def summary_table(title: str, best: EpochMetrics, rows: Sequence[EpochMetrics]) 
         best: the epoch that best.pt holds.
         rows: all epochs.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     last = rows[-1]
-    table = Table(title, f"best: epoch {best.epoch}", f"last: epoch {last.epoch}", title_justify="left")
+    table = Table(escape(title), f"best: epoch {best.epoch}", f"last: epoch {last.epoch}", title_justify="left")
     for label, name, form in (
         ("clean accuracy", "top1", "{:.1%}"),
         ("accuracy under attack", "top1_attacked", "{:.1%}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from runtime.system.command import Command, Option
-from runtime.system.console import set_up_logging
+from runtime.system.console import print_lines, set_up_logging
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -164,12 +165,10 @@ def main(preset: str | None, config_path: Path | None, settings: tuple[str, ...]
     if not _is_first_process():
         return
     console.print(summary_table(f"{config.arch}, {config.recipe}", result.best_epoch, result.metrics))
-    console.print(
-        f"in {result.last.parent}: last.pt, best.pt, metrics.csv, curves.png, config.toml"
-        f"{', tensorboard/' if config.tensorboard else ''}\n"
-        f"next: advprop-export {result.best} --trt fp16",
-        highlight=False,
-        soft_wrap=True,
+    files = "last.pt, best.pt, metrics.csv, curves.png, config.toml" + (", tensorboard/" if config.tensorboard else "")
+    print_lines(
+        console,
+        [f"in {result.last.parent}: {files}", f"next: advprop-export {shlex.quote(str(result.best))} --trt fp16"],
     )
 
 

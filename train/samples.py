@@ -21,13 +21,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from runtime.errors import DataError
+from runtime.errors import ConfigError, DataError, first_line
 from runtime.preprocessing import decode
+from train.balance import balanced_order
 from train.data import ImageSet
 
-__all__ = ["BAD_LABEL", "EpochBatches", "SeededSamples", "StreamedSamples", "Transform", "seeded"]
+__all__ = ["BAD_LABEL", "EpochBatches", "SeededSamples", "StreamedSamples", "Transform", "seeded", "transformed"]
 
 Transform = Callable[[Image.Image], torch.Tensor]
+
+_DRAWS = 10
 
 BAD_LABEL = -1
 """Label of a validation image that cannot be decoded."""
@@ -108,15 +111,34 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     of a batch that is `world` times as large, so together they train on the batches of one process.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self._count, self._batch_size, self._seed = count, batch_size * world, seed
+    def __init__(
+        self,
+        labels: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        balanced: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """
+        Args:
+            labels: label of each image.
+            batch_size: images per batch and process.
+            seed: seed of the order.
+            balanced: draw all classes equally often; otherwise use every image once per epoch.
+            rank: number of this process.
+            world: number of processes.
+        """
+        self._count, self._batch_size, self._seed = len(labels), batch_size * world, seed
+        self._labels = torch.tensor(labels) if balanced else None
         self._rank, self._world = rank, world
         self.epoch = 0
         self.start = 0
         """First batch to yield, for an epoch that resumes."""
 
     def __len__(self) -> int:
-        return self._count // self._batch_size - self.start
+        return max(0, self._count // self._batch_size - self.start)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self._order()
@@ -129,8 +151,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        order: list[int] = torch.randperm(self._count, generator=generator).tolist()
-        return order
+        if self._labels is not None:
+            order = balanced_order(self._labels, generator)
+        else:
+            order = torch.randperm(self._count, generator=generator)
+        indices: list[int] = order.tolist()
+        return indices
 
     def _batch(self, order: list[int], batch: int) -> list[int]:
         whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
@@ -164,11 +190,28 @@ class StreamedSamples(IterableDataset[tuple[torch.Tensor, int]]):
         part = 0 if worker is None else worker.id
         for number, (image, label) in enumerate(itertools.islice(self._stream, 0, None, self._every)):
             with seeded(self._seed, self._epoch, part, number):
-                sample = _views(self._transforms, image.convert("RGB"))
+                sample = _views(self._transforms, decode(image))
             yield sample, int(label)
 
 
 def _views(transforms: Sequence[Transform], image: Image.Image) -> torch.Tensor:
     """Return the image's views as uint8: (C, H, W) for one view, (V, C, H, W) for several."""
-    views = [transform(image) for transform in transforms]
+    views = [transformed(transform, image) for transform in transforms]
     return views[0] if len(views) == 1 else torch.stack(views)
+
+
+def transformed(transform: Transform, image: Image.Image) -> torch.Tensor:
+    """Return the transformed image.
+
+    timm's policies sometimes draw an operation that Pillow refuses, such as posterizing to 0 bits.
+    The transform then draws again.
+
+    Raises:
+        ConfigError: all draws fail.
+    """
+    for _ in range(_DRAWS):
+        try:
+            return transform(image)
+        except ValueError as error:
+            refused = error
+    raise ConfigError(f"the augmentation fails: {first_line(refused)}", fix="change data.auto_augment")

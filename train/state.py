@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtime.errors import CheckpointError, TrainingDiverged
+from runtime.errors import AdvPropError, CheckpointError, TrainingDiverged, first_line
 from runtime.spec import ModelSpec
 from train.build import model_arguments
 from train.checkpoint import load_checkpoint, save_checkpoint
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 _MAY_CHANGE = {
     *("out", "resume", "overwrite", "device", "compile", "save_every", "log_every", "tensorboard", "wandb"),
-    *("data.root", "data.workers", "data.download"),
+    *("data.root", "data.workers", "data.download", "init_checkpoint"),
 }
-"""Settings that may differ when a run resumes: they do not change what is learned."""
+"""Settings that may differ when a run resumes: they do not change what is learned from there on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +59,14 @@ class TrainState:
     """Validation images (uint8, NHWC) and labels on which exports are verified."""
     loss_sum: torch.Tensor
     """Sum of the losses of the current epoch's batches, on the device of training."""
+    train_images: int
+    """Number of training images."""
+    lr: float
+    """Learning rate of the last update."""
+    images: int = 0
+    """Clean images of the current epoch, in all processes."""
+    seconds: float = 0.0
+    """Training time of the current epoch."""
     epoch: int = 0
     """Finished epochs."""
     batch: int = 0
@@ -72,6 +80,7 @@ class TrainState:
         """Append the metrics of the current epoch and advance to the next one."""
         self.metrics.append(metrics)
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, torch.zeros_like(self.loss_sum)
+        self.images, self.seconds = 0, 0.0
 
     def save(self, path: Path) -> None:
         """Write the state to `path`, atomically. All processes call it; the first one writes.
@@ -95,10 +104,22 @@ class TrainState:
         """Continue from the state in `path`.
 
         Raises:
-            CheckpointError: it is not a checkpoint, or a run with other settings wrote it.
+            CheckpointError: it is not a checkpoint, it is damaged, or a run with other settings wrote
+                it.
         """
         checkpoint = load_checkpoint(path)
-        self._check_same_run(checkpoint, path)
+        try:
+            self._check_same_run(checkpoint, path)
+            self._restore(checkpoint, path)
+        except AdvPropError:
+            raise
+        except Exception as error:  # a damaged value can raise almost any exception
+            raise CheckpointError(
+                f"cannot resume {path}: it is damaged ({type(error).__name__}: {first_line(error)})",
+                fix="restore it from a backup, or start a new run with --overwrite",
+            ) from error
+
+    def _restore(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         self.model.load_state_dict(checkpoint["state_dict"])
         if self.ema is not None and checkpoint["ema_state_dict"] is not None:
             self.ema.load_state_dict(checkpoint["ema_state_dict"])
@@ -106,9 +127,20 @@ class TrainState:
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         if checkpoint["scaler"] is not None:
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
+        self.epoch, self.batch, self.step = (int(checkpoint[name]) for name in ("epoch", "batch", "step"))
         self.loss_sum = checkpoint["loss_sum"].to(self.loss_sum.device)
         self.metrics = [EpochMetrics(**row) for row in checkpoint["metrics"]]
+        # Earlier versions did not store these values.
+        self.lr = float(checkpoint.get("lr", self.lr))
+        self.images, self.seconds = int(checkpoint.get("images", 0)), float(checkpoint.get("seconds", 0.0))
+        if checkpoint.get("train_images", self.train_images) != self.train_images:
+            log.warning(
+                "%s was written with %d training images, and there are %d now: the order of the images changes, so "
+                "the result will differ from that of an uninterrupted run",
+                path,
+                checkpoint["train_images"],
+                self.train_images,
+            )
         generators = checkpoint["rng"]
         if len(generators) == world_size():
             set_rng_state(generators[rank()])
@@ -136,6 +168,10 @@ class TrainState:
             "batch": self.batch,
             "step": self.step,
             "loss_sum": self.loss_sum,
+            "train_images": self.train_images,
+            "lr": self.lr,
+            "images": self.images,
+            "seconds": self.seconds,
             "rng": generators,
             "metrics": [dataclasses.asdict(row) for row in self.metrics],
             "config": to_toml(self.config),
@@ -150,7 +186,9 @@ class TrainState:
         if not changed:
             stored = ModelSpec.from_json(checkpoint["spec"], where=str(path))
             before, now = dataclasses.asdict(stored), dataclasses.asdict(self.spec)
-            changed = [name for name in now if before[name] != now[name]]
+            # A folder of images may be moved or renamed; its name is that of the dataset.
+            moved = self.config.data.root is not None and self.config.data.dataset is None
+            changed = [name for name in now if before[name] != now[name] and not (moved and name == "dataset")]
         if changed:
             differences = "; ".join(
                 f"{name}: found {str(before.get(name))[:80]}, expected {str(now.get(name))[:80]}" for name in changed

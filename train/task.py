@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
@@ -51,7 +52,8 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
                 are added, unless the model already has them.
             recipe: one of `train.recipes.RECIPES`, or branches of your own.
             attack: the training attack.
-            criterion: loss of (logits, labels) (default: timm's cross-entropy).
+            criterion: loss of (logits, labels) (default: timm's cross-entropy). The class weights
+                of a torch CrossEntropyLoss also apply to the soft labels of mixup.
             criterion_kwargs: arguments of timm's cross-entropy, e.g. {"smoothing": 0.1}.
             mixup: timm's mixup or cutmix, applied to the clean branch only.
             amp_dtype: bfloat16 or float16 to run attack and step under autocast.
@@ -80,6 +82,8 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
         self.mixup = mixup
         self.amp_dtype = amp_dtype
         self.soft_criterion = SoftTargetCrossEntropy()
+        if isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None:
+            self.soft_criterion = nn.CrossEntropyLoss(criterion.weight)
         self._gradient_scales = _scale_route_gradients(model, recipe) if recipe.synchronize else {}
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -139,9 +143,22 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
         if images.ndim == 5:
             images = images[:, 0]
         if branch.source == "clean":
-            return self.mixup(images.clone(), labels) if self.mixup is not None else (images, labels)
+            return self._mixed(images, labels) if self.mixup is not None else (images, labels)
         # The attack runs on the unwrapped model because it needs no gradient synchronization.
         return self.attack(self._unwrapped(), images, labels, branch.bn), labels
+
+    def _mixed(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mixed images and soft labels. The last image of an odd number is not mixed.
+
+        timm mixes an even number of images only.
+        """
+        assert self.mixup is not None
+        even = len(images) // 2 * 2
+        mixed, soft = self.mixup(images[:even].clone(), labels[:even])
+        if even == len(images):
+            return mixed, soft
+        rest = mixup_target(labels[even:], self.mixup.num_classes, 1.0, self.mixup.label_smoothing)
+        return torch.cat([mixed, images[even:]]), torch.cat([soft, rest])
 
     def _noise_pass(
         self, branch: Branch, images: torch.Tensor, labels: torch.Tensor

@@ -1,6 +1,6 @@
 """Find and read images in folders, tar files and NumPy arrays, by one set of rules.
 
-- An image file has one of SUFFIXES, in any case.
+- An image file has one of SUFFIXES, in any case. Files of other image formats are counted.
 - Hidden and system entries (`.Trash`, `._1.jpg`, `__MACOSX`, `@eaDir`, …) are skipped at every
   level.
 - Links are followed, except those that lead back to a folder that is being read, or into the folder
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from runtime.errors import DataError
 
@@ -35,7 +36,6 @@ __all__ = [
     "ArraySource",
     "FolderSource",
     "ImageSource",
-    "TarMember",
     "TarSource",
     "class_folders",
     "find_images",
@@ -44,13 +44,22 @@ __all__ = [
     "open_array",
     "open_source",
     "spread",
-    "tar_members",
+    "unread_format",
 ]
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 """Suffixes of image files, in lower case."""
+
+_UNREAD_SUFFIXES = (
+    *(".arw", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jpx", ".jxl"),
+    *(".nef", ".orf", ".pcx", ".psd", ".raf", ".rw2", ".svg", ".tga", ".xcf"),
+)
+"""Suffixes of image formats that are not decoded, in lower case."""
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _SYSTEM_NAMES = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
@@ -74,6 +83,12 @@ def is_image_name(name: str) -> bool:
     return path.suffix.lower() in SUFFIXES and not any(map(_is_hidden, path.parts))
 
 
+def unread_format(name: str) -> str:
+    """Return the suffix of an image format that is not decoded, or "" for any other file."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix if suffix in _UNREAD_SUFFIXES else ""
+
+
 def _is_hidden(name: str) -> bool:
     return name in _SYSTEM_NAMES or (name.startswith(".") and name not in (".", ".."))
 
@@ -87,7 +102,12 @@ def class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         found = "a file" if root.exists() else "no such file or folder"
         raise DataError(f"{root}: expected a folder of CLASS/IMAGE files; found {found}")
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    with _data_errors(root):
+        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    hidden = [name for name in folders if _is_hidden(name)]
+    if hidden:
+        log.warning("%s: skipped %d hidden or system folders (%s)", root, len(hidden), ", ".join(hidden[:5]))
+    return [name for name in folders if not _is_hidden(name)]
 
 
 def find_images(root: Path, folders: Sequence[str] = ("",)) -> dict[str, list[str]]:
@@ -101,13 +121,26 @@ def find_images(root: Path, folders: Sequence[str] = ("",)) -> dict[str, list[st
 
     Returns:
         Folder → names of its images, relative to `root` and sorted.
+
+    Raises:
+        DataError: a folder cannot be read.
     """
     walk = _Walk(root, folders)
-    found = {folder: sorted(walk.names(folder)) for folder in folders}
+    with _data_errors(root):
+        found = {folder: sorted(walk.names(folder)) for folder in folders}
     if walk.skipped:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(walk.skipped.items()))
         log.warning("%s: skipped %s", root, counts)
     return found
+
+
+@contextlib.contextmanager
+def _data_errors(root: Path) -> Iterator[None]:
+    """Convert errors of the operating system to DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
 
 
 class _Walk:
@@ -133,6 +166,8 @@ class _Walk:
                 continue
             is_folder = entry.is_dir()
             if not is_folder and not entry.name.lower().endswith(SUFFIXES):
+                if unread := unread_format(entry.name):
+                    self.skipped[f"{unread} files, a format that is not decoded"] += 1
                 continue
             real = os.path.realpath(entry.path) if entry.is_symlink() else f"{parents[-1]}{os.sep}{entry.name}"
             if entry.is_symlink() and any(_is_inside(real, other) for other in foreign):
@@ -214,51 +249,6 @@ class FolderSource(ImageSource):
 
     def describe(self, name: str) -> str:
         return str(self.root / name)
-
-
-class TarMember(NamedTuple):
-    """A file inside an uncompressed tar file."""
-
-    archive: str
-    """Path of the tar file."""
-    name: str
-    """Path inside it."""
-    offset: int
-    """Position of its first byte."""
-    size: int
-    """Size in bytes."""
-
-    def read(self) -> bytes:
-        """Return the file's content.
-
-        Raises:
-            DataError: the tar file cannot be read, or is truncated.
-        """
-        try:
-            # Opened for every file, because worker processes cannot share a file object.
-            with Path(self.archive).open("rb") as file:
-                file.seek(self.offset)
-                content = file.read(self.size)
-        except OSError as error:
-            raise DataError(f"cannot read {self.archive}: {error.strerror}") from error
-        if len(content) != self.size:
-            raise DataError(f"{self.archive} is truncated at {self.name}")
-        return content
-
-
-def tar_members(path: Path) -> list[TarMember]:
-    """List the files of an uncompressed tar file, in its order, in one pass over its headers.
-
-    Raises:
-        DataError: it is compressed, damaged or not a tar file.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return [TarMember(str(path), file.name, file.offset_data, file.size) for file in tar if file.isreg()]
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"cannot read {path} as an uncompressed tar file: {error}. Decompress it first, for example with gunzip"
-        ) from error
 
 
 class TarSource(ImageSource):

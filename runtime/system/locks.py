@@ -1,16 +1,77 @@
-"""`file_lock`, a lock between processes that the operating system releases when its holder dies."""
+"""Locks between processes, which the operating system releases when their holder dies."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
+import logging
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.errors import OutputError
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["file_lock"]
+__all__ = ["file_lock", "reserved_folder"]
+
+log = logging.getLogger(__name__)
+
+_LOCK, _OWNER = ".lock", ".lock.owner"
+
+
+class _Result(enum.Enum):
+    """Result of an attempt to take a lock."""
+
+    HELD = enum.auto()
+    BUSY = enum.auto()
+    UNAVAILABLE = enum.auto()
+    """The lock file cannot be created, or the file system does not support locks."""
+
+
+@contextlib.contextmanager
+def reserved_folder(folder: Path) -> Iterator[None]:
+    """Reserve an output folder for this process.
+
+    Two files in the folder, `.lock` and `.lock.owner`, exist while it is reserved. If the file
+    system does not support locks, a warning is logged.
+
+    Raises:
+        OutputError: another process has reserved it; the message names the process.
+    """
+    owner = folder / _OWNER
+    with _lock(folder / _LOCK, 0, None) as result:
+        if result is _Result.BUSY:
+            raise OutputError(
+                f"{folder} is in use by {_read_owner(owner)}", fix="wait until it ends, or choose another folder"
+            )
+        if result is _Result.UNAVAILABLE:
+            log.warning("cannot lock %s: make sure that no other process writes to it at the same time", folder)
+            yield
+            return
+        with contextlib.suppress(OSError):  # the name is only for the message
+            owner.write_text(
+                f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}",
+                "utf-8",
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                owner.unlink(missing_ok=True)
+
+
+def _read_owner(path: Path) -> str:
+    """Return the description of the process that holds a lock."""
+    try:
+        text = path.read_text("utf-8", "replace")[:200]
+    except OSError:
+        text = ""
+    return "".join(filter(str.isprintable, text)) or "another process"
 
 
 @contextlib.contextmanager
@@ -29,15 +90,21 @@ def file_lock(path: Path, *, timeout_s: float, on_wait: Callable[[], None] | Non
         Whether the lock is held. It is not held after the timeout, if the folder is missing or not
         writable, or if the file system does not support locks.
     """
+    with _lock(path, timeout_s, on_wait) as result:
+        yield result is _Result.HELD
+
+
+@contextlib.contextmanager
+def _lock(path: Path, timeout_s: float, on_wait: Callable[[], None] | None) -> Iterator[_Result]:
     from filelock import FileLock
 
     # Without the fallback to a soft lock, which a killed process would leave behind.
     lock = FileLock(path, mode=0o600, fallback_to_soft=False)
-    held = path.parent.is_dir() and _acquire(lock, timeout_s, on_wait)
+    result = _acquire(lock, timeout_s, on_wait) if path.parent.is_dir() else _Result.UNAVAILABLE
     try:
-        yield held
+        yield result
     finally:
-        if held:
+        if result is _Result.HELD:
             # Removed while the lock is held: a waiter notices that its open file is gone, and
             # creates a new one.
             # Windows cannot remove an open file; the empty file does no harm.
@@ -46,7 +113,7 @@ def file_lock(path: Path, *, timeout_s: float, on_wait: Callable[[], None] | Non
             lock.release()
 
 
-def _acquire(lock: BaseFileLock, timeout_s: float, on_wait: Callable[[], None] | None) -> bool:
+def _acquire(lock: BaseFileLock, timeout_s: float, on_wait: Callable[[], None] | None) -> _Result:
     from filelock import Timeout
 
     try:
@@ -56,6 +123,8 @@ def _acquire(lock: BaseFileLock, timeout_s: float, on_wait: Callable[[], None] |
             if on_wait is not None:
                 on_wait()
             lock.acquire(timeout=timeout_s)
-    except OSError:  # a Timeout is one too
-        return False
-    return True
+    except Timeout:
+        return _Result.BUSY
+    except OSError:
+        return _Result.UNAVAILABLE
+    return _Result.HELD

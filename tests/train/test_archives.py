@@ -7,7 +7,7 @@ from runtime.errors import DataError
 from runtime.preprocessing import decode
 from runtime.spec import Preprocessing
 from tests.support.archive_files import files_of, pack
-from train.archives import image_archives
+from train.archives import image_archives, tar_members
 from train.config import DataConfig
 from train.data import ImageSet
 from train.data import image_folder as read_folder
@@ -75,6 +75,46 @@ def test_webdataset_shards_are_read(image_folder: Path, tmp_path: Path) -> None:
 def test_an_unpacked_folder_takes_precedence_over_its_tar_file(image_folder: Path) -> None:
     pack(image_folder / "train.tar", {"a/1.png": b"", "b/1.png": b""})
     assert open_data(DataConfig(root=image_folder)).classes == ("bright", "dark")
+
+
+def test_members_of_a_tar_file_are_read_by_position(image_folder: Path, packed: Path) -> None:
+    files = files_of(image_folder / "train")
+    assert {member.name: member.read() for member in tar_members(packed / "train.tar")} == files
+    pack(packed / "train.tar.gz", files, "w:gz")
+    with pytest.raises(DataError, match="Decompress it first"):
+        tar_members(packed / "train.tar.gz")
+
+
+@pytest.mark.parametrize("wrapper", ["", "./", "train/", "./photos/2024/"])
+def test_subfolders_of_a_class_belong_to_it(image_folder: Path, tmp_path: Path, wrapper: str) -> None:
+    """A tar file has the classes of the folder that it was made from."""
+    for part in ("train", "val"):
+        files = files_of(image_folder / part)
+        nested = {
+            f"{wrapper}{Path(name).parent}/day{number % 2}/{Path(name).name}": content
+            for number, (name, content) in enumerate(files.items())
+        }
+        pack(tmp_path / "nested" / f"{part}.tar", nested)
+    data, folder = image_archives(tmp_path / "nested"), read_folder(image_folder)
+    assert data.classes == folder.classes
+    assert isinstance(data.train, ImageSet) and isinstance(folder.train, ImageSet)
+    assert list(data.train.labels) == list(folder.train.labels)
+
+
+def test_a_validation_set_of_one_class(image_folder: Path, packed: Path) -> None:
+    """Its only folder is a class of the training set, although it contains all images."""
+    files = files_of(image_folder / "val" / "dark")
+    pack(packed / "val.tar", {f"dark/day{len(name) % 2}/{name}": content for name, content in files.items()})
+    val = image_archives(packed).val
+    assert isinstance(val, ImageSet)
+    assert set(val.labels) == {1}
+
+
+def test_a_tar_file_with_a_class_of_another_format_is_refused(image_folder: Path, packed: Path) -> None:
+    files = files_of(image_folder / "train") | {"heron/1.heic": b"", "heron/2.heic": b""}
+    pack(packed / "train.tar", files | {"._heron/3.heic": b"", "notes.txt": b""})
+    with pytest.raises(DataError, match=r"the class heron has no image that can be decoded; found 2 \.heic files"):
+        image_archives(packed)
 
 
 def test_unusable_tar_files_are_refused(tmp_path: Path, image_folder: Path) -> None:

@@ -1,13 +1,16 @@
+import argparse
+import logging
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from runtime.errors import CheckpointError, OutputError
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import load_checkpoint, plain_state_dict, read_torch_file, save_checkpoint
 from train.loop import FitResult
 
 CONTENT = {
@@ -58,7 +61,7 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path: Path, legacy: bool) 
         path.write_bytes(pickle.dumps({"format": "advprop.checkpoint/1", "state_dict": Bomb(trap)}))
     else:
         torch.save({"format": "advprop.checkpoint/1", "state_dict": Bomb(trap)}, path)
-    with pytest.raises(CheckpointError, match=r"holds pickled Python objects.*rejected"):
+    with pytest.raises(CheckpointError, match=r"holds pickled Python objects.*rejected and nothing was executed"):
         load_checkpoint(path)
     assert not trap.exists()
 
@@ -93,6 +96,68 @@ def test_files_that_are_not_advprop_checkpoints(tmp_path: Path, trained: FitResu
         torch.save(objects[name], path)
     with pytest.raises(CheckpointError, match=expected):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("arch", 3, "arch must be of type str; found int"),
+        ("spec", None, "spec must be of type str; found NoneType"),
+        ("state_dict", [1], "state_dict must be of type dict; found list"),
+        ("state_dict", {"weight": 1}, "its state_dict must hold tensors only"),
+        ("epoch", "1", "epoch must be of type int; found str"),
+    ],
+)
+def test_values_of_other_types_are_refused(tmp_path: Path, key: str, value: object, expected: str) -> None:
+    save_checkpoint(tmp_path / "a.pt", {**CONTENT, key: value})
+    with pytest.raises(CheckpointError, match=rf"a\.pt is damaged: {expected}"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_the_settings_in_a_file_of_timms_train_script_are_read(tmp_path: Path) -> None:
+    """It stores its command line as an argparse.Namespace, which can hold values only."""
+    weights = {"weight": torch.arange(3.0)}
+    torch.save({"state_dict": weights, "args": argparse.Namespace(model="resnet10t", lr=0.1)}, tmp_path / "best.tar")
+    content = read_torch_file(tmp_path / "best.tar")
+    assert (content["args"].model, content["args"].lr) == ("resnet10t", 0.1)
+    assert torch.equal(plain_state_dict(content, tmp_path)["weight"], weights["weight"])
+
+
+def test_code_inside_a_namespace_is_refused(tmp_path: Path) -> None:
+    trap = tmp_path / "executed"
+    torch.save({"state_dict": {}, "args": argparse.Namespace(model=Bomb(trap))}, tmp_path / "evil.tar")
+    with pytest.raises(CheckpointError, match="holds pickled Python objects"):
+        read_torch_file(tmp_path / "evil.tar")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "removed"),
+    [
+        ("", ""),
+        ("module.", "module."),
+        ("_orig_mod.", "_orig_mod."),
+        ("module._orig_mod.", "module., _orig_mod."),
+        ("_orig_mod.module.", "_orig_mod., module."),
+        ("model.", "model."),
+    ],
+)
+@pytest.mark.parametrize("nested", ["", "state_dict", "model"])
+def test_prefixes_of_wrapped_networks_are_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str, removed: str, nested: str
+) -> None:
+    content: dict[str, Any] = {f"{prefix}conv.weight": torch.zeros(2), f"{prefix}module.bias": torch.ones(1)}
+    with caplog.at_level(logging.INFO):
+        weights = plain_state_dict({nested: content} if nested else content, tmp_path / "a.pt")
+    assert list(weights) == ["conv.weight", "module.bias"]
+    assert caplog.messages == (
+        [f"{tmp_path / 'a.pt'}: removed {removed} from the names of the weights"] * bool(removed)
+    )
+
+
+def test_prefixes_of_compiled_layers_are_removed(tmp_path: Path) -> None:
+    content = {"conv.weight": torch.zeros(2), "layer1._orig_mod.0._orig_mod.weight": torch.ones(1)}
+    assert list(plain_state_dict(content, tmp_path)) == ["conv.weight", "layer1.0.weight"]
 
 
 @pytest.mark.parametrize("seed", range(12))

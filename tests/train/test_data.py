@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.errors import DataError
+from runtime.errors import ConfigError, DataError
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 from train.data import ImageSet, choose_preprocessing, embedded_digits
 from train.data import image_folder as open_folder
 from train.loaders import eval_loader, train_loader
-from train.samples import BAD_LABEL
+from train.samples import BAD_LABEL, transformed
 
 CPU = torch.device("cpu")
 SPEC = Preprocessing(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
@@ -102,6 +102,67 @@ def test_unusable_folders_are_refused(tmp_path: Path, folders: list[str], expect
             Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(DataError, match=expected):
         open_folder(root)
+
+
+def test_a_class_of_less_common_suffixes_is_read(image_folder: Path) -> None:
+    for path in list(image_folder.glob("*/dark/*.png")):
+        path.rename(path.with_suffix(".jfif"))
+    data = open_folder(image_folder)
+    assert (data.classes, len(data.train)) == (("bright", "dark"), 48)
+
+
+def test_a_class_of_formats_that_are_not_decoded_is_refused(image_folder: Path) -> None:
+    """Without the error, the network would be trained on the other classes only."""
+    for part in ("train", "val"):
+        (image_folder / part / "heron" / "day1").mkdir(parents=True)
+        (image_folder / part / "heron" / "day1" / "1.HEIC").write_bytes(b"")
+    with pytest.raises(DataError, match=r"the class heron has no image that can be decoded; found 1 \.heic files"):
+        open_folder(image_folder)
+
+
+def test_classes_without_images_are_reported(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for part in ("train", "val"):
+        (image_folder / part / "empty").mkdir()
+    for path in (image_folder / "val" / "dark").iterdir():
+        path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert open_folder(image_folder).classes == ("bright", "dark")
+    assert f"{image_folder / 'train'}: ignored 1 classes without images: empty" in caplog.text
+    assert f"{image_folder / 'val'} has no images of 1 classes: dark" in caplog.text
+
+
+def test_junk_of_operating_systems_is_not_trained_on(image_folder: Path) -> None:
+    image = (image_folder / "train" / "dark" / "0.png").read_bytes()
+    for junk in (".Trash/0.png", ".ipynb_checkpoints/0.png", "@eaDir/0.png", "._0.png"):
+        path = image_folder / "train" / "bright" / junk
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
+    (image_folder / "train" / "__MACOSX" / "dark").mkdir(parents=True)
+    (image_folder / "train" / "__MACOSX" / "dark" / "0.png").write_bytes(image)
+    (image_folder / "train" / "bright" / "all").symlink_to(image_folder / "train")
+    data = open_folder(image_folder)
+    assert isinstance(data.train, ImageSet)
+    assert np.bincount(data.train.labels).tolist() == [24, 24]
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "rand-m-5", "augmix-a0", "3aa"])
+def test_an_unknown_augmentation_policy_is_refused(image_folder: Path, policy: str) -> None:
+    config = DataConfig(root=image_folder, workers=0, auto_augment=policy)
+    with pytest.raises(ConfigError, match=f"timm has no augmentation policy '{policy}'.*set data.auto_augment to"):
+        train_loader(open_folder(image_folder), config, SPEC, batch_size=8, seed=5, device=CPU)
+
+
+def test_a_policy_draws_again_if_an_operation_fails() -> None:
+    """Pillow refuses to posterize to 0 bits, which timm's increasing policies sometimes draw."""
+    draws = iter([ValueError("bits must be between 1 and 8"), torch.ones(3, 2, 2)])
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        drawn = next(draws)
+        if isinstance(drawn, ValueError):
+            raise drawn
+        return drawn
+
+    assert torch.equal(transformed(transform, Image.new("RGB", (2, 2))), torch.ones(3, 2, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

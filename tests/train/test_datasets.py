@@ -161,6 +161,11 @@ def test_unusable_names_are_refused(
         open_data(DataConfig(**{**config, **root}))
 
 
+def test_a_path_that_the_file_system_refuses_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read --data .*: File name too long"):
+        open_data(DataConfig(root=tmp_path / ("x" * 300)))
+
+
 @webdataset_leaves_files_open
 def test_a_stream_without_a_number_of_classes_is_refused(shards: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra [datasets] is not installed")

@@ -40,6 +40,17 @@ def test_saving_and_loading_restores_the_state(tmp_path: Path, trained: FitResul
     assert [key for key in first if not same(first[key], second[key])] == ["config"]  # another `out`
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer", {}), ("rng", 3), ("metrics", [{"epoch": 1}]), ("config", "a ="), ("batch", None), ("lr", "x")],
+)
+def test_a_damaged_value_is_an_error(tmp_path: Path, trained: FitResult, key: str, value: object) -> None:
+    trainer = resumed(trained, tmp_path)
+    save_checkpoint(tmp_path / "last.pt", {**load_checkpoint(tmp_path / "last.pt"), key: value})
+    with pytest.raises(CheckpointError, match=r"cannot resume .*last\.pt: it is damaged"):
+        trainer.state.load(tmp_path / "last.pt")
+
+
 def test_other_settings_are_an_error(tmp_path: Path, trained: FitResult) -> None:
     with pytest.raises(CheckpointError, match=r"other settings.*recipe: found advprop, expected vanilla.*config\."):
         resumed(trained, tmp_path, recipe="vanilla").run()

@@ -197,6 +197,38 @@ def test_mixup_changes_the_clean_branch_only() -> None:
     assert (joint[-1][6:] - images).abs().max() <= 2 / 255 + 1e-6
 
 
+@pytest.mark.parametrize(("recipe", "images"), [("fast", 13), ("advprop", 5)])
+def test_mixup_of_an_odd_number_of_clean_images(recipe: str, images: int) -> None:
+    """The recipe `fast` has 51 clean images at its default batch size."""
+    from timm.data import Mixup
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    mixup = Mixup(mixup_alpha=1.0, label_smoothing=0.1, num_classes=5)
+    task = AdvPropTask(model, RECIPES[recipe], ATTACK, mixup=mixup).train()
+    clean: list[torch.Tensor] = []
+    model.conv1.register_forward_hook(lambda module, args, output: clean.append(args[0].detach()))
+    batch_NCHW = torch.rand(images, 3, 32, 32)
+    loss = task(batch_NCHW, torch.arange(images) % 5)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)
+    odd = round(0.8 * images) if recipe == "fast" else images
+    assert odd % 2 == 1
+    assert not torch.equal(clean[-1][0], batch_NCHW[0])
+    assert torch.equal(clean[-1][odd - 1], batch_NCHW[odd - 1])
+
+
+def test_class_weights_also_apply_to_soft_labels() -> None:
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    model = timm.create_model("resnet10t", num_classes=5)
+    task = AdvPropTask(model, RECIPES["vanilla"], ATTACK, criterion=nn.CrossEntropyLoss(weights))
+    logits, labels = torch.rand(6, 5), torch.arange(6) % 5
+    soft = nn.functional.one_hot(labels, 5).float()
+    expected = nn.functional.cross_entropy(logits, labels, weights, reduction="sum") / 6
+    torch.testing.assert_close(task.soft_criterion(logits, soft), expected)
+
+
 def test_bf16_attack_and_step_run_under_autocast() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)

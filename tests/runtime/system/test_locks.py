@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.system.locks import file_lock
+from runtime.errors import OutputError
+from runtime.system.locks import file_lock, reserved_folder
 from tests.support import ROOT
 
 HOLD = """
@@ -79,3 +80,41 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     with file_lock(lock, timeout_s=5) as held:
         assert held
     assert not lock.exists()
+
+
+def test_a_reserved_folder_names_its_process(tmp_path: Path) -> None:
+    with (
+        reserved_folder(tmp_path),
+        pytest.raises(OutputError, match=rf"in use by process {os.getpid()} on .*wait until"),
+        reserved_folder(tmp_path),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with reserved_folder(tmp_path):
+        pass
+
+
+def test_a_folder_that_was_reserved_by_a_killed_process_is_free(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".lock.owner").write_text("process 1")
+    with reserved_folder(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock.owner").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_holder(tmp_path: Path) -> None:
+    """Its name may be lost, or written by others: control characters do not reach the terminal."""
+    with file_lock(tmp_path / ".lock", timeout_s=0) as held:
+        assert held
+        with pytest.raises(OutputError, match="is in use by another process"), reserved_folder(tmp_path):
+            pass
+        (tmp_path / ".lock.owner").write_text("\x1b[31mme")
+        with pytest.raises(OutputError, match=r"is in use by \[31mme;"), reserved_folder(tmp_path):
+            pass
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with reserved_folder(tmp_path / "missing"):
+        assert "make sure that no other process writes to it" in caplog.text
