@@ -21,6 +21,7 @@ from calib.quantize import dequantized_names
 from calib.report import plot_fallback, plot_ranges, save_record
 from runtime.errors import ConfigError, VerificationError
 from runtime.graph.collect import collect
+from runtime.graph.foreign import ForeignOptions
 from runtime.graph.model import first_output, open_session, save_onnx
 from runtime.graph.rounding import with_roundings
 from runtime.graph.structure import initializers_of
@@ -61,7 +62,7 @@ def calibrate_file(
     target: Path,
     config: CalibrationConfig | None = None,
     *,
-    preprocessing: Preprocessing | None = None,
+    foreign: ForeignOptions | None = None,
     adversary: Adversary | None = None,
     cache: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
@@ -76,7 +77,8 @@ def calibrate_file(
         data: real images: a folder, a tar file, an array, or the `calib.json` of an earlier run.
         target: the INT8 file to write.
         config: settings (default: `CalibrationConfig()`).
-        preprocessing: preprocessing of the images; required if and only if `source` has no spec.
+        foreign: description of a file of another tool; required if and only if `source` has no
+            spec.
         adversary: attacks images; required if the mix has adversarial images.
         cache: cache histograms. An interrupted run then resumes, and other runs with these images
             are faster.
@@ -92,7 +94,7 @@ def calibrate_file(
     config = config or CalibrationConfig()
     _check_target(source, target)
     check_mix(config.mix, adversary)
-    model, preprocessing = read_float_model(source, preprocessing)
+    model, preprocessing = read_float_model(source, foreign)
     output_dir(target.parent)
     images = _choose_images(data, config, preprocessing, adversary)
     config = dataclasses.replace(config, mix=images.mix, seed=images.seed)  # a manifest has its own
