@@ -9,7 +9,7 @@ import onnx
 from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.convert import convert_classifier
 from runtime.graph.foreign import ForeignOptions, convert_command
-from runtime.graph.read import read_onnx
+from runtime.graph.read import load_onnx, read_onnx
 from runtime.graph.structure import spec_of
 from runtime.graph.summary import summarize
 from runtime.spec import Preprocessing
@@ -55,4 +55,4 @@ def read_float_model(source: Path, options: ForeignOptions | None) -> tuple[onnx
             f"{source} has {spec.input_form} input and outputs {spec.output_form}; calibrate a file with float32 input "
             "and logits or probabilities (advprop-export without --input and --output)"
         )
-    return onnx.load(source), spec.preprocessing
+    return load_onnx(source), spec.preprocessing
