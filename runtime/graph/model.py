@@ -29,8 +29,10 @@ __all__ = [
     "open_session",
     "run_batches",
     "save_onnx",
+    "session_of",
     "tensor_types",
     "with_outputs",
+    "without_weights",
 ]
 
 LIMIT_BYTES = 2**31 - 2**26
@@ -54,7 +56,7 @@ def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
 
 def infer_shapes(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.GraphProto:
     """Return the graph with inferred types and shapes; large models are stripped of weights."""
-    return onnx.shape_inference.infer_shapes(_without_weights(model) if is_large(model, limit) else model).graph
+    return onnx.shape_inference.infer_shapes(without_weights(model) if is_large(model, limit) else model).graph
 
 
 def tensor_types(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> dict[str, onnx.TypeProto.Tensor]:
@@ -89,7 +91,7 @@ def check(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> None:
     Raises:
         onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the model is not valid.
     """
-    onnx.checker.check_model(_without_weights(model) if is_large(model, limit) else model, full_check=True)
+    onnx.checker.check_model(without_weights(model) if is_large(model, limit) else model, full_check=True)
 
 
 def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
@@ -99,6 +101,13 @@ def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
     options = ort.SessionOptions()
     # The INT8 kernels that ONNX Runtime would fuse Q/DQ pairs into saturate on CPUs without VNNI.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return session_of(model, options, limit)
+
+
+def session_of(model: onnx.ModelProto, options: Any, limit: int = LIMIT_BYTES) -> Any:
+    """Return an InferenceSession on the CPU with the given `onnxruntime.SessionOptions`."""
+    import onnxruntime as ort
+
     if not is_large(model, limit):
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     light = _without_initializers(model)
@@ -147,6 +156,17 @@ def save_onnx(model: onnx.ModelProto, path: Path, limit: int = LIMIT_BYTES) -> N
         ir.save(ir.from_proto(model), folder / path.name, external_data=external.name)
 
 
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which the large initializers are inputs; small ones can be parts of shapes."""
+    light = _without_initializers(model)
+    for tensor in model.graph.initializer:
+        if _is_weight(tensor):
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            light.graph.initializer.append(tensor)
+    return light
+
+
 def _is_weight(tensor: onnx.TensorProto) -> bool:
     return len(tensor.raw_data) > _MAX_SHAPE_BYTES
 
@@ -155,18 +175,8 @@ def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
     light = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     light.opset_import.extend(model.opset_import)
     light.metadata_props.extend(model.metadata_props)
+    light.functions.extend(model.functions)
     light.graph.name = model.graph.name
-    for field in ("node", "input", "output", "value_info"):
+    for field in ("node", "input", "output", "value_info", "sparse_initializer"):
         getattr(light.graph, field).extend(getattr(model.graph, field))
-    return light
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which the weights are inputs."""
-    light = _without_initializers(model)
-    for tensor in model.graph.initializer:
-        if _is_weight(tensor):
-            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            light.graph.initializer.append(tensor)
     return light
