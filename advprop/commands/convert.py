@@ -56,9 +56,7 @@ def main(
     from export.convert import convert_file
 
     target = out or onnx.with_suffix(f".{precision}.onnx")
-    result = convert_file(
-        onnx, target, options or ForeignOptions(), precision=precision, data=data, images=limit
-    )
+    result = convert_file(onnx, target, options or ForeignOptions(), precision=precision, data=data, images=limit)
     print_lines(console, _summary(result))
 
 
