@@ -72,8 +72,8 @@ def convert_classifier(path: Path, options: ForeignOptions) -> Converted:
     if options.bgr:
         _swap_channels(model)
     _rename(model, model.graph.input[0].name, "input")
-    _rename(model, model.graph.output[0].name, "probs" if prepared.output_form == "probs" else "logits")
-    spec = options.spec(path.stem, options.preprocessing(height, width), prepared.classes, prepared.output_form)
+    _rename(model, model.graph.output[0].name, prepared.spec_form)
+    spec = options.spec(path.stem, options.preprocessing(height, width), prepared.classes, prepared.spec_form)
     helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
     return Converted(model, spec, tuple(prepared.notes))
 

@@ -121,9 +121,7 @@ class _Lowering:
             raise ModelFileError(
                 f"{describe_node(node)} has the activation {activation!r}; expected one of {', '.join([*keys, 'Clip'])}"
             )
-        return self.node(
-            activation, [source], node.output[0], name, **dict(zip(keys[activation], parameters))
-        )
+        return self.node(activation, [source], node.output[0], name, **dict(zip(keys[activation], parameters)))
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from runtime.errors import ModelFileError, first_line
 from runtime.graph.model import LIMIT_BYTES, is_large, session_of
 
-__all__ = ["optimize"]
+__all__ = ["open_quietly", "optimize"]
 
-_LOG_ERRORS_ONLY = 3
+_LOG_FATAL_ONLY = 4
+
+
+def open_quietly(model: onnx.ModelProto) -> Any:
+    """Return an InferenceSession for a graph that may not run; ONNX Runtime logs no errors."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_FATAL_ONLY
+    return session_of(model, options)
 
 
 def optimize(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.ModelProto:
@@ -25,7 +35,7 @@ def optimize(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.ModelProt
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.log_severity_level = _LOG_FATAL_ONLY
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         if is_large(model, limit):

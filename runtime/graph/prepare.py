@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from runtime.errors import ModelFileError, first_line
 from runtime.graph.batch import BATCH_NAME, open_reshapes, set_batch
 from runtime.graph.heads import OutputForm, output_form, reshape_output, select_output
-from runtime.graph.model import check, is_large, open_session
-from runtime.graph.optimize import optimize
+from runtime.graph.model import check, is_large
+from runtime.graph.optimize import open_quietly, optimize
 from runtime.graph.shapes import annotate, infer
 from runtime.graph.standard import name_nodes, remove_unused, standard_form
 from runtime.graph.structure import describe_node, graph_inputs, shape_of, tensor_names, unused_names
@@ -45,10 +45,15 @@ class PreparedClassifier:
     """What the output holds."""
     layout: Layout
     """Layout of the images in the original file."""
-    classes: int | None
-    """Number of classes; None if it is not known."""
+    classes: int
+    """Number of classes."""
     notes: tuple[str, ...]
     """What was changed or assumed, for the user."""
+
+    @property
+    def spec_form(self) -> str:
+        """The output's form in a spec, one of `runtime.spec.OUTPUT_FORMS`."""
+        return "logits" if self.output_form == "logits" else "probs"
 
 
 def prepare_classifier(
@@ -180,7 +185,7 @@ class _Reference:
         if layout == "NHWC":
             first = np.ascontiguousarray(first.transpose(0, 2, 3, 1))
         try:
-            self.outputs = open_session(model).run([output], {value.name: first})[0]
+            self.outputs = open_quietly(model).run([output], {value.name: first})[0]
         except Exception as error:  # ONNX Runtime's exceptions have no other common base
             raise ModelFileError(
                 f"ONNX Runtime cannot run the graph on {list(first.shape)}: {first_line(error)}"
@@ -192,7 +197,7 @@ class _Reference:
             return not any(infer(model, count, self.size).reason for count in counts)
         name = graph_inputs(model.graph)[0].name
         try:
-            session = open_session(model)
+            session = open_quietly(model)
             found = [session.run(None, {name: self.images_NCHW[:count]})[0] for count in counts]
         except Exception:  # as above: the graph does not run with such a batch
             return False

@@ -93,9 +93,7 @@ def infer(model: onnx.ModelProto, batch: int, size: tuple[int, int] | None = Non
 def shape_values(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> dict[str, NDArray[Any]]:
     """Return the values that depend on the image size only, not on the image or the batch size."""
     first, second = (infer(model, batch, size).values for batch in (2, 3))
-    return {
-        name: value for name, value in first.items() if name in second and np.array_equal(value, second[name])
-    }
+    return {name: value for name, value in first.items() if name in second and np.array_equal(value, second[name])}
 
 
 def annotate(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> None:
@@ -104,8 +102,9 @@ def annotate(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> Non
     A size that depends on the batch size or on an open image size is left open. `size` is the
     height and width that shapes are inferred with if the image size is open.
     """
-    dims = graph_inputs(model.graph)[0].type.tensor_type.shape.dim
-    fixed = dims[0].dim_value
+    inputs = graph_inputs(model.graph)
+    dims = inputs[0].type.tensor_type.shape.dim if inputs else []
+    fixed = dims[0].dim_value if dims else 1
     variants = [infer(model, fixed, size)] if fixed else [infer(model, batch, size) for batch in (2, 3)]
     if size is not None and any(not dim.HasField("dim_value") for dim in dims[1:]):
         variants.append(infer(model, fixed or 3, (size[0] + 32, size[1] + 64)))
@@ -160,9 +159,7 @@ def _is_small(tensor: onnx.TensorProto) -> bool:
     return math.prod(tensor.dims) <= _MAX_ELEMENTS and tensor.data_location != TensorProto.EXTERNAL
 
 
-def _compute(
-    model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]], values: dict[str, NDArray[Any]]
-) -> bool:
+def _compute(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]], values: dict[str, NDArray[Any]]) -> bool:
     """Replace nodes whose result is known by initializers; return whether there were any."""
     kept = []
     for node in model.graph.node:
@@ -202,7 +199,10 @@ def _value_of(
     graph = helper.make_graph(
         [node],
         "shape",
-        [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), None) for name, array in known.items()],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), None)
+            for name, array in known.items()
+        ],
         [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in node.output if name],
     )
     names = [name for name in node.output if name]

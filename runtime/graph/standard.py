@@ -16,7 +16,7 @@ from onnx import helper, inliner, numpy_helper, version_converter
 from runtime.errors import ModelFileError, first_line
 from runtime.graph.fused import lower_fused_operators
 from runtime.graph.model import MIN_OPSET, OPSET, without_weights
-from runtime.graph.shapes import shape_values
+from runtime.graph.shapes import annotate, shape_values
 from runtime.graph.structure import describe_node, opset_of, tensor_names, unused_names
 
 __all__ = ["name_nodes", "remove_unused", "standard_form"]
@@ -43,7 +43,7 @@ def standard_form(model: onnx.ModelProto, size: tuple[int, int] | None = None) -
     separate_weights(result)
     if result.functions:
         result = _rewrite_without_weights(result, inliner.inline_local_functions)
-    result = _convert_opset(result)
+    result = _convert_opset(result, size)
     lower_fused_operators(result)
     inline_conditions(result, size)
     name_nodes(result)
@@ -171,14 +171,14 @@ def _rewrite_without_weights(
     return result
 
 
-def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+def _convert_opset(model: onnx.ModelProto, size: tuple[int, int] | None) -> onnx.ModelProto:
     opset = opset_of(model)
     if opset == OPSET:
         return model
     later = _newer_nodes(model, opset)
     for node in later:
         node.domain = _LATER
-    del model.graph.value_info[:]  # they are inferred again; some converters write invalid ones
+    annotate(model, size)  # an old Softmax becomes a new one only if its input's rank is known
     try:
         result = _rewrite_without_weights(model, lambda light: version_converter.convert_version(light, OPSET))
     except (RuntimeError, ValueError) as error:
