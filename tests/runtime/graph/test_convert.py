@@ -232,3 +232,18 @@ def test_other_inputs_are_refused(tmp_path: Path, image: str) -> None:
     path = write_graph(tmp_path / "m.onnx", body, image, w=WEIGHTS)
     with pytest.raises(ModelFileError, match=r"expected one input of images with four dimensions|--layout NCHW"):
         convert_classifier(path, ForeignOptions(**OPTIONS))
+
+
+def test_sizes_of_minus_one_are_open_sizes(tmp_path: Path) -> None:
+    path = write_graph(
+        tmp_path / "m.onnx",
+        "z = Shape(image) r = Reshape(image, z) " + COLOR_MEANS.replace("(x)", "(r)"),
+        "float[n, 3, h, w] image",
+        w=WEIGHTS,
+    )
+    model = onnx.load(path)
+    for axis in (0, 2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = -1
+    onnx.save(model, path)
+    options = ForeignOptions(**OPTIONS, image_sizes=ImageSizes.parse("8x12"))
+    np.testing.assert_allclose(predicted(path, options), softmax(scores_of(NORMALIZED)), rtol=1e-3)
