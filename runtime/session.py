@@ -102,8 +102,8 @@ class Session:
         if spec is None:
             raise SpecError(
                 f"{self._source} has no advprop.spec, so its preprocessing and classes are unknown",
-                fix=f"describe it with {convert_command(self._source)}, pass spec= to load, or use run with images that "
-                "you preprocess yourself",
+                fix=f"describe it with {convert_command(self._source)}, pass spec= to load, or use run with "
+                "preprocessed images",
             )
         return spec
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.errors import ConfigError, ModelFileError
-from runtime.graph.foreign import ForeignOptions, convert_command
+from runtime.graph.foreign import ForeignOptions, Layout, convert_command
 from runtime.graph.model import infer_shapes
 from runtime.graph.prepare import prepare_classifier
 from runtime.graph.read import load_onnx
-from runtime.graph.structure import graph_inputs, initializers_of, int_attribute, shape_of, spec_of
+from runtime.graph.structure import describe_node, graph_inputs, initializers_of, int_attribute, shape_of, spec_of
 from runtime.spec import METADATA_KEY, ImageSizes, ModelSpec
 
 __all__ = ["Converted", "convert_classifier"]
@@ -67,7 +67,7 @@ def convert_classifier(path: Path, options: ForeignOptions) -> Converted:
     options = _with_normalization(path, model, image, options)
     layout = options.layout or _layout_of(path, image)
     height, width = _set_image_size(path, image, layout, options.image_sizes)
-    prepared = prepare_classifier(model, output=options.output, layout=layout)
+    prepared = prepare_classifier(model, output=options.output, layout=layout, size=(height, width))
     model = prepared.model
     if options.bgr:
         _swap_channels(model)
@@ -105,7 +105,7 @@ def _image_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
     return value
 
 
-def _layout_of(path: Path, image: onnx.ValueInfoProto) -> str:
+def _layout_of(path: Path, image: onnx.ValueInfoProto) -> Layout:
     sizes = shape_of(image.type.tensor_type)
     if (sizes[1] == 3) == (sizes[3] == 3):
         raise ModelFileError(
@@ -120,14 +120,14 @@ def _with_normalization(
 ) -> ForeignOptions:
     """Return the options with the mean and standard deviation of the file's input.
 
-    A uint8 input becomes a float32 input with the same values.
+    A uint8 input, which `prepare_classifier` changes to float32, contains pixels from 0 to 255.
     """
     if image.type.tensor_type.elem_type == TensorProto.UINT8:
         if options.mean is not None:
             raise ConfigError(
                 f"{path} has uint8 input, which the file normalizes itself", fix="remove --mean and --std"
             )
-        _pixels_to_float(path, model, image)
+        _check_pixel_readers(path, model, image.name)
         mean, std = _PIXELS_TO_255
         return dataclasses.replace(options, mean=mean, std=std)
     if options.mean is None:
@@ -138,9 +138,9 @@ def _with_normalization(
     return options
 
 
-def _pixels_to_float(path: Path, model: onnx.ModelProto, image: onnx.ValueInfoProto) -> None:
-    """Change a uint8 input to float32, whose Casts to floats then have no effect."""
-    moved = {image.name}
+def _check_pixel_readers(path: Path, model: onnx.ModelProto, name: str) -> None:
+    """Check that a uint8 input is only moved and cast to floats, as a float32 input can be."""
+    moved = {name}
     for node in model.graph.node:
         if not moved & set(node.input):
             continue
@@ -148,12 +148,10 @@ def _pixels_to_float(path: Path, model: onnx.ModelProto, image: onnx.ValueInfoPr
             continue
         if node.op_type not in _MOVES_PIXELS or node.input[0] not in moved:
             raise ModelFileError(
-                f"{path}: {node.op_type} {node.name!r} computes with uint8 pixels; expected a Cast to float first",
+                f"{path}: {describe_node(node)} computes with uint8 pixels; expected a Cast to float first",
                 fix="export the network with a float32 input",
             )
         moved.update(node.output)
-    image.type.tensor_type.elem_type = TensorProto.FLOAT
-    del model.graph.value_info[:]
 
 
 def _set_image_size(path: Path, image: onnx.ValueInfoProto, layout: str, sizes: ImageSizes | None) -> tuple[int, int]:
@@ -192,21 +190,28 @@ def _swap_channels(model: onnx.ModelProto) -> None:
     """Change a graph whose input is BGR to accept RGB."""
     graph = model.graph
     name = graph.input[0].name
-    constants = initializers_of(graph)
     readers = [node for node in graph.node if name in node.input]
-    uses = {weight for node in readers for weight in node.input[1:2]}
-    others = {text for node in graph.node if node not in readers for text in node.input}
-    if all(node.op_type == "Conv" and int_attribute(node, "group", 1) == 1 for node in readers) and not uses & others:
-        if uses <= set(constants):
-            for weight in uses:
-                _reverse_inputs(constants[weight])
-            return
+    weights = _convolution_weights(graph, readers)
+    for weight in weights:
+        _reverse_inputs(weight)
+    if weights:
+        return
     order, swapped = _unused(graph, "bgr_order"), _unused(graph, "bgr")
     graph.initializer.append(numpy_helper.from_array(np.asarray([2, 1, 0], np.int64), order))
     for node in readers:
         node.input[:] = [swapped if text == name else text for text in node.input]
     graph.node.insert(0, helper.make_node("Gather", [name, order], [swapped], name=_unused(graph, "bgr_node"), axis=1))
     _infer_again(model)
+
+
+def _convolution_weights(graph: onnx.GraphProto, readers: list[onnx.NodeProto]) -> list[onnx.TensorProto]:
+    """Return the weights of `readers` if they are convolutions of all channels; otherwise []."""
+    if not all(node.op_type == "Conv" and int_attribute(node, "group", 1) == 1 for node in readers):
+        return []
+    names = {node.input[1] for node in readers}
+    shared = {name for node in graph.node if node not in readers for name in node.input} & names
+    constants = initializers_of(graph)
+    return [] if shared or not names <= set(constants) else [constants[name] for name in names]
 
 
 def _reverse_inputs(tensor: onnx.TensorProto) -> None:

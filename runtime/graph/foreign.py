@@ -7,15 +7,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from runtime.errors import ConfigError
 from runtime.spec import CROP_MODES, INTERPOLATIONS, ImageSizes, ModelSpec, Preprocessing
 
-__all__ = ["LAYOUTS", "ForeignOptions", "convert_command", "read_classes"]
+__all__ = ["LAYOUTS", "ForeignOptions", "Layout", "convert_command", "read_classes"]
 
-LAYOUTS = ("NCHW", "NHWC")
-"""Layouts of an image input: channels first, or channels last."""
+Layout: TypeAlias = Literal["NCHW", "NHWC"]
+"""Layout of an image input: channels first, or channels last."""
+LAYOUTS: tuple[Layout, ...] = ("NCHW", "NHWC")
 
 _WNID = re.compile(r"n\d{8}")
 _MAX_CLASS_FILE_BYTES = 64 * 2**20
@@ -42,7 +43,7 @@ class ForeignOptions:
     """Crop size divided by the size of the resized image; above 0."""
     crop_mode: str = "center"
     """One of `runtime.spec.CROP_MODES`."""
-    layout: str | None = None
+    layout: Layout | None = None
     """One of LAYOUTS (default: the position of the dimension with 3 channels)."""
     bgr: bool = False
     """Whether the network expects the channels in the order blue, green, red. `mean` and `std` are
@@ -150,6 +151,8 @@ def _entries_of_json(text: str, path: Path) -> list[Any]:
         content = content.get("id2label", content)
     if isinstance(content, list):
         return content
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} contains {str(content)[:80]!r}; expected class names")
     by_number = {int(key): name for key, name in content.items() if key.isdecimal() and len(key) < 10}
     if len(by_number) < len(content) or sorted(by_number) != list(range(len(by_number))):
         raise ConfigError(

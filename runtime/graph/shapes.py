@@ -151,7 +151,7 @@ def _set_sizes(dims: Any, batch: int, size: tuple[int, int] | None) -> None:
     if not dims:
         return
     dims[0].dim_value = batch
-    opened = [dim for dim in dims[1:] if not dim.HasField("dim_value")]
+    opened = [dim for dim in dims[1:] if not dim.HasField("dim_value") or dim.dim_value < 0]
     if size is not None and len(opened) == 2:
         opened[0].dim_value, opened[1].dim_value = size
 
@@ -160,7 +160,7 @@ def _known_shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for value in (*graph.value_info, *graph.input, *graph.output):
         kind = value.type.tensor_type
-        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
+        if kind.HasField("shape") and min(shape_of(kind), default=0) >= 0:
             shapes[value.name] = shape_of(kind)
     return shapes
 
