@@ -64,7 +64,8 @@ def separate_weights(model: onnx.ModelProto) -> None:
     constants = set()
     for tensor in graph.initializer:
         constants.add(tensor.name)
-        if not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
+        is_here = tensor.data_location != onnx.TensorProto.EXTERNAL
+        if is_here and not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
     inputs = [value for value in graph.input if value.name not in constants]
     del graph.input[:]
@@ -164,8 +165,9 @@ def _rewrite_without_weights(
     inputs = [value for value in result.graph.input if value.name not in names]
     del result.graph.input[:]
     result.graph.input.extend(inputs)
-    result.graph.initializer.extend(weights)
-    result.metadata_props.clear()
+    for tensor in weights:
+        result.graph.initializer.add().CopyFrom(tensor)  # extend fails above 2 GiB
+    del result.metadata_props[:]
     result.metadata_props.extend(model.metadata_props)
     return result
 
