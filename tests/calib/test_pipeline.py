@@ -78,7 +78,7 @@ def test_from_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, t
     assert result.engine_info.precision == "int8"
     assert result.reduced_parity.agreement >= 0.95
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("model.onnx", "model.int8.onnx", "model.int8.json", "calib.json", "export.json", "model.int8.ranges.png"),
+        *("model.onnx", "model.int8.onnx", "model.int8.json", "model.int8.calib.json", "export.json", "model.int8.ranges.png"),
         *("model.int8.engine", "model.int8.engine.json"),
     }
 
@@ -87,10 +87,10 @@ def test_from_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, t
 def test_a_manifest_reproduces_the_files_byte_for_byte(exported: Path, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     first = calibrate_file(exported, digits, tmp_path / "m.int8.onnx", CalibrationConfig(images=40))
-    second = calibrate_file(exported, tmp_path / "calib.json", tmp_path / "again" / "m.int8.onnx")
+    second = calibrate_file(exported, tmp_path / "m.int8.calib.json", tmp_path / "again" / "m.int8.onnx")
     assert first.images == second.images
     assert len(first.images.images) == 40
-    for name in ("m.int8.onnx", "m.int8.json", "calib.json"):
+    for name in ("m.int8.onnx", "m.int8.json", "m.int8.calib.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -109,8 +109,8 @@ def test_the_output_path_must_not_overwrite_another_file(digits: Path, tmp_path:
     result = CliRunner().invoke(main, ["calibrate", str(source), "--data", str(digits), "--out", str(source)])
     assert result.exit_code == 2
     assert "the output path must differ from the input" in result.stderr
-    for name in ("calib.onnx", "m.engine"):
-        with pytest.raises(ConfigError, match=r"the output path must be NAME\.onnx, with a NAME other than calib"):
+    for name in ("calib.onnx", "m.calib.onnx", "m.engine"):
+        with pytest.raises(ConfigError, match=r"the output path must be NAME\.onnx, with a NAME that does not end in calib"):
             calibrate_file(source, digits, tmp_path / name)
 
 
