@@ -10,9 +10,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from runtime.errors import ConfigError, ModelFileError, nearest
-from runtime.graph.structure import shape_of, tensor_names, unused_names
+from runtime.graph.structure import shape_of, spec_of, tensor_names, unused_names
 
-__all__ = ["OutputForm", "output_form", "reshape_output", "select_output"]
+__all__ = ["OutputForm", "output_form", "outputs_probabilities", "reshape_output", "select_output"]
 
 OutputForm: TypeAlias = Literal["logits", "probs", "sigmoid"]
 """`probs` add up to 1, as behind a Softmax. `sigmoid` are independent probabilities."""
@@ -59,6 +59,12 @@ def output_form(model: onnx.ModelProto) -> OutputForm:
     if node is None:
         return "logits"
     return {"Softmax": "probs", "Sigmoid": "sigmoid"}.get(node.op_type, "logits")  # type: ignore[return-value]
+
+
+def outputs_probabilities(model: onnx.ModelProto) -> bool:
+    """Return whether the first output holds probabilities, by the model's spec if it has one."""
+    spec = spec_of(model, "the model")
+    return (output_form(model) if spec is None else spec.output_form) != "logits"
 
 
 def reshape_output(model: onnx.ModelProto, shape: tuple[int, ...], form: OutputForm) -> tuple[int, OutputForm]:

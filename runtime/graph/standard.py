@@ -6,7 +6,7 @@ and all operators are standard operators of one opset.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from runtime.errors import ModelFileError, first_line
 from runtime.graph.fused import lower_fused_operators
 from runtime.graph.model import MIN_OPSET, OPSET, without_weights
 from runtime.graph.shapes import annotate, shape_values
-from runtime.graph.structure import describe_node, opset_of, tensor_names, unused_names
+from runtime.graph.structure import describe_node, opset_of, rename_tensors, tensor_names, unused_names
 
 __all__ = ["name_nodes", "remove_unused", "standard_form"]
 
@@ -218,21 +218,10 @@ def _branch(
     own = [tensor.name for tensor in branch.initializer]
     own += [output for inner in branch.node for output in inner.output if output]
     renamed = {name: unused(name) for name in own}
-    _rename_tensors(branch, renamed)
+    rename_tensors(branch, renamed)
     graph.initializer.extend(branch.initializer)
     ends = [
         helper.make_node("Identity", [value.name], [output], name=f"{node.name}_{output}")
         for value, output in zip(branch.output, node.output, strict=True)
     ]
     return [*branch.node, *ends]
-
-
-def _rename_tensors(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
-    for value in (*graph.initializer, *graph.output):
-        value.name = renamed.get(value.name, value.name)
-    for node in graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                _rename_tensors(inner, renamed)

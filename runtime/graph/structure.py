@@ -7,7 +7,7 @@ work without the package use these functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from runtime.spec import METADATA_KEY, ModelSpec
@@ -23,10 +23,12 @@ __all__ = [
     "node_macs",
     "opset_of",
     "output_channel_axis",
+    "rename_tensors",
     "shape_of",
     "spec_of",
     "tensor_names",
     "unused_names",
+    "unused_prefix",
 ]
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -86,6 +88,18 @@ def tensor_names(graph: Any) -> set[str]:
     return names
 
 
+def rename_tensors(graph: Any, renamed: Mapping[str, str]) -> None:
+    """Rename tensors of a graph and of its subgraphs in place, except the graph's inputs."""
+    for value in (*graph.initializer, *graph.output, *graph.value_info):
+        value.name = renamed.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                rename_tensors(inner, renamed)
+
+
 def unused_names(used: Iterable[str]) -> Callable[[str], str]:
     """Return a function that makes a name unique by appending a number, and then reserves it."""
     reserved = set(used)
@@ -98,6 +112,14 @@ def unused_names(used: Iterable[str]) -> Callable[[str], str]:
         return candidate
 
     return unused
+
+
+def unused_prefix(graph: Any, prefix: str) -> str:
+    """Return `prefix`, extended until no name of a tensor or node in the graph begins with it."""
+    used = tensor_names(graph) | {node.name for node in graph.node}
+    while any(name.startswith(prefix) for name in used):
+        prefix = f"_{prefix}"
+    return prefix
 
 
 def int_attribute(node: Any, name: str, default: int) -> int:
