@@ -46,7 +46,7 @@ from runtime.graph.model import first_output, open_session
 from runtime.graph.structure import opset_of
 from runtime.preprocessing import Preprocessor
 from runtime.spec import ImageSizes, Preprocessing
-from runtime.system.image_sources import open_source
+from runtime.system.image_sources import open_source, spread
 from tests.support.real_weights import ARCH, save_lite0
 
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

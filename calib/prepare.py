@@ -9,7 +9,7 @@ import onnx
 from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.convert import convert_classifier
 from runtime.graph.foreign import ForeignOptions, convert_command
-from runtime.graph.read import read_onnx
+from runtime.graph.read import load_onnx, read_onnx
 from runtime.graph.structure import spec_of
 from runtime.graph.summary import summarize
 from runtime.spec import Preprocessing
@@ -27,8 +27,8 @@ def read_float_model(source: Path, options: ForeignOptions | None) -> tuple[onnx
 
     Raises:
         ConfigError: `options` is given, but the file has a spec.
-        ModelFileError: the file is not a float32 classifier with float32 input and logits or probabilities, or it
-            has no spec and `options` is missing.
+        ModelFileError: the file is not a float32 classifier with float32 input and logits or
+            probabilities, or it has no spec and `options` is missing.
     """
     if spec_of(read_onnx(source), str(source)) is None:
         if options is None:
@@ -50,9 +50,9 @@ def read_float_model(source: Path, options: ForeignOptions | None) -> tuple[onnx
         )
     spec = summary.spec
     assert spec is not None
-    if spec.input_form != "float32 NCHW" or spec.output_form not in ("logits", "probs"):
+    if spec.input_form != "float32 NCHW" or spec.output_form == "topk":
         raise ModelFileError(
             f"{source} has {spec.input_form} input and outputs {spec.output_form}; calibrate a file with float32 input "
-            "and logits or probabilities (advprop-export without --input and --output)"
+            "and all logits or probabilities (advprop-export without --input and --output)"
         )
-    return onnx.load(source), spec.preprocessing
+    return load_onnx(source), spec.preprocessing

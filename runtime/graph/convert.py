@@ -15,7 +15,7 @@ from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.foreign import ForeignOptions, Layout, convert_command
 from runtime.graph.model import infer_shapes
 from runtime.graph.prepare import prepare_classifier
-from runtime.graph.read import read_onnx_file
+from runtime.graph.read import load_onnx
 from runtime.graph.structure import describe_node, graph_inputs, initializers_of, int_attribute, shape_of, spec_of
 from runtime.spec import METADATA_KEY, ImageSizes, ModelSpec
 
@@ -80,8 +80,7 @@ def convert_classifier(path: Path, options: ForeignOptions) -> Converted:
 
 def _read(path: Path) -> onnx.ModelProto:
     """Read a file and its external weights, and check that it computes in float32."""
-    model = read_onnx_file(path).model
-    onnx.load_external_data_for_model(model, str(path.parent))
+    model = load_onnx(path)
     quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
     if quantized is not None:
         raise ModelFileError(

@@ -17,16 +17,22 @@ from runtime.graph.model import without_weights
 from runtime.graph.shapes import Inferred, infer
 from runtime.graph.structure import describe_node, opset_of, tensor_names, unused_names
 
-__all__ = ["lower_fused_operators"]
+__all__ = ["has_fused_operators", "lower_fused_operators"]
 
 _DOMAIN = "com.microsoft"
 
 
-def lower_fused_operators(model: onnx.ModelProto) -> None:
+def has_fused_operators(model: onnx.ModelProto) -> bool:
+    """Return whether `lower_fused_operators` would replace a node."""
+    return any(node.domain == _DOMAIN and node.op_type in _LOWERINGS for node in model.graph.node)
+
+
+def lower_fused_operators(model: onnx.ModelProto, *, others_allowed: bool = False) -> None:
     """Replace fused operators in place, and check that all others are standard ones.
 
     Args:
         model: a graph of opset 20 or later.
+        others_allowed: leave other operators that are not standard in the graph.
 
     Raises:
         ModelFileError: an operator is not part of ONNX, or a fused operator has a form that
@@ -36,22 +42,23 @@ def lower_fused_operators(model: onnx.ModelProto) -> None:
     found: list[onnx.NodeProto] = []
     lowering = _Lowering(model, found)
     for node in model.graph.node:
-        if node.domain in ("", "ai.onnx"):
-            if not onnx.defs.has(node.op_type, opset):
-                raise _not_standard(node)
-            found.append(node)
-            continue
         lower = _LOWERINGS.get(node.op_type) if node.domain == _DOMAIN else None
-        if lower is None:
+        if lower is not None:
+            found += lower(lowering, node)
+        elif others_allowed or _is_standard(node, opset):
+            found.append(node)
+        else:
             raise _not_standard(node)
-        found += lower(lowering, node)
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in found]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    kept = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")][:1]
-    versions = [(entry.domain, entry.version) for entry in kept]
-    del model.opset_import[:]
-    model.opset_import.extend(helper.make_opsetid(*version) for version in versions)
+    if not others_allowed:
+        del model.opset_import[:]
+        model.opset_import.append(helper.make_opsetid("", opset))
+
+
+def _is_standard(node: onnx.NodeProto, opset: int) -> bool:
+    return node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type, opset)
 
 
 def _not_standard(node: onnx.NodeProto) -> ModelFileError:
@@ -114,14 +121,18 @@ class _Lowering:
         """Return the activation that a fused operator ends with."""
         name = f"{node.name}_{activation.lower()}"
         if activation == "Clip":
-            bounds = [self.constant(node, suffix, value) for suffix, value in zip(("min", "max"), parameters)]
+            bounds = [
+                self.constant(node, suffix, value) for suffix, value in zip(("min", "max"), parameters, strict=False)
+            ]
             return self.node("Clip", [source, *bounds], node.output[0], name)
         keys = {"LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta"), "Relu": (), "Sigmoid": (), "Tanh": ()}
         if activation not in keys:
             raise ModelFileError(
                 f"{describe_node(node)} has the activation {activation!r}; expected one of {', '.join([*keys, 'Clip'])}"
             )
-        return self.node(activation, [source], node.output[0], name, **dict(zip(keys[activation], parameters)))
+        return self.node(
+            activation, [source], node.output[0], name, **dict(zip(keys[activation], parameters, strict=False))
+        )
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

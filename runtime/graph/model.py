@@ -168,7 +168,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _is_weight(tensor: onnx.TensorProto) -> bool:
-    return len(tensor.raw_data) > _MAX_SHAPE_BYTES
+    return tensor.data_location == TensorProto.EXTERNAL or len(tensor.raw_data) > _MAX_SHAPE_BYTES
 
 
 def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,21 +12,18 @@ from onnx import TensorProto, helper
 
 from runtime.errors import ModelFileError, first_line
 from runtime.graph.batch import BATCH_NAME, open_reshapes, set_batch
+from runtime.graph.equivalence import Layout, Reference, image_input
 from runtime.graph.heads import OutputForm, output_form, reshape_output, select_output
-from runtime.graph.model import check, is_large
-from runtime.graph.optimize import open_quietly, optimize
+from runtime.graph.model import check
+from runtime.graph.optimize import optimize
 from runtime.graph.shapes import annotate, fold_shape_values, infer
 from runtime.graph.standard import name_nodes, remove_unused, standard_form
 from runtime.graph.structure import describe_node, graph_inputs, shape_of, tensor_names, unused_names
 
 __all__ = ["Layout", "PreparedClassifier", "prepare_classifier"]
 
-Layout: TypeAlias = Literal["NCHW", "NHWC"]
-
-_TOLERANCE = 1e-3
-"""Largest difference between the prepared and the original graph, relative to the largest output."""
-_DEFAULT_SIZE = (224, 224)
-"""Height and width on which graphs with an open image size are compared."""
+_SUM_TOLERANCE = 1e-3
+"""Largest difference from 1 of the sum of an image's probabilities."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +73,13 @@ def prepare_classifier(
             handled; the message names the node.
     """
     notes: list[str] = []
-    image = _image_input(model)
+    image = image_input(model)
     chosen = layout or _find_layout(image)
     standard = standard_form(model, size)
     select_output(standard, output)
     remove_unused(standard)
     _set_input(standard, chosen, notes)
-    reference = _Reference(model, standard.graph.output[0].name, chosen, size)
+    reference = Reference(model, standard.graph.output[0].name, chosen, size)
     prepared = _with_open_batch(standard, reference, notes)
     fold_shape_values(prepared)
     remove_unused(prepared)
@@ -109,22 +105,6 @@ def prepare_classifier(
         classes=classes,
         notes=tuple(notes),
     )
-
-
-def _image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    inputs = graph_inputs(model.graph)
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
-        raise ModelFileError(f"the graph has {len(inputs)} inputs ({names}); expected one image input")
-    value: onnx.ValueInfoProto = inputs[0]
-    kind = value.type.tensor_type
-    if len(kind.shape.dim) != 4 or kind.elem_type not in (TensorProto.FLOAT, TensorProto.UINT8):
-        name = TensorProto.DataType.Name(kind.elem_type).lower()
-        raise ModelFileError(
-            f"the input {value.name!r} is {name} {list(shape_of(kind))}; expected images: float [N, 3, H, W], or "
-            "[N, H, W, 3] with --layout NHWC"
-        )
-    return value
 
 
 def _find_layout(image: onnx.ValueInfoProto) -> Layout:
@@ -163,57 +143,7 @@ def _insert_transpose(model: onnx.ModelProto, name: str) -> None:
     graph.node.insert(0, node)
 
 
-class _Reference:
-    """The original graph's output on a few random images; None for graphs that are too large."""
-
-    def __init__(self, model: onnx.ModelProto, output: str, layout: Layout, size: tuple[int, int] | None) -> None:
-        value = _image_input(model)
-        kind = value.type.tensor_type
-        declared = shape_of(kind)
-        image = declared[1:3] if layout == "NHWC" else declared[2:]
-        height, width = (length if length > 0 else other for length, other in zip(image, size or _DEFAULT_SIZE))
-        self.is_fixed = declared[0] > 0
-        self.batch = max(declared[0], 1)
-        self.size = (height, width)
-        pixels = kind.elem_type == TensorProto.UINT8
-        random = np.random.default_rng(0)
-        shape = (self.batch + 1, 3, height, width)
-        values = random.integers(0, 256, shape) if pixels else random.normal(size=shape)
-        self.images_NCHW = values.astype(np.float32)
-        self.outputs: NDArray[Any] | None = None
-        if is_large(model):
-            return
-        first = self.images_NCHW[: self.batch].astype(np.uint8 if pixels else np.float32)
-        if layout == "NHWC":
-            first = np.ascontiguousarray(first.transpose(0, 2, 3, 1))
-        try:
-            self.outputs = open_quietly(model).run([output], {value.name: first})[0]
-        except Exception as error:  # ONNX Runtime's exceptions have no other common base
-            raise ModelFileError(
-                f"ONNX Runtime cannot run the graph on {list(first.shape)}: {first_line(error)}"
-            ) from error
-
-    def agrees(self, model: onnx.ModelProto, counts: Sequence[int]) -> bool:
-        """Return whether `model` has the original output on the first images of larger batches."""
-        if self.outputs is None:
-            return not any(infer(model, count, self.size).reason for count in counts)
-        name = graph_inputs(model.graph)[0].name
-        try:
-            session = open_quietly(model)
-            found = [session.run(None, {name: self.images_NCHW[:count]})[0] for count in counts]
-        except Exception:  # as above: the graph does not run with such a batch
-            return False
-        scale = float(np.abs(self.outputs).max()) or 1.0
-        for count, output in zip(counts, found, strict=True):
-            shared = min(count, self.batch)
-            if output.shape != (count, *self.outputs.shape[1:]) and output.ndim:
-                return False
-            if not np.abs(output[:shared] - self.outputs[:shared]).max() <= _TOLERANCE * scale:
-                return False
-        return True
-
-
-def _with_open_batch(model: onnx.ModelProto, reference: _Reference, notes: list[str]) -> onnx.ModelProto:
+def _with_open_batch(model: onnx.ModelProto, reference: Reference, notes: list[str]) -> onnx.ModelProto:
     """Return the optimized graph, with an open batch size if it works for any batch size."""
     batch = reference.batch
     counts = sorted({1, batch, batch + 1})
@@ -243,7 +173,7 @@ def _adds_up_to_one(outputs: NDArray[Any] | None) -> bool:
     if outputs is None or outputs.ndim < 2 or outputs[0].size < 2:
         return False
     sums = outputs.reshape(len(outputs), -1).sum(1)
-    return bool((outputs >= 0).all() and np.abs(sums - 1).max() < _TOLERANCE)
+    return bool((outputs >= 0).all() and np.abs(sums - 1).max() < _SUM_TOLERANCE)
 
 
 def _check_types(model: onnx.ModelProto) -> None:

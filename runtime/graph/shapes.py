@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from runtime.graph.model import without_weights
 from runtime.graph.structure import graph_inputs, shape_of
 
-__all__ = ["Inferred", "annotate", "fold_shape_values", "infer", "shape_values"]
+__all__ = ["Inferred", "annotate", "batch_problem", "fold_shape_values", "infer", "shape_values"]
 
 _MAX_ROUNDS = 500
 _MAX_ELEMENTS = 1024
@@ -102,6 +102,16 @@ def infer(model: onnx.ModelProto, batch: int, size: tuple[int, int] | None = Non
         values=values,
         reason=reason,
     )
+
+
+def batch_problem(model: onnx.ModelProto, batch: int, size: tuple[int, int] | None = None) -> str:
+    """Return why the graph does not work with a batch size, as far as shapes show it, or ""."""
+    inferred = infer(model, batch, size)
+    output = model.graph.output[0].name
+    found = inferred.shapes.get(output, (batch,))
+    if not inferred.reason and found[:1] != (batch,):
+        return f"for a batch size of {batch}, the output {output!r} has the shape {list(found)}"
+    return inferred.reason
 
 
 def shape_values(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ from runtime.graph.model import MIN_OPSET, OPSET, without_weights
 from runtime.graph.shapes import annotate, shape_values
 from runtime.graph.structure import describe_node, opset_of, rename_tensors, tensor_names, unused_names
 
-__all__ = ["name_nodes", "remove_unused", "standard_form"]
+__all__ = ["convert_opset", "name_nodes", "remove_unused", "separate_weights", "standard_form"]
 
 _IR_VERSION = 10
 """IR version of the rewritten graphs: the newest that ONNX Runtime 1.23 reads."""
@@ -43,10 +43,9 @@ def standard_form(model: onnx.ModelProto, size: tuple[int, int] | None = None) -
     separate_weights(result)
     if result.functions:
         result = _rewrite_without_weights(result, inliner.inline_local_functions)
-    result = _convert_opset(result, size)
+    result = convert_opset(result, size)
     lower_fused_operators(result)
     inline_conditions(result, size)
-    name_nodes(result)
     return result
 
 
@@ -171,7 +170,12 @@ def _rewrite_without_weights(
     return result
 
 
-def _convert_opset(model: onnx.ModelProto, size: tuple[int, int] | None) -> onnx.ModelProto:
+def convert_opset(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> onnx.ModelProto:
+    """Return the graph in opset `OPSET`, or in a later one that cannot be converted.
+
+    Raises:
+        ModelFileError: the graph has an earlier opset that cannot be converted.
+    """
     opset = opset_of(model)
     if opset == OPSET:
         return model
@@ -198,11 +202,9 @@ def _newer_nodes(model: onnx.ModelProto, opset: int) -> list[onnx.NodeProto]:
 
     ONNX Runtime's optimizer writes LayerNormalization into graphs of any opset.
     """
-    found = []
-    for node in model.graph.node:
-        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, opset):
-            found.append(node)
-    return found
+    return [
+        node for node in model.graph.node if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, opset)
+    ]
 
 
 def _branch(
