@@ -46,7 +46,7 @@ from runtime.graph.model import first_output, open_session
 from runtime.graph.structure import opset_of
 from runtime.preprocessing import Preprocessor
 from runtime.spec import ImageSizes, Preprocessing
-from runtime.system.image_sources import open_source
+from runtime.system.image_sources import open_source, spread
 from tests.support.real_weights import ARCH, save_lite0
 
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="Folder of images.")
     parser.add_argument("--packages", type=Path, default=Path("packages"), help="Folder of the packages.")
     parser.add_argument("--images", type=int, default=128, help="Number of calibration images.")
+    parser.add_argument("--held", type=int, help="Maximum number of images to compare on (default: all others).")
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--json", action="store_true", help="Print one JSON object per file.")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -245,7 +246,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         result = calibrate_file(
             converted.path, folder / "images.json", folder / "model.int8.onnx", CalibrationConfig(), cache=False
         )
-        held = Held.read(arguments.data, chosen, preprocessing)
+        held = Held.read(arguments.data, chosen, preprocessing, arguments.held)
         expected = held.classes(onnx.load(converted.path))
         points = result.calibrated.points
         model = onnx.load(source, load_external_data=False)
@@ -272,10 +273,11 @@ class Held:
     preprocessing: Preprocessing
 
     @classmethod
-    def read(cls, data: Path, chosen: CalibrationSet, preprocessing: Preprocessing) -> Held:
+    def read(cls, data: Path, chosen: CalibrationSet, preprocessing: Preprocessing, count: int | None) -> Held:
         used = {image.name for image in chosen.images}
         with open_source(data) as reader:
             paths = [data / name for name in reader.names if name not in used]
+        paths = spread(paths, count or len(paths))
         return cls(Preprocessor(preprocessing).fit(paths), preprocessing)
 
     def classes(self, model: onnx.ModelProto) -> NDArray[np.int64]:

@@ -247,7 +247,10 @@ def _image_size(session: Session, path: Path) -> tuple[int, int]:
         return spec.preprocessing.height, spec.preprocessing.width
     height, width = shape[1:3] if shape[-1] == 3 else shape[2:]
     if min(height, width) < 0:
-        raise InputError(f"{path} accepts images of any size and has no spec that names one", fix=convert_command(path))
+        raise InputError(
+            f"{path} accepts images of any size and has no spec that names one",
+            fix=f"describe it with {convert_command(path)}",
+        )
     return height, width
 
 

@@ -17,7 +17,7 @@ from runtime.graph.equivalence import Layout, Reference, image_input
 from runtime.graph.heads import OutputForm, output_form, reshape_output, select_output
 from runtime.graph.model import check, split_weights
 from runtime.graph.optimize import optimize
-from runtime.graph.shapes import annotate, infer
+from runtime.graph.shapes import annotate, fold_shape_values, infer
 from runtime.graph.standard import name_nodes, remove_unused, standard_form
 from runtime.graph.structure import describe_node, graph_inputs, shape_of, tensor_names, unused_names
 
@@ -83,6 +83,8 @@ def prepare_classifier(
     _set_input(standard, chosen, notes)
     reference = Reference(model, standard.graph.output[0].name, chosen, size)
     prepared = _with_open_batch(standard, weights, reference, notes)
+    fold_shape_values(prepared)
+    remove_unused(prepared)
     name_nodes(prepared)
     inferred = infer(prepared, reference.batch, reference.size)
     form, expected = output_form(prepared), reference.outputs

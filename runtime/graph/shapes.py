@@ -20,14 +20,28 @@ from onnx import TensorProto, helper, numpy_helper
 from runtime.graph.model import without_weights
 from runtime.graph.structure import graph_inputs, shape_of
 
-__all__ = ["Inferred", "annotate", "batch_problem", "infer", "shape_values"]
+__all__ = ["Inferred", "annotate", "batch_problem", "fold_shape_values", "infer", "shape_values"]
 
 _MAX_ROUNDS = 500
 _MAX_ELEMENTS = 1024
 """Largest tensor that is computed: shapes are much smaller."""
 _SHAPE_OPS = frozenset(
     {
-        *("Add", "And", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Floor"),
+        *(
+            "Abs",
+            "Add",
+            "And",
+            "Cast",
+            "Ceil",
+            "Clip",
+            "Concat",
+            "Constant",
+            "ConstantOfShape",
+            "Div",
+            "Equal",
+            "Expand",
+            "Floor",
+        ),
         *("Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg"),
         *("Not", "Or", "Range", "ReduceMax", "ReduceMin", "ReduceProd", "Reshape", "ScatterND", "Slice", "Split"),
         *("Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
@@ -104,6 +118,18 @@ def shape_values(model: onnx.ModelProto, size: tuple[int, int] | None = None) ->
     """Return the values that depend on the image size only, not on the image or the batch size."""
     first, second = (infer(model, batch, size).values for batch in (2, 3))
     return {name: value for name, value in first.items() if name in second and np.array_equal(value, second[name])}
+
+
+def fold_shape_values(model: onnx.ModelProto) -> None:
+    """Replace what a graph of a fixed image size computes from shapes by initializers, in place."""
+    if any(size < 1 for size in shape_of(graph_inputs(model.graph)[0].type.tensor_type)[1:]):
+        return
+    values = shape_values(model)
+    outputs = {value.name for value in model.graph.output}
+    for node in [node for node in model.graph.node if outputs.isdisjoint(node.output)]:
+        if all(name in values for name in node.output if name):
+            model.graph.node.remove(node)
+            model.graph.initializer.extend(numpy_helper.from_array(values[name], name) for name in node.output if name)
 
 
 def annotate(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> None:

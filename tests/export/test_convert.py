@@ -129,3 +129,16 @@ def test_a_spec_for_a_file_that_contains_one_is_refused(tmp_path: Path) -> None:
     convert(write_network(tmp_path / "net.onnx"))
     with pytest.raises(ConfigError, match="contains a spec; load it without spec="):
         runtime.load(tmp_path / "net.fp32.onnx", spec=spec_of_network())
+
+
+def test_a_build_that_fails_names_the_conversion_which_makes_it_work(tmp_path: Path) -> None:
+    body = "t = Transpose <perm = [0, 3, 1, 2]> (image) c = Cast <to = 1> (t) x = Div(c, s) " + COLOR_MEANS
+    source = write_graph(
+        tmp_path / "net.onnx", body, "uint8[n, 8, 12, 3] image", w=np.ones((CLASSES, 3)), s=np.float32(255)
+    )
+    failed = CliRunner().invoke(main, ["build", str(source), "--sm", "86"])
+    assert (failed.exit_code, f"advprop convert {source}" in failed.stderr) == (3, True), failed.stderr
+    converted = CliRunner().invoke(main, ["convert", str(source)])
+    assert converted.exit_code == 0, converted.stderr
+    built = CliRunner().invoke(main, ["build", str(tmp_path / "net.fp32.onnx"), "--sm", "86"])
+    assert built.exit_code == 0, built.stderr
