@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import helper
 
 from runtime.errors import ModelFileError, first_line
 from runtime.graph.model import LIMIT_BYTES, is_large, join_weights, session_of, tensor_bytes
@@ -57,4 +58,10 @@ def optimize(
                 session_of(join_weights(model, weights), options)
         except Exception as error:  # ONNX Runtime's exceptions have no other common base
             raise ModelFileError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
-        return onnx.load(options.optimized_model_filepath)
+        optimized = onnx.load(options.optimized_model_filepath)
+    used = {node.domain for node in optimized.graph.node} | {""}
+    # ONNX Runtime imports every domain that it knows.
+    versions = [(entry.domain, entry.version) for entry in optimized.opset_import if entry.domain in used]
+    del optimized.opset_import[:]
+    optimized.opset_import.extend(helper.make_opsetid(*version) for version in versions)
+    return optimized

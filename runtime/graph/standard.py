@@ -184,6 +184,8 @@ def convert_opset(model: onnx.ModelProto, size: tuple[int, int] | None = None) -
     later = _newer_nodes(model, opset)
     for node in later:
         node.domain = _LATER
+    if later:
+        model.opset_import.append(helper.make_opsetid(_LATER, 1))
     annotate(model, size)  # an old Softmax becomes a new one only if its input's rank is known
     try:
         result = _rewrite_without_weights(model, lambda light: version_converter.convert_version(light, OPSET))
@@ -196,6 +198,9 @@ def convert_opset(model: onnx.ModelProto, size: tuple[int, int] | None = None) -
     for node in result.graph.node:
         if node.domain == _LATER:
             node.domain = ""
+    imported = [(entry.domain, entry.version) for entry in result.opset_import if entry.domain != _LATER]
+    del result.opset_import[:]
+    result.opset_import.extend(helper.make_opsetid(*entry) for entry in imported)
     return result
 
 
