@@ -58,6 +58,7 @@ def test_a_file_that_tensorrt_reads_is_left_alone(tmp_path: Path) -> None:
 def test_integer_biases_become_the_floats_that_they_stand_for(tmp_path: Path) -> None:
     model = quantized()
     found = engine_form(write(tmp_path / "m.onnx", model), SHAPES)
+    assert found is not None
     assert sum(node.op_type == "DequantizeLinear" for node in found.graph.node) == 2
     batch = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
     np.testing.assert_array_equal(run_batches(found, [batch]), run_batches(model, [batch]))

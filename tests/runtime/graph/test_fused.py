@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -8,10 +10,10 @@ from runtime.graph.fused import lower_fused_operators
 from runtime.graph.model import check, run_batches
 
 RANDOM = np.random.default_rng(7)
-CONV = {"kernel_shape": [1, 1]}
+CONV: dict[str, Any] = {"kernel_shape": [1, 1]}
 
 
-def fused(op: str, others: list[str], shape: list[int | str], rank: int = 4, **attributes: object) -> onnx.ModelProto:
+def fused(op: str, others: list[str], shape: list[int | str], rank: int = 4, **attributes: Any) -> onnx.ModelProto:
     """Build a graph of one operator of ONNX Runtime, with constants for its other inputs."""
     sizes = {
         "w": (4, 3, 1, 1), "b": (4,), "m": (3, 4), "t": (4, 3), "c": (3,), "gamma": (3,), "beta": (3,), "bias": (3,),

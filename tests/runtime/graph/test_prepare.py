@@ -1,5 +1,6 @@
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -121,7 +122,7 @@ def test_sizes_behind_a_computed_reshape_are_known() -> None:
     ],
 )
 def test_the_form_of_the_output_is_recognized(tail: str, shape: list[int], form: str) -> None:
-    constants = {"five": [-1, 5], "last": [2, 3], "axis": [1], "w4": RANDOM.normal(size=(5, 6, 1, 1))}
+    constants: dict[str, Any] = {"five": [-1, 5], "last": [2, 3], "axis": [1], "w4": RANDOM.normal(size=(5, 6, 1, 1))}
     model = model_of(f"{FEATURES} f = Flatten(p) {tail}", **constants)
     prepared = prepare_classifier(model)
     assert (prepared.output_form, prepared.classes) == (form, *shape)
@@ -306,8 +307,8 @@ def test_exports_of_torch_are_prepared(tmp_path: Path, opset: int, dynamo: bool,
     torch.manual_seed(0)
     network, path = _Network().eval(), tmp_path / "net.onnx"
     example = torch.zeros(2 if dynamo and has_open_batch else 1, 3, 8, 8)
-    opened = {"dynamic_shapes": ({0: "n"},)} if dynamo else {"dynamic_axes": {"x": {0: "n"}}}
-    names = {"input_names": ["x"], "output_names": ["y"]}
+    opened: dict[str, Any] = {"dynamic_shapes": ({0: "n"},)} if dynamo else {"dynamic_axes": {"x": {0: "n"}}}
+    names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         extra = opened if has_open_batch else {}
