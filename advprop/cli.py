@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("train.run:main", "Train a classifier with AdvProp."),
     "export": ("export.cli:main", "Export a checkpoint to ONNX and TensorRT (advprop-export)."),
     "calibrate": ("calib.cli:main", "Quantize a float32 ONNX classifier to INT8."),
+    "convert": ("advprop.commands.convert:main", "Convert an ONNX file of another tool to an advprop file."),
     "build": ("advprop.commands.build:main", "Build a TensorRT engine from an ONNX file."),
     "predict": ("advprop.commands.predict:main", "Classify images with an exported model."),
     "bench": ("advprop.commands.bench:main", "Measure latency and throughput."),

@@ -14,12 +14,13 @@ __all__ = ["engine_support", "onnx_support"]
 def onnx_support(summary: OnnxSummary) -> list[str]:
     """Return one line per backend: whether it can run the ONNX file or build an engine from it."""
     has_bf16 = "bf16" in summary.weights
+    problems = f"no, {'; '.join(summary.engine_problems)}" if summary.engine_problems else ""
     cpu = "no, it has no BF16 convolutions on the CPU" if has_bf16 else _availability(check("onnxruntime"))
     return [
         f"ONNX Runtime on the CPU: {cpu}",
         f"ONNX Runtime on the GPU: {_availability(check('onnxruntime_gpu'))}",
-        f"engine with TensorRT: {_availability(check('tensorrt'))}",
-        f"engine with TensorRT-RTX: {_availability(check('tensorrt_rtx'))}",
+        f"engine with TensorRT: {problems or _availability(check('tensorrt'))}",
+        f"engine with TensorRT-RTX: {problems or _availability(check('tensorrt_rtx'))}",
     ]
 
 

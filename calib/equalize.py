@@ -33,7 +33,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from runtime.graph.edit import add_initializer, along, array_of, make_node, replace_node, unused_name
+from runtime.graph.edit import add_initializer, along, array_of, constant_of, make_node, replace_node, unused_name
 from runtime.graph.model import check, tensor_types
 from runtime.graph.structure import is_depthwise
 
@@ -227,7 +227,8 @@ def _divide_gated(node: ir.Node, data: ir.Value) -> tuple[_Edit, ...] | None:
 def _pools_height_and_width(node: ir.Node) -> bool:
     if node.op_type != "ReduceMean":
         return True
-    axes = array_of(node.inputs[1]).tolist() if len(node.inputs) > 1 else node.attributes.get_ints("axes", [])
+    constant = constant_of(node.inputs[1]) if len(node.inputs) > 1 else node.attributes.get_ints("axes", [])
+    axes = [] if constant is None else np.asarray(constant).tolist()
     rank = _rank(node.inputs[0])
     return {axis % rank for axis in axes} == set(range(2, rank)) if rank > 2 else False
 
@@ -287,7 +288,8 @@ def _replace_hard_swish(node: ir.Node, graph: ir.Graph, scales: NDArray[np.float
 
 
 def _insert_mul(graph: ir.Graph, reader: ir.Node, data: ir.Value, scales: NDArray[np.float32]) -> ir.Value:
-    factor = add_initializer(graph, f"{reader.name}_restored_by", along(scales, 1, 4))
+    name = unused_name(graph, f"{reader.name}_restored_by")
+    factor = add_initializer(graph, name, along(scales, 1, _rank(data)))
     product = make_node("Mul", [data, factor], name=f"{reader.name}_restored", like=data)
     graph.insert_before(reader, product)
     return product.outputs[0]

@@ -20,7 +20,7 @@ from calib.placement import Point
 from calib.quantize import quantize_weight, scale_of
 from runtime.graph.edit import along
 from runtime.graph.model import open_session, tensor_types
-from runtime.graph.structure import initializers_of
+from runtime.graph.structure import initializers_of, unused_prefix
 
 __all__ = ["LayerError", "layer_errors", "output_channels"]
 
@@ -109,6 +109,7 @@ def output_channels(op: str, rank: int) -> int:
 
 def _add_trials(probe: onnx.ModelProto, points: list[Point], candidates: Mapping[str, Iterable[float]]) -> list[_Trial]:
     graph = probe.graph
+    prefix = unused_prefix(graph, _PREFIX)
     nodes = {node.name: node for node in graph.node}
     constants = initializers_of(graph)
     types = tensor_types(probe)
@@ -117,21 +118,21 @@ def _add_trials(probe: onnx.ModelProto, points: list[Point], candidates: Mapping
         if point.tensor not in scales:
             scales[point.tensor] = {float(scale_of(value)): value for value in candidates[point.tensor]}
             for number, scale in enumerate(scales[point.tensor]):
-                _add_pair(graph, point.tensor, number, scale)
+                _add_pair(graph, point.tensor, f"{prefix}{point.tensor}/{number}", scale)
     trials = []
     for point in points:
         node = nodes[point.node]
-        weight = _add_dequantized_weight(graph, constants[point.weight], point.axis)
+        weight = _add_dequantized_weight(graph, constants[point.weight], point.axis, prefix)
         rank = len(types[node.output[0]].shape.dim)
         axes = [axis for axis in range(rank) if axis != output_channels(point.op, rank)]
-        layer = f"{_PREFIX}{point.node}"
+        layer = f"{prefix}{point.node}"
         graph.initializer.append(numpy_helper.from_array(np.asarray(axes, np.int64), f"{layer}/axes"))
         power = _add_output(graph, "ReduceSumSquare", [node.output[0]], f"{layer}/power")
         for number, threshold in enumerate(scales[point.tensor].values()):
             copy = graph.node.add()
             copy.CopyFrom(node)
             copy.name = f"{layer}/{number}"
-            copy.input[0], copy.input[1] = f"{_PREFIX}{point.tensor}/{number}/back", weight
+            copy.input[0], copy.input[1] = f"{prefix}{point.tensor}/{number}/back", weight
             copy.output[0] = f"{copy.name}/out"
             error = f"{copy.name}/error"
             graph.node.append(helper.make_node("Sub", [copy.output[0], node.output[0]], [error]))
@@ -147,8 +148,7 @@ def _add_output(graph: onnx.GraphProto, op: str, inputs: list[str], output: str)
     return output
 
 
-def _add_pair(graph: onnx.GraphProto, tensor: str, number: int, scale: float) -> None:
-    name = f"{_PREFIX}{tensor}/{number}"
+def _add_pair(graph: onnx.GraphProto, tensor: str, name: str, scale: float) -> None:
     graph.initializer.append(numpy_helper.from_array(np.asarray(scale, np.float32), name + "/scale"))
     graph.initializer.append(numpy_helper.from_array(np.zeros((), np.int8), name + "/zero"))
     parameters = [name + "/scale", name + "/zero"]
@@ -156,9 +156,9 @@ def _add_pair(graph: onnx.GraphProto, tensor: str, number: int, scale: float) ->
     graph.node.append(helper.make_node("DequantizeLinear", [name + "/int8", *parameters], [name + "/back"]))
 
 
-def _add_dequantized_weight(graph: onnx.GraphProto, weight: onnx.TensorProto, axis: int) -> str:
+def _add_dequantized_weight(graph: onnx.GraphProto, weight: onnx.TensorProto, axis: int, prefix: str) -> str:
     """Add the weights as float32 with their INT8 rounding error, once per axis."""
-    name = f"{_PREFIX}{weight.name}/rounded/{axis}"
+    name = f"{prefix}{weight.name}/rounded/{axis}"
     if not any(tensor.name == name for tensor in graph.initializer):
         array = numpy_helper.to_array(weight)
         integers, scales = quantize_weight(array, axis)

@@ -17,10 +17,11 @@ from calib.images import BATCH, Adversary, CalibrationSet, calibration_set, chec
 from calib.precision import deciding_tensors, overflows, to_reduced
 from calib.prepare import read_float_model
 from calib.ptq import TRIAL_IMAGES, Batches, Calibrated, calibrate
-from calib.quantize import dequantized_names
+from calib.quantize import dequantized_inputs
 from calib.report import plot_fallback, plot_ranges, save_record
 from runtime.errors import ConfigError, VerificationError
 from runtime.graph.collect import collect
+from runtime.graph.foreign import ForeignOptions
 from runtime.graph.model import first_output, open_session, save_onnx
 from runtime.graph.rounding import with_roundings
 from runtime.graph.structure import initializers_of
@@ -61,22 +62,24 @@ def calibrate_file(
     target: Path,
     config: CalibrationConfig | None = None,
     *,
-    preprocessing: Preprocessing | None = None,
+    foreign: ForeignOptions | None = None,
     adversary: Adversary | None = None,
     cache: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CalibratedFile:
     """Quantize the ONNX file `source` and write `target`.
 
-    Also writes, next to `target`: `calib.json` (the images), `NAME.json` (every layer),
+    Also writes, next to `target`: `NAME.calib.json` (the images), `NAME.json` (every layer),
     `NAME.ranges.png` and, with a budget, `NAME.budget.png`.
 
     Args:
         source: a float32 ONNX classifier with float32 input and logits.
-        data: real images: a folder, a tar file, an array, or the `calib.json` of an earlier run.
+        data: real images: a folder, a tar file, an array, or the
+            `NAME.calib.json` of an earlier run.
         target: the INT8 file to write.
         config: settings (default: `CalibrationConfig()`).
-        preprocessing: preprocessing of the images; required if and only if `source` has no spec.
+        foreign: description of a file of another tool; required if and only if `source` has no
+            spec.
         adversary: attacks images; required if the mix has adversarial images.
         cache: cache histograms. An interrupted run then resumes, and other runs with these images
             are faster.
@@ -92,7 +95,7 @@ def calibrate_file(
     config = config or CalibrationConfig()
     _check_target(source, target)
     check_mix(config.mix, adversary)
-    model, preprocessing = read_float_model(source, preprocessing)
+    model, preprocessing = read_float_model(source, foreign)
     output_dir(target.parent)
     images = _choose_images(data, config, preprocessing, adversary)
     config = dataclasses.replace(config, mix=images.mix, seed=images.seed)  # a manifest has its own
@@ -118,10 +121,10 @@ def calibrate_file(
 def _check_target(source: Path, target: Path) -> None:
     if target.resolve() == source.resolve():
         raise ConfigError(f"the output path must differ from the input; found {target} for both")
-    if target.suffix != ".onnx" or target.stem == "calib":
+    if target.suffix != ".onnx" or f".{target.stem}".endswith(".calib"):
         raise ConfigError(
-            f"the output path must be NAME.onnx, with a NAME other than calib, since calib.json lists the images; "
-            f"found {target}"
+            f"the output path must be NAME.onnx, with a NAME that does not end in calib, since NAME.calib.json lists "
+            f"the images; found {target}"
         )
 
 
@@ -166,10 +169,11 @@ def _reduce_rest(calibrated: Calibrated, batches: Batches) -> onnx.ModelProto:
 def _dequantized_ranges(calibrated: Calibrated) -> dict[str, float]:
     """Return the largest magnitude of each dequantized activation and weight."""
     constants = initializers_of(calibrated.source.graph)
+    inputs = dequantized_inputs(calibrated.model, calibrated.points)
     amax = {}
     for point in calibrated.points:
         if point.int8:
-            activation, weight = dequantized_names(point)
+            activation, weight = inputs[point.node]
             amax[activation] = calibrated.thresholds[point.tensor]
             amax[weight] = float(np.abs(onnx.numpy_helper.to_array(constants[point.weight])).max())
     return amax
@@ -227,7 +231,7 @@ def _write(target: Path, quantized: onnx.ModelProto, result: CalibratedFile, con
     target.with_suffix(".json").unlink(missing_ok=True)
     save_onnx(quantized, target)
     save_record(target.with_suffix(".json"), result, config)
-    result.images.save(target.with_name("calib.json"))
+    result.images.save(target.with_suffix(".calib.json"))
     plot_ranges(result.calibrated, target.with_suffix(".ranges.png"))
     if result.calibrated.fallback:
         plot_fallback(result.calibrated.fallback, target.with_suffix(".budget.png"))

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from runtime.graph.compare import TensorError
-from runtime.graph.edit import add_initializer, array_of, constant_of, make_cast
+from runtime.graph.edit import Names, add_initializer, array_of, constant_of, make_cast
 from runtime.graph.model import check
 
 __all__ = [
@@ -186,6 +186,7 @@ class ToReduced(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
+        names = Names(graph)
         casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         converted: dict[ir.Value, ir.Value] = {}
         for node in list(graph):
@@ -195,11 +196,11 @@ class ToReduced(ir.passes.InPlacePass):
                     continue
                 if value.is_initializer():
                     if value not in converted:
-                        converted[value] = _convert_initializer(graph, value, kind)
+                        converted[value] = _convert_initializer(graph, value, kind, names)
                     replacement = converted[value]
                 else:
                     if (value, kind) not in casts:
-                        casts[value, kind] = _insert_cast(graph, node, value, kind)
+                        casts[value, kind] = _insert_cast(graph, node, value, kind, names)
                     replacement = casts[value, kind]
                 node.replace_input_with(position, replacement)
             if kind == self._kind:
@@ -208,7 +209,7 @@ class ToReduced(ir.passes.InPlacePass):
                         value.dtype = kind
         for position, value in enumerate(graph.outputs):
             if value.dtype == self._kind:
-                graph.outputs[position] = _append_float_cast(graph, value)
+                graph.outputs[position] = _append_float_cast(graph, value, names)
         RemoveUnusedNodesPass()(model)  # also removes the float32 originals of the weights
         return ir.passes.PassResult(model, modified=bool(converted or casts))
 
@@ -228,23 +229,23 @@ def _is_float(value: ir.Value) -> bool:
     return value.dtype in _SUFFIX
 
 
-def _convert_initializer(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
-    return add_initializer(graph, f"{value.name}_{_SUFFIX[kind]}", array_of(value).astype(kind.numpy()))
+def _convert_initializer(graph: ir.Graph, value: ir.Value, kind: ir.DataType, names: Names) -> ir.Value:
+    return add_initializer(graph, names.tensor(f"{value.name}_{_SUFFIX[kind]}"), array_of(value).astype(kind.numpy()))
 
 
-def _insert_cast(graph: ir.Graph, reader: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
+def _insert_cast(graph: ir.Graph, reader: ir.Node, value: ir.Value, kind: ir.DataType, names: Names) -> ir.Value:
     """Cast `value` once for all its readers of type `kind`; `reader` is the first of them."""
     name = f"{value.name}_{_SUFFIX[kind]}"
-    node = make_cast(value, kind, name=f"{name}_cast", output=name)
+    node = make_cast(value, kind, name=names.node(f"{name}_cast"), output=names.tensor(name))
     graph.insert_before(reader, node)
     return node.outputs[0]
 
 
-def _append_float_cast(graph: ir.Graph, value: ir.Value) -> ir.Value:
+def _append_float_cast(graph: ir.Graph, value: ir.Value, names: Names) -> ir.Value:
     """Cast a graph output to float32; the result takes over the output's name."""
     name = value.name
     assert value.dtype is not None
-    value.name = f"{name}_{_SUFFIX[value.dtype]}"
-    node = make_cast(value, ir.DataType.FLOAT, name=f"{name}_cast", output=name)
+    value.name = names.tensor(f"{name}_{_SUFFIX[value.dtype]}")
+    node = make_cast(value, ir.DataType.FLOAT, name=names.node(f"{name}_cast"), output=name)
     graph.append(node)
     return node.outputs[0]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from calib.layer_errors import output_channels
 from calib.placement import Point
-from calib.quantize import dequantized_names, quantize, quantize_weight
+from calib.quantize import dequantized_inputs, quantize, quantize_weight
 from calib.thresholds import LEVELS
 from runtime.graph.edit import along
 from runtime.graph.model import open_session, with_outputs
@@ -95,8 +95,8 @@ def reconstruct(
     for point in points:
         node = nodes[point.node]
         if point.int8 and readers.count(point.weight) == 1 and _is_supported(node):
-            activation, _ = dequantized_names(point)
             before = quantize(model, points, thresholds, biases=biases, weights=weights)
+            activation, _ = dequantized_inputs(before, [point])[point.node]
             bias = constants.get(node.input[2]) if len(node.input) > 2 else None
             layer = _Layer(
                 node=node,

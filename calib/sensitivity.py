@@ -22,6 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from calib.placement import Point, int8_share
+from runtime.graph.heads import outputs_probabilities
 from runtime.graph.model import first_output, open_session, run_batches
 
 __all__ = ["Fallback", "HeldOut", "Trial", "expected_loss", "measure_sensitivity", "meet_budget"]
@@ -35,6 +36,7 @@ Quantize: TypeAlias = Callable[[Sequence[Point]], onnx.ModelProto]
 
 _SENSITIVITY_BATCHES = 8
 """Number of batches of each kind on which sensitivities are measured."""
+_MIN_PROBABILITY = float(np.finfo(np.float32).tiny)
 _MAX_RETRIES = 8
 """Number of floating-point layers that are retried in INT8 once the budget is met."""
 
@@ -96,8 +98,10 @@ def measure_sensitivity(
     quantize: Quantize,
     points: Sequence[Point],
     batches: Sequence[NDArray[np.float32]],
-    reference: Sequence[NDArray[np.float32]],
+    reference: Sequence[NDArray[np.floating]],
     progress: Callable[[int], None] | None = None,
+    *,
+    probabilities: bool = False,
 ) -> dict[str, float]:
     """Measure each quantized layer alone.
 
@@ -107,6 +111,7 @@ def measure_sensitivity(
         batches: images.
         reference: the float32 network's logits of each batch.
         progress: called after each layer with 1.
+        probabilities: whether the graphs output probabilities instead of logits.
 
     Returns:
         Node → mean KL divergence of the output, in nats; inf if it is not finite.
@@ -115,7 +120,8 @@ def measure_sensitivity(
     sensitivity = {}
     for point in points:
         if point.int8:
-            mean = float(np.mean(_kl_divergence(expected, run_batches(quantize([point]), batches))))
+            found = _logits_of(run_batches(quantize([point]), batches), probabilities)
+            mean = float(np.mean(_kl_divergence(expected, found)))
             sensitivity[point.node] = mean if np.isfinite(mean) else float("inf")
             if progress:
                 progress(1)
@@ -174,13 +180,14 @@ class _Search:
         self._quantize, self._points, self._held = quantize, points, held
         self._progress = progress or (lambda stage, done: None)
         session = open_session(model)
-        self._reference: dict[str, list[NDArray[np.float32]]] = {}
+        self._probabilities = outputs_probabilities(model)
+        self._reference: dict[str, list[NDArray[np.floating]]] = {}
         self._sample: list[NDArray[np.float32]] = []
-        self._sample_reference: list[NDArray[np.float32]] = []
+        self._sample_reference: list[NDArray[np.floating]] = []
         for kind, batches in held.items():
             self._reference[kind] = []
             for place, batch in enumerate(batches()):
-                logits = first_output(session, batch)
+                logits = _logits_of(first_output(session, batch), self._probabilities)
                 self._reference[kind].append(logits)
                 if place < _SENSITIVITY_BATCHES:
                     self._sample.append(batch)
@@ -197,7 +204,7 @@ class _Search:
         for kind, batches in self._held.items():
             logits = []
             for batch in batches():
-                logits.append(first_output(session, batch))
+                logits.append(_logits_of(first_output(session, batch), self._probabilities))
                 self._progress("budget", len(batch))
             reference, found = np.concatenate(self._reference[kind]), np.concatenate(logits)
             losses[kind] = expected_loss(reference, found) if np.isfinite(found).all() else 1.0
@@ -209,9 +216,13 @@ class _Search:
         return trial
 
     def best_within(self, budget: float) -> Trial | None:
-        """Return the measured trial within the budget that has the largest INT8 share, or None."""
+        """Return the measured trial within the budget with the largest INT8 share, or None.
+
+        Trials with equal shares, for example of layers without known shapes, differ in the number
+        of layers.
+        """
         within = [trial for trial in self.trials if trial.loss <= budget]
-        return max(within, key=lambda trial: trial.int8_share, default=None)
+        return max(within, key=lambda trial: (trial.int8_share, -len(trial.floating)), default=None)
 
     def sensitivity(self) -> dict[str, float]:
         return measure_sensitivity(
@@ -220,6 +231,7 @@ class _Search:
             self._sample,
             self._sample_reference,
             lambda done: self._progress("sensitivity", done),
+            probabilities=self._probabilities,
         )
 
 
@@ -256,6 +268,14 @@ def _mark_kept(point: Point, chosen: Trial, sensitivity: Mapping[str, float]) ->
         return point
     change = f"in INT8 alone it changes the output by {sensitivity[point.node]:.2g} nats"
     return dataclasses.replace(point, int8=False, reason=f"kept in floating point for the budget: {change}")
+
+
+def _logits_of(outputs_NK: NDArray[np.floating], probabilities: bool) -> NDArray[np.floating]:
+    """Return logits: the outputs, or the logarithms of probabilities, whose softmax is the same."""
+    if not probabilities:
+        return outputs_NK
+    logits: NDArray[np.floating] = np.log(np.maximum(outputs_NK, _MIN_PROBABILITY))
+    return logits
 
 
 def _log_softmax(logits_NK: NDArray[np.floating]) -> NDArray[np.float64]:

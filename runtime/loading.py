@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
+
+from runtime.backends.base import Backend
 from runtime.backends.open import open_backend, open_folder
 from runtime.backends.open import warm_up as run_warm_up
 from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
+from runtime.errors import ConfigError
+from runtime.graph.foreign import convert_command
 from runtime.session import Session
+from runtime.spec import ModelSpec
 
 __all__ = ["load"]
 
@@ -24,12 +30,14 @@ def load(
     warm_up: Sequence[int] = (),
     batching: Batching | None = None,
     engine: EngineOptions = EngineOptions(),  # noqa: B008  # frozen
+    spec: ModelSpec | None = None,
 ) -> Session:
     """Load a model file.
 
     Args:
         path: an ONNX file that `advprop-export` wrote, or an engine that `advprop build` built,
-            with its sidecar. Other ONNX files load too, but cannot `predict`. A folder written by
+            with its sidecar. Other ONNX files load too, but `predict` needs a `spec`, or a file
+            that `advprop convert` wrote. A folder written by
             `advprop-export` loads its best file that runs here: INT8 before FP16 before FP32
             engines, then the FP32 ONNX file. `Session.explain` reports which file was chosen and
             why. Pass the file itself to load exactly that one.
@@ -42,6 +50,7 @@ def load(
             away from requests. An engine always runs the optimal and largest batch of each profile.
         batching: how `submit`, `arun` and related methods form batches (default: `Batching()`).
         engine: settings of an engine; ONNX files ignore them.
+        spec: description of a file of another tool, which contains none.
 
     Raises:
         ModelFileError: the file is missing, is not a supported model, was modified, or is an engine
@@ -58,8 +67,30 @@ def load(
     else:
         opened = open_backend(file, backend, device, cpu_threads, engine)
     try:
+        if spec is not None:
+            _describe(opened, spec, file)
         run_warm_up(opened, warm_up, file)
     except BaseException:
         opened.close()
         raise
     return Session(opened, file, batching, skipped)
+
+
+def _describe(backend: Backend, spec: ModelSpec, file: Path) -> None:
+    """Set the spec of a backend whose file contains none."""
+    if backend.spec is not None:
+        raise ConfigError(f"{file} contains a spec", fix="load it without spec=")
+    dtype, layout = spec.input_form.split()
+    height, width = spec.preprocessing.height, spec.preprocessing.width
+    image = (height, width, 3) if layout == "NHWC" else (3, height, width)
+    fits = backend.input.dtype == np.dtype(dtype) and all(
+        size in (-1, expected) for size, expected in zip(backend.input.shape[1:], image, strict=True)
+    )
+    classes = backend.outputs[0].shape[-1]
+    if not fits or classes not in (-1, len(spec.classes)):
+        raise ConfigError(
+            f"{file} has {backend.input} and {backend.outputs[0]}, but its spec describes {spec.input_form} images of "
+            f"{height}×{width} pixels and {len(spec.classes)} classes",
+            fix=f"correct the spec, or convert the file: {convert_command(file)}",
+        )
+    backend.spec = spec

@@ -23,6 +23,7 @@ from runtime.batching.batcher import Batcher, BatcherStats, Batching
 from runtime.batching.decoder import Decoder
 from runtime.device.arrays import DeviceArray
 from runtime.errors import ConfigError, InputError, SessionClosed, SpecError
+from runtime.graph.foreign import convert_command
 from runtime.prediction import Prediction, predictions_of, softmax
 from runtime.preprocessing import ImageLike, Preprocessor
 from runtime.spec import ModelSpec
@@ -103,7 +104,8 @@ class Session:
         if spec is None:
             raise SpecError(
                 f"{self._source} has no advprop.spec, so its preprocessing and classes are unknown",
-                fix="export it with advprop-export, or preprocess the images yourself and use run",
+                fix=f"describe it with {convert_command(self._source)}, pass spec= to load, or use run with "
+                "preprocessed images",
             )
         return spec
 

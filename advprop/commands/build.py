@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from runtime.engine.command_line import ENGINE_OPTIONS, build_arguments
+from runtime.errors import EngineBuildError
+from runtime.graph.foreign import convert_command
 from runtime.spec import ImageSizes
 from runtime.system.command import Command, as_config, image_size_option, out_option, with_options
 from runtime.system.console import engine_bar, print_lines, set_up_logging, status
@@ -34,10 +36,17 @@ def main(onnx: Path, out: Path | None, image_sizes: ImageSizes | None, arguments
     console = set_up_logging()
     from runtime.engine.build import build
     from runtime.engine.int8 import summary_of
+    from runtime.graph.summary import summarize
 
     arguments["options"] = dataclasses.replace(arguments["options"], image_sizes=image_sizes)
-    with status("building") as spinner:
-        info = build(onnx, out, progress=engine_bar(spinner), **arguments)
+    try:
+        with status("building") as spinner:
+            info = build(onnx, out, progress=engine_bar(spinner), **arguments)
+    except EngineBuildError as error:
+        if error.fix or summarize(onnx).spec is not None:
+            raise
+        fix = f"convert the file, which rewrites it in a simpler form: {convert_command(onnx)}"
+        raise EngineBuildError(error.message, fix=fix) from error
     engine = out or onnx.with_suffix(".engine")
     computed = f"; in INT8: {summary_of(info.layers)}" if info.layers else ""
     size, targets = engine.stat().st_size / 1e6, ", ".join(info.compute_capabilities)

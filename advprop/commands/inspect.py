@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from runtime.graph.foreign import convert_command
 from runtime.system.command import Command, json_option, with_options
 from runtime.system.console import set_up_logging
 
@@ -52,7 +53,7 @@ def main(file: Path, as_json: bool) -> None:
         }
         click.echo(json.dumps(content, indent=1, ensure_ascii=False))
         return
-    console.print(_table(file, {**facts, **_spec_facts(spec)}))
+    console.print(_table(file, {**facts, **_spec_facts(spec, file)}))
     if layers:
         console.print(_layer_table(layers))
 
@@ -142,9 +143,9 @@ def _percentages(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{share:.1%} {name}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def _spec_facts(spec: ModelSpec | None) -> dict[str, str]:
+def _spec_facts(spec: ModelSpec | None, file: Path) -> dict[str, str]:
     if spec is None:
-        return {"spec": "none: advprop did not write this file"}
+        return {"spec": f"none: advprop did not write this file. Describe it with {convert_command(file)}"}
     size = spec.preprocessing
     classes = "; ".join(spec.classes[:5]) + ("; …" if len(spec.classes) > 5 else "")
     recipe, dataset = spec.recipe or "unknown recipe", spec.dataset or "unknown data"

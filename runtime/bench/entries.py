@@ -16,6 +16,7 @@ from runtime.backends.options import EngineOptions, Threads
 from runtime.bench.targets import BenchTarget, TorchOpener, bare_onnxruntime, session_target, torch_target
 from runtime.engine.sidecar import read_sidecar
 from runtime.errors import ConfigError, InputError, ModelFileError
+from runtime.graph.foreign import convert_command
 from runtime.graph.read import sha256_onnx
 from runtime.graph.summary import summarize
 from runtime.loading import load
@@ -247,7 +248,8 @@ def _image_size(session: Session, path: Path) -> tuple[int, int]:
     height, width = shape[1:3] if shape[-1] == 3 else shape[2:]
     if min(height, width) < 0:
         raise InputError(
-            f"{path} accepts images of any size and has no spec that names one; export it with advprop-export"
+            f"{path} accepts images of any size and has no spec that names one",
+            fix=f"describe it with {convert_command(path)}",
         )
     return height, width
 

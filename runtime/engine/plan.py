@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from runtime.engine.flavors import Flavor, native_logger
 from runtime.engine.options import BuildOptions, apply_options
 from runtime.engine.progress import BuildProgress, native_monitor
 from runtime.errors import EngineBuildError
+from runtime.graph.engine_form import engine_form
 from runtime.system.files import write_bytes
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     Raises:
         EngineBuildError: the parser or the builder rejected the graph; the message has their
             reasons.
+        ModelFileError: the graph does not work with the engine's batch sizes.
         OutputError: the timing cache cannot be written.
     """
     trt = request.flavor.module
@@ -69,7 +74,9 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     builder: tensorrt.Builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser: tensorrt.OnnxParser = trt.OnnxParser(network, logger)
-    if not parser.parse(request.source.read_bytes(), os.fspath(request.source)):
+    with _parsed_file(request) as (content, path):
+        parsed = parser.parse(content, os.fspath(path))
+    if not parsed:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise EngineBuildError(f"{request.builder} cannot read {request.source}: {_reasons(request, errors)}")
     config = builder.create_builder_config()
@@ -91,6 +98,21 @@ def make_plan(request: PlanRequest, progress: BuildProgress) -> memoryview:
     if timing_cache is not None and timings is not None:
         write_bytes(timing_cache, bytes(timings.serialize()))
     return memoryview(plan)
+
+
+@contextmanager
+def _parsed_file(request: PlanRequest) -> Iterator[tuple[bytes, Path]]:
+    """Yield the bytes for the parser, and the path next to which it finds external weights."""
+    graph = engine_form(request.source, list(request.profile.values()))
+    if graph is None:
+        yield request.source.read_bytes(), request.source
+        return
+    from runtime.graph.model import save_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / request.source.name
+        save_onnx(graph, path)
+        yield path.read_bytes(), path
 
 
 def _load_timings(config: tensorrt.IBuilderConfig, path: Path) -> tensorrt.ITimingCache:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from runtime.errors import DataError
 from runtime.graph.model import open_session, tensor_types
-from runtime.graph.structure import graph_inputs
+from runtime.graph.structure import graph_inputs, unused_prefix
 
 __all__ = ["Collected", "collect", "collect_amax", "collect_channel_amax"]
 
@@ -71,11 +71,12 @@ def collect(
         DataError: there is no batch.
     """
     ranks = {name: rank for name, rank in _float_tensors(model).items() if tensors is None or name in tensors}
-    session = open_session(_with_maxima(model, ranks))
+    prefix = unused_prefix(model.graph, _PREFIX)
+    session = open_session(_with_maxima(model, ranks, prefix))
     input_name = session.get_inputs()[0].name
     squares = np.zeros(len(ranks))
     outputs = []
-    names = [model.graph.output[0].name, *(_PREFIX + name for name in ranks)]
+    names = [model.graph.output[0].name, *(prefix + name for name in ranks)]
     for batch in batches:
         output, *maxima = session.run(names, {input_name: batch})
         squares = np.maximum(squares, [float(value.max()) for value in maxima])  # propagates nan
@@ -105,11 +106,12 @@ def collect_channel_amax(
         DataError: there is no batch.
     """
     ranks = {name: rank for name, rank in _float_tensors(model).items() if name in tensors}
-    session = open_session(_with_maxima(model, ranks, channels=True))
+    prefix = unused_prefix(model.graph, _PREFIX)
+    session = open_session(_with_maxima(model, ranks, prefix, channels=True))
     input_name = session.get_inputs()[0].name
     squares: dict[str, NDArray[np.float32]] = {}
     for batch in batches:
-        found = session.run([_PREFIX + name for name in ranks], {input_name: batch})
+        found = session.run([prefix + name for name in ranks], {input_name: batch})
         for name, value in zip(ranks, found, strict=True):
             largest = value.reshape(*value.shape[:2], -1).max((0, 2))
             squares[name] = np.maximum(squares.get(name, np.float32(0)), largest)
@@ -132,7 +134,9 @@ def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
     }
 
 
-def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int], channels: bool = False) -> onnx.ModelProto:
+def _with_maxima(
+    model: onnx.ModelProto, ranks: dict[str, int], prefix: str, *, channels: bool = False
+) -> onnx.ModelProto:
     """Return a copy of the graph that also outputs the largest square of each tensor.
 
     For an (N, C, H, W) tensor it outputs the largest square of each (H, W). With `channels`, it
@@ -145,7 +149,7 @@ def _with_maxima(model: onnx.ModelProto, ranks: dict[str, int], channels: bool =
     probe.CopyFrom(model)
     del probe.graph.output[1:]
     for name, rank in ranks.items():
-        output = _PREFIX + name
+        output = prefix + name
         probe.graph.node.append(helper.make_node("Mul", [name, name], [output + "/square"]))
         if rank == 4:
             probe.graph.node.append(helper.make_node("GlobalMaxPool", [output + "/square"], [output]))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from runtime.graph.structure import unused_names
+
 __all__ = [
+    "Names",
     "add_initializer",
     "along",
     "array_of",
@@ -40,11 +43,29 @@ def along(values: NDArray[_Scalar], axis: int, rank: int) -> NDArray[_Scalar]:
     return values.reshape([-1 if dimension == axis else 1 for dimension in range(rank)])
 
 
+class Names:
+    """Chooses names for new parts of a graph; a name that exists already gets a number."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        """Collect the names of a graph. Only names from this object may be added to it."""
+        self.tensor = unused_names(_tensor_names(graph))
+        """Returns an unused name for a tensor or initializer, and reserves it."""
+        self.node = unused_names(node.name or "" for node in graph)
+        """Returns an unused name for a node, and reserves it."""
+
+
 def unused_name(graph: ir.Graph, name: str) -> str:
-    """Return `name`, with `_again` appended until no initializer of the graph has it."""
-    while name in graph.initializers:
+    """Return `name`, with `_again` appended until no tensor of the graph has it."""
+    used = set(_tensor_names(graph))
+    while name in used:
         name = f"{name}_again"
     return name
+
+
+def _tensor_names(graph: ir.Graph) -> Iterator[str]:
+    yield from graph.initializers
+    yield from (value.name or "" for value in graph.inputs)
+    yield from (value.name or "" for node in graph for value in node.outputs)
 
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.errors import BackendUnavailable, ModelFileError
-from runtime.graph.validation import check_bytes, check_nodes, check_tensors, external_files
+from runtime.graph.validation import check_bytes, check_nodes, check_tensors, external_files, external_tensors
 from runtime.system.files import sha256_file
 
-__all__ = ["OnnxFile", "read_onnx", "read_onnx_file", "sha256_onnx"]
+__all__ = ["OnnxFile", "load_onnx", "read_onnx", "read_onnx_file", "sha256_onnx"]
 
 
 class OnnxFile(NamedTuple):
@@ -33,6 +33,25 @@ def read_onnx(path: Path) -> Any:
         ModelFileError: the file does not exist, is not ONNX, or lacks data that it declares.
     """
     return _parse(path, _content(path))
+
+
+def load_onnx(path: Path) -> Any:
+    """Read an ONNX file with its external weights, which may be links next to the file.
+
+    Raises:
+        BackendUnavailable, ModelFileError: see `read_onnx_file`.
+    """
+    model = read_onnx(path)
+    external_files(model, path)
+    for tensor in external_tensors(model):
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        with (path.parent / entries["location"]).open("rb") as file:
+            file.seek(int(entries.get("offset") or 0))
+            tensor.raw_data = file.read(int(entries["length"])) if entries.get("length") else file.read()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+    check_tensors(model, path)
+    return model
 
 
 def read_onnx_file(path: Path) -> OnnxFile:

@@ -21,11 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.graph.model import tensor_types
 from runtime.graph.read import read_onnx
+from runtime.graph.structure import rename_tensors, tensor_names, unused_names
 from runtime.graph.validation import external_files
 
 __all__ = ["rounded_file", "rounded_name", "with_roundings"]
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_SUFFIXES = ("/rounded", "/unrounded", "/narrow")
+"""Ends of the names of the tensors that are added."""
 _SELECTING = frozenset(
     {"Clip", "Flatten", "Identity", "MaxPool", "Relu", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
@@ -41,6 +44,7 @@ def with_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
     Returns:
         A graph with the same inputs and outputs for ONNX Runtime on a CPU.
     """
+    model = _without_our_names(model)
     narrow = _narrow_tensors(model)
     ends = {value.name for value in (*model.graph.input, *model.graph.output)}
     deferrable = narrow.keys() - ends - _read_by_others(model.graph.node)
@@ -70,9 +74,9 @@ def with_roundings(model: onnx.ModelProto) -> onnx.ModelProto:
                 if not selects_rounded:
                     deferred.add(name)
                 continue
-            copy.output[position] = name + "/unrounded"
-            narrow_name = name if name in ends else name + "/narrow"
-            graph.node.append(_cast(name + "/unrounded", narrow_name, narrow[name]))
+            copy.output[position] = name + _SUFFIXES[1]
+            narrow_name = name if name in ends else name + _SUFFIXES[2]
+            graph.node.append(_cast(name + _SUFFIXES[1], narrow_name, narrow[name]))
             graph.node.append(_cast(narrow_name, rounded_name(name), TensorProto.FLOAT))
     return rounded
 
@@ -91,7 +95,20 @@ def rounded_file(path: Path) -> bytes | str:
 
 def rounded_name(tensor: str) -> str:
     """Return the name of an FP16 or BF16 tensor in the graph of `with_roundings`."""
-    return tensor + "/rounded"
+    return tensor + _SUFFIXES[0]
+
+
+def _without_our_names(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model, in which no inner tensor has a name that `with_roundings` creates."""
+    ends = {value.name for value in (*model.graph.input, *model.graph.output)}
+    clashing = {name for name in tensor_names(model.graph) - ends if name.endswith(_SUFFIXES)}
+    if not clashing:
+        return model
+    renamed = onnx.ModelProto()
+    renamed.CopyFrom(model)
+    unused = unused_names(tensor_names(model.graph))
+    rename_tensors(renamed.graph, {name: unused(f"{name}_") for name in sorted(clashing)})
+    return renamed
 
 
 def _narrow_tensors(model: onnx.ModelProto) -> dict[str, int]:

@@ -7,13 +7,14 @@ work without the package use these functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = [
     "WEIGHTED_OPS",
+    "describe_node",
     "graph_inputs",
     "initializers_of",
     "int_attribute",
@@ -22,8 +23,12 @@ __all__ = [
     "node_macs",
     "opset_of",
     "output_channel_axis",
+    "rename_tensors",
     "shape_of",
     "spec_of",
+    "tensor_names",
+    "unused_names",
+    "unused_prefix",
 ]
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -66,6 +71,57 @@ def shape_of(tensor_type: Any) -> tuple[int, ...]:
     return tuple(max(size.dim_value, -1) if size.HasField("dim_value") else -1 for size in tensor_type.shape.dim)
 
 
+def describe_node(node: Any) -> str:
+    """Return name and operator of a node, for messages."""
+    operator = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+    return f"the node {node.name or next(iter(node.output), '')!r} ({operator})"
+
+
+def tensor_names(graph: Any) -> set[str]:
+    """Return the names of all inputs, initializers and node outputs, subgraphs included."""
+    names = {value.name for value in (*graph.input, *graph.initializer)}
+    for node in graph.node:
+        names.update(node.output)
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                names |= tensor_names(inner)
+    return names
+
+
+def rename_tensors(graph: Any, renamed: Mapping[str, str]) -> None:
+    """Rename tensors of a graph and of its subgraphs in place, except the graph's inputs."""
+    for value in (*graph.initializer, *graph.output, *graph.value_info):
+        value.name = renamed.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                rename_tensors(inner, renamed)
+
+
+def unused_names(used: Iterable[str]) -> Callable[[str], str]:
+    """Return a function that makes a name unique by appending a number, and then reserves it."""
+    reserved = set(used)
+
+    def unused(name: str) -> str:
+        candidate, number = name, 1
+        while candidate in reserved:
+            candidate, number = f"{name}_{number}", number + 1
+        reserved.add(candidate)
+        return candidate
+
+    return unused
+
+
+def unused_prefix(graph: Any, prefix: str) -> str:
+    """Return `prefix`, extended until no name of a tensor or node in the graph begins with it."""
+    used = tensor_names(graph) | {node.name for node in graph.node}
+    while any(name.startswith(prefix) for name in used):
+        prefix = f"_{prefix}"
+    return prefix
+
+
 def int_attribute(node: Any, name: str, default: int) -> int:
     """Return an integer attribute of a node."""
     return next((int(item.i) for item in node.attribute if item.name == name), default)
@@ -102,16 +158,20 @@ def node_macs(model: Any) -> dict[str, int]:
             spec's size is used.
 
     Returns:
-        Node name → MACs, in graph order; empty if shapes are unknown.
+        Node name → MACs, in graph order, of the nodes whose shapes are known.
     """
-    shapes = _shapes_for_one_image(model)
+    from runtime.graph.shapes import infer
+
+    spec = spec_of(model, "the model file")
+    size = None if spec is None else (spec.preprocessing.height, spec.preprocessing.width)
+    shapes = infer(model, 1, size).shapes
     macs: dict[str, int] = {}
     for number, node in enumerate(model.graph.node):
         if node.op_type not in WEIGHTED_OPS:
             continue
         data, weight, output = (shapes.get(name, ()) for name in (*node.input[:2], node.output[0]))
         if not (data and weight and output) or min(*data, *weight, *output) <= 0:
-            return {}
+            continue
         if node.op_type == "ConvTranspose":
             count = math.prod(data) * math.prod(weight[1:])
         elif node.op_type == "Conv":
@@ -120,35 +180,3 @@ def node_macs(model: Any) -> dict[str, int]:
             count = math.prod(output) * data[-2 if int_attribute(node, "transA", 0) else -1]
         macs[node.name or f"{node.op_type}_{number}"] = count
     return macs
-
-
-def _shapes_for_one_image(model: Any) -> dict[str, tuple[int, ...]]:
-    """Return all known shapes at batch size 1; empty if inference fails."""
-    import onnx
-
-    names = [value.name for value in graph_inputs(model.graph)]
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    del fixed.graph.value_info[:]
-    for value in fixed.graph.input:
-        if value.name in names[:1]:
-            _fix_sizes(value.type.tensor_type.shape.dim, spec_of(model, "the model file"))
-    for value in fixed.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        graph = onnx.shape_inference.infer_shapes(fixed).graph
-    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: too large for protobuf
-        return {}
-    values = (*graph.value_info, *graph.input, *graph.output)
-    shapes = {value.name: shape_of(value.type.tensor_type) for value in values}
-    return shapes | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-
-
-def _fix_sizes(dims: Any, spec: ModelSpec | None) -> None:
-    """Set the batch size to 1, and open image sizes to those of the spec."""
-    if not dims:
-        return
-    dims[0].dim_value = 1
-    opened = [size for size in dims[1:] if not size.HasField("dim_value")]
-    if spec is not None and len(opened) == 2:
-        opened[0].dim_value, opened[1].dim_value = spec.preprocessing.height, spec.preprocessing.width

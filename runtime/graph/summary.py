@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import ModelFileError
+from runtime.graph.engine_form import unreadable_parts
 from runtime.graph.read import read_onnx, read_onnx_file
 from runtime.graph.structure import (
     WEIGHTED_OPS,
@@ -55,6 +56,8 @@ class OnnxSummary:
     in: `fp32`, `fp16`, `bf16` or `int8`."""
     ops: dict[str, int]
     """Number of nodes by operator."""
+    engine_problems: tuple[str, ...]
+    """Why TensorRT cannot build an engine from the file's quantization, one line per kind."""
 
     @property
     def precision(self) -> str:
@@ -88,9 +91,11 @@ def summarize(path: Path) -> OnnxSummary:
     spec = spec_of(file.model, str(path))
     expected = 2 if spec is not None and spec.output_form == "topk" else 1
     if len(inputs) != 1 or len(graph.output) != expected:
+        names = ", ".join(value.name for value in inputs), ", ".join(value.name for value in graph.output)
         raise ModelFileError(
-            f"{path} has {len(inputs)} inputs and {len(graph.output)} outputs, expected one image "
-            "input and one logits output"
+            f"{path} has {len(inputs)} inputs ({names[0]}) and {len(graph.output)} outputs ({names[1]}); expected one "
+            "image input and one output with logits or probabilities",
+            fix="choose the output with advprop convert --output NAME" if len(inputs) == 1 else "",
         )
     return OnnxSummary(
         sha256=file.sha256,
@@ -102,6 +107,7 @@ def summarize(path: Path) -> OnnxSummary:
         calibration_sha256=metadata(file.model, CALIBRATION_KEY),
         weights=_weights_by_precision(graph),
         ops=dict(Counter(node.op_type for node in graph.node)),
+        engine_problems=tuple(unreadable_parts(file.model)),
     )
 
 
@@ -111,13 +117,15 @@ def work_of(path: Path) -> tuple[dict[str, int], int]:
     Returns:
         Number of float nodes by output precision (`fp32`, `fp16`, `bf16`), and the
         multiply-accumulates of all convolutions and matrix products. An open image size counts as
-        the spec's size. The MACs are 0 if shapes are unknown.
+        the spec's size. The MACs are 0 if a shape is unknown.
 
     Raises:
         BackendUnavailable, ModelFileError: see `read_onnx`.
     """
     model = read_onnx(path)
-    return _nodes_by_precision(model), sum(node_macs(model).values())
+    macs = node_macs(model)
+    layers = sum(node.op_type in WEIGHTED_OPS for node in model.graph.node)
+    return _nodes_by_precision(model), sum(macs.values()) if len(macs) == layers else 0
 
 
 def _nodes_by_precision(model: Any) -> dict[str, int]:

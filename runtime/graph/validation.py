@@ -17,7 +17,7 @@ from typing import Any
 from runtime.errors import ModelFileError
 from runtime.graph.structure import graph_inputs, opset_of
 
-__all__ = ["check_bytes", "check_nodes", "check_tensors", "check_volumes", "external_files"]
+__all__ = ["check_bytes", "check_nodes", "check_tensors", "check_volumes", "external_files", "external_tensors"]
 
 _MAX_BYTES = 2**31 - 1
 """Protobuf's limit; larger models store their weights externally."""
@@ -167,6 +167,11 @@ def external_files(model: Any, path: Path) -> list[Path]:
     return [files[location][0] for location in sorted(files)]
 
 
+def external_tensors(model: Any) -> Iterator[Any]:
+    """Yield the tensors whose data are in another file."""
+    return (tensor for tensor in _tensors(model) if _is_external(tensor))
+
+
 def check_volumes(model: Any, path: Path) -> None:
     """Infer shapes, and reject tensors that are too large for any builder.
 
@@ -213,7 +218,9 @@ def _infer_shapes(model: Any) -> Any:
 def _external_file(path: Path, location: str) -> Path:
     file = path.parent / location
     try:
-        inside = path.parent.resolve() in file.resolve().parents
+        # The cache of Hugging Face links both files to another folder.
+        folders = {path.parent.resolve(), path.resolve().parent}
+        inside = ".." not in Path(location).parts and not folders.isdisjoint(file.resolve().parents)
     except (ValueError, OSError, RuntimeError):  # a NUL in the name, or a loop of links
         inside = False
     if not inside:

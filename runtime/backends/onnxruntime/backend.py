@@ -19,6 +19,7 @@ from runtime.device.arrays import DeviceArray
 from runtime.device.driver import Cuda, load_bindings
 from runtime.device.views import DeviceView
 from runtime.errors import BackendUnavailable, InputError, ModelFileError, first_line
+from runtime.graph.foreign import convert_command
 from runtime.graph.summary import CALIBRATION_KEY
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.cpu import has_exact_int8
@@ -245,13 +246,15 @@ def _session_options(ort: Any, threads: Threads) -> Any:
 def _tensors(nodes: Any, role: str, path: Path, expected: int, rank: int) -> tuple[TensorInfo, ...]:
     if len(nodes) != expected:
         raise ModelFileError(
-            f"{path} has {len(nodes)} {role}s, expected {expected}: it is not an image classifier from advprop-export"
+            f"{path} has {len(nodes)} {role}s ({', '.join(node.name for node in nodes)}), expected {expected}",
+            fix=f"if it is a classifier of another tool, convert it: {convert_command(path)}",
         )
     for node in nodes:
         if node.type not in _DTYPES or len(node.shape) != rank:
             raise ModelFileError(
                 f"the {role} {node.name!r} of {path} is {node.type} of shape {node.shape}, expected "
-                f"{' or '.join(_DTYPES)} with {rank} dimensions"
+                f"{' or '.join(_DTYPES)} with {rank} dimensions",
+                fix=f"if it is a classifier of another tool, convert it: {convert_command(path)}",
             )
     return tuple(
         TensorInfo(
