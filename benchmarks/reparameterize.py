@@ -83,8 +83,8 @@ def measure(arch: str, rounds: int, threads: int) -> bool:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     forms = []
-    for name, form in {"trained": model, "inference": inference_form(model)}.items():
-        graph = to_onnx(form, spec)
+    for name, network in {"trained": model, "inference": inference_form(model)}.items():
+        graph = to_onnx(network, spec)
         session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
         forms.append(Form(name=name, model=graph, session=session, times_ms=[]))
     one = images[:1].numpy()

@@ -74,7 +74,7 @@ class _WeightedExperts(nn.Module):
         self.experts, self.groups, self.padding = layer.num_experts, layer.groups, layer.padding
         self.pads_by_size, self.stride, self.dilation = layer.dynamic_padding, layer.stride, layer.dilation
         # A grouped convolution needs the output channels of a group next to each other.
-        by_expert = layer.weight.detach().unflatten(1, (layer.groups, -1, *layer.weight_shape[1:]))
+        by_expert: torch.Tensor = layer.weight.detach().unflatten(1, (layer.groups, -1, *layer.weight_shape[1:]))
         self.weight = nn.Parameter(by_expert.transpose(0, 1).flatten(0, 2))
         self.bias = None
         if layer.bias is not None:
@@ -85,5 +85,5 @@ class _WeightedExperts(nn.Module):
         if self.pads_by_size:
             x_NCHW, padding = pad_same(x_NCHW, self.weight.shape[-2:], self.stride, self.dilation), (0, 0)
         y_NCHW = nn.functional.conv2d(x_NCHW, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        y_NGEOHW = y_NCHW.unflatten(1, (self.groups, self.experts, -1))
+        y_NGEOHW: torch.Tensor = torch.unflatten(y_NCHW, 1, (self.groups, self.experts, -1))
         return (y_NGEOHW * weights_NE[:, None, :, None, None, None]).sum(2).flatten(1, 2)

@@ -136,10 +136,10 @@ def image_archives(root: Path) -> ImageData:
             val=val,
             short_side=median_short_side(train),
         )
-    train, unread = _group_by_class(members["train"])
-    val, _ = _group_by_class(members["val"], known=train)
-    empty = {name: counts for name, counts in unread.items() if not train[name]}
-    return by_class(root, train, val, TarImages, empty)
+    grouped, unread = _group_by_class(members["train"])
+    held_out, _ = _group_by_class(members["val"], known=grouped)
+    empty = {name: counts for name, counts in unread.items() if not grouped[name]}
+    return by_class(root, grouped, held_out, TarImages, empty)
 
 
 def _group_by_class(

@@ -223,7 +223,7 @@ def joint_step(networks: Networks, images: torch.Tensor, labels: torch.Tensor, *
     losses = [F.cross_entropy(*part) for part in zip(logits.split(COUNTS), labels.split(COUNTS), strict=True)]
     loss = losses[0] + losses[1]
     fast = _count_nodes(loss, "_NormalizedPartsBackward")
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's
+    loss.backward()
     step = Step(logits={"logits": logits.detach()}, gradients=_gradients(model), statistics=_statistics(model))
     return step, fast
 
@@ -234,7 +234,7 @@ def separate_step(networks: Networks, images: torch.Tensor, labels: torch.Tensor
     logits = []
     for model, *part in zip((clean, adversarial), images.split(COUNTS), labels.split(COUNTS), strict=True):
         logits.append(_forward(model, part[0], amp))
-        F.cross_entropy(logits[-1], part[1]).backward()  # type: ignore[no-untyped-call]  # torch's
+        F.cross_entropy(logits[-1], part[1]).backward()
     norms = set(_batch_norms(clean))
     return Step(
         logits={"logits": torch.cat(logits).detach()},

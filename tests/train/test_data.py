@@ -1,6 +1,8 @@
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +156,7 @@ def test_an_unknown_augmentation_policy_is_refused(image_folder: Path, policy: s
 
 def test_a_policy_draws_again_if_an_operation_fails() -> None:
     """Pillow refuses to posterize to 0 bits, which timm's increasing policies sometimes draw."""
-    draws = iter([ValueError("bits must be between 1 and 8"), torch.ones(3, 2, 2)])
+    draws: Iterator[Any] = iter([ValueError("bits must be between 1 and 8"), torch.ones(3, 2, 2)])
 
     def transform(image: Image.Image) -> torch.Tensor:
         drawn = next(draws)
