@@ -285,5 +285,5 @@ def test_the_evaluation_attack_uses_the_given_random_numbers() -> None:
 def test_start_points_stay_in_the_pixel_range(noise: float) -> None:
     attack = LinfPGD(AttackConfig(epsilon=4, clean_start_share=0.0), *INCEPTION, Fixed(noise=noise))
     start = attack.start(attack.ball(flat_images(-1.0, 1.0)))  # black and white
-    assert start.min() == -1
-    assert start.max() == 1
+    assert start.min() >= -1
+    assert start.max() <= 1
