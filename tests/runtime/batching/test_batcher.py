@@ -440,3 +440,11 @@ def test_batches_of_different_image_sizes_may_follow_each_other(tmp_path: Path) 
         futures = [session.submit(image) for image in images]
         assert [future.result(5)[0, 0] for future in futures] == list(range(6))
         assert session.stats.batcher.batch_sizes == {2: 3}
+
+
+def test_threads_have_telling_names_and_do_not_keep_the_process_alive(slow: runtime.Session) -> None:
+    before = set(threading.enumerate())
+    slow.submit(images_of(1)).result(5)
+    threads = set(threading.enumerate()) - before
+    assert {thread.name for thread in threads} == {"advprop-batcher-0", "advprop-deadlines"}
+    assert all(thread.daemon for thread in threads)
