@@ -279,3 +279,11 @@ def test_the_evaluation_attack_uses_the_given_random_numbers() -> None:
     attack = evaluation_attack(4, *INCEPTION, randomness=Fixed(noise=0.0))
     images = flat_images(0.0, 0.5)
     assert torch.equal(attack.start(attack.ball(images)), images)
+
+
+@pytest.mark.parametrize("noise", [-1.0, 1.0])
+def test_start_points_stay_in_the_pixel_range(noise: float) -> None:
+    attack = LinfPGD(AttackConfig(epsilon=4, clean_start_share=0.0), *INCEPTION, Fixed(noise=noise))
+    start = attack.start(attack.ball(flat_images(-1.0, 1.0)))  # black and white
+    assert start.min() >= -1
+    assert start.max() <= 1

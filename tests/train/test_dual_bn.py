@@ -284,3 +284,21 @@ def test_subclasses_of_batch_norm_keep_their_own_forward(factor: int) -> None:
         torch.testing.assert_close(model(x), factor * torch.cat([plain(x[:4]), plain(x[4:])]))
     with route(model, "adv"):
         torch.testing.assert_close(model(x), factor * plain(x))
+
+
+@pytest.mark.parametrize("name", ["main", "adv"])
+def test_input_gradients_of_a_frozen_network_equal_those_of_the_stock_model(name: str) -> None:
+    """An attack needs only these; BatchNorm on running statistics takes a shorter path then."""
+    model, stock = trained_network().requires_grad_(False), small_network().eval()
+    stock.load_state_dict(select_route(model.state_dict(), name))
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with route(model, name):
+        y = model(x)
+    torch.testing.assert_close(y, stock(x))
+    direction = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, direction), torch.autograd.grad(stock(x), x, direction))
+
+
+def test_an_invalid_route_name_is_reported() -> None:
+    with pytest.raises(ConfigError, match=r"must be an identifier other than 'main'; found 'a\.b'"):
+        add_auxiliary_bns(small_network(), ["adv", "a.b"])

@@ -432,3 +432,22 @@ def test_a_late_request_frees_its_room_while_a_batch_runs(slow: runtime.Session)
     assert not running.done()
     assert waiting.result(30)[:, 0].tolist() == [5, 6, 7, 8]
     assert slow.stats.batcher.batch_sizes == {1: 5}, "late images must not run"
+
+
+def test_batches_of_different_image_sizes_may_follow_each_other(tmp_path: Path) -> None:
+    onnx.save(serving_model(size="h, w"), tmp_path / "open.onnx")
+    batching = Batching(max_batch=2, max_delay_us=10_000_000)
+    with runtime.load(tmp_path / "open.onnx", threads=1, batching=batching) as session:
+        sizes = [(4, 4), (4, 4), (5, 7), (5, 7), (4, 4), (4, 4)]
+        images = [np.full((1, 3, *size), number, np.float32) for number, size in enumerate(sizes)]
+        futures = [session.submit(image) for image in images]
+        assert [future.result(5)[0, 0] for future in futures] == list(range(6))
+        assert session.stats.batcher.batch_sizes == {2: 3}
+
+
+def test_threads_have_telling_names_and_do_not_keep_the_process_alive(slow: runtime.Session) -> None:
+    before = set(threading.enumerate())
+    slow.submit(images_of(1)).result(5)
+    threads = set(threading.enumerate()) - before
+    assert {thread.name for thread in threads} == {"advprop-batcher-0", "advprop-deadlines"}
+    assert all(thread.daemon for thread in threads)
