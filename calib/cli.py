@@ -20,7 +20,7 @@ EXAMPLES = """
 Examples:
   advprop calibrate model.onnx --data photos/                  writes model.int8.onnx
   advprop calibrate model.onnx --data photos.tar --budget 0.5  loses at most half a point of top-1
-  advprop calibrate model.onnx --data calib.json               the images of an earlier run
+  advprop calibrate model.onnx --data model.int8.calib.json    the images of an earlier run
   advprop calibrate model.onnx --data photos/ --calib-mix clean,corrupted
   advprop calibrate model.onnx --data photos/ --method mse --keep node_conv2d_3
   advprop calibrate other.onnx --data photos/ --img-size 224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
@@ -33,7 +33,7 @@ Examples:
     data_option(
         required=True,
         metavar="PATH",
-        help="Images like those that the model will see: a folder, a tar or NumPy file, or a calib.json.",
+        help="Images like those that the model will see: a folder, a tar or NumPy file, or a NAME.calib.json.",
     ),
     out_option("INT8 file to write (default: NAME.int8.onnx).", "FILE"),
     Option(["--no-cache"], is_flag=True, help="Do not read or write cached histograms."),
@@ -51,8 +51,8 @@ def main(
     """Quantize the float32 classifier ONNX to INT8, with calibration images.
 
     Convolutions and matrix products become INT8, everything else FP16. The command also writes
-    calib.json (the images it used), NAME.int8.json (threshold and error of each layer), a plot of
-    the ranges and, with --budget, a plot of accuracy against the share of work in INT8.
+    NAME.int8.calib.json (the images it used), NAME.int8.json (threshold and error of each layer),
+    a plot of the ranges and, with --budget, a plot of accuracy against the share of work in INT8.
     """
     console = set_up_logging()
     from calib.pipeline import calibrate_file

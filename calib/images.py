@@ -153,7 +153,7 @@ def calibration_set(
     """Choose calibration images.
 
     Args:
-        source: a folder, a tar file, an array (see `open_source`), or the manifest (`calib.json`)
+        source: a folder, a tar file, an array (see `open_source`), or the manifest (`NAME.calib.json`)
             of an earlier set, which is then used unchanged.
         count: maximum number of images, evenly spaced over the sorted names.
         spec: the network's preprocessing. If given, images that cannot be preprocessed are skipped.

@@ -194,7 +194,7 @@ def _correct_bias(graph: ir.Graph, node: ir.Node, correction: NDArray[np.floatin
     # Gemm multiplies its bias by beta. If beta is 0 or there is no bias, the correction is the bias.
     beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
     if old is None or beta == 0:
-        old, beta = np.float32(0), 1.0
+        old, beta = np.zeros(1, np.float32), 1.0
         node.attributes.pop("beta", None)
     value = add_initializer(graph, names.tensor(name), (old + correction / beta).astype(np.float32))
     if len(node.inputs) < 3:

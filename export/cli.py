@@ -136,7 +136,7 @@ _FORM_OPTIONS = (
         "--calib-data",
         type=click.Path(path_type=Path),
         metavar="PATH",
-        help="Calibration images (a folder, tar or NumPy file), or the calib.json of an earlier run.",
+        help="Calibration images (a folder, tar or NumPy file), or the NAME.calib.json of an earlier run.",
     )
 )
 @calibration_options

@@ -67,7 +67,7 @@ class ExportConfig:
     the engine covers that range."""
 
     calib_data: Path | None = None
-    """INT8: calibration images (a folder, tar or NumPy file), or the calib.json of an earlier
+    """INT8: calibration images (a folder, tar or NumPy file), or the NAME.calib.json of an earlier
     run."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """INT8: settings of the calibration."""
@@ -95,6 +95,6 @@ class ExportConfig:
         if not int8 and self.calib_data is not None:
             raise ConfigError(f"calibration images require the precision int8; found {self.precision}")
         if self.calib_data is not None and not self.calib_data.exists():
-            raise DataError(f"{self.calib_data}: no such folder of calibration images, or calib.json")
+            raise DataError(f"{self.calib_data}: no such folder of calibration images, or NAME.calib.json")
         if int8 and (self.input_form, self.output_form) != ("float32 NCHW", "logits"):
             raise ConfigError("INT8 files have float32 inputs and logits as output; remove --input and --output")

@@ -80,7 +80,7 @@ def convert_classifier(path: Path, options: ForeignOptions) -> Converted:
 
 def _read(path: Path) -> onnx.ModelProto:
     """Read a file and its external weights, and check that it computes in float32."""
-    model = load_onnx(path)
+    model: onnx.ModelProto = load_onnx(path)
     quantized = next((node for node in model.graph.node if node.op_type in _QUANTIZED), None)
     if quantized is not None:
         raise ModelFileError(

@@ -86,7 +86,7 @@ class Reference:
         try:
             session = open_quietly(model)
             found = [session.run(None, {name: self.images_NCHW[:count]})[0] for count in counts]
-        except Exception:  # as above: the graph does not run with such a batch
+        except Exception:  # ONNX Runtime has no common base class: the graph does not run with such a batch
             return False
         scale = float(np.abs(self.outputs).max()) or 1.0
         for count, output in zip(counts, found, strict=True):

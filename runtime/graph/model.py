@@ -6,6 +6,7 @@ without its weights, and ONNX Runtime receives the weights separately.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ __all__ = [
     "first_output",
     "infer_shapes",
     "is_large",
+    "join_weights",
     "open_session",
     "run_batches",
     "save_onnx",
     "session_of",
+    "split_weights",
+    "tensor_bytes",
     "tensor_types",
     "with_outputs",
     "without_weights",
@@ -48,10 +52,19 @@ _MAX_SHAPE_BYTES = 1024
 """Initializers up to this size stay in the model, because shape inference reads the values of some
 of them."""
 
+_MAX_SPLIT_ELEMENTS = 2**18
+"""Initializers with more elements are not copied while a graph is rewritten."""
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Return the size of a tensor's values, of at least 8 bits each."""
+    return math.prod(tensor.dims) * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
 
 def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
     """Return whether the weights have more than `limit` bytes."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > limit
+    in_memory = (tensor for tensor in model.graph.initializer if tensor.data_location != TensorProto.EXTERNAL)
+    return sum(tensor_bytes(tensor) for tensor in in_memory) > limit
 
 
 def infer_shapes(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> onnx.GraphProto:
@@ -104,11 +117,24 @@ def open_session(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> Any:
     return session_of(model, options, limit)
 
 
-def session_of(model: onnx.ModelProto, options: Any, limit: int = LIMIT_BYTES) -> Any:
-    """Return an InferenceSession on the CPU with the given `onnxruntime.SessionOptions`."""
+def session_of(
+    model: onnx.ModelProto,
+    options: Any,
+    limit: int = LIMIT_BYTES,
+    weights: Mapping[str, onnx.TensorProto] | None = None,
+) -> Any:
+    """Return an InferenceSession on the CPU.
+
+    Args:
+        model: the model.
+        options: the `onnxruntime.SessionOptions`.
+        limit: see `is_large`.
+        weights: the weights that `split_weights` took out of the model.
+    """
     import onnxruntime as ort
 
-    if not is_large(model, limit):
+    weights = weights or {}
+    if not weights and not is_large(model, limit):
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     light = _without_initializers(model)
     names, values = [], []
@@ -119,12 +145,41 @@ def session_of(model: onnx.ModelProto, options: Any, limit: int = LIMIT_BYTES) -
         reference = light.graph.initializer.add(
             name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
         )
-        for key, value in (("location", "in memory"), ("offset", "0"), ("length", str(len(tensor.raw_data)))):
+        array = numpy_helper.to_array(weights.get(tensor.name, tensor))
+        for key, value in (("location", "in memory"), ("offset", "0"), ("length", str(array.nbytes))):
             reference.external_data.add(key=key, value=value)
         names.append(tensor.name)
-        values.append(ort.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor)))
+        values.append(ort.OrtValue.ortvalue_from_numpy(array))
     options.add_external_initializers(names, values)
     return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def split_weights(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
+    """Return a copy of the model whose largest initializers have no data, and these by name.
+
+    Rewriting the copy is cheap. The weights belong to `model` and are not copied.
+    """
+    light = _without_initializers(model)
+    weights = {}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) > _MAX_SPLIT_ELEMENTS:
+            light.graph.initializer.add(
+                name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
+            )
+            weights[tensor.name] = tensor
+        else:
+            light.graph.initializer.append(tensor)
+    return light, weights
+
+
+def join_weights(model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto]) -> onnx.ModelProto:
+    """Return a copy of a model from `split_weights` with its weights."""
+    full = onnx.ModelProto()
+    full.CopyFrom(model)
+    for tensor in full.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(weights[tensor.name])
+    return full
 
 
 def first_output(session: Any, batch: NDArray[Any]) -> NDArray[Any]:
@@ -168,7 +223,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _is_weight(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_location == TensorProto.EXTERNAL or len(tensor.raw_data) > _MAX_SHAPE_BYTES
+    return tensor.data_location == TensorProto.EXTERNAL or tensor_bytes(tensor) > _MAX_SHAPE_BYTES
 
 
 def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:

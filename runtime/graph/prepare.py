@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from runtime.errors import ModelFileError, first_line
 from runtime.graph.batch import BATCH_NAME, open_reshapes, set_batch
 from runtime.graph.equivalence import Layout, Reference, image_input
 from runtime.graph.heads import OutputForm, output_form, reshape_output, select_output
-from runtime.graph.model import check
+from runtime.graph.model import check, split_weights
 from runtime.graph.optimize import optimize
 from runtime.graph.shapes import annotate, fold_shape_values, infer
 from runtime.graph.standard import name_nodes, remove_unused, standard_form
@@ -75,12 +76,13 @@ def prepare_classifier(
     notes: list[str] = []
     image = image_input(model)
     chosen = layout or _find_layout(image)
-    standard = standard_form(model, size)
+    light, weights = split_weights(model)
+    standard = standard_form(light, size)
     select_output(standard, output)
     remove_unused(standard)
     _set_input(standard, chosen, notes)
     reference = Reference(model, standard.graph.output[0].name, chosen, size)
-    prepared = _with_open_batch(standard, reference, notes)
+    prepared = _with_open_batch(standard, weights, reference, notes)
     fold_shape_values(prepared)
     remove_unused(prepared)
     name_nodes(prepared)
@@ -143,12 +145,14 @@ def _insert_transpose(model: onnx.ModelProto, name: str) -> None:
     graph.node.insert(0, node)
 
 
-def _with_open_batch(model: onnx.ModelProto, reference: Reference, notes: list[str]) -> onnx.ModelProto:
+def _with_open_batch(
+    model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto], reference: Reference, notes: list[str]
+) -> onnx.ModelProto:
     """Return the optimized graph, with an open batch size if it works for any batch size."""
     batch = reference.batch
     counts = sorted({1, batch, batch + 1})
     try:
-        opened = optimize(set_batch(model, 0))
+        opened = optimize(set_batch(model, 0), weights)
         if reference.agrees(opened, counts):
             if reference.is_fixed:
                 notes.append(f"the fixed batch size {batch} is now open")
@@ -159,7 +163,7 @@ def _with_open_batch(model: onnx.ModelProto, reference: Reference, notes: list[s
             return opened
     except ModelFileError:
         pass  # the graph is only valid for the batch size that it declares
-    fixed = optimize(set_batch(model, batch))
+    fixed = optimize(set_batch(model, batch), weights)
     if not reference.agrees(fixed, [batch]):
         raise ModelFileError(
             "the prepared graph does not compute what the original graph computes; expected equal outputs on random "

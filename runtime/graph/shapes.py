@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +28,8 @@ _MAX_ELEMENTS = 1024
 """Largest tensor that is computed: shapes are much smaller."""
 _SHAPE_OPS = frozenset(
     {
-        *(
-            "Abs",
-            "Add",
-            "And",
-            "Cast",
-            "Ceil",
-            "Clip",
-            "Concat",
-            "Constant",
-            "ConstantOfShape",
-            "Div",
-            "Equal",
-            "Expand",
-            "Floor",
-        ),
+        *("Abs", "Add", "And", "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Div", "Equal"),
+        *("Expand", "Floor"),
         *("Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg"),
         *("Not", "Or", "Range", "ReduceMax", "ReduceMin", "ReduceProd", "Reshape", "ScatterND", "Slice", "Split"),
         *("Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
@@ -88,7 +76,8 @@ def infer(model: onnx.ModelProto, batch: int, size: tuple[int, int] | None = Non
             graph = onnx.shape_inference.infer_shapes(light, data_prop=True, strict_mode=True).graph
         except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+            with suppress(onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+                graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
             break
         if not _compute(light, _known_shapes(graph), values):
             break
@@ -116,8 +105,14 @@ def batch_problem(model: onnx.ModelProto, batch: int, size: tuple[int, int] | No
 
 def shape_values(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> dict[str, NDArray[Any]]:
     """Return the values that depend on the image size only, not on the image or the batch size."""
-    first, second = (infer(model, batch, size).values for batch in (2, 3))
-    return {name: value for name, value in first.items() if name in second and np.array_equal(value, second[name])}
+    sizes = shape_of(graph_inputs(model.graph)[0].type.tensor_type)
+    batches = (sizes[0],) if sizes and sizes[0] > 0 else (1, 2, 3)
+    first, *others = (infer(model, batch, size).values for batch in batches)
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in other and np.array_equal(value, other[name]) for other in others)
+    }
 
 
 def fold_shape_values(model: onnx.ModelProto) -> None:

@@ -64,7 +64,8 @@ def separate_weights(model: onnx.ModelProto) -> None:
     constants = set()
     for tensor in graph.initializer:
         constants.add(tensor.name)
-        if not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
+        is_here = tensor.data_location != onnx.TensorProto.EXTERNAL
+        if is_here and not tensor.HasField("raw_data") and tensor.data_type != onnx.TensorProto.STRING:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
     inputs = [value for value in graph.input if value.name not in constants]
     del graph.input[:]
@@ -164,8 +165,9 @@ def _rewrite_without_weights(
     inputs = [value for value in result.graph.input if value.name not in names]
     del result.graph.input[:]
     result.graph.input.extend(inputs)
-    result.graph.initializer.extend(weights)
-    result.metadata_props.clear()
+    for tensor in weights:
+        result.graph.initializer.add().CopyFrom(tensor)  # extend fails above 2 GiB
+    del result.metadata_props[:]
     result.metadata_props.extend(model.metadata_props)
     return result
 
@@ -182,6 +184,8 @@ def convert_opset(model: onnx.ModelProto, size: tuple[int, int] | None = None) -
     later = _newer_nodes(model, opset)
     for node in later:
         node.domain = _LATER
+    if later:
+        model.opset_import.append(helper.make_opsetid(_LATER, 1))
     annotate(model, size)  # an old Softmax becomes a new one only if its input's rank is known
     try:
         result = _rewrite_without_weights(model, lambda light: version_converter.convert_version(light, OPSET))
@@ -194,6 +198,9 @@ def convert_opset(model: onnx.ModelProto, size: tuple[int, int] | None = None) -
     for node in result.graph.node:
         if node.domain == _LATER:
             node.domain = ""
+    imported = [(entry.domain, entry.version) for entry in result.opset_import if entry.domain != _LATER]
+    del result.opset_import[:]
+    result.opset_import.extend(helper.make_opsetid(*entry) for entry in imported)
     return result
 
 

@@ -158,7 +158,7 @@ def node_macs(model: Any) -> dict[str, int]:
             spec's size is used.
 
     Returns:
-        Node name → MACs, in graph order; empty if shapes are unknown.
+        Node name → MACs, in graph order, of the nodes whose shapes are known.
     """
     from runtime.graph.shapes import infer
 
@@ -171,7 +171,7 @@ def node_macs(model: Any) -> dict[str, int]:
             continue
         data, weight, output = (shapes.get(name, ()) for name in (*node.input[:2], node.output[0]))
         if not (data and weight and output) or min(*data, *weight, *output) <= 0:
-            return {}
+            continue
         if node.op_type == "ConvTranspose":
             count = math.prod(data) * math.prod(weight[1:])
         elif node.op_type == "Conv":

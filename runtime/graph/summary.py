@@ -117,13 +117,15 @@ def work_of(path: Path) -> tuple[dict[str, int], int]:
     Returns:
         Number of float nodes by output precision (`fp32`, `fp16`, `bf16`), and the
         multiply-accumulates of all convolutions and matrix products. An open image size counts as
-        the spec's size. The MACs are 0 if shapes are unknown.
+        the spec's size. The MACs are 0 if a shape is unknown.
 
     Raises:
         BackendUnavailable, ModelFileError: see `read_onnx`.
     """
     model = read_onnx(path)
-    return _nodes_by_precision(model), sum(node_macs(model).values())
+    macs = node_macs(model)
+    layers = sum(node.op_type in WEIGHTED_OPS for node in model.graph.node)
+    return _nodes_by_precision(model), sum(macs.values()) if len(macs) == layers else 0
 
 
 def _nodes_by_precision(model: Any) -> dict[str, int]:

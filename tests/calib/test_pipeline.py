@@ -16,6 +16,7 @@ from calib.prepare import read_float_model
 from export.config import EngineConfig, ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.errors import ConfigError
+from runtime.graph.foreign import ForeignOptions
 from runtime.graph.model import run_batches, tensor_types
 from runtime.graph.rounding import with_roundings
 from tests.support.digit_files import write_digits
@@ -78,7 +79,14 @@ def test_from_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, t
     assert result.engine_info.precision == "int8"
     assert result.reduced_parity.agreement >= 0.95
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("model.onnx", "model.int8.onnx", "model.int8.json", "calib.json", "export.json", "model.int8.ranges.png"),
+        *(
+            "model.onnx",
+            "model.int8.onnx",
+            "model.int8.json",
+            "model.int8.calib.json",
+            "export.json",
+            "model.int8.ranges.png",
+        ),
         *("model.int8.engine", "model.int8.engine.json"),
     }
 
@@ -87,10 +95,10 @@ def test_from_a_checkpoint_to_an_int8_engine(trained: FitResult, digits: Path, t
 def test_a_manifest_reproduces_the_files_byte_for_byte(exported: Path, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     first = calibrate_file(exported, digits, tmp_path / "m.int8.onnx", CalibrationConfig(images=40))
-    second = calibrate_file(exported, tmp_path / "calib.json", tmp_path / "again" / "m.int8.onnx")
+    second = calibrate_file(exported, tmp_path / "m.int8.calib.json", tmp_path / "again" / "m.int8.onnx")
     assert first.images == second.images
     assert len(first.images.images) == 40
-    for name in ("m.int8.onnx", "m.int8.json", "calib.json"):
+    for name in ("m.int8.onnx", "m.int8.json", "m.int8.calib.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -103,14 +111,30 @@ def test_the_returned_graph_is_the_written_file_with_roundings(exported: Path, d
     np.testing.assert_array_equal(run_batches(result.rounded, [images]), expected)
 
 
+def test_two_calibrations_in_one_folder_keep_their_images(digits: Path, tmp_path: Path) -> None:
+    source = tmp_path / "m.onnx"
+    onnx.save(classifier(), source)
+    foreign = ForeignOptions(mean=(0.5,) * 3, std=(0.2,) * 3)
+    for count in (33, 40):
+        target = tmp_path / f"m{count}.onnx"
+        calibrate_file(source, digits, target, CalibrationConfig(images=count, half=False), foreign=foreign)
+    for count in (33, 40):
+        manifest = tmp_path / f"m{count}.calib.json"
+        assert len(calibration_set(manifest).images) == count
+        manifest.rename(tmp_path / "calib.json")  # as earlier versions called it
+        assert len(calibration_set(tmp_path / "calib.json").images) == count
+
+
 def test_the_output_path_must_not_overwrite_another_file(digits: Path, tmp_path: Path) -> None:
     source = tmp_path / "m.onnx"
     onnx.save(classifier(), source)
     result = CliRunner().invoke(main, ["calibrate", str(source), "--data", str(digits), "--out", str(source)])
     assert result.exit_code == 2
     assert "the output path must differ from the input" in result.stderr
-    for name in ("calib.onnx", "m.engine"):
-        with pytest.raises(ConfigError, match=r"the output path must be NAME\.onnx, with a NAME other than calib"):
+    for name in ("calib.onnx", "m.calib.onnx", "m.engine"):
+        with pytest.raises(
+            ConfigError, match=r"the output path must be NAME\.onnx, with a NAME that does not end in calib"
+        ):
             calibrate_file(source, digits, tmp_path / name)
 
 

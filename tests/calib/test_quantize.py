@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import runtime
 from calib.placement import points_of, residual_inputs
+from calib.precision import to_reduced
 from calib.quantize import quantize, quantize_weight, scale_of
 from calib.thresholds import LEVELS
 from runtime.graph.model import run_batches
@@ -140,3 +141,51 @@ def test_an_engine_of_a_quantized_graph_is_int8(tmp_path: Path) -> None:
     onnx.save(quantized, tmp_path / "m.onnx")
     info = runtime.build(tmp_path / "m.onnx", options=runtime.BuildOptions(precision="int8"), sm=(89,))
     assert (info.precision, info.precision_shares) == ("int8", {"int8": 1.0})
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 20.0), (0.5, 0.25), (1.0, 0.0)])
+def test_a_corrected_bias_is_divided_by_the_factor_of_the_bias(alpha: float, beta: float) -> None:
+    body = f"p = GlobalAveragePool(input) f = Flatten(p) logits = Gemm <alpha = {alpha}, beta = {beta}> (f, w, b)"
+    model = graph(body, w=np.ones((3, 4)), b=np.arange(4))
+    assert_shifted_by_correction(model, "Gemm_2")
+
+
+@pytest.mark.parametrize(
+    "tail", ["logits = MatMul(f, w)", "m = MatMul(f, w) logits = Add(m, b)", "m = MatMul(f, w) logits = Relu(m)"]
+)
+def test_a_matrix_product_without_a_bias_gets_one(tail: str) -> None:
+    model = graph(f"p = GlobalAveragePool(input) f = Flatten(p) {tail}", w=np.ones((3, 4)), b=np.arange(4))
+    if "b" not in model.graph.node[-1].input:
+        del model.graph.initializer[1]
+    quantized = assert_shifted_by_correction(model, "MatMul_2")
+    adds = [node for node in quantized.graph.node if node.op_type == "Add"]
+    assert len(adds) == 1
+
+
+def assert_shifted_by_correction(model: onnx.ModelProto, node: str) -> onnx.ModelProto:
+    """Check that a correction of a layer is added to its output; return the quantized model."""
+    correction = np.asarray([1.0, 2.0, 3.0, 4.0])
+    points = points_of(model)
+    plain = quantize(model, points, {"f": 3.0})
+    corrected = quantize(model, points, {"f": 3.0}, biases={node: correction})
+    batch = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32) + 1
+    difference = run_batches(corrected, [batch]) - run_batches(plain, [batch])
+    np.testing.assert_allclose(difference, np.broadcast_to(correction, (3, 4)), atol=1e-5)
+    return corrected
+
+
+@pytest.mark.parametrize("suffix", ["_scale", "_zero", "_int8", "_dequantized", "_quantize"])
+def test_names_of_the_graph_are_not_used_again(suffix: str) -> None:
+    model = graph(
+        f"""r = Relu(input) "r{suffix}" = Neg(r) a = Conv(r, w) b = Conv("r{suffix}", "w{suffix}")
+        s = Add(a, b) p = GlobalAveragePool(s) logits = Flatten(p)""".replace('"', ""),
+        **{"w": np.ones((4, 3, 1, 1)), f"w{suffix}": np.full((4, 3, 1, 1), 0.5)},
+    )
+    model.graph.node[1].name = f"r{suffix}"
+    thresholds = {"r": 3.0, f"r{suffix}": 3.0}
+    quantized = quantize(model, points_of(model), thresholds)
+    batch = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    np.testing.assert_allclose(run_batches(quantized, [batch]), run_batches(model, [batch]), atol=0.05)
+    half = to_reduced(quantized, "fp16")
+    names = [node.name for node in half.graph.node]
+    assert len(set(names)) == len(names)

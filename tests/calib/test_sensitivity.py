@@ -4,12 +4,13 @@ import itertools
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from calib.config import CalibrationConfig
 from calib.placement import points_of
 from calib.ptq import Calibrated, calibrate
 from calib.quantize import quantize
-from calib.sensitivity import expected_loss, measure_sensitivity
+from calib.sensitivity import HeldOut, expected_loss, measure_sensitivity, meet_budget
 from runtime.graph.model import run_batches
 from tests.support.networks import graph
 
@@ -105,3 +106,33 @@ def test_an_unreachable_budget_results_in_the_smallest_loss_of_all_choices() -> 
     assert min(losses.values()) > 0.01
     assert found.fallback.chosen.loss == pytest.approx(min(losses.values()))
     assert losses[()] > 10 * found.fallback.chosen.loss
+
+
+def test_probabilities_cost_what_their_logits_cost() -> None:
+    """Taken for logits, probabilities would all be similar, and every loss would be small."""
+    plain = network(second=3000.0)
+    body = """a = Conv <pads = [1, 1, 1, 1]> (input, w1) r = Relu(a) b = Conv(r, w2) s = Relu(b)
+        c = Conv(s, w3) p = GlobalAveragePool(c) f = Flatten(p) logits = Softmax <axis = 1> (f)"""
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in plain.graph.initializer}
+    pixels = images()
+    found = [calibrated(model, pixels, 0.0001).fallback for model in (plain, graph(body, **weights))]
+    assert found[0] is not None and found[1] is not None
+    assert found[0].trials[0].loss > 0
+    assert found[1].trials[0].loss == pytest.approx(found[0].trials[0].loss, rel=1e-3)
+    assert found[1].sensitivity == pytest.approx(found[0].sensitivity, rel=1e-2, abs=1e-6)
+
+
+def test_layers_of_unknown_size_stay_in_int8_if_the_budget_allows_it() -> None:
+    """All choices then have the same share of multiply-accumulates."""
+    model, pixels = network(second=3000.0), images()
+    points = [dataclasses.replace(point, macs=0) for point in points_of(model)]
+    thresholds = calibrated(model, pixels, 100.0).thresholds
+    known = meet_budget(model, lambda some: quantize(model, some, thresholds), points_of(model), 0.02, held(pixels))
+    found = meet_budget(model, lambda some: quantize(model, some, thresholds), points, 0.02, held(pixels))
+    assert found.met
+    within = [len(trial.floating) for trial in found.trials if trial.loss <= found.budget]
+    assert len(found.chosen.floating) == min(within) <= len(known.chosen.floating)
+
+
+def held(pixels: np.ndarray) -> HeldOut:
+    return {"clean": lambda: iter([pixels])}

@@ -57,7 +57,7 @@ def test_a_page_is_built_from_a_checkpoint_and_resumed(checkpoint: Path, data: P
     results = [json.loads(path.read_text()) for path in sorted((work / "evaluation").glob("*.json"))]
     assert [result["model"]["precision"] for result in results] == ["fp32", "fp32", "int8"]
     assert [result["reference"] is None for result in results] == [True, False, False]
-    calibrated = json.loads((work / "int8" / "calib.json").read_text())
+    calibrated = json.loads((work / "int8" / "model.int8.calib.json").read_text())
     assert len(calibrated["images"]) == 18
     by_class = [name.split("/")[0] for name, _ in calibrated["images"]]
     assert [by_class.count(color) for color in COLORS] == [6, 6, 6]

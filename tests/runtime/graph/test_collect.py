@@ -9,6 +9,7 @@ from runtime.errors import DataError
 from runtime.graph.collect import collect, collect_amax, collect_channel_amax
 from runtime.graph.compare import tensor_values
 from runtime.graph.model import run_batches
+from runtime.graph.structure import rename_tensors
 from tests.support.networks import classifier
 
 
@@ -71,3 +72,11 @@ def test_ranges_without_images_are_an_error(network: onnx.ModelProto) -> None:
         collect_amax(network, [])
     with pytest.raises(DataError, match="cannot measure ranges without images"):
         collect_channel_amax(network, [], ["a"])
+
+
+def test_names_that_begin_like_our_own_are_measured_too(network: onnx.ModelProto) -> None:
+    expected = collect_amax(network, [images()])
+    rename_tensors(network.graph, {"a": "advprop_range/input"})
+    found = collect_amax(network, [images()])
+    assert list(found.values()) == list(expected.values())
+    assert found["advprop_range/input"] == expected["a"]

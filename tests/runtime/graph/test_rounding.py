@@ -12,6 +12,7 @@ from calib.precision import to_reduced
 from runtime.graph.compare import tensor_values
 from runtime.graph.model import run_batches
 from runtime.graph.rounding import rounded_file, with_roundings
+from runtime.graph.structure import rename_tensors
 from tests.support.networks import graph
 
 IMAGES = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
@@ -71,3 +72,11 @@ def test_a_file_is_rounded_only_if_it_has_narrow_tensors(tmp_path: Path, precisi
     content = rounded_file(tmp_path / "reduced.onnx")
     assert isinstance(content, bytes)
     np.testing.assert_array_equal(run_batches(onnx.ModelProto.FromString(content), [IMAGES]), rounded(reduced))
+
+
+@pytest.mark.parametrize("suffix", ["/rounded", "/unrounded", "/narrow"])
+def test_names_that_end_like_our_own_are_rounded_too(suffix: str) -> None:
+    model = to_reduced(network(), "fp16")
+    expected = rounded(model)
+    rename_tensors(model.graph, {"r": f"a{suffix}"})
+    np.testing.assert_array_equal(rounded(model), expected)
