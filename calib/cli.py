@@ -75,6 +75,7 @@ def _preprocessing(given: dict[str, Any]) -> Preprocessing | None:
         std=given["std"],
         interpolation=given["interpolation"] or "bicubic",
         crop_pct=given["crop_pct"] or 0.875,
+        exif="upright",
     )
 
 

@@ -10,7 +10,9 @@ from runtime.backends.open import open_backend, open_folder
 from runtime.backends.open import warm_up as run_warm_up
 from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
+from runtime.errors import ConfigError
 from runtime.session import Session
+from runtime.system.decode import MAX_PIXELS
 
 __all__ = ["load"]
 
@@ -24,6 +26,7 @@ def load(
     warm_up: Sequence[int] = (),
     batching: Batching | None = None,
     engine: EngineOptions = EngineOptions(),  # noqa: B008  # frozen
+    max_pixels: int = MAX_PIXELS,
 ) -> Session:
     """Load a model file.
 
@@ -42,6 +45,8 @@ def load(
             away from requests. An engine always runs the optimal and largest batch of each profile.
         batching: how `submit`, `arun` and related methods form batches (default: `Batching()`).
         engine: settings of an engine; ONNX files ignore them.
+        max_pixels: maximum size of an encoded image, width times height. The size is read from the
+            image's header: larger images raise DataError and are not decoded.
 
     Raises:
         ModelFileError: the file is missing, is not a supported model, was modified, or is an engine
@@ -50,6 +55,8 @@ def load(
         RunFailed: the GPU is out of memory.
         ConfigError: an argument has an invalid value.
     """
+    if max_pixels < 1:
+        raise ConfigError(f"max_pixels must be at least 1; found {max_pixels}")
     file = Path(path)
     cpu_threads = threads if isinstance(threads, Threads) else Threads(intra=threads)
     skipped: tuple[str, ...] = ()
@@ -62,4 +69,4 @@ def load(
     except BaseException:
         opened.close()
         raise
-    return Session(opened, file, batching, skipped)
+    return Session(opened, file, batching, skipped, max_pixels)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ConfigError
+from runtime.spec import EXIF_RULES
 
 if TYPE_CHECKING:
     from train.recipes import Recipe
@@ -72,6 +73,9 @@ class DataConfig:
     img_size: int | None = None
     """Height and width of the network's input, in pixels (default: the model's own, or smaller if
     the images are smaller)."""
+    exif: str = "upright"
+    """EXIF orientation of photographs: `upright` applies it, as viewers do; `ignore` does not, as in
+    torchvision and timm. The model file records it for calibration, evaluation and serving."""
     crop_scale: tuple[float, float] | None = None
     """Range of the area share that a random training crop covers (default: by image size)."""
     auto_augment: str = ""
@@ -90,6 +94,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self.img_size is None or self.img_size >= 8, "data.img_size", "at least 8 pixels", self.img_size)
+        _check(self.exif in EXIF_RULES, "data.exif", " or ".join(EXIF_RULES), self.exif)
         _check(self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers)
 
     @property

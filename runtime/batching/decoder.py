@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from runtime.batching.batcher import Batcher
 from runtime.batching.queue import Request
 from runtime.errors import SessionClosed
-from runtime.preprocessing import ImageLike
 from runtime.system.calls import mark_worker_thread
+from runtime.system.decode import ImageLike
 
 __all__ = ["Decoder"]
 

@@ -6,7 +6,6 @@ or the number of processes of its computation, so merged shards equal a single r
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +72,7 @@ def describe(
             "batch_size": batch_size,
             "preprocessing": {
                 key: list(value) if isinstance(value, tuple) else value
-                for key, value in dataclasses.asdict(model.spec.preprocessing).items()
+                for key, value in model.spec.preprocessing.to_dict().items()
             },
         },
         "versions": library_versions(model, corruptions=suite.table is not None),

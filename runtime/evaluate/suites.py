@@ -25,6 +25,9 @@ _KNOWN = (*CORRUPTIONS, *EXTRAS)
 _IMAGENET_C_GROUPS = ("noise", "blur", "weather", "digital", "extra")
 """Folders of the corruptions if each tar file of ImageNet-C was extracted into its own folder."""
 
+_ANY_FOLDER = ("imagenet", "cifar10", "corruptions")
+"""Suites that read any CLASS/IMAGE folder; the others are published test sets."""
+
 Layout = Callable[[Opening], list[Cell]]
 """Lists the cells of a set."""
 
@@ -76,6 +79,8 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
         # Images of --clean keep their preprocessing; clean images of `corruptions` follow --resize.
         kept = () if config.name == "corruptions" else (CLEAN,)
         cells = [cell if cell.id in kept else replace(cell, resize=config.resize) for cell in cells]
+    if config.name not in _ANY_FOLDER:
+        cells = [replace(cell, published=cell.id != CLEAN) for cell in cells]
     found = {cell.id for cell in cells} | {cell.id.split("/")[0] for cell in cells}
     missing = [name for name in config.only if name not in found]
     if missing or not cells:
