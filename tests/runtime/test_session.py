@@ -131,8 +131,8 @@ def test_predict_fails_if_the_spec_has_another_number_of_classes(tmp_path: Path)
     ("name", "content", "expected"),
     [
         ("none.onnx", None, "no such model file"),
-        ("text.onnx", b"hello", "ONNX Runtime cannot load"),
-        ("empty.onnx", b"", "ONNX Runtime cannot load"),
+        ("text.onnx", b"hello", "text.onnx is not an ONNX file, or is truncated"),
+        ("empty.onnx", b"", "empty.onnx is not an ONNX file: it is empty"),
         ("model.engine", b"plan", "no such file: .*model.engine.json; build it again: advprop build"),
     ],
 )

@@ -20,6 +20,7 @@ from runtime.device.driver import Cuda, load_bindings
 from runtime.device.views import DeviceView
 from runtime.errors import BackendUnavailable, InputError, ModelFileError, first_line
 from runtime.graph.summary import CALIBRATION_KEY
+from runtime.graph.validation import check_file
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.cpu import has_exact_int8
 from runtime.system.gpu import Gpu, find_gpu
@@ -75,6 +76,7 @@ class OnnxRuntimeBackend(Backend):
         providers = choose_providers(ort, device, None if device == "cpu" else detect_gpu(), tensorrt=tensorrt)
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
+        check_file(path)
         loading = _Loading.plan(path, providers, threads, exact)
         session = loading.open(ort)
         failure, fix = providers.start_failure(session)
