@@ -177,3 +177,18 @@ def test_addresses_in_memory_are_not_weights(tmp_path: Path) -> None:
     """ONNX Runtime marks tensors that it holds in memory with this location."""
     with pytest.raises(ModelFileError, match="no such file"):
         runtime.load(save(external("*/_ORT_MEM_ADDR_/*"), tmp_path / "a.onnx"))
+
+
+@pytest.mark.parametrize("location", ["ABSOLUTE", "../secret", "link"])
+def test_onnx_runtime_itself_refuses_weights_outside_the_folder(tmp_path: Path, location: str) -> None:
+    """The lower bound in pyproject.toml is the first release that does: a file that changes after
+    our check is not read either."""
+    import onnxruntime
+
+    (tmp_path / "secret").write_bytes(np.zeros(108, np.float32).tobytes())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "link").symlink_to(tmp_path / "secret")
+    model = external(str(tmp_path / "secret") if location == "ABSOLUTE" else location)
+    path = save(model, tmp_path / "model" / "a.onnx")
+    with pytest.raises(Exception, match="External data path"):
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
