@@ -244,7 +244,7 @@ def _from_manifest(path: Path) -> CalibrationSet:
         )
     except FileNotFoundError as error:
         raise DataError(f"no such calibration manifest: {path}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a calibration manifest ({error})") from error

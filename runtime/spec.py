@@ -153,8 +153,8 @@ class ModelSpec:
                 fields.
         """
         try:
-            if len(text) > _MAX_CHARACTERS:
-                raise ValueError(f"it has {len(text):,} characters")
+            if not isinstance(text, str) or len(text) > _MAX_CHARACTERS:
+                raise ValueError(f"expected a text of at most {_MAX_CHARACTERS:,} characters")
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SpecError(f"the spec in {where} is not JSON ({error})", fix="export the model again") from error

@@ -16,7 +16,7 @@ and plain values are unpickled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,31 @@ FORMAT = "advprop.checkpoint/1"
 _MAGIC = (b"PK\x03\x04", b"\x80")
 """First bytes of the files that torch writes: a zip archive, or up to torch 1.5 a pickle."""
 _REQUIRED = ("arch", "model_kwargs", "recipe", "spec", "state_dict", "epoch", "step", "sample")
+
+
+def _are_weights(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_sample(value: object) -> bool:
+    images = value.get("images") if isinstance(value, Mapping) else None
+    return isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.dim() == 4
+
+
+_VALID: Mapping[str, Callable[[Any], bool]] = {
+    "arch": lambda value: isinstance(value, str),
+    "recipe": lambda value: isinstance(value, str),
+    "spec": lambda value: isinstance(value, str),
+    "state_dict": _are_weights,
+    "ema_state_dict": lambda value: value is None or _are_weights(value),
+    "epoch": lambda value: isinstance(value, int),
+    "step": lambda value: isinstance(value, int),
+    "metrics": lambda value: value is None or (isinstance(value, list) and all(isinstance(row, dict) for row in value)),
+    "sample": _is_sample,
+}
+"""Key → whether a value is valid. Keys that only a resumed run reads are not listed."""
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -72,6 +97,11 @@ def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if key not in content]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; train again, or use another checkpoint")
+    invalid = [key for key, is_valid in _VALID.items() if not is_valid(content.get(key))]
+    if invalid:
+        raise CheckpointError(
+            f"{path} is damaged: invalid {', '.join(invalid)}; train again, or use another checkpoint"
+        )
     checkpoint: dict[str, Any] = content
     return checkpoint
 

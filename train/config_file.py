@@ -104,11 +104,11 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         if option is type(None):
             if value is None:
                 return None
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+        elif option is float and _is_number(value):
             return float(value)
         elif option is Path and isinstance(value, str | Path):
             return Path(value).expanduser()
-        elif typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+        elif typing.get_origin(option) is tuple and isinstance(value, list | tuple) and all(map(_is_number, value)):
             return tuple(float(item) for item in value)
         elif typing.get_origin(option) is dict and isinstance(value, Mapping):
             return dict(value)
@@ -116,6 +116,11 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             return value
     expected = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
     raise ConfigError(f"{name} must be {expected}; found {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and (value != value or abs(value) < 2**1023)
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

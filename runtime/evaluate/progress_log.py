@@ -72,7 +72,7 @@ class ProgressLog:
                 break
             try:
                 self._restore(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
                 break
             valid += len(line)
         return valid

@@ -15,7 +15,7 @@ from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, corrupt, table_for
 from runtime.evaluate.images import LabeledImages, image_files
 from runtime.evaluate.labels import IMAGENET_A, IMAGENET_R, among, by_cifar_number, by_imagenet_number
 from runtime.spec import ModelSpec, Preprocessing
-from runtime.system.image_sources import ArraySource, class_folders, open_array
+from runtime.system.image_sources import ArraySource, class_folders, open_array, read_array
 
 __all__ = ["SUITES", "Suite", "open_suite"]
 
@@ -203,10 +203,7 @@ def _limit_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledIm
 def _array_labels(path: Path, images: Path, count: int) -> list[int]:
     if not path.is_file():
         raise DataError(f"no such file: {path}; expected the labels of CIFAR-10-C there")
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is not a complete .npy file ({error}); copy or download it again") from error
+    labels = read_array(path)
     if labels.shape != (count,) or count == 0 or count % len(SEVERITIES) or labels.dtype.kind not in "iu":
         raise DataError(
             f"{path}: expected an integer for each of the {count} images of {images.name}, a fifth of them per "

@@ -206,12 +206,12 @@ def _external_file(path: Path, location: str) -> Path:
     try:
         # A model may be a link to a folder that holds the weights too, as in Hugging Face's cache.
         folders = {path.parent.resolve(), path.resolve().parent}
-        inside = not folders.isdisjoint(file.resolve().parents)
+        inside, exists = not folders.isdisjoint(file.resolve().parents), file.is_file()
     except (ValueError, OSError, RuntimeError):  # a NUL in the name, or a loop of links
-        inside = False
+        inside = exists = False
     if not inside:
         raise ModelFileError(f"{path} refers to weights outside its folder, which is not allowed: {str(file)!r}")
-    if not file.is_file():
+    if not exists:
         raise ModelFileError(f"{path} needs its weights next to it: no such file: {file}")
     return file
 

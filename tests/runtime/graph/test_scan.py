@@ -12,7 +12,7 @@ import runtime
 from runtime.errors import ModelFileError
 from runtime.graph.read import read_onnx
 from runtime.graph.summary import summarize
-from tests.support.fuzzing import MODEL
+from tests.support.fuzz_models import MODEL
 from tests.support.networks import classifier
 
 READERS: dict[str, Callable[[Path], object]] = {"load": runtime.load, "inspect": summarize, "build": runtime.build}

@@ -21,7 +21,7 @@ from runtime.engine.sidecar import write_sidecar
 from runtime.evaluate.table import result_table
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 from runtime.system.console import clean, engine_bar, print_json, progress_bars, set_up_logging, status
-from tests.support.fuzzing import INFO
+from tests.support.fuzz_models import INFO
 
 HOSTILE = "cat\x1b[2J\x1b]0;title\x07[/] [bold red]dog[/bold] \x9b31m\u202etxt.exe\x7f\r"
 """Clears the screen, sets its title, closes and opens markup, colors, and reverses text."""
