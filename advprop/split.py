@@ -13,8 +13,8 @@ from runtime.errors import ConfigError, DataError
 from runtime.evaluate.cells import Cell, SuiteConfig
 from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.suites import open_suite
-from runtime.preprocessing import decode
 from runtime.spec import ModelSpec
+from runtime.system.decode import decode
 from runtime.system.files import sha256_file
 from runtime.system.image_sources import FolderSource
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.preprocessing import decode
+from runtime.system.decode import decode
 from train.checkpoint import load_checkpoint
 from train.data import ImageSet, embedded_digits
 

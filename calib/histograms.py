@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from runtime.errors import DataError
 from runtime.graph.model import is_large, open_session, with_outputs
-from runtime.system.cache import entries, limit_bytes, prune, remove_leftovers
-from runtime.system.files import atomic_write, cache_folder
+from runtime.system.cache import entries, limit_bytes, private_folder, prune, remove_leftovers
+from runtime.system.files import atomic_write
 
 __all__ = ["BINS", "Histogram", "cache_file", "collect_histograms", "load_histograms", "save_histograms"]
 
@@ -134,13 +134,23 @@ def collect_histograms(
             values = dict(zip(names, outputs, strict=True)) | {input_name: batch}
             list(pool.map(lambda name, values=values: _count(histograms[name], values[name], name), histograms))
             if cache and seen - saved >= _SAVE_INTERVAL:
-                save_histograms(cache, histograms, seen)
+                cache = _save_or_warn(cache, histograms, seen)
                 saved = seen
     if not seen:
         raise DataError("calibration needs at least one batch of images; found none")
     if cache and seen > max(saved, known_images):
-        save_histograms(cache, histograms, seen)
+        _save_or_warn(cache, histograms, seen)
     return histograms
+
+
+def _save_or_warn(cache: Path, histograms: Mapping[str, Histogram], seen: int) -> Path | None:
+    """Save histograms and return `cache`; None if it cannot be written, with a warning."""
+    try:
+        save_histograms(cache, histograms, seen)
+    except OSError as error:  # includes OutputError
+        log.warning("the calibration goes on without a cache, so it cannot resume: %s", error)
+        return None
+    return cache
 
 
 def _count(histogram: Histogram, values: NDArray[np.float32], name: str) -> None:
@@ -153,20 +163,23 @@ def _count(histogram: Histogram, values: NDArray[np.float32], name: str) -> None
 def cache_file(model: onnx.ModelProto, images_sha256: str) -> Path | None:
     """Return the path at which the histograms of this model on these images are cached.
 
-    Returns None for models larger than 2 GiB, and if `ADVPROP_CACHE_GB` disables the cache.
+    Returns None for models larger than 2 GiB, and if the cache is disabled or must not be used.
     """
     if is_large(model) or limit_bytes() == 0:
         return None
+    folder = private_folder("histograms")
+    if folder is None:
+        return None
     digest = hashlib.sha256(f"{_CACHE_FORMAT} {BINS} {images_sha256}".encode())
     digest.update(model.SerializeToString(deterministic=True))
-    return cache_folder("histograms") / f"{digest.hexdigest()}.npz"
+    return folder / f"{digest.hexdigest()}.npz"
 
 
 def save_histograms(path: Path, histograms: Mapping[str, Histogram], images: int) -> None:
     """Write histograms counted over `images` images, and delete old files over the size limit.
 
     Raises:
-        OutputError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     content: dict[str, np.ndarray] = {
         "images": np.asarray(images),

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ConfigError, DataError, nearest
-from runtime.preprocessing import Preprocessor, decode, fit_to_input
+from runtime.preprocessing import Preprocessor, decode_and_fit, fit_to_input
 from runtime.spec import Preprocessing
+from runtime.system.decode import decode
 from runtime.system.files import write_text
 from runtime.system.image_sources import ImageSource, open_source, spread
 
@@ -95,9 +96,7 @@ class CalibrationSet:
         with open_source(self.source) as reader:
             for start in range(0, len(chosen), size):
                 few = chosen[start : start + size]
-                fitted = [
-                    fit_to_input(decode(reader.read(image.name), reader.describe(image.name)), spec) for image in few
-                ]
+                fitted = [decode_and_fit(reader.read(image.name), spec, reader.describe(image.name)) for image in few]
                 for kind in kinds:
                     pixels = fitted
                     if kind == "corrupted":
@@ -245,7 +244,7 @@ def _from_manifest(path: Path) -> CalibrationSet:
         )
     except FileNotFoundError as error:
         raise DataError(f"no such calibration manifest: {path}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a calibration manifest ({error})") from error

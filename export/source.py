@@ -21,7 +21,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from runtime.errors import CheckpointError, ConfigError, DataError
-from runtime.preprocessing import decode, fit_to_input
+from runtime.preprocessing import decode_and_fit
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
 from runtime.system.image_sources import image_paths, spread
@@ -213,7 +213,7 @@ def _load_images(folder: Path, spec: Preprocessing, count: int) -> NDArray[np.ui
     fitted = []
     for path in spread(paths, count):
         try:
-            fitted.append(fit_to_input(decode(path), spec))
+            fitted.append(decode_and_fit(path, spec))
         except DataError as error:
             log.warning("skipped: %s", error)
     if not fitted:

@@ -17,6 +17,7 @@ from runtime.errors import ConfigError
 from runtime.graph.foreign import convert_command
 from runtime.session import Session
 from runtime.spec import ModelSpec
+from runtime.system.decode import MAX_PIXELS
 
 __all__ = ["load"]
 
@@ -31,6 +32,7 @@ def load(
     batching: Batching | None = None,
     engine: EngineOptions = EngineOptions(),  # noqa: B008  # frozen
     spec: ModelSpec | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Session:
     """Load a model file.
 
@@ -51,6 +53,8 @@ def load(
         batching: how `submit`, `arun` and related methods form batches (default: `Batching()`).
         engine: settings of an engine; ONNX files ignore them.
         spec: description of a file of another tool, which contains none.
+        max_pixels: maximum size of an encoded image, width times height. The size is read from the
+            image's header: larger images raise DataError and are not decoded.
 
     Raises:
         ModelFileError: the file is missing, is not a supported model, was modified, or is an engine
@@ -59,6 +63,8 @@ def load(
         RunFailed: the GPU is out of memory.
         ConfigError: an argument has an invalid value.
     """
+    if max_pixels < 1:
+        raise ConfigError(f"max_pixels must be at least 1; found {max_pixels}")
     file = Path(path)
     cpu_threads = threads if isinstance(threads, Threads) else Threads(intra=threads)
     skipped: tuple[str, ...] = ()
@@ -73,7 +79,7 @@ def load(
     except BaseException:
         opened.close()
         raise
-    return Session(opened, file, batching, skipped)
+    return Session(opened, file, batching, skipped, max_pixels)
 
 
 def _describe(backend: Backend, spec: ModelSpec, file: Path) -> None:

@@ -8,108 +8,42 @@ Shape suffixes: N images, C channels, H height, W width.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
 from runtime.spec import ModelSpec, Preprocessing
+from runtime.system.decode import MAX_PIXELS, ImageLike, decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "ImageLike",
-    "Preprocessor",
-    "decode",
-    "fit_to_input",
-    "image_size",
-    "normalize",
-]
-
-_MAX_PIXELS = 100_000_000
-"""Maximum size of an intermediate image. An image one pixel wide could otherwise exhaust the
-memory."""
-
-ImageLike: TypeAlias = "str | PathLike[str] | bytes | NDArray[np.uint8] | Image"
-"""A path, the bytes of an encoded file, a uint8 array, RGB (H, W, 3) or gray (H, W), or a PIL
-image."""
+__all__ = ["Preprocessor", "decode_and_fit", "fit_to_input", "normalize"]
 
 
-def decode(image: ImageLike, name: str = "the image") -> Image:
-    """Return an image as an RGB PIL image.
+def decode_and_fit(
+    image: ImageLike, spec: Preprocessing, name: str = "the image", max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """Decode an image of any size, and resize and crop it to the network's input size.
 
     Args:
-        image: a path, the bytes of an encoded file, a uint8 array or a PIL image.
+        image: an image, as `runtime.system.decode.decode` reads it.
+        spec: the network's preprocessing. Its `exif` decides about the EXIF orientation.
         name: name of encoded bytes in error messages.
+        max_pixels: maximum size of an encoded image.
+
+    Returns:
+        uint8 RGB of shape (spec.height, spec.width, 3).
 
     Raises:
-        DataError: the file does not exist, is not an image or is truncated, or the array has the
-            wrong dtype or shape.
+        DataError: see `decode` and `fit_to_input`.
     """
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    if not isinstance(image, str | PathLike | bytes):
-        raise DataError(
-            f"expected an image as a path, bytes, a uint8 array or a PIL image; found {type(image).__name__}"
-        )
-    with _open(image, name) as opened:
-        return opened.convert("RGB")
-
-
-def image_size(image: ImageLike) -> tuple[int, int]:
-    """Return (width, height) in pixels. Files are not decoded.
-
-    Raises:
-        DataError: see `decode`.
-    """
-    if isinstance(image, str | PathLike | bytes):
-        with _open(image) as opened:
-            return opened.size
-    return decode(image).size
-
-
-@contextmanager
-def _open(image: str | PathLike[str] | bytes, name: str = "the image") -> Iterator[Image]:
-    """Open an encoded image. Errors here and inside the context are converted to DataError."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not isinstance(image, bytes):
-        name = str(Path(image))
-    try:
-        source: Any = io.BytesIO(image) if isinstance(image, bytes) else name
-        with Image.open(source) as opened:
-            yield opened
-    except FileNotFoundError as error:
-        raise DataError(f"no such image file: {name}") from error
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        reason = "Pillow does not recognize its format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"cannot decode {name}: {reason}") from error
-
-
-def _from_array(array: NDArray[Any]) -> Image:
-    from PIL import Image
-
-    gray = array.ndim == 2
-    color = array.ndim == 3 and array.shape[2] == 3
-    if array.dtype != np.uint8 or not (gray or color) or array.size == 0:
-        raise DataError(
-            f"an image array must be uint8 of shape (height, width, 3), RGB, or (height, width); "
-            f"found {array.dtype} of shape {array.shape}. Pass preprocessed tensors to Session.run"
-        )
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    return fit_to_input(decode(image, name, exif=spec.exif, max_pixels=max_pixels), spec)
 
 
 def fit_to_input(image: Image, spec: Preprocessing) -> NDArray[np.uint8]:
@@ -129,12 +63,12 @@ def fit_to_input(image: Image, spec: Preprocessing) -> NDArray[np.uint8]:
     scaled_h = math.floor(spec.height / spec.crop_pct)
     scaled_w = math.floor(spec.width / spec.crop_pct)
     if spec.crop_mode == "squash":
-        image = image.resize((scaled_w, scaled_h), resample)
+        image = _resize(image, (scaled_w, scaled_h), resample)
     elif spec.crop_mode == "center" and scaled_h == scaled_w:
         image = _resize_short_side(image, scaled_h, resample)
     else:
         image = _resize_keep_ratio(image, scaled_h, scaled_w, spec.crop_mode, resample)
-    fill = [round(255 * value) for value in spec.mean] if spec.crop_mode == "border" else [0, 0, 0]
+    fill = [min(max(round(255 * value), 0), 255) for value in spec.mean] if spec.crop_mode == "border" else [0, 0, 0]
     return _crop_or_pad(np.asarray(image), spec.height, spec.width, fill)
 
 
@@ -144,12 +78,7 @@ def _resize_short_side(image: Image, size: int, resample: Any) -> Image:
         return image
     short, long = min(width, height), max(width, height)
     new_long = int(size * long / short)
-    if size * new_long > _MAX_PIXELS:
-        raise DataError(
-            f"an image of {width}×{height} pixels is too long and narrow to classify: before cropping it would be "
-            f"resized to {size}×{new_long}, which exceeds {_MAX_PIXELS / 1e6:.0f} megapixels"
-        )
-    return image.resize((size, new_long) if width <= height else (new_long, size), resample)
+    return _resize(image, (size, new_long) if width <= height else (new_long, size), resample)
 
 
 def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, resample: Any) -> Image:
@@ -158,9 +87,16 @@ def _resize_keep_ratio(image: Image, height: int, width: int, crop_mode: str, re
     ratio_h, ratio_w = image_h / height, image_w / width
     ratio = max(ratio_h, ratio_w) if crop_mode == "border" else min(ratio_h, ratio_w)
     size = (max(1, round(image_w / ratio)), max(1, round(image_h / ratio)))
-    if size[0] * size[1] > _MAX_PIXELS:
-        raise DataError(f"an image of {image_w}×{image_h} pixels is too long and narrow to classify")
-    return image if size == image.size else image.resize(size, resample)
+    return image if size == image.size else _resize(image, size, resample)
+
+
+def _resize(image: Image, size: tuple[int, int], resample: Any) -> Image:
+    if size[0] * size[1] > MAX_PIXELS:  # an image one pixel wide could exhaust the memory
+        raise DataError(
+            f"an image of {image.width}×{image.height} pixels is too long and narrow to classify: before cropping it "
+            f"would be resized to {size[0]}×{size[1]}, which exceeds {MAX_PIXELS / 1e6:.0f} megapixels"
+        )
+    return image.resize(size, resample)
 
 
 def _crop_or_pad(image_HWC: NDArray[np.uint8], height: int, width: int, fill: Sequence[int]) -> NDArray[np.uint8]:
@@ -205,11 +141,13 @@ class Preprocessor:
     """Input size, crop, interpolation, mean and standard deviation."""
     input_form: str = "float32 NCHW"
     """Input of the model file, one of `runtime.spec.INPUT_FORMS`."""
+    max_pixels: int = MAX_PIXELS
+    """Maximum size of an encoded image, in pixels."""
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Preprocessor:
+    def of(cls, spec: ModelSpec, max_pixels: int = MAX_PIXELS) -> Preprocessor:
         """Return the preprocessor of a model file."""
-        return cls(spec.preprocessing, spec.input_form)
+        return cls(spec.preprocessing, spec.input_form, max_pixels)
 
     def __call__(self, images: Sequence[ImageLike]) -> NDArray[Any]:
         """Decode, resize, crop and convert images.
@@ -231,7 +169,7 @@ class Preprocessor:
         Raises:
             DataError: an image cannot be decoded; the message names it.
         """
-        fitted = [fit_to_input(decode(image), self.spec) for image in images]
+        fitted = [decode_and_fit(image, self.spec, max_pixels=self.max_pixels) for image in images]
         return np.stack(fitted) if fitted else np.empty((0, self.spec.height, self.spec.width, 3), np.uint8)
 
     def convert(self, images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:

@@ -25,9 +25,10 @@ from runtime.device.arrays import DeviceArray
 from runtime.errors import ConfigError, InputError, SessionClosed, SpecError
 from runtime.graph.foreign import convert_command
 from runtime.prediction import Prediction, predictions_of, softmax
-from runtime.preprocessing import ImageLike, Preprocessor
+from runtime.preprocessing import Preprocessor
 from runtime.spec import ModelSpec
 from runtime.system.calls import CallTracker, in_worker_thread
+from runtime.system.decode import MAX_PIXELS, ImageLike
 
 __all__ = ["Prediction", "Session", "SessionStats", "softmax"]
 
@@ -64,7 +65,12 @@ class Session:
     """
 
     def __init__(
-        self, backend: Backend, source: Path, batching: Batching | None = None, skipped: Sequence[str] = ()
+        self,
+        backend: Backend,
+        source: Path,
+        batching: Batching | None = None,
+        skipped: Sequence[str] = (),
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Wrap a loaded `backend`.
 
@@ -73,9 +79,11 @@ class Session:
             source: the model file, for messages.
             batching: see `load`.
             skipped: why other files were not loaded, one line each, for `explain`.
+            max_pixels: see `load`.
         """
         self._source = source
         self._skipped = tuple(skipped)
+        self._max_pixels = max_pixels
         self._backend = backend
         self._calls = CallTracker(f"the session on {source}")
         self._close_failed = False
@@ -301,7 +309,7 @@ class Session:
         return outputs
 
     def _prepare(self, images: Sequence[ImageLike], spec: ModelSpec) -> NDArray[Any]:
-        batch = Preprocessor.of(spec)(images).astype(self._backend.input.dtype, copy=False)
+        batch = Preprocessor.of(spec, self._max_pixels)(images).astype(self._backend.input.dtype, copy=False)
         self._backend.check_form(batch)
         return batch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from runtime.errors import ConfigError, SpecError
 
 __all__ = [
     "CROP_MODES",
+    "EXIF_RULES",
     "INPUT_FORMS",
     "INTERPOLATIONS",
     "METADATA_KEY",
@@ -35,8 +36,13 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 INPUT_FORMS = ("float32 NCHW", "float16 NCHW", "uint8 NCHW", "uint8 NHWC")
 OUTPUT_FORMS = ("logits", "probs", "topk")
 CROP_MODES = ("center", "squash", "border")
+EXIF_RULES = ("upright", "ignore")
 
 _MAX_IMAGE_SIZE = 8192
+_MAX_RESIZED_PIXELS = 100_000_000
+_MAX_NUMBER = 1e6
+_MAX_CHARACTERS = 2**23
+"""Maximum length of a spec's JSON. 100,000 class names need about half of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +65,33 @@ class Preprocessing:
     """timm's crop mode: `center` (resize the short side, then crop), `squash` (resize both sides,
     then crop) or `border` (resize the long side, then pad with the mean)."""
 
+    exif: str = "ignore"
+    """What happens to the EXIF orientation of photographs, one of EXIF_RULES: `upright` applies it,
+    as viewers do; `ignore` does not, as in torchvision and timm."""
+
     def __post_init__(self) -> None:
-        _require(self.height > 0 and self.width > 0, "height and width", "positive pixels", self)
-        for name in ("mean", "std"):
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            valid = type(size) is int and 0 < size <= _MAX_IMAGE_SIZE
+            _require(valid, name, f"a whole number of pixels from 1 to {_MAX_IMAGE_SIZE}", size)
+        for name, lowest in (("mean", -_MAX_NUMBER), ("std", 1 / _MAX_NUMBER)):
             values = getattr(self, name)
-            valid = len(values) == 3 and all(math.isfinite(value) for value in values)
-            _require(valid, name, "three finite numbers", values)
-        _require(min(self.std) > 0, "std", "numbers above zero", self.std)
+            valid = isinstance(values, tuple) and len(values) == 3 and all(_in_range(one, lowest) for one in values)
+            _require(valid, name, f"three numbers from {lowest:g} to {_MAX_NUMBER:g}", values)
         _require(self.interpolation in INTERPOLATIONS, "interpolation", INTERPOLATIONS, self.interpolation)
-        _require(0 < self.crop_pct <= 2, "crop_pct", "a number in (0, 2]", self.crop_pct)
+        valid = _in_range(self.crop_pct, 1e-6) and self.crop_pct <= 2
+        _require(valid, "crop_pct", "a number above 0, at most 2", self.crop_pct)
+        valid = self.height * self.width / self.crop_pct**2 <= _MAX_RESIZED_PIXELS
+        _require(valid, "crop_pct", f"at most {_MAX_RESIZED_PIXELS:,} pixels before the crop", self.crop_pct)
         _require(self.crop_mode in CROP_MODES, "crop_mode", CROP_MODES, self.crop_mode)
+        _require(self.exif in EXIF_RULES, "exif", EXIF_RULES, self.exif)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON, without `exif` if it is `ignore`, as in earlier versions."""
+        fields = dataclasses.asdict(self)
+        if self.exif == "ignore":
+            del fields["exif"]
+        return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +122,14 @@ class ModelSpec:
     """SHA-256 of the checkpoint that the file was exported from; empty in the checkpoint itself."""
 
     def __post_init__(self) -> None:
+        for name in ("arch", "dataset", "recipe", "route", "checkpoint_sha256"):
+            _require(_is_text(getattr(self, name)), name, "text", getattr(self, name))
         _require(bool(self.arch), "arch", "the name of an architecture", self.arch)
+        for name in ("classes", "wnids"):
+            texts = getattr(self, name)
+            _require(isinstance(texts, tuple) and all(map(_is_text, texts)), name, "a list of names", texts)
         _require(len(self.classes) >= 2, "classes", "at least two names", self.classes)
+        _require(isinstance(self.preprocessing, Preprocessing), "preprocessing", "an object", self.preprocessing)
         _require(self.input_form in INPUT_FORMS, "input_form", INPUT_FORMS, self.input_form)
         _require(self.output_form in OUTPUT_FORMS, "output_form", OUTPUT_FORMS, self.output_form)
         valid = not self.wnids or len(self.wnids) == len(self.classes)
@@ -108,7 +137,7 @@ class ModelSpec:
 
     def to_json(self) -> str:
         """Return the spec as compact JSON with sorted keys. Equal specs return equal text."""
-        content = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        content = {"schema": SCHEMA, **dataclasses.asdict(self), "preprocessing": self.preprocessing.to_dict()}
         return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
@@ -124,8 +153,10 @@ class ModelSpec:
                 fields.
         """
         try:
+            if not isinstance(text, str) or len(text) > _MAX_CHARACTERS:
+                raise ValueError(f"expected a text of at most {_MAX_CHARACTERS:,} characters")
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"the spec in {where} is not JSON ({error})", fix="export the model again") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
@@ -193,6 +224,19 @@ def _with_tuples(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
+def _in_range(value: object, lowest: float) -> bool:
+    """Return whether a value is a number from `lowest` to _MAX_NUMBER, and not NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= _MAX_NUMBER
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is text that can be written as UTF-8."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
 def _require(condition: bool, field: str, expected: object, found: object) -> None:
     if not condition:
-        raise SpecError(f"{field} of a model spec: found {found!r}, expected {expected}")
+        raise SpecError(f"{field} of a model spec: found {reprlib.repr(found)}, expected {expected}")

@@ -24,7 +24,8 @@ from rich.table import Table
 
 import runtime
 from export.source import load_source
-from runtime.preprocessing import Preprocessor, decode
+from runtime.preprocessing import Preprocessor
+from runtime.system.decode import decode
 from train.data import ImageSet, embedded_digits
 
 NO_ENGINE = 3

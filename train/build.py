@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.errors import ConfigError, DataError, first_line
-from runtime.preprocessing import decode, fit_to_input
+from runtime.preprocessing import decode_and_fit
 from runtime.spec import Preprocessing
 from train.attack import LinfPGD
 from train.checkpoint import load_checkpoint
@@ -244,7 +244,7 @@ def make_sample(data: ImageData, spec: Preprocessing) -> dict[str, torch.Tensor]
     labels: list[int] = []
     for image, label in data.val.probe(count):
         with contextlib.suppress(DataError):  # validation reports images that cannot be decoded
-            images.append(fit_to_input(decode(image), spec))
+            images.append(decode_and_fit(image, spec))
             labels.append(label)
     if not images:
         raise DataError(f"none of {min(count, len(data.val))} validation images of {data.name} can be decoded")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,36 @@ log = logging.getLogger(__name__)
 FORMAT = "advprop.checkpoint/1"
 _MAGIC = (b"PK\x03\x04", b"\x80")
 """First bytes of the files that torch writes: a zip archive, or up to torch 1.5 a pickle."""
-_REQUIRED = {
-    **dict.fromkeys(("arch", "recipe", "spec"), str),
-    **dict.fromkeys(("model_kwargs", "state_dict", "sample"), dict),
-    **dict.fromkeys(("epoch", "step"), int),
-}
-"""Keys of every checkpoint, and the types of their values."""
+_REQUIRED = ("arch", "recipe", "spec", "model_kwargs", "state_dict", "sample", "epoch", "step")
+"""Keys of every checkpoint."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that DistributedDataParallel, torch.compile and training frameworks add to all keys."""
+
+
+def _are_weights(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_sample(value: object) -> bool:
+    images = value.get("images") if isinstance(value, Mapping) else None
+    return isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.dim() == 4
+
+
+_VALID: Mapping[str, Callable[[Any], bool]] = {
+    "arch": lambda value: isinstance(value, str),
+    "recipe": lambda value: isinstance(value, str),
+    "spec": lambda value: isinstance(value, str),
+    "model_kwargs": lambda value: isinstance(value, dict),
+    "state_dict": _are_weights,
+    "ema_state_dict": lambda value: value is None or _are_weights(value),
+    "epoch": lambda value: isinstance(value, int),
+    "step": lambda value: isinstance(value, int),
+    "metrics": lambda value: value is None or (isinstance(value, list) and all(isinstance(row, dict) for row in value)),
+    "sample": _is_sample,
+}
+"""Key → whether a value is valid. Keys that only a resumed run reads are not listed."""
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -92,13 +114,11 @@ def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if key not in content]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; train again, or use another checkpoint")
-    for key, kind in _REQUIRED.items():
-        if not isinstance(content[key], kind):
-            raise CheckpointError(
-                f"{path} is damaged: {key} must be of type {kind.__name__}; found {type(content[key]).__name__}"
-            )
-    if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
-        raise CheckpointError(f"{path} is damaged: its state_dict must hold tensors only")
+    invalid = [key for key, is_valid in _VALID.items() if not is_valid(content.get(key))]
+    if invalid:
+        raise CheckpointError(
+            f"{path} is damaged: invalid {', '.join(invalid)}; train again, or use another checkpoint"
+        )
     checkpoint: dict[str, Any] = content
     return checkpoint
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from runtime.spec import EXIF_RULES
 from train.limits import check_fields, setting
 from train.recipes import Recipe, find_recipe
 
@@ -67,6 +68,9 @@ class DataConfig:
     img_size: int | None = setting(None, at_least=8, at_most=8192, unit="pixels")
     """Height and width of the network's input, in pixels (default: the model's own, or smaller if
     the images are smaller)."""
+    exif: str = setting("upright", one_of=EXIF_RULES)
+    """EXIF orientation of photographs: `upright` applies it, as viewers do; `ignore` does not, as in
+    torchvision and timm. The model file records it for calibration, evaluation and serving."""
     crop_scale: tuple[float, float] | None = setting(None, above=0, at_most=1)
     """Range of the area share that a random training crop covers (default: by image size)."""
     auto_augment: str = ""

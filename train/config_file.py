@@ -128,6 +128,11 @@ def _as_path(value: str | Path) -> str | Path:
         return value
 
 
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and (value != value or abs(value) < 2**1023)
+
+
 def to_mapping(config: Any) -> dict[str, Any]:
     """Return a config as nested dicts of TOML types, without the fields that are None.
 

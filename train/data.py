@@ -24,8 +24,8 @@ from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
 from runtime.errors import ConfigError, DataError
-from runtime.preprocessing import ImageLike, image_size
 from runtime.spec import Preprocessing
+from runtime.system.decode import ImageLike, image_size
 from runtime.system.image_sources import SUFFIXES, class_folders, find_images, spread, unread_format
 from train.config import DataConfig
 
@@ -323,4 +323,5 @@ def choose_preprocessing(data: ImageData, config: DataConfig, model_config: dict
         # If a small image is enlarged, cropping it would only lose information.
         crop_pct=1.0 if data.short_side <= size else float(model_config["crop_pct"]),
         crop_mode=model_config.get("crop_mode", "center"),
+        exif=config.exif,
     )

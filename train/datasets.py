@@ -17,7 +17,7 @@ from typing import Any, overload
 from timm.data import create_dataset
 
 from runtime.errors import ConfigError, DataError, first_line
-from runtime.preprocessing import ImageLike
+from runtime.system.decode import ImageLike
 from train.archives import find_archives, image_archives
 from train.config import DataConfig
 from train.data import (

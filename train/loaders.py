@@ -158,13 +158,13 @@ def train_loader(
     if isinstance(data.train, ImageStream):
         stream = data.train.open(True, batch_size, seed)
         stream.set_loader_cfg(num_workers=options["num_workers"])
-        streamed = StreamedSamples(stream, transforms, seed)
+        streamed = StreamedSamples(stream, transforms, seed, exif=spec.exif)
         # New workers in each epoch, because a worker learns the epoch only when it starts.
         loader = DataLoader(streamed, batch_size, drop_last=True, **options | {"persistent_workers": False})
         batches = len(stream) // (batch_size * world_size())
         _check_one_batch(batches, len(stream))
         return StreamBatches(loader, streamed, batches, spec, device)
-    samples = SeededSamples(data.train, transforms, seed, train=True)
+    samples = SeededSamples(data.train, transforms, seed, train=True, exif=spec.exif)
     _check_one_batch(len(samples) // (batch_size * world_size()), len(samples))
     sampler = EpochBatches(
         data.train.labels,
@@ -199,11 +199,11 @@ def eval_loader(
     """
     options = _loader_options(config, data, device)
     if isinstance(data.val, ImageStream):
-        streamed = StreamedSamples(data.val.open(False, batch_size, 0), [eval_transform(spec)], 0, every)
+        streamed = StreamedSamples(data.val.open(False, batch_size, 0), [eval_transform(spec)], 0, every, spec.exif)
         return Batches(DataLoader(streamed, batch_size, **options), spec, device)
     mine = slice(rank() * every, None, world_size() * every)
     samples = SeededSamples(
-        ImageSet(data.val.images[mine], data.val.labels[mine]), [eval_transform(spec)], 0, train=False
+        ImageSet(data.val.images[mine], data.val.labels[mine]), [eval_transform(spec)], 0, False, spec.exif
     )
     order = [(0, index) for index in range(len(samples))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

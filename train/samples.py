@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from runtime.errors import ConfigError, DataError, first_line
-from runtime.preprocessing import decode
+from runtime.system.decode import decode
 from train.balance import balanced_order
 from train.data import ImageSet
 
@@ -39,12 +39,15 @@ BAD_LABEL = -1
 class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
     """Decoded, augmented samples. An index is (epoch, position)."""
 
-    def __init__(self, images: ImageSet, transforms: Sequence[Transform], seed: int, train: bool) -> None:
+    def __init__(
+        self, images: ImageSet, transforms: Sequence[Transform], seed: int, train: bool, exif: str = "ignore"
+    ) -> None:
         """
         Args:
             images: encoded images with labels.
             transforms: one per view; several views are stacked before the channels.
             seed: seed of the augmentation.
+            exif: rule for the EXIF orientation, one of `runtime.spec.EXIF_RULES`.
             train: replace an image that cannot be decoded with the next one, so batches keep their
                 size. Otherwise return a black image with the label BAD_LABEL.
         """
@@ -52,6 +55,7 @@ class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
         self._transforms = transforms
         self._seed = seed
         self._train = train
+        self._exif = exif
         # 1 for each image that could not be decoded; worker processes share this memory.
         self.bad = torch.zeros(len(images.labels), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -72,7 +76,7 @@ class SeededSamples(Dataset[tuple[torch.Tensor, int]]):
 
     def _decode(self, index: int) -> Image.Image | None:
         try:
-            return decode(self._images.images[index])
+            return decode(self._images.images[index], exif=self._exif)
         except DataError:
             self.bad[index] = 1
             if int(self.bad.sum()) == len(self):
@@ -166,18 +170,22 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 class StreamedSamples(IterableDataset[tuple[torch.Tensor, int]]):
     """Augmented samples of a stream that timm reads. Each worker reads its own part."""
 
-    def __init__(self, stream: Any, transforms: Sequence[Transform], seed: int, every: int = 1) -> None:
+    def __init__(
+        self, stream: Any, transforms: Sequence[Transform], seed: int, every: int = 1, exif: str = "ignore"
+    ) -> None:
         """
         Args:
             stream: timm's IterableImageDataset.
             transforms: one per view; several views are stacked before the channels.
             seed: seed of the augmentation.
             every: use only every n-th image of the stream.
+            exif: rule for the EXIF orientation, one of `runtime.spec.EXIF_RULES`.
         """
         self._stream = stream
         self._transforms = transforms
         self._seed = seed
         self._every = every
+        self._exif = exif
         self._epoch = 0
 
     def start(self, epoch: int) -> None:
@@ -190,7 +198,7 @@ class StreamedSamples(IterableDataset[tuple[torch.Tensor, int]]):
         part = 0 if worker is None else worker.id
         for number, (image, label) in enumerate(itertools.islice(self._stream, 0, None, self._every)):
             with seeded(self._seed, self._epoch, part, number):
-                sample = _views(self._transforms, decode(image))
+                sample = _views(self._transforms, decode(image, exif=self._exif))
             yield sample, int(label)
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runtime.errors import BackendUnavailable
+from runtime.errors import BackendUnavailable, CheckpointError
 from runtime.spec import ModelSpec
 from train.recipes import MAIN
 
@@ -157,10 +157,13 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "moving average": "yes" if content.get("ema_state_dict") else "none",
         "trained for": f"{content['epoch']} epochs, {content['step']} steps",
     }
-    rows = [EpochMetrics(**row) for row in content.get("metrics") or ()]
-    if rows:
-        best = best_epoch(rows)
-        facts["best epoch"] = f"{best.epoch}: clean {best.top1:.1%}, under attack {best.top1_attacked:.1%}"
+    try:
+        rows = [EpochMetrics(**row) for row in content.get("metrics") or ()]
+        if rows:
+            best = best_epoch(rows)
+            facts["best epoch"] = f"{best.epoch}: clean {best.top1:.1%}, under attack {best.top1_attacked:.1%}"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: invalid metrics ({error})") from error
     return {**facts, "spec": ModelSpec.from_json(content["spec"], where=str(path))}
 
 

@@ -27,7 +27,7 @@ from runtime.system.command import (
     threads_option,
     with_options,
 )
-from runtime.system.console import print_lines, progress_bars, set_up_logging
+from runtime.system.console import print_json, print_lines, progress_bars, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -212,7 +212,7 @@ def _print_results(console: Console, results: list[AttackResult], out: Path, as_
         write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         written.append(str(path))
     if as_json:
-        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+        print_json(results)
         return
     console.print(attack_table(results))
     print_lines(console, (*attack_notes(results), f"wrote {', '.join(written)}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from runtime.system.command import (
     threads_option,
     with_options,
 )
-from runtime.system.console import print_lines, progress_bars, set_up_logging, status
+from runtime.system.console import print_json, print_lines, progress_bars, set_up_logging, status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,7 +159,7 @@ def _measure(console: Console, bench: Bench, out: Path, images: str, as_json: bo
 
     def show(result: dict[str, Any], written: list[Path]) -> None:
         if as_json:
-            click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+            print_json(result)
             return
         console.print(table_of(result))
         files = ", ".join(path.name for path in written)

@@ -11,7 +11,7 @@ import click
 
 from runtime.errors import OutputError
 from runtime.system.command import Command, Group, json_option, with_options
-from runtime.system.console import set_up_logging
+from runtime.system.console import print_json, set_up_logging
 
 if TYPE_CHECKING:
     from runtime.system.cache import CacheEntry
@@ -51,19 +51,18 @@ def ls(as_json: bool) -> None:
     found = _entries()
     if as_json:
         rows = [dataclasses.asdict(entry) | {"content": _content(entry)} for entry in found]
-        click.echo(json.dumps(rows, indent=1, default=str))
+        print_json(rows)
         return
     if not found:
         click.echo("the cache is empty")
         return
     console = set_up_logging()
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("kind", "key", "content", "MB", "last used")
     for entry in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_s))
-        table.add_row(entry.kind, entry.key[:12], escape(_content(entry)), f"{entry.bytes / 1e6:.1f}", used)
+        table.add_row(entry.kind, entry.key[:12], _content(entry), f"{entry.bytes / 1e6:.1f}", used)
     console.print(table)
     console.print(f"{len(found)} entries, {sum(entry.bytes for entry in found) / 1e6:.1f} MB", highlight=False)
 
@@ -118,7 +117,7 @@ def _content(entry: CacheEntry) -> str:
         arch = content["spec"]["arch"] if content["spec"] else "network without a spec"
         targets = ", ".join(content["compute_capabilities"])
         return f"{arch} {content['precision']}, {content['flavor']} {content['version']}, {targets}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "damaged"
 
 

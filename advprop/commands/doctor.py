@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 
 import click
 
 from runtime.system.command import Command, json_option, with_options
-from runtime.system.console import set_up_logging
+from runtime.system.console import print_json, set_up_logging
 
 EXAMPLES = """
 Examples:
@@ -31,15 +30,15 @@ def main(as_json: bool) -> None:
 
     findings = run_checks()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings.values()], indent=1))
+        print_json([dataclasses.asdict(finding) for finding in findings.values()])
     else:
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("part", "state", "found", "fix")
         for finding in findings.values():
-            state = f"[{_COLORS[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.part, state, escape(finding.found), escape(finding.fix))
+            state = Text(finding.state, _COLORS[finding.state])
+            table.add_row(finding.part, state, finding.found, finding.fix)
         console.print(table)
     sys.exit(0 if findings["onnxruntime"].state == "ok" else 3)
 

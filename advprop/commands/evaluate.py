@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +27,7 @@ from runtime.system.command import (
     with_options,
     workers_option,
 )
-from runtime.system.console import print_lines, progress_bars, set_up_logging
+from runtime.system.console import print_json, print_lines, progress_bars, set_up_logging
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -277,7 +276,7 @@ def show_results(console: Console, results: list[Result], written: Sequence[Path
     from runtime.evaluate import result_notes, result_table
 
     if as_json:
-        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+        print_json(results)
         return
     console.print(result_table(results))
     print_lines(console, (*result_notes(results), f"wrote {', '.join(map(str, written))}"))

@@ -11,7 +11,7 @@ import click
 
 from runtime.graph.foreign import convert_command
 from runtime.system.command import Command, json_option, with_options
-from runtime.system.console import set_up_logging
+from runtime.system.console import print_json, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,7 @@ def main(file: Path, as_json: bool) -> None:
             "spec": json.loads(spec.to_json()) if spec else None,
             "layers": [dataclasses.asdict(layer) for layer in layers],
         }
-        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        print_json(content)
         return
     console.print(_table(file, {**facts, **_spec_facts(spec, file)}))
     if layers:
@@ -112,25 +112,23 @@ def _onnx_facts(file: Path) -> dict[str, Any]:
 
 
 def _table(file: Path, facts: Mapping[str, Any]) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("", show_header=True)
-    table.add_column(escape(str(file)), overflow="fold")
+    table.add_column(str(file), overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, escape(str(value)))
+        table.add_row(name, str(value))
     return table
 
 
 def _layer_table(layers: tuple[LayerReport, ...]) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("layer", "operator", "MACs", "quantized", "computed in", "reason", title="Layers of the engine")
     for layer in layers:
         macs = _scaled(layer.macs) if layer.macs else "unknown"
         quantized = "yes" if layer.quantized else "no"
-        table.add_row(escape(layer.node), layer.op, macs, quantized, layer.computes, escape(layer.why))
+        table.add_row(layer.node, layer.op, macs, quantized, layer.computes, layer.why)
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from runtime.errors import DataError
 from runtime.loading import load
 from runtime.session import Prediction, Session
 from runtime.system.command import Command, batch_size_option, device_option, json_option, with_options
-from runtime.system.console import set_up_logging
+from runtime.system.console import clean, print_json, set_up_logging
 from runtime.system.image_sources import image_paths
 
 EXAMPLES = """
@@ -41,14 +40,15 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
         for path, answer in _predict_each(session, paths, batch_size):
             if isinstance(answer, DataError):
                 failed += 1
-                click.echo(f"skipped: {answer}", err=True)
+                click.echo(clean(f"skipped: {answer}"), err=True)
                 continue
             ranked = [(session.spec.classes[index], probability) for index, probability in answer.top(top)]
             if as_json:
                 classes = [{"label": label, "probability": probability} for label, probability in ranked]
-                click.echo(json.dumps({"file": str(path), "classes": classes}, ensure_ascii=False))
+                print_json({"file": str(path), "classes": classes}, indent=None)
             else:
-                click.echo(f"{path}  " + "  ".join(f"{label} {probability:.1%}" for label, probability in ranked))
+                listed = "  ".join(f"{label} {probability:.1%}" for label, probability in ranked)
+                click.echo(clean(f"{path}  {listed}"))
     if failed:
         click.echo(f"error: {failed} of {len(paths)} images could not be decoded", err=True)
         sys.exit(DataError.exit_code)

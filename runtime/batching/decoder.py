@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from runtime.batching.batcher import Batcher
 from runtime.batching.queue import Request
 from runtime.errors import AdvPropError, RunFailed, SessionClosed, first_line
-from runtime.preprocessing import ImageLike
 from runtime.system.calls import ATTEMPTS, mark_worker_thread
+from runtime.system.decode import ImageLike
 
 __all__ = ["Decoder"]
 

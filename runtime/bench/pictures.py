@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.preprocessing import image_size
+from runtime.system.decode import image_size
 from runtime.system.image_sources import image_paths
 
 __all__ = ["SYNTHETIC", "encoded_images", "pixels"]

@@ -24,9 +24,10 @@ from runtime.device.driver import Cuda, load_bindings
 from runtime.errors import InputError
 from runtime.graph.read import sha256_onnx
 from runtime.prediction import predictions_of
-from runtime.preprocessing import Preprocessor, decode, normalize
+from runtime.preprocessing import Preprocessor, normalize
 from runtime.session import Session
 from runtime.spec import ModelSpec
+from runtime.system.decode import decode
 
 __all__ = [
     "EVENTS",

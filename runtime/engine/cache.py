@@ -20,8 +20,8 @@ from pathlib import Path
 
 from runtime.engine.sidecar import EngineInfo, put_engine, read_sidecar, sidecar_path
 from runtime.errors import ModelFileError, SpecError
-from runtime.system.cache import entries, limit_bytes, prune, remove_leftovers
-from runtime.system.files import cache_folder, link_or_copy
+from runtime.system.cache import entries, limit_bytes, private_folder, prune, remove_leftovers
+from runtime.system.files import link_or_copy
 from runtime.system.locks import file_lock
 
 __all__ = ["EngineCache", "engine_key"]
@@ -65,9 +65,13 @@ class EngineCache:
     """Maximum time to wait for another process that builds the same engine, in seconds."""
 
     @classmethod
-    def default(cls) -> EngineCache:
-        """Return the user's cache, with the settings `ADVPROP_CACHE` and `ADVPROP_CACHE_GB`."""
-        return cls(folder=cache_folder("engines"), max_bytes=limit_bytes())
+    def default(cls) -> EngineCache | None:
+        """Return the user's cache, with the settings `ADVPROP_CACHE` and `ADVPROP_CACHE_GB`.
+
+        None, with a warning, if it cannot be created, or other users could write to it.
+        """
+        folder = private_folder("engines")
+        return None if folder is None else cls(folder=folder, max_bytes=limit_bytes())
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:

@@ -80,6 +80,9 @@ class Cell:
     """The images before any corruption that the evaluation computes."""
     resize: str
     """`fit` or `none`."""
+    published: bool = False
+    """Whether this is a published test set, whose images are read as in its authors' code: without
+    the EXIF orientation."""
     corruption: tuple[str, int] | None = None
     """Name and severity of the corruption to compute during the evaluation."""
 

@@ -21,7 +21,7 @@ from runtime.evaluate.image_workers import Workers, use_one_core
 from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.measure import Counted, Measurement, Unit
 from runtime.evaluate.models import Model, ModelSource
-from runtime.preprocessing import decode
+from runtime.system.decode import decode
 
 __all__ = ["ClusterWorker", "Failure", "RemoteLogits"]
 

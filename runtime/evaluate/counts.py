@@ -32,6 +32,8 @@ GROUPS = 20
 NANO = 1_000_000_000
 """Confidences are stored in billionths."""
 
+_MAX_COUNT = 10**21
+
 Row = tuple[int, ...]
 
 
@@ -113,13 +115,26 @@ class Counts:
         try:
             fields = _rows(content)
             pairs = fields.pop("pairs")
-            return cls(**fields, pairs=None if pairs is None else Pairs(**_rows(pairs)))
-        except (KeyError, TypeError, AttributeError) as error:
+            counts = cls(**fields, pairs=None if pairs is None else Pairs(**_rows(pairs)))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"expected counts of an evaluation: {error}") from error
+        for field in ("bin_images", "group_images"):
+            if sum(getattr(counts, field)) != counts.images:
+                raise InputError(f"expected counts of an evaluation: {field} do not add up to {counts.images} images")
+        return counts
 
 
 def _rows(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    """Return `content` with its lists as tuples, after checking their lengths and all numbers."""
+    fields = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in content.items()}
+    for key, value in fields.items():
+        length = BINS if key.startswith("bin_") else GROUPS if "group_" in key else None
+        numbers = (value,) if length is None and key != "pairs" else value
+        if key != "pairs" and not all(type(number) is int and 0 <= number <= _MAX_COUNT for number in numbers):
+            raise ValueError(f"{key} must be whole numbers of at least 0")
+        if length is not None and len(numbers) != length:
+            raise ValueError(f"{key} must be {length} numbers; found {len(numbers)}")
+    return fields
 
 
 def _sum(left: Any, right: Any) -> dict[str, Any]:

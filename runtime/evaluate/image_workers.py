@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailable, DataError
 from runtime.evaluate.corruptions import corrupt
-from runtime.preprocessing import decode, fit_to_input
+from runtime.preprocessing import decode_and_fit
 from runtime.spec import Preprocessing
+from runtime.system.decode import decode
 from runtime.system.files import atomic_write, output_dir
 from runtime.system.image_sources import ImageSource
 
@@ -69,10 +70,10 @@ def load_block(
     Raises:
         DataError: an image cannot be decoded, or the images differ in size and may not be resized.
     """
-    decoded = (decode(source.read(name), source.describe(name)) for name in names)
+    files = ((source.read(name), source.describe(name)) for name in names)
     if resize == "fit":
-        return np.stack([fit_to_input(image, preprocessing) for image in decoded])
-    images = [np.asarray(image) for image in decoded]
+        return np.stack([decode_and_fit(content, preprocessing, described) for content, described in files])
+    images = [np.asarray(decode(*file, exif=preprocessing.exif)) for file in files]
     other = next((place for place, image in enumerate(images) if image.shape != images[0].shape), None)
     if other is not None:
         sizes = [f"{image.shape[1]}×{image.shape[0]} ({names[place]})" for place, image in enumerate(images)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ class Measurement:
 
         def load(base: Base) -> Future[NDArray[np.uint8]]:
             cell = base.cells[0]
-            return workers.submit(load_block, cell.images.source, base.names, preprocessing, cell.resize)
+            read_as = replace(preprocessing, exif="ignore") if cell.published else preprocessing
+            return workers.submit(load_block, cell.images.source, base.names, read_as, cell.resize)
 
         def variants() -> Iterator[tuple[Base, Cell, NDArray[np.uint8]]]:
             for base, images_NHWC in in_order(load, self.bases(units), workers.ahead):

@@ -88,12 +88,17 @@ class ProgressLog:
             try:
                 self._restore(json.loads(content))
             except DataError as error:
-                raise DataError(
-                    f"{self.path}, line {number}: {error}; two processes may have written to this file",
-                    fix=f"run the command again after: rm {self.path}",
-                ) from error
+                raise self._refused(number, error) from error
+            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+                raise self._refused(number, DataError("the entry has another format")) from error
             valid += len(line)
         return valid
+
+    def _refused(self, number: int, error: DataError) -> DataError:
+        return DataError(
+            f"{self.path}, line {number}: {error}; two processes may have written to this file",
+            fix=f"run the command again after: rm {self.path}",
+        )
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write an entry to disk and pass it to `restore`.

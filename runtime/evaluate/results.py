@@ -6,9 +6,9 @@ or the number of processes of its computation, so merged shards equal a single r
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ from runtime.system.files import write_text
 __all__ = [
     "FORMAT",
     "Result",
+    "check_result",
     "describe",
     "describe_model",
     "difference",
@@ -73,7 +74,7 @@ def describe(
             "batch_size": batch_size,
             "preprocessing": {
                 key: list(value) if isinstance(value, tuple) else value
-                for key, value in dataclasses.asdict(model.spec.preprocessing).items()
+                for key, value in model.spec.preprocessing.to_dict().items()
             },
         },
         "versions": library_versions(model, corruptions=suite.table is not None),
@@ -197,17 +198,58 @@ def read_result(path: Path) -> Result:
     """Read a result.
 
     Raises:
-        DataError: the file does not exist or is not a result of this version.
+        DataError: the file does not exist, is damaged, or is not a result of this version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected the result of an evaluation ({error})") from error
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMAT:
         raise DataError(f"{path}: expected the result of an evaluation, format {FORMAT!r}; found {found!r}")
-    result: Result = content
+    return check_result(content, path)
+
+
+def check_result(content: dict[str, Any], path: Path) -> Result:
+    """Return the result in a file of format FORMAT, with its metrics recomputed from its counts.
+
+    Raises:
+        DataError: a value is missing or invalid.
+    """
+    try:
+        result = finished(content)
+        for cell in result["cells"].values():
+            if Counts.from_dict(cell["counts"]).images < 1 and is_whole(result):
+                raise ValueError("a cell without images")
+            _check_types(cell, names_sha256=str, resize=str, images=int)
+            if not all(re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", part) for part in cell["parts"]):
+                raise ValueError("parts must be numbers such as 1/4")
+        _check_types(result, suite=str, settings=dict, versions=dict)
+        _check_types(result["model"], name=str, classes=int)
+        _check_types(result["data"], path=str, clean=str | None, skipped=list)
+        _check_types(result["settings"], seed=int, limit=int | None, table=str | None, preprocessing=dict)
+        _check_types(result["settings"], classes_asked=int, imagenet_classes=bool, batch_size=int)
+        if result["reference"] is not None:
+            _check_types(result["reference"], name=str)
+        if not result["cells"]:
+            raise ValueError("no cells")
+        texts = (*result["data"]["skipped"], *filter(None, result["versions"].values()))
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("skipped folders and versions must be text")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        what = f"missing {error.args[0]!r}" if isinstance(error, KeyError) else error
+        raise DataError(
+            f"{path} has format {FORMAT!r}, but it is damaged or was edited ({what}); evaluate again"
+        ) from error
     return result
+
+
+def _check_types(content: Mapping[str, Any], **types: Any) -> None:
+    """Raise KeyError or TypeError unless each key has a value of its type."""
+    for key, expected in types.items():
+        value = content[key]
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+            raise TypeError(f"{key} is a {type(value).__name__}")
 
 
 def merge(results: Sequence[Result]) -> Result:

@@ -15,7 +15,7 @@ from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, corrupt, table_for
 from runtime.evaluate.images import LabeledImages, image_files
 from runtime.evaluate.labels import IMAGENET_A, IMAGENET_R, among, by_cifar_number, by_imagenet_number
 from runtime.spec import ModelSpec, Preprocessing
-from runtime.system.image_sources import ArraySource, class_folders, open_array
+from runtime.system.image_sources import ArraySource, class_folders, open_array, read_array
 
 __all__ = ["SUITES", "Suite", "open_suite"]
 
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 _KNOWN = (*CORRUPTIONS, *EXTRAS)
 _IMAGENET_C_GROUPS = ("noise", "blur", "weather", "digital", "extra")
 """Folders of the corruptions if each tar file of ImageNet-C was extracted into its own folder."""
+
+_ANY_FOLDER = ("imagenet", "cifar10", "corruptions")
+"""Suites that read any CLASS/IMAGE folder; the others are published test sets."""
 
 Layout = Callable[[Opening], list[Cell]]
 """Lists the cells of a set."""
@@ -76,6 +79,8 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
         # Images of --clean keep their preprocessing; clean images of `corruptions` follow --resize.
         kept = () if config.name == "corruptions" else (CLEAN,)
         cells = [cell if cell.id in kept else replace(cell, resize=config.resize) for cell in cells]
+    if config.name not in _ANY_FOLDER:
+        cells = [replace(cell, published=cell.id != CLEAN) for cell in cells]
     found = {cell.id for cell in cells} | {cell.id.split("/")[0] for cell in cells}
     missing = [name for name in config.only if name not in found]
     if missing or not cells:
@@ -198,10 +203,7 @@ def _limit_rows(opening: Opening, images: LabeledImages, rows: int) -> LabeledIm
 def _array_labels(path: Path, images: Path, count: int) -> list[int]:
     if not path.is_file():
         raise DataError(f"no such file: {path}; expected the labels of CIFAR-10-C there")
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is not a complete .npy file ({error}); copy or download it again") from error
+    labels = read_array(path)
     if labels.shape != (count,) or count == 0 or count % len(SEVERITIES) or labels.dtype.kind not in "iu":
         raise DataError(
             f"{path}: expected an integer for each of the {count} images of {images.name}, a fifth of them per "

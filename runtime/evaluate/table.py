@@ -39,17 +39,17 @@ _ATTACK_ROWS = (UNATTACKED, *GRADIENT, SQUARE, WORST, NOISE)
 
 def result_table(results: Sequence[Result]) -> Table:
     """Return a table of evaluations with a column per model, and 95% intervals in brackets."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None)
     columns = [_column(result) for result in results]
-    table.add_column(str(results[0]["suite"]))
+    table.add_column(Text(str(results[0]["suite"])))
     for result in results:
-        table.add_column(escape(str(result["model"]["name"])), justify="right", overflow="fold")
+        table.add_column(Text(str(result["model"]["name"])), justify="right", overflow="fold")
     for row in dict.fromkeys([*_ROWS, *(row for column in columns for row in column)]):
         if any(row in column for column in columns):
-            table.add_row(row, *(escape(column.get(row, "")) for column in columns))
+            table.add_row(row, *(Text(column.get(row, "")) for column in columns))
     return table
 
 
@@ -122,20 +122,20 @@ def result_notes(results: Sequence[Result]) -> list[str]:
 
 def attack_table(results: Sequence[AttackResult]) -> Table:
     """Return a table of top-1 with 95% intervals: a row per attack, a column per model and ε."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None)
     table.add_column(f"top-1 on {results[0]['images']:,} images", no_wrap=True)
     columns: list[dict[str, str]] = []
     for result in results:
         for epsilon in result["settings"]["epsilons"]:
-            title = f"{escape(str(result['model']['name']))}\nε = {epsilon:g}/255"
+            title = Text(f"{result['model']['name']}\nε = {epsilon:g}/255")
             table.add_column(title, justify="right", overflow="fold")
             columns.append(_attack_column(result, epsilon))
     for row in _ATTACK_ROWS:
         if any(row in column for column in columns):
-            table.add_row(_attack_title(row, results), *(escape(column.get(row, "–")) for column in columns))
+            table.add_row(_attack_title(row, results), *(Text(column.get(row, "–")) for column in columns))
     return table
 
 

@@ -79,6 +79,7 @@ class ForeignOptions:
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
+            exif="upright",
         )
 
     def spec(self, arch: str, preprocessing: Preprocessing, classes: int, output_form: str) -> ModelSpec:

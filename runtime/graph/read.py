@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.errors import BackendUnavailable, ModelFileError
-from runtime.graph.validation import check_bytes, check_nodes, check_tensors, external_files, external_tensors
+from runtime.graph.validation import check_file, check_nodes, check_tensors, external_files, external_tensors
 from runtime.system.files import sha256_file
 
 __all__ = ["OnnxFile", "load_onnx", "read_onnx", "read_onnx_file", "sha256_onnx"]
@@ -82,8 +82,8 @@ def sha256_onnx(path: Path) -> str:
 def _content(path: Path) -> bytes:
     if not path.is_file():
         raise ModelFileError(f"no such ONNX file: {path}")
+    check_file(path)
     try:
-        check_bytes(path)
         return path.read_bytes()
     except OSError as error:
         raise ModelFileError(f"cannot read {path}: {error.strerror or error}") from error

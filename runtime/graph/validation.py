@@ -1,29 +1,26 @@
 """Check untrusted ONNX files before a native parser or an engine builder reads them.
 
 A small file can declare a lot: weights that it does not contain, a million nodes, shapes of 10⁹
-elements. No check here allocates memory in proportion to what a file declares. `check_bytes` runs
-on the raw bytes, the others on the parsed model.
+elements. No check here allocates memory in proportion to what a file declares. `check_file` runs on
+the raw bytes, the others on the parsed model.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import ModelFileError
+from runtime.graph.scan import MalformedError, TooLargeError, scan
 from runtime.graph.structure import graph_inputs, opset_of
 
-__all__ = ["check_bytes", "check_nodes", "check_tensors", "check_volumes", "external_files", "external_tensors"]
+__all__ = ["check_file", "check_nodes", "check_tensors", "check_volumes", "external_files", "external_tensors"]
 
 _MAX_BYTES = 2**31 - 1
 """Protobuf's limit; larger models store their weights externally."""
-_MAX_NODES = 100_000
-_MAX_ENTRIES = 1_000_000
-"""Nodes, initializers, inputs, outputs and shapes in a graph."""
 _MAX_ELEMENTS = 2**31 - 1
 """TensorRT's limit for one tensor."""
 _MAX_CONSTANT_ELEMENTS = 2**28
@@ -31,9 +28,6 @@ _MAX_CONSTANT_ELEMENTS = 2**28
 _MAX_DIMENSIONS = 64
 _MAX_SHAPE_ELEMENTS = 1024
 """Larger constants cannot be shapes; shape inference does not need their values."""
-
-_GRAPH, _NODE = 7, 1
-"""Field numbers in ModelProto and GraphProto."""
 
 _BITS = {
     "BOOL": 8, "DOUBLE": 64, "FLOAT": 32, "BFLOAT16": 16, "FLOAT16": 16, "COMPLEX64": 64, "COMPLEX128": 128,
@@ -45,35 +39,32 @@ _BITS = {
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 
 
-def check_bytes(path: Path) -> None:
-    """Limit the entries of the graph, which take up to fifty times more memory once parsed.
+def check_file(path: Path) -> None:
+    """Check the raw bytes of an ONNX file. Every reader calls it first, also before native code.
 
     Raises:
-        ModelFileError: the file is empty, larger than protobuf allows, truncated, or has too many
-            entries.
+        ModelFileError: the file is empty, larger than protobuf allows, truncated or unreadable, has
+            too many parts, or refers to weights outside its folder.
     """
-    size = path.stat().st_size
-    if size == 0:
-        raise ModelFileError(f"{path} is not an ONNX file: it is empty")
-    if size > _MAX_BYTES:
-        raise ModelFileError(
-            f"{path} has {size / 1e9:.1f} GB; an ONNX file has at most 2 GB. Store larger weights in an external file"
-        )
-    counts: Counter[int] = Counter()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
-            for number, start, end in _fields(content, 0, size):
-                if number != _GRAPH:
-                    continue
-                for entry, _, _ in _fields(content, start, end):
-                    counts[entry] += 1
-                    if counts[_NODE] > _MAX_NODES or counts.total() > _MAX_ENTRIES:
-                        raise ModelFileError(
-                            f"{path} has more than {_MAX_NODES:,} nodes or {_MAX_ENTRIES:,} entries; "
-                            "rejected, because no classifier is that large"
-                        )
-        except _MalformedError as error:
-            raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise ModelFileError(f"{path} is not an ONNX file: it is empty")
+        if size > _MAX_BYTES:
+            raise ModelFileError(
+                f"{path} has {size / 1e9:.1f} GB; an ONNX file has at most 2 GB. Store larger weights in an external "
+                "file"
+            )
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            locations = scan(content)
+    except MalformedError as error:
+        raise ModelFileError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+    except TooLargeError as error:
+        raise ModelFileError(f"{path} has {error}; rejected, because no classifier needs that") from error
+    except OSError as error:
+        raise ModelFileError(f"cannot read {path}: {error.strerror or error}") from error
+    for location in locations:
+        _external_file(path, location)
 
 
 def check_nodes(model: Any, path: Path) -> None:
@@ -221,11 +212,12 @@ def _external_file(path: Path, location: str) -> Path:
         # The cache of Hugging Face links both files to another folder.
         folders = {path.parent.resolve(), path.resolve().parent}
         inside = ".." not in Path(location).parts and not folders.isdisjoint(file.resolve().parents)
+        exists = file.is_file()
     except (ValueError, OSError, RuntimeError):  # a NUL in the name, or a loop of links
-        inside = False
+        inside = exists = False
     if not inside:
         raise ModelFileError(f"{path} refers to weights outside its folder, which is not allowed: {str(file)!r}")
-    if not file.is_file():
+    if not exists:
         raise ModelFileError(f"{path} needs its weights next to it: no such file: {file}")
     return file
 
@@ -312,45 +304,3 @@ def _is_external(tensor: Any) -> bool:
 
 def _label(tensor: Any) -> str:
     return f"the tensor {tensor.name!r}" if tensor.name else "an unnamed tensor"
-
-
-class _MalformedError(Exception):
-    """The bytes are not a protobuf message."""
-
-
-def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield number, start and end of each length-delimited field of a message; skip all others."""
-    position = start
-    while position < end:
-        tag, position = _varint(content, position, end)
-        number, wire_type = tag >> 3, tag & 7
-        if wire_type == 0:
-            _, position = _varint(content, position, end)
-            continue
-        if wire_type == 2:
-            length, position = _varint(content, position, end)
-        elif wire_type in (1, 5):
-            length = 8 if wire_type == 1 else 4
-        else:
-            raise _MalformedError(f"byte {position - 1} does not start a protobuf field")
-        if number == 0 or position + length > end:
-            raise _MalformedError(
-                f"the field at byte {position} declares {length:,} bytes, but only {end - position:,} are left"
-            )
-        if wire_type == 2:
-            yield number, position, position + length
-        position += length
-
-
-def _varint(content: mmap.mmap, position: int, end: int) -> tuple[int, int]:
-    """Return the variable-length integer at `position`, and the position behind it."""
-    value, start = 0, position
-    for shift in range(0, 70, 7):
-        if position >= end:
-            raise _MalformedError("it ends inside a number")
-        byte = content[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-    raise _MalformedError(f"the number at byte {start} is too long")

@@ -7,8 +7,11 @@ its newest file.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import shlex
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from pathlib import Path
 
 from runtime.system.files import cache_folder
 
-__all__ = ["CacheEntry", "entries", "kinds", "limit_bytes", "prune", "remove_leftovers"]
+__all__ = ["CacheEntry", "entries", "kinds", "limit_bytes", "private_folder", "prune", "remove_leftovers"]
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,36 @@ class CacheEntry:
         """Remove its files in reverse order of their names: a sidecar before its engine."""
         for file in reversed(self.files):
             file.unlink(missing_ok=True)
+
+
+def private_folder(kind: str) -> Path | None:
+    """Create the folder for one kind of cached file; return None if it must not be used.
+
+    That is, with a warning, if it cannot be created, belongs to another user, or is writable for
+    other users: engines contain native code, and histograms decide about a model's accuracy.
+    """
+    folder = cache_folder(kind)
+    reason = ""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        reason = str(error.strerror or error)
+    else:
+        if os.name == "posix" and status.st_uid not in (0, os.geteuid()):
+            reason = "it belongs to another user; set ADVPROP_CACHE to a folder of your own"
+        elif os.name == "posix" and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            reason = f"other users may write to it; run chmod 700 {shlex.quote(str(folder))}"
+    if reason:
+        _warn_once(f"the cache {folder} is not used: {reason}")
+        return None
+    return folder
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning, once in this process."""
+    log.warning("%s", message)
 
 
 def kinds() -> list[str]:

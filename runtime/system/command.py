@@ -17,7 +17,7 @@ import click
 
 from runtime.errors import AdvPropError, ConfigError, Interrupted
 from runtime.spec import ImageSizes
-from runtime.system.console import VERBOSITY
+from runtime.system.console import VERBOSITY, clean
 from runtime.system.help_page import MAX_WIDTH, write_notes
 
 __all__ = [
@@ -130,7 +130,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except AdvPropError as error:
-            click.echo(str(error) if isinstance(error, Interrupted) else f"error: {error}", err=True)
+            click.echo(clean(str(error) if isinstance(error, Interrupted) else f"error: {error}"), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted. No incomplete file was left behind.", err=True)

@@ -16,7 +16,6 @@ import logging
 import os
 import sys
 import tarfile
-import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,6 +42,7 @@ __all__ = [
     "is_image_name",
     "open_array",
     "open_source",
+    "read_array",
     "spread",
     "unread_format",
 ]
@@ -291,6 +291,24 @@ class TarSource(ImageSource):
         self._tar.close()
 
 
+def read_array(path: Path, *, mapped: bool = False) -> NDArray[Any]:
+    """Read a `.npy` file; `mapped` maps it into memory.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds something else than one array.
+    """
+    import numpy as np
+
+    try:
+        found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except Exception as error:  # a damaged header causes many kinds
+        raise DataError(f"{path} is not a complete .npy file ({error}); copy or download it again") from error
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise DataError(f"{path} is an archive of arrays; expected one array, as numpy.save writes it")
+    return found
+
+
 def open_array(path: Path) -> NDArray[np.uint8]:
     """Map a `.npy` file of images into memory.
 
@@ -300,12 +318,7 @@ def open_array(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: the file is damaged, or holds something else.
     """
-    import numpy as np
-
-    try:
-        array: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is not a complete .npy file ({error}); copy or download it again") from error
+    array: NDArray[np.uint8] = read_array(path, mapped=True)
     if not _are_images(array):
         raise DataError(f"{path}: expected images, uint8 (N, H, W, 3); found {array.dtype} {array.shape}")
     return array
@@ -328,9 +341,9 @@ class ArraySource(ImageSource):
         if self.path.suffix.lower() != ".npz":
             return open_array(self.path)
         try:
-            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            with self.path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as content:
                 arrays = [content[key] for key in content.files]
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file causes many kinds
             raise DataError(f"{self.path} is not a complete .npz file ({error}); copy or download it again") from error
         images: NDArray[np.uint8] | None = next((array for array in arrays if _are_images(array)), None)
         if images is None:
@@ -362,11 +375,15 @@ def open_source(path: Path) -> ImageSource:
     Raises:
         DataError: `path` is something else, or is damaged.
     """
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # the name is too long
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if is_folder:
         return FolderSource(path)
-    if path.is_file() and path.name.lower().endswith(_TARS):
+    if is_file and path.name.lower().endswith(_TARS):
         return TarSource(path)
-    if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
+    if is_file and path.suffix.lower() in (".npy", ".npz"):
         source = ArraySource(path)
         _ = source.names  # reports a damaged file now
         return source

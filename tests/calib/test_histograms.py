@@ -128,6 +128,29 @@ def test_the_cache_deletes_the_least_recently_used_file(tmp_path: Path, monkeypa
     assert second.stat().st_mtime > 1e9  # loading marks the file as used
 
 
+def test_a_cache_that_others_can_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ADVPROP_CACHE", str(tmp_path))
+    path = cache_file(classifier(), "a")
+    assert path is not None
+    assert path.parent == tmp_path / "histograms"
+    path.parent.chmod(0o775)
+    assert cache_file(classifier(), "a") is None
+    assert "other users may write to it" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_warned_about_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    network = classifier()
+    batches = [np.full((32, 3, 8, 8), number, np.float32) for number in range(1, 6)]  # saved after every second
+    cache = tmp_path / "file" / "histograms.npz"
+    found = collect_histograms(network, batches, ["r"], cache=cache)
+    expected = collect_histograms(network, batches, ["r"])
+    np.testing.assert_array_equal(found["r"].counts, expected["r"].counts)
+    assert caplog.text.count("the calibration goes on without a cache") == 1
+
+
 def test_a_limit_of_zero_disables_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADVPROP_CACHE_GB", "0")
     assert cache_file(classifier(), "a") is None

@@ -11,8 +11,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from runtime.errors import DataError
-from runtime.preprocessing import ImageLike, Preprocessor, decode, fit_to_input
+from runtime.preprocessing import Preprocessor, fit_to_input
 from runtime.spec import INTERPOLATIONS, Preprocessing
+from runtime.system.decode import ImageLike, decode
 
 SPEC = Preprocessing(
     height=96,

@@ -1,3 +1,5 @@
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +131,8 @@ def test_predict_fails_if_the_spec_has_another_number_of_classes(tmp_path: Path)
     ("name", "content", "expected"),
     [
         ("none.onnx", None, "no such model file"),
-        ("text.onnx", b"hello", "ONNX Runtime cannot load"),
-        ("empty.onnx", b"", "ONNX Runtime cannot load"),
+        ("text.onnx", b"hello", "text.onnx is not an ONNX file, or is truncated"),
+        ("empty.onnx", b"", "empty.onnx is not an ONNX file: it is empty"),
         ("model.engine", b"plan", "no such file: .*model.engine.json; build it again: advprop build"),
     ],
 )
@@ -186,3 +188,37 @@ def test_predict_converts_images_to_the_input_type(tmp_path: Path) -> None:
 def test_the_spec_comes_from_the_file(model: Path) -> None:
     with runtime.load(model) as session:
         assert session.spec == SPEC
+
+
+def test_images_above_the_limit_are_refused_and_the_session_goes_on(model: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(color(200, 0, 0)).save(file, "PNG")
+    with pytest.raises(ConfigError, match="max_pixels must be at least 1; found 0"):
+        runtime.load(model, max_pixels=0)
+    with runtime.load(model, max_pixels=34) as session:
+        with pytest.raises(DataError, match="the image has 7×5 pixels; the limit is 34 pixels"):
+            session.predict([file.getvalue()])
+        with pytest.raises(DataError, match="the limit is 34 pixels"):
+            session.submit_predict([file.getvalue()]).result()
+        assert session.predict([color(200, 0, 0)])[0].label == "red"  # pixels are decoded already
+    with runtime.load(model, max_pixels=35) as session:
+        assert session.predict([file.getvalue()])[0].label == "red"
+
+
+def test_the_spec_decides_whether_photographs_are_rotated(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[:2] = (250, 0, 0)  # red above blue
+    pixels[2:] = (0, 0, 120)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    body = "top = Slice(input, zero, two, axis) p = GlobalAveragePool(top) logits = Flatten(p)"
+    constants = "zero = Constant<value_ints=[0]>() two = Constant<value_ints=[2]>() axis = Constant<value_ints=[2]>()"
+    labels = []
+    for rule in ("ignore", "upright"):
+        spec = replace(SPEC, preprocessing=replace(SPEC.preprocessing, exif=rule))
+        path = write(tmp_path / f"{rule}.onnx", f"{constants} {body}", spec=spec.to_json())
+        with runtime.load(path) as session:
+            labels.append(session.predict([file.getvalue()])[0].label)
+    assert labels == ["red", "blue"]

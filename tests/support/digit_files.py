@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from runtime.preprocessing import decode
+from runtime.system.decode import decode
 from train.data import ImageSet, embedded_digits
 
 

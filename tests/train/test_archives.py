@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from runtime.errors import DataError
-from runtime.preprocessing import decode
 from runtime.spec import Preprocessing
+from runtime.system.decode import decode
 from tests.support.archive_files import files_of, pack
 from train.archives import image_archives, tar_members
 from train.config import DataConfig

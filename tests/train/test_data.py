@@ -56,6 +56,29 @@ def test_batches_depend_on_seed_and_epoch_only(image_folder: Path) -> None:
     assert not torch.equal(first[0][0], other[0][0])
 
 
+@pytest.mark.parametrize("rule", ["upright", "ignore"])
+def test_photographs_are_rotated_in_training_and_validation_as_the_spec_says(tmp_path: Path, rule: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    for number in range(16):
+        for part in ("train", "val"):
+            path = tmp_path / part / str(number % 2) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path, exif=exif)
+    data = open_folder(tmp_path)
+    config = DataConfig(root=tmp_path, workers=0, exif=rule, crop_scale=(1.0, 1.0), color_jitter=0.0)
+    spec = choose_preprocessing(data, config, MODEL)
+    assert spec.exif == rule
+    training = train_loader(data, config, spec, batch_size=8, seed=5, device=CPU)
+    training.start_at(0, 0)
+    validation = eval_loader(data, config, spec, batch_size=8, device=CPU)
+    for images, _ in (*training, *validation):
+        bright_at_top = images[:, :, 2] > images[:, :, -3]
+        assert bright_at_top.all() if rule == "ignore" else not bright_at_top.any()
+
+
 def test_loading_does_not_advance_the_random_generators(image_folder: Path) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from runtime.errors import ConfigError, DataError
-from runtime.preprocessing import decode
 from runtime.spec import Preprocessing
+from runtime.system.decode import decode
 from tests.support.archive_files import files_of, pack
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.data import ImageSet, ImageStream, embedded_digits

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from runtime.device.views import DeviceView
 from runtime.errors import BackendUnavailable, InputError, ModelFileError, first_line
 from runtime.graph.foreign import convert_command
 from runtime.graph.summary import CALIBRATION_KEY
+from runtime.graph.validation import check_file
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.cpu import has_exact_int8
 from runtime.system.gpu import Gpu, find_gpu
@@ -76,6 +78,7 @@ class OnnxRuntimeBackend(Backend):
         providers = choose_providers(ort, device, None if device == "cpu" else detect_gpu(), tensorrt=tensorrt)
         if not path.is_file():
             raise ModelFileError(f"no such model file: {path}")
+        check_file(path)
         loading = _Loading.plan(path, providers, threads, exact)
         session = loading.open(ort)
         failure, fix = providers.start_failure(session)
@@ -86,7 +89,8 @@ class OnnxRuntimeBackend(Backend):
             log.warning("%s; %s. Running on the CPU", failure, fix)
             loading = _Loading.plan(path, cpu_providers(f"because {failure}; {fix}"), threads, exact)
             session = loading.open(ort)
-        metadata = session.get_modelmeta().custom_metadata_map
+        with _valid_text(path):
+            metadata = session.get_modelmeta().custom_metadata_map
         if CALIBRATION_KEY in metadata and exact is None and loading.providers.device == "cpu":
             # The outputs of its convolutions are not quantized, as TensorRT requires. ONNX Runtime
             # has no INT8 kernels for that, and would dequantize every weight again in every run.
@@ -98,8 +102,9 @@ class OnnxRuntimeBackend(Backend):
         spec = metadata.get(METADATA_KEY)
         self.spec = ModelSpec.from_json(spec, where=str(path)) if spec else None
         expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
-        (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)
-        self.outputs = _tensors(session.get_outputs(), "output", path, expected, rank=2)
+        with _valid_text(path):
+            (self.input,) = _tensors(session.get_inputs(), "input", path, 1, rank=4)
+            self.outputs = _tensors(session.get_outputs(), "output", path, expected, rank=2)
         self._session = session
         self._cuda: Cuda | None = None
         self._names = [output.name for output in self.outputs]
@@ -182,7 +187,10 @@ class _Loading:
         from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotSupported
 
         try:
-            return ort.InferenceSession(self.source, options, providers=list(self.providers.options))
+            # The fallback would print to stdout, and try the same provider again.
+            fallback = int(self.providers.device != "cpu")
+            providers = list(self.providers.options)
+            return ort.InferenceSession(self.source, options, providers=providers, enable_fallback=fallback)
         except NotSupported as error:
             raise ModelFileError(
                 f"ONNX Runtime cannot run {self.path} on the {self.providers.device}: {first_line(error)}",
@@ -215,6 +223,14 @@ def _rounded(path: Path) -> bytes | str:
     from runtime.graph.rounding import rounded_file
 
     return rounded_file(path)
+
+
+@contextmanager
+def _valid_text(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"{path} is not a valid ONNX graph: a name or entry is not valid text") from error
 
 
 def _import_onnxruntime() -> Any:

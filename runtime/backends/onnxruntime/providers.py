@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import BackendUnavailable, ConfigError
-from runtime.system.files import cache_folder
+from runtime.system.cache import private_folder
 from runtime.system.gpu import Gpu
 
 __all__ = ["Providers", "choose_providers", "cpu_providers"]
@@ -96,11 +96,9 @@ def _tensorrt_options() -> dict[str, str]:
 
     No precision is set: it then uses the graph's (microsoft/onnxruntime#18707).
     """
-    folder = cache_folder("onnxruntime")
-    try:
-        # The folder must be private: ONNX Runtime loads the native code in it without checks.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # without a cache, every start builds the engine
+    # The folder must be private: ONNX Runtime loads the native code in it without checks.
+    folder = private_folder("onnxruntime")
+    if folder is None:  # every start builds the engine
         return {}
     return {
         "trt_engine_cache_enable": "True",

@@ -29,8 +29,7 @@ from typing import Any
 
 from runtime.errors import DataError, InputError
 from runtime.evaluate.attacks.results import ATTACK_FORMAT
-from runtime.evaluate.counts import Counts
-from runtime.evaluate.results import FORMAT, Result, finished, is_whole, merge
+from runtime.evaluate.results import FORMAT, Result, check_result, is_whole, merge
 
 __all__ = ["Attack", "Curve", "Inputs", "Latency", "attack_of", "latency_of", "read_inputs"]
 
@@ -114,7 +113,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
         elif content["format"] == ATTACK_FORMAT:
             attacks.append(attack_of(content, str(path)))
         else:
-            result = _check_result(content, path)
+            result = check_result(content, path)
             results[json.dumps(result["model"], sort_keys=True), result["suite"]].append((str(path), result))
     if not results:
         raise DataError("a report needs results of advprop eval (MODEL.SUITE.json); found none")
@@ -143,29 +142,6 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
         hint = "; another version of advprop wrote it: evaluate again with this version" if other_version else ""
         raise DataError(f"{path}: expected a file of format {known}; found {found!r}{hint}")
     return content, hashlib.sha256(raw).hexdigest()
-
-
-def _check_result(content: dict[str, Any], path: Path) -> Result:
-    """Return the result with its metrics recomputed from its counts."""
-    try:
-        result = finished(content)
-        for cell in result["cells"].values():
-            if Counts.from_dict(cell["counts"]).images < 1 and is_whole(result):
-                raise ValueError("a cell without images")
-            str(cell["names_sha256"]), str(cell["resize"])
-        result["model"]["name"], result["model"]["classes"], result["data"]["path"], dict(result["versions"])
-        for key in ("seed", "limit", "classes_asked", "batch_size", "preprocessing"):
-            result["settings"][key]
-        if result["reference"] is not None:
-            str(result["reference"]["name"])
-        if not isinstance(result["suite"], str) or not result["cells"]:
-            raise ValueError("no suite, or no cells")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        what = f"missing {error.args[0]!r}" if isinstance(error, KeyError) else error
-        raise DataError(
-            f"{path} has format {FORMAT!r}, but it is damaged or was edited ({what}); evaluate again"
-        ) from error
-    return result
 
 
 def _merge_results(parts: list[tuple[str, Result]]) -> Result:
@@ -197,7 +173,7 @@ def latency_of(content: Mapping[str, Any], where: str) -> Latency:
             p50_ms=float(content["p50_ms"]),
             p99_ms=None if content.get("p99_ms") is None else float(content["p99_ms"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _invalid(where, _BENCH_FORMAT, error) from error
     times = [latency.p50_ms, latency.p50_ms if latency.p99_ms is None else latency.p99_ms]
     if not all(math.isfinite(time) and time > 0 for time in times) or latency.batch_size < 1:
@@ -220,7 +196,7 @@ def attack_of(content: Mapping[str, Any], where: str) -> Attack:
             seed=None if content.get("seed") is None else int(content["seed"]),
             curves=tuple(_curve(curve) for curve in content["curves"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _invalid(where, ATTACK_FORMAT, error) from error
     for curve in attack.curves:
         for epsilon, right in curve.points:

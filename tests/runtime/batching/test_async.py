@@ -13,7 +13,7 @@ from PIL import Image
 
 import runtime
 from runtime.errors import DataError, DeadlineExceeded, InputError, QueueFull, SessionClosed, SpecError
-from runtime.preprocessing import ImageLike
+from runtime.system.decode import ImageLike
 from tests.support.serving_models import MEAN, SLOW, images_of, serving_model
 
 LONG = 400_000.0

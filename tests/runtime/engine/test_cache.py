@@ -223,7 +223,35 @@ def test_a_cache_that_cannot_be_written_does_not_fail_the_build(
     monkeypatch.setenv("ADVPROP_CACHE", str(tmp_path / "file"))
     info = build(model, tmp_path / "a.engine")
     assert read_sidecar(tmp_path / "a.engine") == info
-    assert "could not be cached" in caplog.text
+    assert "is not used: Not a directory" in caplog.text
+
+
+def test_a_cache_that_others_can_write_is_not_used(
+    model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its engines contain native code. They may be valid, with a sidecar of the same author."""
+    build(model, tmp_path / "a.engine")
+    folder.chmod(0o777)
+    caplog.set_level("INFO", "runtime")
+    build(model, tmp_path / "b.engine")
+    assert f"{folder} is not used: other users may write to it; run chmod 700 {folder}" in caplog.text
+    assert not was_cached(caplog)
+    build(model, tmp_path / "c.engine")
+    assert "is not used" not in caplog.text  # one warning is enough
+    folder.chmod(0o700)
+    build(model, tmp_path / "d.engine")
+    assert was_cached(caplog)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_cache_of_another_user_is_not_used(
+    model: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.mkdir(mode=0o700, parents=True)
+    os.chown(folder, 12345, 12345)
+    build(model, tmp_path / "a.engine")
+    assert "is not used: it belongs to another user; set ADVPROP_CACHE" in caplog.text
+    assert list(folder.iterdir()) == []
 
 
 def test_a_full_disk_does_not_fail_the_build(model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every suite on a tiny folder with the layout of the released set."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from runtime.errors import BackendUnavailable, ConfigError, DataError, SpecError
 from runtime.evaluate.images import LabeledImages
 from runtime.evaluate.labels import CIFAR10, IMAGENET_A, IMAGENET_R
+from runtime.evaluate.models import Model
 from runtime.evaluate.results import Result
 from runtime.evaluate.run import evaluate
 from runtime.evaluate.suites import SUITES, open_suite
@@ -89,6 +91,31 @@ def test_imagenet_c_is_not_resized(tmp_path: Path) -> None:
     assert cells(measure("imagenet-c", root, tmp_path, resize="fit", only=("spatter",))).keys() == {
         f"spatter/{severity}" for severity in range(1, 6)
     }
+
+
+@pytest.mark.parametrize("suite", ["imagenet", "sketch", "stylized", "cifar10"])
+def test_published_sets_are_read_without_the_exif_orientation(tmp_path: Path, suite: str) -> None:
+    """Every photograph is the wrong way round unless its EXIF orientation is applied."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    spec = spec_of(tuple(COLORS), tuple(WNIDS))
+    for wnid in WNIDS:
+        path = tmp_path / "set" / wnid / "1.png"
+        path.parent.mkdir(parents=True)
+        picture = np.zeros((32, 32, 3), np.uint8)
+        picture[:16] = 255
+        Image.fromarray(picture).save(path, exif=exif)
+    seen: list[np.ndarray] = []
+
+    def look(images_NHWC: np.ndarray) -> np.ndarray:
+        seen.append(images_NHWC)
+        return np.zeros((len(images_NHWC), len(COLORS)), np.float32)
+
+    upright = replace(spec, preprocessing=replace(spec.preprocessing, exif="upright"))
+    model = Model(name="m", spec=upright, logits=look)
+    evaluate([model], config(suite, tmp_path / "set"), run_config(tmp_path))
+    is_published = suite not in ("imagenet", "cifar10")
+    assert {bool(image[0, 0, 0]) for batch in seen for image in batch} == {is_published}
 
 
 def test_images_that_are_not_resized_must_have_the_same_size(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from runtime.graph.read import read_onnx
 from runtime.graph.summary import summarize
 from runtime.graph.validation import check_volumes
 from tests.support import ROOT
-from tests.support.fuzzing import MODEL
+from tests.support.fuzz_models import MODEL
 from tests.support.networks import classifier, graph
 
 

@@ -1,4 +1,6 @@
+import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,42 @@ def test_the_cache_folder_is_the_users_unless_it_is_set(tmp_path: Path, monkeypa
     monkeypatch.setenv("ADVPROP_CACHE", "~/own")
     assert cache_folder("engines") == tmp_path / "home" / "own" / "engines"
     assert not (tmp_path / "home").exists() and not (tmp_path / "xdg").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_written_files_have_the_permissions_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a.txt", "text")
+        assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+def test_files_of_other_threads_are_never_writable_for_everyone(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    done = threading.Event()
+    modes = set()
+
+    def create_files() -> None:
+        while not done.is_set():
+            path = tmp_path / "other"
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o666))
+            modes.add(path.stat().st_mode & 0o777)
+            path.unlink()
+
+    thread = threading.Thread(target=create_files)
+    thread.start()
+    try:
+        for _ in range(100):
+            write_text(tmp_path / "a.txt", "text")
+    finally:
+        done.set()
+        thread.join()
+        os.umask(before)
+    assert modes == {0o644}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
