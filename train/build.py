@@ -159,7 +159,7 @@ def make_task(
         recipe,
         attack,
         criterion=weighted,
-        criterion_kwargs={"smoothing": smoothing},
+        criterion_kwargs={"smoothing": smoothing} if weighted is None else None,
         mixup=mixup,
         amp_dtype=_AMP[config.amp],
         device=device,

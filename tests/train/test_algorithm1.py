@@ -55,7 +55,7 @@ def test_a_wrong_value_in_one_batchnorm_is_found() -> None:
     assert right.fast == right.calls > 0
     layers = [layer for layer in networks.joint.modules() if isinstance(layer, RoutedBatchNorm)]
     with torch.no_grad():
-        layers[3].aux["adv"].get_parameter("weight")[0] += 0.01
+        layers[2].aux["adv"].get_parameter("weight")[0] += 0.01
     wrong = compare_steps(networks, 64, torch.contiguous_format)
     assert min(wrong.float32["logits"], wrong.float32["gradients"], wrong.attack["logits"]) > FLOAT32
     assert {fault.split(":")[0] for fault in wrong.faults} >= {"float32", "attack"}

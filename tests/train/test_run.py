@@ -14,8 +14,11 @@ from train.run import main
         (["--arch", "convnext_atto"], "convnext_atto has no BatchNorm: it has"),
         (["--arch", "resnet10t", "--recipe", "advpro"], "unknown recipe 'advpro'"),
         (["--arch", "resnet10t", "--data", "/no/such/folder"], "/no/such/folder: no such folder; expected"),
-        (["--arch", "resnet10t", "--epsilon", "-1"], "attack.epsilon must be above 0 (in /255); found -1.0"),
-        (["--arch", "resnet10t", "--epochs", "0"], "epochs must be at least 1; found 0"),
+        (
+            ["--arch", "resnet10t", "--epsilon", "-1"],
+            "attack.epsilon must be a finite number above 0 and at most 255, in 1/255 of the pixel range; found -1.0",
+        ),
+        (["--arch", "resnet10t", "--epochs", "0"], "epochs must be a whole number from 1 to 1000000; found 0"),
         (["--arch", "resnet10t", "--batch-size", "5000"], "found 1437 training images, fewer than one batch"),
         (["--arch", "resnet10t", "--device", "gpu"], "--device 'gpu' is not a torch device"),
         (["--arch", "resnet10t", "--out", "/proc/nowhere"], "error: cannot write /proc/nowhere"),
