@@ -5,10 +5,16 @@ An image is float32, (3, 4, 4), and the logits of each model are the means of it
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+import runtime
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 SPEC = ModelSpec(
@@ -28,6 +34,8 @@ SLOW = """
     p = GlobalAveragePool(input) q = Flatten(p) none = Mul(last, zero) logits = Add(q, none)
 """
 """Repeats a loop as often as the largest number in the batch."""
+LONG = 400_000.0
+"""An image with this value makes the slow model run for about half a second."""
 FRAGILE = """
     largest = ReduceMax <keepdims=0> (input) index = Cast <to=7> (largest)
     table = Constant <value = float[1] {0}> () none = Gather(table, index)
@@ -49,3 +57,17 @@ def serving_model(body: str = MEAN, batch: str = "n", size: str = "4, 4") -> onn
 def images_of(*values: float) -> NDArray[np.float32]:
     """Return one image per value, filled with it."""
     return np.repeat(np.asarray(values, np.float32), 48).reshape(-1, 3, 4, 4)
+
+
+def open_session(folder: Path, body: str = MEAN, **batching: int) -> runtime.Session:
+    """Open a session on a model with the given body, with the given settings of the batcher."""
+    onnx.save(serving_model(body), folder / "m.onnx")
+    return runtime.load(folder / "m.onnx", threads=1, warm_up=(1,), batching=runtime.Batching(**batching))
+
+
+def busy(session: runtime.Session) -> Future[Any]:
+    """Submit a long request, and return once it runs."""
+    future = session.submit(images_of(LONG))
+    while session.stats.batcher.waiting_images:
+        time.sleep(0.001)
+    return future

@@ -14,15 +14,9 @@ from PIL import Image
 import runtime
 from runtime.errors import DataError, DeadlineExceeded, InputError, QueueFull, SessionClosed, SpecError
 from runtime.system.decode import ImageLike
-from tests.support.serving_models import MEAN, SLOW, images_of, serving_model
+from tests.support.serving_models import LONG, SLOW, images_of, open_session, serving_model
 
-LONG = 400_000.0
 COLORS = {"red": (200, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 90)}
-
-
-def open_session(folder: Path, body: str = MEAN, **batching: int) -> runtime.Session:
-    onnx.save(serving_model(body), folder / "m.onnx")
-    return runtime.load(folder / "m.onnx", threads=1, warm_up=(1,), batching=runtime.Batching(**batching))
 
 
 def png(name: str) -> bytes:
