@@ -58,7 +58,8 @@ _MAX_SPLIT_ELEMENTS = 2**18
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Return the size of a tensor's values, of at least 8 bits each."""
-    return int(math.prod(tensor.dims)) * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    elements: int = math.prod(tensor.dims)
+    return elements * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def is_large(model: onnx.ModelProto, limit: int = LIMIT_BYTES) -> bool:
