@@ -7,8 +7,8 @@ Each network is exported twice with equal weights: as it was trained, and in its
 Latency is the median of the rounds; the ratio is the median of the ratios of the same round.
 Weights are random, with BatchNorm statistics of random images. Errors are the largest |Δlogit|
 divided by the largest |logit|: of the inference form relative to the trained network, and of the
-FP16 graphs, with every tensor rounded, relative to the FP32 graph. "in FP32": nodes of the FP16
-graph that overflow and stay in FP32.
+FP16 graphs, with every tensor rounded, relative to the FP32 graph. "in FP32": nodes that stay in
+FP32 until the FP16 error is at most 2e-2; above it, the export fails.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from calib.precision import overflows, to_reduced
 from export.inference_form import inference_form
+from export.reduce import reduce_precision
 from export.source import timm_spec
 from export.to_onnx import to_onnx
 from export.verify import TOLERANCE, compare
 from runtime.graph.collect import collect
 from runtime.graph.model import run_batches
-from runtime.graph.rounding import with_roundings
 
 NETS = ("mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m1", "repghostnet_050")
 HEADER = ("network", "form", "convolutions", "MB", "ms", "ratio", "error", "FP16 error", "in FP32")
@@ -68,10 +67,17 @@ def with_statistics(arch: str, images: torch.Tensor) -> nn.Module:
 
 def fp16_error(model: onnx.ModelProto, images: NDArray[np.float32]) -> tuple[float, int]:
     """Return the relative error of the FP16 graph, and the number of its FP32 nodes."""
-    ranges, logits = collect(model, [images])
-    kept = overflows(model, ranges)
-    rounded = with_roundings(to_reduced(model, "fp16", kept))
-    return compare(logits, run_batches(rounded, [images])).relative, len(kept)
+    batch = images[:4], images[4:]
+    found = collect(model, batch)
+    reduced = reduce_precision(
+        model,
+        "fp16",
+        amax=found.amax,
+        logits_NK=found.output,
+        batches=lambda: iter(batch),
+        run=lambda graph: run_batches(graph, batch),
+    )
+    return reduced.parity.relative, len(reduced.decisions)
 
 
 def measure(arch: str, rounds: int, threads: int) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -87,11 +88,13 @@ def test_garbage_collection_does_not_wait_for_a_running_batch(slow: runtime.Sess
 
 def test_close_in_a_callback_raises_no_error(slow: runtime.Session) -> None:
     batcher = Batcher(slow.backend, Batching(max_batch=1))
-    future, outcome = batcher.submit(images_of(1000), finish=rows), Future()
+    future = batcher.submit(images_of(1000), finish=rows)
+    outcome: Future[None] = Future()
 
-    def close(done: Future) -> None:
+    def close(done: Future[Any]) -> None:
         try:
-            outcome.set_result(batcher.close())
+            batcher.close()
+            outcome.set_result(None)
         except BaseException as error:
             outcome.set_exception(error)
 
