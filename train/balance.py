@@ -66,7 +66,7 @@ def balanced_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Te
     Returns:
         Indices of images, (N,).
     """
-    found = labels.unique()
+    found = labels.unique()  # type: ignore[no-untyped-call]
     found = found[torch.randperm(len(found), generator=generator)]
     share, larger = divmod(len(labels), len(found))  # the first `larger` classes get one image more
     parts = []

@@ -114,7 +114,7 @@ def make_task(
         recipe,
         attack,
         criterion=weighted,
-        criterion_kwargs={"smoothing": smoothing},
+        criterion_kwargs=None if weighted else {"smoothing": smoothing},
         mixup=mixup,
         amp_dtype=_AMP[config.amp],
         device=device,

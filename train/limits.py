@@ -7,7 +7,6 @@ import math
 import types
 import typing
 from dataclasses import MISSING, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,7 @@ def setting(default: Any = MISSING, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={_KEY: Limits(**limits)})
 
 
-@cache
-def types_of(kind: type) -> dict[str, tuple[Any, ...]]:
+def types_of(kind: Any) -> dict[str, tuple[Any, ...]]:
     """Return the types that each field of a dataclass accepts; `int | None` is two types."""
     hints = typing.get_type_hints(kind)
     return {
@@ -96,9 +94,9 @@ def check_fields(config: Any, section: str = "") -> None:
             values.
     """
     kind = type(config)
-    limits = limits_of(kind)
+    limits, types_of_fields = limits_of(kind), types_of(kind)
     for item in dataclasses.fields(kind):
-        value, allowed = getattr(config, item.name), types_of(kind)[item.name]
+        value, allowed = getattr(config, item.name), types_of_fields[item.name]
         empty = item.default == ""
         if any(_fits(value, option, limits[item.name], empty) for option in allowed):
             continue

@@ -110,8 +110,9 @@ class Trainer:
         preprocessing = choose_preprocessing(self.data, config.data, data_config(model))
         mean, std = preprocessing.mean, preprocessing.std
         attack = LinfPGD(config.resolved_attack(recipe), mean, std, randomness)
-        weighted = config.data.balance == "loss" and isinstance(self.data.train, ImageSet)
-        weights = class_weights(self.data.train.labels, classes) if weighted else None
+        weights = None
+        if config.data.balance == "loss" and isinstance(self.data.train, ImageSet):
+            weights = class_weights(self.data.train.labels, classes)
         self.task = make_task(config, recipe, model, attack, classes, device, weights)
         self.validation_attack = evaluation_attack(attack.config.epsilon, mean, std)
         self._open_loaders(preprocessing, recipe.views)

@@ -23,7 +23,21 @@ FIELDS = [
 ]
 HUGE = 10**400
 NUMBERS = (-HUGE, -1, 0, 1, HUGE, -1e300, -0.5, 0.0, 1e-300, 0.5, 1e300, math.inf, -math.inf, math.nan)
-OTHERS = ("", "x", "a\x00b", "a\nb", "y" * 5000, "~no-such-user/x", "\udc80", True, [], [1], [0.5, 0.2], {}, {"x": 1})
+OTHERS: tuple[Any, ...] = (
+    "",
+    "x",
+    "a\x00b",
+    "a\nb",
+    "y" * 5000,
+    "~no-such-user/x",
+    "\udc80",
+    True,
+    [],
+    [1],
+    [0.5, 0.2],
+    {},
+    {"x": 1},
+)
 
 
 def numbers_around(section: str, name: str) -> tuple[list[float], list[float]]:
