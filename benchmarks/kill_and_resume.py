@@ -95,12 +95,13 @@ class Stage:
 
 
 def onnx_hashes(out: Path) -> dict[str, str]:
-    files = [
-        path
-        for path in sorted(out.rglob("*.onnx*"))
-        if not any(part.startswith(".") for part in path.relative_to(out).parts)
-    ]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """Return the hashes of the ONNX files with their final names; temporary ones are hidden."""
+    names = [path.relative_to(out) for path in sorted(out.rglob("*.onnx*"))]
+    return {
+        str(name): hashlib.sha256((out / name).read_bytes()).hexdigest()
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+    }
 
 
 def cell_hashes(out: Path) -> dict[str, str]:

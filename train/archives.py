@@ -126,15 +126,15 @@ def image_archives(root: Path) -> ImageData:
             raise DataError(f"{root}: found no tar files of {part}; expected {part}.tar, {part}/*.tar or *{part}*.tar")
     members = {part: [member for file in files for member in tar_members(file)] for part, files in archives.items()}
     if any(member.name.endswith(".cls") for member in members["train"]):
-        train, val = _read_shards(members["train"], root / "train"), _read_shards(members["val"], root / "val")
-        count = 1 + max(max(train.labels), max(val.labels))
+        shards = {part: _read_shards(members[part], root / part) for part in ("train", "val")}
+        count = 1 + max(max(shard.labels) for shard in shards.values())
         return ImageData(
             name=root.resolve().name,
             classes=class_names(count),
             wnids=(),
-            train=train,
-            val=val,
-            short_side=median_short_side(train),
+            train=shards["train"],
+            val=shards["val"],
+            short_side=median_short_side(shards["train"]),
         )
     grouped, unread = _group_by_class(members["train"])
     held_out, _ = _group_by_class(members["val"], known=grouped)

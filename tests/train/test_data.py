@@ -185,6 +185,7 @@ def test_a_policy_draws_again_if_an_operation_fails() -> None:
         drawn = next(draws)
         if isinstance(drawn, ValueError):
             raise drawn
+        assert isinstance(drawn, torch.Tensor)
         return drawn
 
     assert torch.equal(transformed(transform, Image.new("RGB", (2, 2))), torch.ones(3, 2, 2))
