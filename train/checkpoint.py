@@ -60,19 +60,28 @@ def _is_sample(value: object) -> bool:
     return isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.dim() == 4
 
 
-_VALID: Mapping[str, Callable[[Any], bool]] = {
-    "arch": lambda value: isinstance(value, str),
-    "recipe": lambda value: isinstance(value, str),
-    "spec": lambda value: isinstance(value, str),
-    "model_kwargs": lambda value: isinstance(value, dict),
-    "state_dict": _are_weights,
-    "ema_state_dict": lambda value: value is None or _are_weights(value),
-    "epoch": lambda value: isinstance(value, int),
-    "step": lambda value: isinstance(value, int),
-    "metrics": lambda value: value is None or (isinstance(value, list) and all(isinstance(row, dict) for row in value)),
-    "sample": _is_sample,
+def _are_metrics(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(row, dict) for row in value))
+
+
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+_VALID: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "arch": (_is(str), "of type str"),
+    "recipe": (_is(str), "of type str"),
+    "spec": (_is(str), "of type str"),
+    "model_kwargs": (_is(dict), "of type dict"),
+    "state_dict": (_are_weights, "a dict of tensors"),
+    "ema_state_dict": (lambda value: value is None or _are_weights(value), "a dict of tensors, or None"),
+    "epoch": (_is(int), "of type int"),
+    "step": (_is(int), "of type int"),
+    "metrics": (_are_metrics, "a list of dicts, or None"),
+    "sample": (_is_sample, "a dict with uint8 images, (N, H, W, C)"),
 }
-"""Key → whether a value is valid. Keys that only a resumed run reads are not listed."""
+"""Key → whether a value is valid, and what is expected. Keys that only a resumed run reads are not
+listed."""
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -114,11 +123,12 @@ def check_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if key not in content]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; train again, or use another checkpoint")
-    invalid = [key for key, is_valid in _VALID.items() if not is_valid(content.get(key))]
-    if invalid:
-        raise CheckpointError(
-            f"{path} is damaged: invalid {', '.join(invalid)}; train again, or use another checkpoint"
-        )
+    for key, (is_valid, expected) in _VALID.items():
+        if not is_valid(content.get(key)):
+            raise CheckpointError(
+                f"{path} is damaged: {key} must be {expected}; found {type(content.get(key)).__name__}",
+                fix="train again, or use another checkpoint",
+            )
     checkpoint: dict[str, Any] = content
     return checkpoint
 

@@ -18,7 +18,13 @@ from tests.support.foreign_files import HEIGHT, WIDTH, write_network
 from tests.support.networks import classifier
 
 PREPROCESSING = Preprocessing(
-    height=HEIGHT, width=WIDTH, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3, interpolation="bilinear", crop_pct=1.0
+    height=HEIGHT,
+    width=WIDTH,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2,) * 3,
+    interpolation="bilinear",
+    crop_pct=1.0,
+    exif="upright",
 )
 OPTIONS = ForeignOptions(mean=PREPROCESSING.mean, std=PREPROCESSING.std, interpolation="bilinear", crop_pct=1.0)
 

@@ -21,7 +21,7 @@ CONTENT = {
     "state_dict": {"weight": torch.arange(3.0)},
     "epoch": 1,
     "step": 2,
-    "sample": {},
+    "sample": {"images": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)},
 }
 
 
@@ -103,8 +103,8 @@ def test_files_that_are_not_advprop_checkpoints(tmp_path: Path, trained: FitResu
     [
         ("arch", 3, "arch must be of type str; found int"),
         ("spec", None, "spec must be of type str; found NoneType"),
-        ("state_dict", [1], "state_dict must be of type dict; found list"),
-        ("state_dict", {"weight": 1}, "its state_dict must hold tensors only"),
+        ("state_dict", [1], "state_dict must be a dict of tensors; found list"),
+        ("state_dict", {"weight": 1}, "state_dict must be a dict of tensors; found dict"),
         ("epoch", "1", "epoch must be of type int; found str"),
     ],
 )
