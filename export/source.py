@@ -67,8 +67,7 @@ def load_source(
         source: an advprop checkpoint; a plain state dict of a timm model together with `arch`, with
             or without timm's split BatchNorms; or `timm:NAME`, e.g.
             `timm:tf_efficientnet_b3.ap_in1k`, whose weights timm downloads.
-        arch: timm's name of the architecture. For an advprop checkpoint it must equal the
-            checkpoint's.
+        arch: timm's name of the architecture; an advprop checkpoint contains it.
         weights: file with the weights of `timm:NAME` (default: timm downloads them).
         route: BatchNorm route to export. Auxiliary routes are for robustness studies.
         ema: prefer the moving average of the weights.

@@ -61,17 +61,15 @@ class OnnxRuntimeBackend(Backend):
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA if a GPU and the provider are available.
             threads: CPU threads of one run.
-            exact: on a CPU, compute the results of a GPU, which is slower: Q/DQ nodes run in
-                floating point, and every FP16 or BF16 tensor is rounded. By default it is enabled
-                for INT8 files that advprop calibrated, which run fastest this way; for others, Q/DQ
-                nodes run in floating point if this CPU's INT8 sums saturate.
+            exact: on a CPU, compute the results of a GPU: Q/DQ nodes run in floating point, and
+                every FP16 or BF16 tensor is rounded. Default: for INT8 files that advprop
+                calibrated; for others, Q/DQ nodes do so if this CPU's INT8 sums saturate.
             tensorrt: use TensorRT inside ONNX Runtime, on a GPU.
             detect_gpu: returns the GPU of this machine.
 
         Raises:
             ModelFileError: the file is missing, is not an ONNX file, or is not an image classifier.
-            BackendUnavailable: ONNX Runtime is missing, or the provider or GPU for `cuda` or
-                TensorRT is.
+            BackendUnavailable: ONNX Runtime, or the requested provider or GPU, is missing.
             ConfigError: `device` is unknown, or TensorRT was requested on the CPU.
         """
         ort = _import_onnxruntime()
