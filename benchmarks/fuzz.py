@@ -35,7 +35,7 @@ from tests.support.fuzzing import KINDS, NATIVE, run_case
 
 _MAX_SECONDS = 10.0
 _MAX_BYTES = 10**9
-_MEMORY = "/dev/shm"
+_MEMORY = "/dev/shm"  # noqa: S108
 """A file system in memory: case files are written to disk otherwise."""
 _Case = tuple[str, int]
 
