@@ -35,8 +35,9 @@ from tests.support.fuzzing import KINDS, NATIVE, run_case
 
 _MAX_SECONDS = 10.0
 _MAX_BYTES = 10**9
-_MEMORY = "/dev/shm"  # noqa: S108
+_MEMORY = "/dev/shm"
 """A file system in memory: case files are written to disk otherwise."""
+_NEED_TORCH = ("tar files", "config.toml", "checkpoints")
 _Case = tuple[str, int]
 
 
@@ -155,7 +156,12 @@ def run(kinds: Sequence[str], seconds: float, workers: int, first: int) -> tuple
     """Run cases for some seconds. Return the totals of each kind, and the failures."""
     totals = {kind: Totals() for kind in kinds}
     failures: list[str] = []
-    running = [Worker(kinds, first + number, workers, totals) for number in range(workers)]
+    # torch alone needs almost a gigabyte, so what needs it has processes of its own.
+    groups = [
+        group for group in ([kind for kind in kinds if (kind in _NEED_TORCH) == torch] for torch in (0, 1)) if group
+    ]
+    each = max(1, workers // len(groups))
+    running = [Worker(group, first + number, each, totals) for group in groups for number in range(each)]
     end = float("inf")
     while time.monotonic() < end:
         time.sleep(0.02)

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "MAX_PIXELS", "ImageLike", "decode", "image_size"]
 
 MAX_PIXELS = 100_000_000
-"""Default limit for the size of an image: 300 MB of RGB pixels."""
+"""Default limit for the size of an image. Its decoding takes at most about 1 GB."""
+
+_MEMORY = {"WEBP": 2, "AVIF": 2, "JPEG2000": 4}
+"""Format → memory per pixel that its decoder needs, relative to the other formats."""
 
 _MODULES = {
     "JPEG": "Jpeg",
@@ -66,8 +69,9 @@ def decode(image: ImageLike, name: str = "the image", *, exif: str = "ignore", m
         name: name of encoded bytes in error messages.
         exif: `upright` applies the orientation in the EXIF data, as viewers do; `ignore` does not,
             as in torchvision and timm. Pillow always applies that of a TIFF file.
-        max_pixels: maximum size of an encoded image. Larger images are not decoded. Pillow's own
-            limit, 2 × `PIL.Image.MAX_IMAGE_PIXELS`, applies too.
+        max_pixels: maximum size of an encoded image. Larger images are not decoded. It is half as
+            large for WebP and AVIF, and a quarter for JPEG 2000, which need more memory. Pillow's
+            own limit, 2 × `PIL.Image.MAX_IMAGE_PIXELS`, applies too.
 
     Raises:
         DataError: the file does not exist, is not an image, is truncated or too large, or the array
@@ -149,13 +153,27 @@ def _formats() -> tuple[str, ...]:
 
 def _check_size(opened: Image, name: str, max_pixels: int) -> None:
     width, height = opened.size
+    limit = max_pixels // _MEMORY.get(opened.format or "", 1)
     tags = getattr(opened, "tag_v2", {})  # a tile of a TIFF file may be larger than the image
-    for wide, high in ((width, height), (tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_HEIGHT, 1))):
-        if wide * high > max_pixels:
+    sizes = [(width, height), (tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_HEIGHT, 1))]
+    if opened.format == "JPEG2000":
+        sizes += _codestream_sizes(opened)
+    for wide, high in sizes:
+        if wide * high > limit:
             raise DataError(
-                f"{name} has {wide}×{high} pixels; the limit is {max_pixels:,} pixels. Make it smaller, or raise "
+                f"{name} has {wide}×{high} pixels; the limit is {limit:,} pixels. Make it smaller, or raise "
                 "max_pixels of runtime.load"
             )
+
+
+def _codestream_sizes(opened: Any) -> Iterator[tuple[int, int]]:
+    """Yield the sizes inside a JPEG 2000 file, which is decoded even if its header has another."""
+    position = opened.fp.tell()
+    opened.fp.seek(0)
+    # Start of codestream and of its SIZ marker segment; then its length and capabilities.
+    for start in opened.fp.read().split(b"\xff\x4f\xff\x51")[1:]:
+        yield int.from_bytes(start[4:8]), int.from_bytes(start[8:12])
+    opened.fp.seek(position)
 
 
 def _rgb(image: Image, exif: str) -> Image:
