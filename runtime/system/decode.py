@@ -170,7 +170,7 @@ def _codestream_sizes(opened: Any) -> Iterator[tuple[int, int]]:
     """Yield the sizes inside a JPEG 2000 file, which is decoded even if its header has another."""
     position = opened.fp.tell()
     opened.fp.seek(0)
-    # Start of codestream and of its SIZ marker segment; then its length and capabilities.
+    # Start of codestream and of its `SIZ` marker segment; then its length and capabilities.
     for start in opened.fp.read().split(b"\xff\x4f\xff\x51")[1:]:
         yield int.from_bytes(start[4:8]), int.from_bytes(start[8:12])
     opened.fp.seek(position)
