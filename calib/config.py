@@ -39,6 +39,10 @@ class CalibrationConfig:
     exact."""
     reconstruct: bool = False
     """Learn whether each weight is rounded up or down (AdaRound)."""
+    max_noise: float = 1.0
+    """Maximum INT8 error of a layer: the squared error of its output in percent of the squared output,
+    with everything before the layer exact. Layers above it are kept in floating point. Applies if
+    layer errors are measured: with `method="auto"` or `correct_bias`."""
     budget: float | None = None
     """Maximum loss of top-1 accuracy on held-out images, in percentage points (default: no limit,
     and no images are held out). Layers are kept in floating point until the loss is within the
@@ -65,5 +69,7 @@ class CalibrationConfig:
                 raise ConfigError(f"expected kinds of layers from {', '.join(LAYER_KINDS)}; found {kind!r}")
         if self.images < 1:
             raise ConfigError(f"images must be at least 1; found {self.images}")
+        if not self.max_noise > 0:
+            raise ConfigError(f"max_noise must be above 0 percent; found {self.max_noise}")
         if self.budget is not None and not 0 <= self.budget <= 100:
             raise ConfigError(f"budget must be 0 to 100 percentage points of top-1 accuracy; found {self.budget}")

@@ -61,6 +61,15 @@ CALIBRATION_OPTIONS = (
     ),
     _option("--reconstruct", is_flag=True, help="Learn how to round weights (AdaRound). Takes minutes."),
     _option(
+        "--max-noise",
+        default=_DEFAULTS.max_noise,
+        show_default=True,
+        type=click.FloatRange(0, min_open=True),
+        metavar="PERCENT",
+        help="Maximum squared INT8 error of a layer, in percent of its squared output. Layers above it are kept in "
+        "FP16. 100 keeps none.",
+    ),
+    _option(
         "--budget",
         type=click.FloatRange(0, 100),
         metavar="POINTS",
@@ -105,6 +114,7 @@ def _config(given: dict[str, Any]) -> CalibrationConfig:
         correct_bias=given["bias_correction"],
         equalize=given["equalize"],
         reconstruct=given["reconstruct"],
+        max_noise=given["max_noise"],
         budget=given["budget"],
         mix=given["calib_mix"],
         keep=given["keep"],

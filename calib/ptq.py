@@ -113,6 +113,7 @@ def calibrate(
     ranges = _measure_ranges(model, points, batches, config, images_sha256, track)
     points = ranges.points
     thresholds, layers = _choose_thresholds(model, ranges, batches, config, track)
+    points = _exclude_noisy(points, layers, config.max_noise)
     weights, biases = _correct_rounding(model, points, thresholds, layers, batches, config, track)
 
     def quantize_points(some: Sequence[Point]) -> onnx.ModelProto:
@@ -218,6 +219,20 @@ def _exclude_zero_input(point: Point, histograms: Mapping[str, Histogram]) -> Po
     if not point.int8 or histograms[point.tensor].amax:
         return point
     return dataclasses.replace(point, int8=False, reason=f"{point.tensor} is zero on every calibration image")
+
+
+def _exclude_noisy(points: Sequence[Point], layers: Sequence[LayerError], max_noise: float) -> list[Point]:
+    """Keep layers with an INT8 error above `max_noise` percent in floating point."""
+    noise = {layer.node: 100 * layer.noise for layer in layers}
+    chosen = []
+    for point in points:
+        found = noise.get(point.node, 0.0)
+        if point.int8 and found > max_noise:
+            reason = f"INT8 error is {found:.2g} % of its output (limit {max_noise:g} %)"
+            log.info("%s stays in floating point: its %s", point.node, reason)
+            point = dataclasses.replace(point, int8=False, reason=reason)
+        chosen.append(point)
+    return chosen
 
 
 def _int8_tensors(points: Sequence[Point]) -> list[str]:

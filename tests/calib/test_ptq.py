@@ -48,6 +48,26 @@ def test_a_layer_whose_input_is_always_zero_stays_in_floating_point() -> None:
     assert "zero on every calibration image" in points[1].reason
 
 
+def outlier_network() -> onnx.ModelProto:
+    """A depthwise layer whose input has one channel that is 2,000 times larger than the others."""
+    body = """x = Conv(input, w0) d = Conv<group: int = 4>(x, w1) p = GlobalAveragePool(d) f = Flatten(p)
+        logits = Gemm(f, w2)"""
+    random = np.random.default_rng(0)
+    w0 = random.normal(size=(4, 3, 1, 1)) * np.array([1, 1, 1, 2000]).reshape(4, 1, 1, 1)
+    w1 = random.normal(size=(4, 1, 1, 1)) * np.array([1, 1, 1, 1e-4]).reshape(4, 1, 1, 1)
+    return graph(body, w0=w0, w1=w1, w2=random.normal(size=(4, 4)))
+
+
+@pytest.mark.parametrize(("max_noise", "quantized"), [(1.0, False), (100.0, True)])
+def test_a_layer_that_int8_cannot_represent_stays_in_floating_point(max_noise: float, quantized: bool) -> None:
+    """INT8 rounds the three small channels to zero, and the layer's weights reduce the large one."""
+    found = calibrate(outlier_network(), batches(normal(40)), CalibrationConfig(max_noise=max_noise))
+    points = {point.node: point for point in found.points}
+    assert points["Conv_1"].int8 == quantized
+    assert points["Conv_0"].int8 and points["Gemm_4"].int8
+    assert quantized or points["Conv_1"].reason.endswith("% of its output (limit 1 %)")
+
+
 def test_matrix_products_are_quantized_per_output_channel() -> None:
     body = """f = Flatten(input) m = MatMul(f, w1) r = Relu(m) logits = Gemm(r, w2, b)"""
     random = np.random.default_rng(0)
