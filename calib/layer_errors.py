@@ -162,5 +162,7 @@ def _add_dequantized_weight(graph: onnx.GraphProto, weight: onnx.TensorProto, ax
     if not any(tensor.name == name for tensor in graph.initializer):
         array = numpy_helper.to_array(weight)
         integers, scales = quantize_weight(array, axis)
-        graph.initializer.append(numpy_helper.from_array(integers * along(scales, axis, array.ndim), name))
+        # In place, because protobuf cannot copy messages of 2 GB.
+        rounded = graph.initializer.add(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+        rounded.raw_data = (integers * along(scales, axis, array.ndim)).astype("<f4").tobytes()
     return name

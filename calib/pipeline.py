@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 _COMPARED_IMAGES = 64
 """Number of images on which the INT8 graph is compared with the float32 graph."""
+_LARGE_BYTES = 10**9
+_MEMORY_FACTOR = 10
+"""Memory of a calibration, relative to the weights. A model with 2.3 GB needed more than 18 GB."""
 _LOW_AGREEMENT = 0.95
 """A warning is logged if the agreement is lower."""
 
@@ -96,6 +100,7 @@ def calibrate_file(
     _check_target(source, target)
     check_mix(config.mix, adversary)
     model, preprocessing = read_float_model(source, foreign)
+    _warn_about_memory(source, model)
     output_dir(target.parent)
     images = _choose_images(data, config, preprocessing, adversary)
     config = dataclasses.replace(config, mix=images.mix, seed=images.seed)  # a manifest has its own
@@ -125,6 +130,15 @@ def _check_target(source: Path, target: Path) -> None:
         raise ConfigError(
             f"the output path must be NAME.onnx, with a NAME that does not end in calib, since NAME.calib.json lists "
             f"the images; found {target}"
+        )
+
+
+def _warn_about_memory(source: Path, model: onnx.ModelProto) -> None:
+    size = sum(math.prod(tensor.dims) * 4 for tensor in model.graph.initializer)
+    if size > _LARGE_BYTES:
+        log.warning(
+            "%s has %.1f GB of weights; calibration needs about %.0f GB of memory",
+            *(source, size / 1e9, _MEMORY_FACTOR * size / 1e9),
         )
 
 
