@@ -13,7 +13,7 @@ from runtime.evaluate.cells import CLEAN, IMAGES
 from runtime.evaluate.report.inputs import Attack, Inputs, Latency
 from runtime.evaluate.results import Result
 
-__all__ = ["CORRUPTED", "Entry", "Group", "Report", "report_of", "uncorrupted_cell"]
+__all__ = ["CORRUPTED", "Entry", "Group", "Report", "comparable_facts", "report_of", "uncorrupted_cell", "why_separate"]
 
 CORRUPTED = ("imagenet-c", "corruptions", "cifar10-c")
 """Suites with corruptions and severities, in order of preference."""
@@ -158,14 +158,14 @@ def _groups(entries: Sequence[Entry], suite: str) -> list[Group]:
     shown: dict[str, list[Entry]] = {}
     for entry in entries:
         if suite in entry.results:
-            shown.setdefault(json.dumps(_task(entry.results[suite]), sort_keys=True), []).append(entry)
+            shown.setdefault(json.dumps(comparable_facts(entry.results[suite]), sort_keys=True), []).append(entry)
     ordered = sorted(shown.values(), key=lambda members: -len(members))
     first = ordered[0][0]
     return [
         Group(
             suite=suite,
             entries=tuple(members),
-            why_separate=_why_separate(_task(first.results[suite]), _task(members[0].results[suite]), first.label),
+            why_separate=why_separate(comparable_facts(first.results[suite]), comparable_facts(members[0].results[suite]), first.label),
         )
         for members in ordered
     ]
@@ -180,10 +180,10 @@ _TASK_TITLES = {
     "table": "table of severities",
     "seed": "seed of the corruptions",
 }
-"""Keys of `_task` → titles for messages."""
+"""Keys of `comparable_facts` → titles for messages."""
 
 
-def _task(result: Result) -> dict[str, Any]:
+def comparable_facts(result: Result) -> dict[str, Any]:
     """Return everything that must be equal for two results to be comparable."""
     settings, generated = result["settings"], result["settings"]["table"] is not None
     return {
@@ -197,7 +197,14 @@ def _task(result: Result) -> dict[str, Any]:
     }
 
 
-def _why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_label: str) -> str:
+def why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_label: str) -> str:
+    """Return the first fact that differs between two results, as a phrase; "" if none does.
+
+    Args:
+        first: `comparable_facts` of one result.
+        other: `comparable_facts` of the other one.
+        first_label: name of the first model.
+    """
     key = next((key for key in first if first[key] != other[key]), None)
     if key is None:
         return ""

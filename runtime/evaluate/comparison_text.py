@@ -1,0 +1,183 @@
+"""Write a comparison of models: a verdict in words, a table for the terminal, and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtime.evaluate.comparison import Compared, Comparison, Measured, Scale
+from runtime.evaluate.gate import Outcome, Status
+from runtime.evaluate.intervals import Interval
+from runtime.evaluate.report.text import escape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["comparison_json", "comparison_table", "power_lines", "summary_markdown", "verdict_of_model", "verdicts"]
+
+_HEADLINE = ("top1", "mean_error", "mce", "ece", "pgd", "apgd", "square", "worst")
+"""Metrics that a verdict mentions, if they were measured."""
+
+_TOO_WIDE = {Scale.PERCENT: 10.0, Scale.MCE: 20.0, Scale.SHARE: 0.1}
+"""Scale → detectable difference above which a comparison has too few images."""
+
+
+def verdict_of(measured: Measured) -> str:
+    """Return the conclusion on one metric, such as "no loss that 400 images can show"."""
+    gain, images = measured.gain_interval, f"{measured.images:,} images"
+    if gain is None:
+        return f"too few images ({measured.images:,}) for a conclusion"
+    if measured.is_identical:
+        return f"identical: right on the same of the {images}"
+    if gain[0] > 0:
+        return "better"
+    if gain[1] < 0:
+        return "worse"
+    detectable, scale = measured.detectable or 0.0, measured.metric.scale
+    shown = f"{detectable:.{scale.decimals}f} {scale.difference}".strip()
+    if detectable > _TOO_WIDE[scale]:
+        return f"too few images: {images} would only show a difference of {shown}"
+    return f"no difference that {images} can show (they would show {shown})"
+
+
+def verdict_of_model(model: Compared, baseline: str) -> str:
+    """Return the verdict on a model as one sentence per metric."""
+    found = [model.measured[name] for name in _HEADLINE if name in model.measured]
+    parts = [
+        f"{measured.metric.title} {change_text(measured)}: {verdict_of(measured)}"
+        for measured in found
+        if measured.difference is not None
+    ]
+    return f"{model.name} compared with {baseline}: {'; '.join(parts)}." if parts else ""
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Return the verdict on each model except the baseline."""
+    return [verdict_of_model(model, comparison.baseline.name) for model in comparison.others]
+
+
+def power_lines(comparison: Comparison) -> list[str]:
+    """Return how large a loss of accuracy the images would show, for each model."""
+    lines = []
+    for model in comparison.others:
+        measured = model.measured.get("top1")
+        if measured is not None and measured.detectable is not None:
+            lines.append(
+                f"{model.name}: {measured.images:,} images would show a loss of {measured.detectable:.1f} points of "
+                "clean top-1 in four of five cases"
+            )
+    return lines
+
+
+def change_text(measured: Measured) -> str:
+    """Return a difference with its interval, such as "−1.2 points [−2.0, −0.4]"."""
+    if measured.difference is None:
+        return ""
+    scale = measured.metric.scale
+    text = f"{measured.difference:+.{scale.decimals}f} {scale.difference}".strip()
+    return _minus(f"{text}{_brackets(measured.difference_interval, scale, '+')}")
+
+
+def value_text(measured: Measured) -> str:
+    """Return a value with its interval."""
+    scale = measured.metric.scale
+    percent = "%" if scale is Scale.PERCENT else ""
+    return f"{measured.value:.{scale.decimals}f}{percent}{_brackets(measured.interval, scale, '')}"
+
+
+def _brackets(interval: Interval | None, scale: Scale, sign: str) -> str:
+    if interval is None:
+        return ""
+    low, high = interval
+    return f" [{low:{sign}.{scale.decimals}f}, {high:{sign}.{scale.decimals}f}]"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Return (title, text per model), with a row of differences below each row of values."""
+    rows = []
+    for name, metric in comparison.metrics.items():
+        found = [model.measured.get(name) for model in comparison.models]
+        rows.append((metric.title, [value_text(item) if item else "–" for item in found]))
+        if any(item and item.difference is not None for item in found):
+            rows.append(("  Δ", [change_text(item) if item else "" for item in found]))
+    return rows
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return a table with a column per model; the baseline comes first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None)
+    table.add_column(Text(f"{comparison.data}\n{comparison.images:,} images"))
+    for model in comparison.models:
+        note = "\nbaseline" if model is comparison.baseline else "\n"
+        table.add_column(Text(f"{model.name}{note}"), justify="right", overflow="fold")
+    for title, cells in _rows(comparison):
+        table.add_row(Text(title), *map(Text, cells))
+    return table
+
+
+def comparison_json(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return a comparison as plain values."""
+
+    def measured(item: Measured) -> dict[str, Any]:
+        return {
+            "title": item.metric.title,
+            "value": item.value,
+            "interval": item.interval,
+            "difference": item.difference,
+            "difference_interval": item.difference_interval,
+            "detectable": item.detectable,
+            "images": item.images,
+        }
+
+    return {
+        "suite": comparison.suite,
+        "data": comparison.data,
+        "images": comparison.images,
+        "baseline": comparison.baseline.name,
+        "models": {
+            model.name: {name: measured(item) for name, item in model.measured.items()} for model in comparison.models
+        },
+        "verdicts": verdicts(comparison),
+        "conditions": [
+            {
+                "fail_if": outcome.condition.text,
+                "model": outcome.model,
+                "status": outcome.status.value,
+                "explanation": outcome.explanation,
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+_SIGNS = {Status.FAILED: "❌", Status.PASSED: "✅", Status.INCONCLUSIVE: "⚠️"}
+
+
+def summary_markdown(comparison: Comparison, outcomes: Sequence[Outcome]) -> str:
+    """Return a comparison as Markdown, for the step summary of a CI job."""
+    names = ", ".join(model.name for model in comparison.others) or comparison.baseline.name
+    parts = [
+        f"## {escape(names)} compared with {escape(comparison.baseline.name)}",
+        f"{comparison.images:,} images of {escape(comparison.data)}; 95% intervals in brackets, Δ on the same images.",
+        "\n".join(f"- {escape(line)}" for line in verdicts(comparison)),
+    ]
+    if outcomes:
+        rows = [
+            f"| {_SIGNS[outcome.status]} {outcome.status.value} | {escape(outcome.model)} | "
+            f"{escape(outcome.condition.text)} | {escape(outcome.explanation)} |"
+            for outcome in outcomes
+        ]
+        parts.append("\n".join(["| gate | model | fails if | measured |", "|---|---|---|---|", *rows]))
+    heads = " | ".join(escape(model.name) for model in comparison.models)
+    rows = [f"| {escape(title.strip())} | {' | '.join(map(escape, cells))} |" for title, cells in _rows(comparison)]
+    rule = "|".join(["---", *["---:"] * len(comparison.models)])
+    table = "\n".join([f"| | {heads} |", f"|{rule}|", *rows])
+    parts.append(f"<details><summary>All numbers</summary>\n\n{table}\n\n</details>")
+    return "\n\n".join(part for part in parts if part) + "\n"
