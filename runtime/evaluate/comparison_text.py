@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime.evaluate.comparison import Compared, Comparison, Measured, Scale
+from runtime.evaluate.comparison import Comparison, Measured, Scale
 from runtime.evaluate.gate import Outcome, Status
 from runtime.evaluate.intervals import Interval
 from runtime.evaluate.report.text import escape
@@ -13,10 +13,10 @@ from runtime.evaluate.report.text import escape
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["comparison_json", "comparison_table", "power_lines", "summary_markdown", "verdict_of_model", "verdicts"]
+__all__ = ["comparison_json", "comparison_table", "summary_markdown", "verdict_lines", "verdicts"]
 
-_HEADLINE = ("top1", "mean_error", "mce", "ece", "pgd", "apgd", "square", "worst")
-"""Metrics that a verdict mentions, if they were measured."""
+_HEADLINE = ("top1", "mean_error", "pgd", "apgd", "square", "worst", "ece")
+"""Metrics that a verdict mentions, if they were measured. The mCE is the mean error in another unit."""
 
 _TOO_WIDE = {Scale.PERCENT: 10.0, Scale.MCE: 20.0, Scale.SHARE: 0.1}
 """Scale → detectable difference above which a comparison has too few images."""
@@ -28,7 +28,7 @@ def verdict_of(measured: Measured) -> str:
     if gain is None:
         return f"too few images ({measured.images:,}) for a conclusion"
     if measured.is_identical:
-        return f"identical: right on the same of the {images}"
+        return f"identical, right on the same ones of {images}"
     if gain[0] > 0:
         return "better"
     if gain[1] < 0:
@@ -36,37 +36,26 @@ def verdict_of(measured: Measured) -> str:
     detectable, scale = measured.detectable or 0.0, measured.metric.scale
     shown = f"{detectable:.{scale.decimals}f} {scale.difference}".strip()
     if detectable > _TOO_WIDE[scale]:
-        return f"too few images: {images} would only show a difference of {shown}"
-    return f"no difference that {images} can show (they would show {shown})"
+        return f"too few images to tell ({images} only show a difference of {shown})"
+    return f"no difference that {images} can show (they show {shown} in four of five cases)"
 
 
-def verdict_of_model(model: Compared, baseline: str) -> str:
-    """Return the verdict on a model as one sentence per metric."""
-    found = [model.measured[name] for name in _HEADLINE if name in model.measured]
-    parts = [
-        f"{measured.metric.title} {change_text(measured)}: {verdict_of(measured)}"
-        for measured in found
-        if measured.difference is not None
-    ]
-    return f"{model.name} compared with {baseline}: {'; '.join(parts)}." if parts else ""
-
-
-def verdicts(comparison: Comparison) -> list[str]:
-    """Return the verdict on each model except the baseline."""
-    return [verdict_of_model(model, comparison.baseline.name) for model in comparison.others]
-
-
-def power_lines(comparison: Comparison) -> list[str]:
-    """Return how large a loss of accuracy the images would show, for each model."""
-    lines = []
+def verdicts(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Return a heading and a line per metric for each model except the baseline."""
+    found = []
     for model in comparison.others:
-        measured = model.measured.get("top1")
-        if measured is not None and measured.detectable is not None:
-            lines.append(
-                f"{model.name}: {measured.images:,} images would show a loss of {measured.detectable:.1f} points of "
-                "clean top-1 in four of five cases"
-            )
-    return lines
+        lines = [
+            f"{measured.metric.title}: {verdict_of(measured)}, {change_text(measured)}"
+            for measured in (model.measured[name] for name in _HEADLINE if name in model.measured)
+            if measured.difference is not None
+        ]
+        found.append((f"{model.name} compared with {comparison.baseline.name}", lines))
+    return found
+
+
+def verdict_lines(comparison: Comparison) -> list[str]:
+    """Return the verdicts as lines for the terminal."""
+    return [line for title, lines in verdicts(comparison) for line in ("", title, *(f"  {text}" for text in lines))]
 
 
 def change_text(measured: Measured) -> str:
@@ -76,6 +65,13 @@ def change_text(measured: Measured) -> str:
     scale = measured.metric.scale
     text = f"{measured.difference:+.{scale.decimals}f} {scale.difference}".strip()
     return _minus(f"{text}{_brackets(measured.difference_interval, scale, '+')}")
+
+
+def _short_change(measured: Measured) -> str:
+    if measured.difference is None:
+        return ""
+    scale = measured.metric.scale
+    return _minus(f"{measured.difference:+.{scale.decimals}f}{_brackets(measured.difference_interval, scale, '+')}")
 
 
 def value_text(measured: Measured) -> str:
@@ -99,11 +95,13 @@ def _minus(text: str) -> str:
 def _rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """Return (title, text per model), with a row of differences below each row of values."""
     rows = []
-    for name, metric in comparison.metrics.items():
+    metrics = comparison.metrics
+    for name in sorted(metrics, key=lambda name: name not in (*_HEADLINE, "mce")):
+        metric = metrics[name]
         found = [model.measured.get(name) for model in comparison.models]
         rows.append((metric.title, [value_text(item) if item else "–" for item in found]))
         if any(item and item.difference is not None for item in found):
-            rows.append(("  Δ", [change_text(item) if item else "" for item in found]))
+            rows.append(("  Δ", [_short_change(item) if item else "" for item in found]))
     return rows
 
 
@@ -144,7 +142,7 @@ def comparison_json(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict
         "models": {
             model.name: {name: measured(item) for name, item in model.measured.items()} for model in comparison.models
         },
-        "verdicts": verdicts(comparison),
+        "verdicts": dict(verdicts(comparison)),
         "conditions": [
             {
                 "fail_if": outcome.condition.text,
@@ -166,7 +164,10 @@ def summary_markdown(comparison: Comparison, outcomes: Sequence[Outcome]) -> str
     parts = [
         f"## {escape(names)} compared with {escape(comparison.baseline.name)}",
         f"{comparison.images:,} images of {escape(comparison.data)}; 95% intervals in brackets, Δ on the same images.",
-        "\n".join(f"- {escape(line)}" for line in verdicts(comparison)),
+        *(
+            "\n".join([f"**{escape(title)}**\n", *(f"- {escape(line)}" for line in lines)])
+            for title, lines in verdicts(comparison)
+        ),
     ]
     if outcomes:
         rows = [

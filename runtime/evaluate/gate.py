@@ -137,23 +137,25 @@ def _explanation(condition: Condition, measured: Measured, status: Status) -> st
     text = f"{measured.metric.title}: {numbers} on {measured.images:,} images"
     if status is Status.INCONCLUSIVE:
         text += "; the interval contains the limit, so these images neither show the failure nor rule it out"
-    return f"{text}. {power_text(condition, measured)}" if condition.is_relative else text
+    if not condition.is_relative or status is Status.FAILED:
+        return text
+    return f"{text}. {_power_text(condition, measured, status is Status.INCONCLUSIVE)}"
 
 
-def power_text(condition: Condition, measured: Measured) -> str:
-    """Return which difference a gate detects with this number of images."""
+def _power_text(condition: Condition, measured: Measured, is_inconclusive: bool) -> str:
+    """Return which difference the condition detects with this number of images."""
     detectable, margin = measured.detectable, abs(condition.limit)
     assert detectable is not None
     scale = measured.metric.scale
-    unit = f" {scale.difference}" if scale.difference else ""
-    worse = "loss" if measured.metric.higher_is_better else "increase"
-    text = (
-        f"{measured.images:,} images would show a {worse} of {margin + detectable:.{scale.decimals}f}{unit} "
-        "in four of five cases"
-    )
-    if margin and detectable > margin:
+    change = "a loss" if measured.metric.higher_is_better else "an increase"
+
+    def amount(number: float) -> str:
+        return f"{change} of {number:.{scale.decimals}f} {scale.difference}".rstrip()
+
+    text = f"{measured.images:,} images show {amount(margin + detectable)} in four of five cases"
+    if is_inconclusive and margin and detectable > margin:
         needed = math.ceil(measured.images * (detectable / margin) ** 2 / 100) * 100
-        text += f"; {2 * margin:g}{unit} needs about {needed:,} images"
+        text += f"; {amount(2 * margin)} needs about {needed:,} images"
     return text
 
 

@@ -16,7 +16,16 @@ from collections.abc import Iterable, Mapping
 from runtime.errors import DataError, SpecError, nearest
 from runtime.spec import ModelSpec
 
-__all__ = ["CIFAR10", "IMAGENET_A", "IMAGENET_R", "among", "by_cifar_number", "by_folder", "by_imagenet_number", "has_imagenet_classes"]
+__all__ = [
+    "CIFAR10",
+    "IMAGENET_A",
+    "IMAGENET_R",
+    "among",
+    "by_cifar_number",
+    "by_folder",
+    "by_imagenet_number",
+    "has_imagenet_classes",
+]
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """CIFAR-10's classes, in the order of its labels. Source: cs.toronto.edu/~kriz/cifar.html."""

@@ -31,7 +31,7 @@ from runtime.errors import DataError, InputError
 from runtime.evaluate.attacks.results import ATTACK_FORMAT
 from runtime.evaluate.results import FORMAT, Result, check_result, is_whole, merge
 
-__all__ = ["Attack", "Curve", "Inputs", "Latency", "attack_of", "latency_of", "read_inputs"]
+__all__ = ["Attack", "Curve", "Inputs", "Latency", "attack_of", "latency_of", "read_inputs", "read_json"]
 
 _BENCH_FORMAT = "advprop.bench/1"
 
@@ -104,7 +104,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     results: dict[tuple[str, str], list[tuple[str, Result]]] = defaultdict(list)
     latencies, attacks = [], []
     for path in paths:
-        content, sha256 = _read_json(path)
+        content, sha256 = read_json(path)
         if sha256 in files.values():
             continue
         files[str(path)] = sha256
@@ -125,8 +125,12 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     )
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """Return a file's content and SHA-256."""
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Return a file's content and SHA-256.
+
+    Raises:
+        DataError: the file has none of the formats of a report.
+    """
     known = f"{FORMAT!r} (advprop eval), {_BENCH_FORMAT!r} or {ATTACK_FORMAT!r}"
     try:
         raw = path.read_bytes()

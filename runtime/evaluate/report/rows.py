@@ -165,7 +165,9 @@ def _groups(entries: Sequence[Entry], suite: str) -> list[Group]:
         Group(
             suite=suite,
             entries=tuple(members),
-            why_separate=why_separate(comparable_facts(first.results[suite]), comparable_facts(members[0].results[suite]), first.label),
+            why_separate=why_separate(
+                comparable_facts(first.results[suite]), comparable_facts(members[0].results[suite]), first.label
+            ),
         )
         for members in ordered
     ]
