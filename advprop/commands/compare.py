@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from advprop.commands.report import report_date
 from runtime.errors import ConfigError, GateFailed
 from runtime.system.command import (
     Command,
@@ -148,7 +149,7 @@ def main(
         print_lines(console, (*verdict_lines(comparison), "", *measurements.notes))
         print_lines(console, (f"{_sign(outcome)}: {_outcome_text(outcome)}" for outcome in outcomes))
     if reports:
-        write_report(measurements.files, reports)
+        write_report(measurements.files, reports, date=report_date())
     _write_gate_files(comparison, outcomes, junit, summary)
     _raise_if_failed(outcomes, inconclusive)
 

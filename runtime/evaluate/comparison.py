@@ -19,17 +19,13 @@ from runtime.evaluate.attacks.config import CLEAN as UNATTACKED
 from runtime.evaluate.attacks.config import NOISE
 from runtime.evaluate.attacks.results import AttackResult
 from runtime.evaluate.counts import GROUPS, Counts, Pairs
-from runtime.evaluate.intervals import Interval, jackknife, newcombe_paired, wilson
+from runtime.evaluate.intervals import Interval, detectable, jackknife, newcombe_paired, wilson
 from runtime.evaluate.metrics import calibration_error, grouped_calibration_error
 from runtime.evaluate.report.numbers import corruption_errors_of
 from runtime.evaluate.report.rows import comparable_facts, uncorrupted_cell, why_separate
-from runtime.evaluate.results import Result, finished
+from runtime.evaluate.results import Result, dataset_name, finished
 
 __all__ = ["Compared", "Comparison", "Measured", "Metric", "Scale", "compare", "rebase"]
-
-_POWER = (1.959963984540054 + 0.8416212335729143) / 1.959963984540054
-"""Half the width of a 95% interval → the difference that the interval excludes from 0 in 80% of
-repetitions: the 97.5% and the 80% quantile of the normal distribution."""
 
 
 class Scale(Enum):
@@ -85,8 +81,7 @@ class Measured:
         """The difference that these images would show in four of five cases; None if unknown."""
         if self.difference_interval is None:
             return None
-        low, high = self.difference_interval
-        return _POWER * (high - low) / 2
+        return detectable(self.difference_interval)
 
     @property
     def gain_interval(self) -> Interval | None:
@@ -154,7 +149,7 @@ def compare(results: Sequence[Result], attacks: Sequence[AttackResult], baseline
         baseline=first,
         others=tuple(model for model in models if model is not first),
         suite=str(base["suite"]),
-        data="/".join(str(base["data"]["path"]).replace("\\", "/").rstrip("/").split("/")[-2:]),
+        data=dataset_name(base),
         images=max(cell["images"] for cell in cells),
     )
 

@@ -18,7 +18,7 @@ __all__ = ["comparison_json", "comparison_table", "summary_markdown", "verdict_l
 _HEADLINE = ("top1", "mean_error", "pgd", "apgd", "square", "worst", "ece")
 """Metrics that a verdict mentions, if they were measured. The mCE is the mean error in another unit."""
 
-_TOO_WIDE = {Scale.PERCENT: 10.0, Scale.MCE: 20.0, Scale.SHARE: 0.1}
+_TOO_WIDE = {Scale.PERCENT: 5.0, Scale.MCE: 10.0, Scale.SHARE: 0.05}
 """Scale → detectable difference above which a comparison has too few images."""
 
 
@@ -55,7 +55,9 @@ def verdicts(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 def verdict_lines(comparison: Comparison) -> list[str]:
     """Return the verdicts as lines for the terminal."""
-    return [line for title, lines in verdicts(comparison) for line in ("", title, *(f"  {text}" for text in lines))]
+    lines = ["Δ: difference from the baseline, with its 95% interval; * its interval excludes 0"]
+    lines += [line for title, texts in verdicts(comparison) for line in ("", title, *(f"  {text}" for text in texts))]
+    return lines if comparison.others else []
 
 
 def change_text(measured: Measured) -> str:
@@ -74,11 +76,12 @@ def _short_change(measured: Measured) -> str:
     return _minus(f"{measured.difference:+.{scale.decimals}f}{_brackets(measured.difference_interval, scale, '+')}")
 
 
-def value_text(measured: Measured) -> str:
-    """Return a value with its interval."""
+def value_text(measured: Measured, *, with_interval: bool = True) -> str:
+    """Return a value, with its interval if it is known."""
     scale = measured.metric.scale
     percent = "%" if scale is Scale.PERCENT else ""
-    return f"{measured.value:.{scale.decimals}f}{percent}{_brackets(measured.interval, scale, '')}"
+    interval = _brackets(measured.interval, scale, "") if with_interval else ""
+    return f"{measured.value:.{scale.decimals}f}{percent}{interval}"
 
 
 def _brackets(interval: Interval | None, scale: Scale, sign: str) -> str:
@@ -92,17 +95,35 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def _rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """Return (title, text per model), with a row of differences below each row of values."""
+def _rows(comparison: Comparison, *, is_short: bool = False) -> list[tuple[str, list[str]]]:
+    """Return (title, text per model): values, and below them differences from the baseline.
+
+    Args:
+        comparison: the comparison.
+        is_short: leave out the intervals of values; corruptions get one row with value and
+            difference, and * if the interval of the difference excludes 0.
+    """
     rows = []
     metrics = comparison.metrics
     for name in sorted(metrics, key=lambda name: name not in (*_HEADLINE, "mce")):
-        metric = metrics[name]
+        metric, is_headline = metrics[name], name in (*_HEADLINE, "mce")
         found = [model.measured.get(name) for model in comparison.models]
-        rows.append((metric.title, [value_text(item) if item else "–" for item in found]))
+        if is_short and not is_headline:
+            rows.append((metric.title, [_one_line(item) if item else "–" for item in found]))
+            continue
+        rows.append((metric.title, [value_text(item, with_interval=not is_short) if item else "–" for item in found]))
         if any(item and item.difference is not None for item in found):
             rows.append(("  Δ", [_short_change(item) if item else "" for item in found]))
     return rows
+
+
+def _one_line(measured: Measured) -> str:
+    value = value_text(measured, with_interval=False)
+    if measured.difference is None:
+        return value
+    gain = measured.gain_interval
+    mark = "*" if gain is not None and (gain[0] > 0 or gain[1] < 0) else " "
+    return _minus(f"{value} {measured.difference:+6.{measured.metric.scale.decimals}f}{mark}")
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -115,7 +136,7 @@ def comparison_table(comparison: Comparison) -> Table:
     for model in comparison.models:
         note = "\nbaseline" if model is comparison.baseline else "\n"
         table.add_column(Text(f"{model.name}{note}"), justify="right", overflow="fold")
-    for title, cells in _rows(comparison):
+    for title, cells in _rows(comparison, is_short=True):
         table.add_row(Text(title), *map(Text, cells))
     return table
 

@@ -31,6 +31,7 @@ __all__ = [
     "FORMAT",
     "Result",
     "check_result",
+    "dataset_name",
     "describe",
     "describe_model",
     "difference",
@@ -150,6 +151,12 @@ def finished(result: Result) -> Result:
         "cells": cells,
         "metrics": metrics,
     }
+
+
+def dataset_name(result: Mapping[str, Any], key: str = "path") -> str:
+    """Return the last two parts of a test set's folder, such as `photos/val`; "" without a folder."""
+    parts = str(result["data"].get(key) or "").replace("\\", "/").split("/")
+    return "/".join([part for part in parts if part not in ("", ".", "..")][-2:])
 
 
 def is_whole(result: Result) -> bool:

@@ -34,6 +34,8 @@ from runtime.evaluate.results import FORMAT, Result, check_result, is_whole, mer
 __all__ = ["Attack", "Curve", "Inputs", "Latency", "attack_of", "latency_of", "read_inputs", "read_json"]
 
 _BENCH_FORMAT = "advprop.bench/1"
+_BENCH_RUN_FORMAT = "advprop.benchrun/1"
+"""All measurements of a run of advprop bench; its report files repeat the latencies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     latencies, attacks = [], []
     for path in paths:
         content, sha256 = read_json(path)
-        if sha256 in files.values():
+        if sha256 in files.values() or content["format"] == _BENCH_RUN_FORMAT:
             continue
         files[str(path)] = sha256
         if content["format"] == _BENCH_FORMAT:
@@ -141,7 +143,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); expected a file of format {known}") from error
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if found not in (FORMAT, _BENCH_FORMAT, ATTACK_FORMAT):
+    if found not in (FORMAT, _BENCH_FORMAT, _BENCH_RUN_FORMAT, ATTACK_FORMAT):
         other_version = isinstance(found, str) and found.rpartition("/")[0] == FORMAT.rpartition("/")[0]
         hint = "; another version of advprop wrote it: evaluate again with this version" if other_version else ""
         raise DataError(f"{path}: expected a file of format {known}; found {found!r}{hint}")
@@ -150,6 +152,9 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
 
 def _merge_results(parts: list[tuple[str, Result]]) -> Result:
     """Return the result of one model on one suite from any number of files."""
+    if any(part["reference"] for _, part in parts):
+        # The same evaluation without a reference says nothing more.
+        parts = [(name, part) for name, part in parts if part["reference"]]
     names = ", ".join(name for name, _ in parts)
     try:
         result = parts[0][1] if len(parts) == 1 else merge([part for _, part in parts])

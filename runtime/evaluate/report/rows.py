@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runtime.evaluate.cells import CLEAN, IMAGES
@@ -18,7 +20,7 @@ __all__ = ["CORRUPTED", "Entry", "Group", "Report", "comparable_facts", "report_
 CORRUPTED = ("imagenet-c", "corruptions", "cifar10-c")
 """Suites with corruptions and severities, in order of preference."""
 
-_DISTINGUISHING = ("precision", "route", "arithmetic", "device", "backend", "weights", "sha256")
+_DISTINGUISHING = ("precision", "route", "arithmetic", "device", "backend", "weights")
 """Facts that distinguish models with the same name, in order of preference."""
 
 
@@ -105,7 +107,12 @@ def report_of(inputs: Inputs) -> Report:
         if group.why_separate
     ]
     gaps = (*separate, *ignored, *_metric_gaps(entries), *_missing_inputs(entries, groups))
-    return Report(entries=entries, groups=groups, gaps=tuple(dict.fromkeys(gaps)), files=inputs.files)
+    return Report(
+        entries=entries,
+        groups=groups,
+        gaps=tuple(dict.fromkeys(gaps)),
+        files=tuple((Path(name).name, sha256) for name, sha256 in inputs.files),
+    )
 
 
 def _suites(results: Sequence[Result]) -> list[str]:
@@ -144,13 +151,15 @@ def _entries(inputs: Inputs) -> tuple[Entry, ...]:
 def _labels(models: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names of models; names that occur twice are followed by the facts that differ."""
     names = Counter(str(model["name"]) for model in models)
-    labels = []
+    labels: list[str] = []
     for model in models:
         name = str(model["name"])
         same = [other for other in models if str(other["name"]) == name]
         keys = [key for key in _DISTINGUISHING if len({str(other.get(key)) for other in same}) > 1]
-        extra = ", ".join(str(model.get(key))[: 8 if key == "sha256" else None] for key in keys)
-        labels.append(f"{name} ({extra})" if names[name] > 1 else name)
+        facts = ", ".join(str(model.get(key)) for key in keys)
+        label = f"{name} ({facts})" if names[name] > 1 and facts else name
+        numbered = (label if number == 1 else f"{label} {number}" for number in itertools.count(1))
+        labels.append(next(label for label in numbered if label not in labels))
     return labels
 
 
@@ -220,15 +229,24 @@ def why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_label
     return f"its images differ from those of {first_label} ({_TASK_TITLES[key]}{detail})"
 
 
+_OF_IMAGENET = ("mce_alexnet", "relative_mce_alexnet")
+"""Metrics that other test sets need not have."""
+
+
+def _has_own_mce(entry: Entry, result: Result) -> bool:
+    """Return whether a result has an mCE relative to the reference, or is the reference's."""
+    return "mce_reference" in result["metrics"] or (entry.is_reference and not result["reference"])
+
+
 def _metric_gaps(entries: Sequence[Entry]) -> list[str]:
     """Return messages about missing metrics and outputs that were not finite."""
     gaps = []
     missing: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for entry in entries:
         for result in entry.results.values():
-            for name in ("mce_alexnet", "relative_mce_alexnet", "mean_error"):
+            for name in ("mce_alexnet", "relative_mce_alexnet", "mce_reference", "mean_error"):
                 why = result["metrics"].get(name, {}).get("why_not")
-                if why:
+                if why and not (name in _OF_IMAGENET and _has_own_mce(entry, result)):
                     names, labels = missing.setdefault((result["suite"], why), ({}, {}))
                     names[name] = labels[entry.label] = None
             not_finite = sum(cell["counts"]["not_finite"] for cell in result["cells"].values())
@@ -249,7 +267,9 @@ def _missing_inputs(entries: Sequence[Entry], groups: Sequence[Group]) -> list[s
         gaps.append("no corruptions: run advprop eval --suite corruptions or --suite imagenet-c")
     if not any(result["reference"] for entry in entries for result in entry.results.values()):
         gaps.append("no comparison with a reference: run advprop eval --reference MODEL")
-    gaps += [f"no {name}: run advprop eval --suite {name}" for name in ("imagenet-a", "stylized") if name not in suites]
+    if any(result["settings"]["imagenet_classes"] for entry in entries for result in entry.results.values()):
+        others = [name for name in ("imagenet-a", "stylized") if name not in suites]
+        gaps += [f"no {name}: run advprop eval --suite {name}" for name in others]
     if not any(entry.latencies for entry in entries):
         gaps.append("no latency, so no plots of accuracy against it: add files written by advprop bench")
     if not any(entry.attacks for entry in entries):

@@ -7,11 +7,21 @@ import io
 import re
 from collections.abc import Sequence
 
-from runtime.evaluate.report.formatting import difference_of, findings, interval_text, number, points, subject
+from runtime.evaluate.report.formatting import (
+    conclusions,
+    definitions,
+    difference_of,
+    findings,
+    interval_text,
+    number,
+    points,
+    subject,
+    title_of,
+)
 from runtime.evaluate.report.markup import clean
 from runtime.evaluate.report.numbers import Column, Value, columns_of, corruption_errors_of
 from runtime.evaluate.report.rows import CORRUPTED, Entry, Group, Report
-from runtime.evaluate.results import Result
+from runtime.evaluate.results import Result, dataset_name
 
 __all__ = ["CSV_COLUMNS", "escape", "to_csv", "to_markdown"]
 
@@ -26,9 +36,17 @@ CSV_COLUMNS = (
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def to_markdown(report: Report, title: str = "Accuracy and robustness") -> str:
-    """Return the numbers of the page without its figures."""
-    parts = [f"# {escape(title)}", escape(subject(report)), _findings(report), _headline(report)]
+def to_markdown(report: Report, title: str = "", date: str = "") -> str:
+    """Return the numbers of the page without its figures.
+
+    Args:
+        report: the content.
+        title: title of the report (default: the models and datasets).
+        date: date below the title (default: none).
+    """
+    lead = f"Accuracy and robustness{f', {date}' if date else ''}. {subject(report)}"
+    parts = [f"# {escape(title or title_of(report))}", escape(lead), _verdict(report), _headline(report)]
+    parts.append(_findings(report))
     parts += [_corruptions(group) for group in report.groups if group.suite in CORRUPTED]
     parts.append(_attacks(report))
     if report.gaps:
@@ -40,6 +58,13 @@ def to_markdown(report: Report, title: str = "Accuracy and robustness") -> str:
 def escape(text: object) -> str:
     """Escape text for Markdown: one line without HTML, links and table borders."""
     return _SPECIAL.sub(r"\\\1", clean(text))
+
+
+def _verdict(report: Report) -> str:
+    return "\n".join(
+        f"- **{escape(conclusion.model)}**: {'; '.join(escape(text) for text, _ in conclusion.statements)}."
+        for conclusion in conclusions(report)
+    )
 
 
 def _findings(report: Report) -> str:
@@ -65,11 +90,12 @@ def _headline(report: Report) -> str:
     ]
     note = (
         "95% intervals in brackets. Δ: difference from the reference on the same images, in bold if its interval "
-        "excludes 0. mCE is in percent of AlexNet's errors; mean error is the plain share of wrong answers."
+        "excludes 0."
     )
     if any(value.why and value.value is not None for column in columns for value in column.values):
         note += " ‡: measured on other images or cells than the rest of the column."
-    return f"{_table(heads, rows)}\n\n{escape(note)}"
+    meaning = "\n".join(f"- {escape(text)}" for text in definitions(report))
+    return f"{_table(heads, rows)}\n\n{escape(note)}\n\n{meaning}"
 
 
 def _value(column: Column, value: Value) -> str:
@@ -130,7 +156,7 @@ def _provenance(report: Report) -> str:
             settings = result["settings"]
             versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items() if value)
             facts = (
-                f"{entry.label} on {group.suite}: data {result['data']['path']}, limit {settings['limit']}, seed "
+                f"{entry.label} on {group.suite}: data {dataset_name(result)}, limit {settings['limit']}, seed "
                 f"{settings['seed']}, table {settings['table']}, resize "
                 f"{'/'.join(sorted({cell['resize'] for cell in result['cells'].values()}))}, file SHA-256 "
                 f"{entry.facts.get('sha256', 'unknown')}; {versions}"
