@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from runtime.evaluate.attacks.config import NOISE
+from runtime.evaluate.attacks.results import WORST
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.report.charts import (
     STYLES,
@@ -123,10 +124,13 @@ def attacks(report: Report) -> Markup | None:
             rows += _attack_rows(entry, attack)
     if not panels:
         return None
+    control = (
+        "The dashed line is the control: random noise of the same size. An attack that fools no more images than noise "
+        "is ineffective. "
+    )
     text = (
-        "Top-1 on images in which each pixel changes by at most ε. The dashed line is the control: random noise of the "
-        "same size. An attack that fools no more images than noise is ineffective. Transfer alone overestimates a "
-        "quantized model."
+        f"Top-1 on images in which each pixel changes by at most ε. {control if NOISE in names else ''}Transfer alone "
+        "overestimates a quantized model."
     )
     heads = [tag("th", name, scope="col") for name in ("model", "attack", "ε", "correct", "top-1", "queries")]
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
@@ -139,7 +143,11 @@ def attacks(report: Report) -> Markup | None:
 
 
 def _attack_lines(attack: Attack, places: Mapping[str, int]) -> list[Line]:
-    """Return the lines of a chart. An attack has the same color for every model."""
+    """Return the lines of a chart. An attack has the same color for every model.
+
+    The worst of a single attack is that attack, so it gets no line of its own.
+    """
+    alone = len([curve for curve in attack.curves if curve.attack not in (NOISE, WORST)]) == 1
     return [
         Line(
             place=places[curve.attack],
@@ -148,7 +156,7 @@ def _attack_lines(attack: Attack, places: Mapping[str, int]) -> list[Line]:
             is_control=curve.attack == NOISE,
         )
         for curve in sorted(attack.curves, key=lambda curve: curve.attack == NOISE)
-        if curve.points
+        if curve.points and not (alone and curve.attack == WORST)
     ]
 
 
