@@ -279,7 +279,8 @@ def _corruption_metric(report: Report, suite: str, quantity: Quantity) -> Column
                 why=report.why_separate(entry, suite),
             )
         )
-    return Column(quantity=quantity, measured_on=suite, values=tuple(values))
+    measured_on = f"{suite}, plain mean" if quantity is Quantity.MEAN_ERROR else suite
+    return Column(quantity=quantity, measured_on=measured_on, values=tuple(values))
 
 
 def _relative_mce(entry: Entry, result: Result) -> Mapping[str, Any]:
