@@ -116,7 +116,7 @@ def test_the_page_is_well_formed_and_self_contained(faulty: Path) -> None:
     page = faulty.read_text()
     parser = parsed(page)
     names = [name for name, _ in parser.tags]
-    for anchor in ("headline", "corruptions", "calibration", "trade-offs", "attacks", "gaps", "provenance"):
+    for anchor in ("headline", "corruptions", "calibration", "trade-offs", "attacks", "provenance"):
         assert any(attributes.get("id") == anchor for _, attributes in parser.tags), anchor
     assert not {"script", "link", "img", "iframe", "object", "form"} & set(names)
     assert "http:" not in page
