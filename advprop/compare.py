@@ -106,13 +106,13 @@ def read_measurements(files: Sequence[Path]) -> Measurements:
 
 
 def measure_models(
-    paths: Sequence[Path], baseline: Path | None, config: CompareConfig, progress: Progress
+    paths: Sequence[Path], baseline: str | None, config: CompareConfig, progress: Progress
 ) -> tuple[Measurements, str]:
     """Evaluate and attack models. An interrupted run with the same arguments is resumed.
 
     Args:
         paths: FILE, NAME=FILE, or folders of training runs.
-        baseline: the model to compare with, in the same form (default: the first of `paths`).
+        baseline: the model to compare with, or the name of one of `paths` (default: the first).
         config: test set, attack and output folder.
         progress: called with a description of each step.
 
@@ -126,14 +126,16 @@ def measure_models(
     load = partial(
         load_model, device=config.device, threads=config.threads, checkpoint_loader=checkpoints.load_predictor
     )
-    models, first = load_models(load, paths, baseline or paths[0])
+    named = {find_model(path).default_name(): path for path in reversed(paths)}
+    models, first = load_models(load, paths, named.get(baseline, Path(baseline)) if baseline else paths[0])
     assert first is not None
     if all(model is not first for model in models):
         models = [first, *models]
     _check_classes(models)
     output_dir(config.out)
     results, files = _evaluate(models, first, config, progress)
-    attacks, notes = [], []
+    attacks: list[AttackResult] = []
+    notes: list[str] = []
     if config.steps:
         attacks, notes = _attack(models, paths, config, progress)
         for result in attacks:

@@ -344,13 +344,13 @@ def _attacks(own: AttackResult, other: AttackResult | None) -> list[Measured]:
 
 
 def _paired_attack(measured: Measured, right_N: NDArray[np.bool_], other_N: NDArray[np.bool_]) -> Measured:
-    table = [int(part.sum()) for part in (right_N & other_N, right_N & ~other_N, ~right_N & other_N)]
-    interval = newcombe_paired(*table, len(right_N) - sum(table))
+    both, more, less = (int(part.sum()) for part in (right_N & other_N, right_N & ~other_N, ~right_N & other_N))
+    interval = newcombe_paired(both, more, less, len(right_N) - both - more - less)
     return dataclasses.replace(
         measured,
-        difference=100 * (table[1] - table[2]) / len(right_N),
+        difference=100 * (more - less) / len(right_N),
         difference_interval=_scaled(interval, 100),
-        is_identical=table[1] == table[2] == 0,
+        is_identical=more == less == 0,
     )
 
 
@@ -360,7 +360,7 @@ def _attacked(attack: AttackResult | None) -> list[tuple[str, float, NDArray[np.
     for curve in attack["curves"] if attack else ():
         point = max(curve["points"], key=lambda point: float(point["epsilon"]))
         shown = curve["attack"] not in (UNATTACKED, NOISE) and len(curve.get("of", (1, 2))) > 1
-        if shown and "right_bits" in point:
+        if attack is not None and shown and "right_bits" in point:
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(point["right_bits"]), np.uint8))
             rows.append((str(curve["attack"]), round(255 * point["epsilon"], 6), bits[: attack["images"]].astype(bool)))
     return rows

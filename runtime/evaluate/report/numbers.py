@@ -290,7 +290,8 @@ def _relative_mce(entry: Entry, result: Result) -> Mapping[str, Any]:
         return {"why_not": "see mCE (AlexNet = 100)"}
     if entry.is_reference and not result["reference"] and metrics.get("mean_error", {}).get("value"):
         return {"value": 100.0, "interval": None}
-    return metrics.get("mce_reference", {})
+    found: Mapping[str, Any] = metrics.get("mce_reference", {})
+    return found
 
 
 def _latencies(report: Report) -> list[Column]:
