@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("advprop.commands.evaluate:main", "Measure accuracy and robustness."),
     "eval-merge": ("advprop.commands.merge:main", "Merge the shards of an evaluation."),
     "attack": ("advprop.commands.attack:main", "Measure accuracy under attack: PGD, APGD, Square, noise."),
+    "compare": ("advprop.commands.compare:main", "Compare models on the same images; a gate for CI."),
     "report": ("advprop.commands.report:main", "Build an HTML or Markdown report from results or a checkpoint."),
     "inspect": ("advprop.commands.inspect:main", "Describe a model file, checkpoint or engine."),
     "cache": ("advprop.commands.cache:main", "List and prune cached engines and histograms."),

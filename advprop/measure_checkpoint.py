@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from export.record import read_record
 from runtime.errors import ConfigError, DataError, nearest
 from runtime.evaluate.cells import SuiteConfig
 from runtime.evaluate.models import Model, load_model
+from runtime.evaluate.names import ModelPath
 from runtime.evaluate.results import Result, describe, is_whole, read_result, write_result
 from runtime.evaluate.run import RunConfig, evaluate
 from runtime.evaluate.suites import open_suite
@@ -96,7 +98,11 @@ def measure_checkpoint(
         parts = split(suite, reference.spec, config.calib_data, config.calib_images)
         suite = parts.suite
     files = [_export(checkpoint, reference, precision, config, parts, progress) for precision in config.precisions]
-    models = [reference, *(load_model(file, device=config.device, threads=config.threads) for file in files)]
+    name = ModelPath(path=checkpoint).default_name()
+    models = [reference]
+    for file, precision in zip(files, config.precisions, strict=True):
+        model = load_model(file, device=config.device, threads=config.threads)
+        models.append(dataclasses.replace(model, name=f"{name}.{precision}"))
     return _evaluate(models, suite, config, progress), parts.description if parts else ""
 
 

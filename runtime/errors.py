@@ -15,6 +15,7 @@
     ├── RunFailed                     3  the backend failed while it ran the model
     ├── VerificationError             4  a stage disagrees with the previous stage
     ├── TrainingDiverged              5  the loss or the weights are not finite
+    ├── GateFailed                    5  a condition of `advprop compare --fail-if` holds
     ├── RequestNotServed              6  the server is overloaded; retry the request later
     │   ├── QueueFull                    the queue has no room for the request
     │   └── DeadlineExceeded             the deadline passed before the result was ready
@@ -37,6 +38,7 @@ __all__ = [
     "DataError",
     "DeadlineExceeded",
     "EngineBuildError",
+    "GateFailed",
     "InputError",
     "Interrupted",
     "ModelFileError",
@@ -147,6 +149,12 @@ class VerificationError(AdvPropError):
 
 class TrainingDiverged(AdvPropError):
     """The loss or the weights are no longer finite."""
+
+    exit_code = 5
+
+
+class GateFailed(AdvPropError):
+    """The measurements show a condition under which a comparison is to fail."""
 
     exit_code = 5
 

@@ -42,7 +42,8 @@ def restore_for_evaluation(
     """Load the network of a checkpoint in float32 and evaluation mode, without its other routes.
 
     Returns:
-        The spec, the network, its device, and facts for results (plain values).
+        The spec, the network, its device, and facts for results (plain values). `weights_bytes`
+        counts the weights for inference, without the optimizer's state and auxiliary BatchNorms.
     """
     checkpoint = load_checkpoint(path)
     spec = ModelSpec.from_json(checkpoint["spec"], where=str(path))
@@ -53,6 +54,7 @@ def restore_for_evaluation(
         "kind": "checkpoint",
         "sha256": sha256,
         "size_bytes": path.stat().st_size,
+        "weights_bytes": sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         "precision": "fp32",
         "arch": spec.arch,
         "backend": f"torch {torch.__version__}",

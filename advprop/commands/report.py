@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +107,11 @@ _FROM_OPTIONS = (
     metavar="FILE",
     help="File to write: a page (.html), Markdown (.md) or the raw cells (.csv). Repeatable.",
 )
+@click.option("--title", cls=Option, default="", metavar="TEXT", help="Title (default: the models and datasets).")
 @with_options(*_FROM_OPTIONS)
-def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path | None, **options: Any) -> None:
+def main(
+    results: tuple[Path, ...], outputs: tuple[Path, ...], title: str, checkpoint: Path | None, **options: Any
+) -> None:
     """Build one report on the accuracy and robustness of models, from RESULTS or from a checkpoint.
 
     The HTML page is a single file that needs no network.
@@ -130,8 +135,18 @@ def main(results: tuple[Path, ...], outputs: tuple[Path, ...], checkpoint: Path 
     made = (
         [] if checkpoint is None else _results_from_checkpoint(console, checkpoint, outputs[0].with_suffix(""), options)
     )
-    report = write_report([*results, *made], outputs)
+    report = write_report([*results, *made], outputs, title=title, date=report_date())
     print_lines(console, (*report.gaps, f"wrote {', '.join(map(str, outputs))}"))
+
+
+def report_date() -> str:
+    """Return today's date, or the one of $SOURCE_DATE_EPOCH, such as "26 November 2026"."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if seconds.isdecimal():
+        day = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+    else:
+        day = datetime.datetime.now().astimezone()
+    return f"{day.day} {day:%B %Y}"
 
 
 def _results_from_checkpoint(console: Console, checkpoint: Path, folder: Path, options: dict[str, Any]) -> list[Path]:

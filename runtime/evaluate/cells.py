@@ -13,13 +13,19 @@ from runtime.evaluate.labels import by_folder
 from runtime.spec import ModelSpec
 from runtime.system.image_sources import class_folders
 
-__all__ = ["CLEAN", "IMAGES", "RESIZE", "SEVERITIES", "Cell", "Opening", "SuiteConfig"]
+__all__ = ["CLEAN", "IMAGES", "NAMES", "RESIZE", "SEVERITIES", "WNIDS", "Cell", "Opening", "SuiteConfig"]
 
 CLEAN = "clean"
 """Id of the cell of clean images, which other cells are compared with."""
 
+FOLDER = "folder"
+"""Another name of the suite `clean`, plain accuracy on the images of a folder."""
+
 IMAGES = "images"
 """Id of the only cell of a test set without corruptions."""
+
+WNIDS, NAMES = "WordNet ids", "class names"
+"""What the class folders of a test set are named by."""
 
 RESIZE = ("auto", "fit", "none")
 """`fit`: preprocess images as the model file specifies; `none`: use the pixels unchanged; `auto`:
@@ -34,7 +40,7 @@ class SuiteConfig:
     """The test set and the selection of its images."""
 
     name: str
-    """One of `runtime.evaluate.suites.SUITES`."""
+    """One of `runtime.evaluate.suites.SUITES`; `folder` is another name of `clean`."""
     data: Path
     """Folder of the set."""
     clean: Path | None = None
@@ -53,6 +59,8 @@ class SuiteConfig:
     """One of RESIZE."""
 
     def __post_init__(self) -> None:
+        if self.name == FOLDER:
+            object.__setattr__(self, "name", CLEAN)
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"the limit must be at least one image; found {self.limit}")
         if self.table not in ("auto", *TABLES):
@@ -86,6 +94,11 @@ class Cell:
     corruption: tuple[str, int] | None = None
     """Name and severity of the corruption to compute during the evaluation."""
 
+    @property
+    def is_uncorrupted(self) -> bool:
+        """Whether this cell has no corruption and severity."""
+        return "/" not in self.id
+
 
 @dataclass(slots=True)
 class Opening:
@@ -97,6 +110,8 @@ class Opening:
     """Folders that match no class of the model."""
     classes: tuple[int, ...] | None = None
     """The classes that compete; None for all classes."""
+    named_by: str = WNIDS
+    """`NAMES` if a folder was found by the name of its class, otherwise `WNIDS`."""
 
     def folder(self, root: Path, find: Callable[[list[str]], Mapping[str, int]]) -> LabeledImages:
         """Return the images in the class folders for which `find` returns a class."""
@@ -107,6 +122,8 @@ class Opening:
 
     def by_class(self, root: Path) -> LabeledImages:
         """Return the images in folders named by WordNet ids or class names."""
+        if not set(class_folders(root)) & set(self.spec.wnids):
+            self.named_by = NAMES
         return self.folder(root, lambda names: by_folder(names, self.spec, str(root)))
 
     def limited(self, images: LabeledImages) -> LabeledImages:

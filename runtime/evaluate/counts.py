@@ -77,15 +77,25 @@ class Counts:
     """Correctly classified images by group."""
     pairs: Pairs | None = None
     """Comparison with the reference model; None without a reference."""
+    group_gap_nano: Row | None = None
+    """Sum of correctness (0 or 1) minus confidence, in billionths, by group and confidence bin: GROUPS
+    rows of BINS. It allows an interval of the calibration error. Only uncorrupted images have it."""
 
     def __add__(self, other: Counts) -> Counts:
         if (self.pairs is None) != (other.pairs is None):
             raise InputError("cannot add counts with a reference model to counts without one")
+        if (self.group_gap_nano is None) != (other.group_gap_nano is None):
+            raise InputError("cannot add counts with calibration by group to counts without it; evaluate again")
         return Counts(**_sum(self, other))
 
     @classmethod
-    def none(cls, reference: bool = False) -> Counts:
-        """Return the counts of no images, with a comparison if `reference` is true."""
+    def none(cls, reference: bool = False, calibration: bool = False) -> Counts:
+        """Return the counts of no images.
+
+        Args:
+            reference: include a comparison with a reference.
+            calibration: include the calibration by group.
+        """
         bins, groups = (0,) * BINS, (0,) * GROUPS
         pairs = Pairs(agree=0, both=0, only_model=0, only_reference=0, reference_group_right=groups)
         return cls(
@@ -99,11 +109,15 @@ class Counts:
             group_images=groups,
             group_right=groups,
             pairs=pairs if reference else None,
+            group_gap_nano=(0,) * (GROUPS * BINS) if calibration else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(self)
+        if self.group_gap_nano is None:
+            del content["group_gap_nano"]
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
@@ -129,9 +143,10 @@ def _rows(content: Mapping[str, Any]) -> dict[str, Any]:
     fields = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in content.items()}
     for key, value in fields.items():
         length = BINS if key.startswith("bin_") else GROUPS if "group_" in key else None
+        length, lowest = (GROUPS * BINS, -_MAX_COUNT) if key == "group_gap_nano" else (length, 0)
         numbers = (value,) if length is None and key != "pairs" else value
-        if key != "pairs" and not all(type(number) is int and 0 <= number <= _MAX_COUNT for number in numbers):
-            raise ValueError(f"{key} must be whole numbers of at least 0")
+        if key != "pairs" and not all(type(number) is int and lowest <= number <= _MAX_COUNT for number in numbers):
+            raise ValueError(f"{key} must be whole numbers" + (" of at least 0" if lowest == 0 else ""))
         if length is not None and len(numbers) != length:
             raise ValueError(f"{key} must be {length} numbers; found {len(numbers)}")
     return fields
@@ -193,13 +208,16 @@ def answers_of(logits_NK: NDArray[Any], labels_N: NDArray[np.int64], classes: Se
     )
 
 
-def count(answers: Answers, positions_N: NDArray[np.int64], reference: Answers | None = None) -> Counts:
+def count(
+    answers: Answers, positions_N: NDArray[np.int64], reference: Answers | None = None, *, calibration: bool = False
+) -> Counts:
     """Return the counts of a batch.
 
     Args:
         answers: the model's predictions.
         positions_N: positions of the images in their test set, which determine their groups.
         reference: the reference model's predictions for the same images.
+        calibration: include the calibration by group.
     """
     right_N = answers.right_N
     # The bins are (0, 1/15], (1/15, 2/15], …; a confidence of 0 belongs to the first.
@@ -225,7 +243,14 @@ def count(answers: Answers, positions_N: NDArray[np.int64], reference: Answers |
         group_images=_histogram(groups_N, GROUPS),
         group_right=_histogram(groups_N[right_N], GROUPS),
         pairs=pairs,
+        group_gap_nano=_gaps(answers, groups_N * BINS + bins_N) if calibration else None,
     )
+
+
+def _gaps(answers: Answers, places_N: NDArray[np.int64]) -> Row:
+    sums = np.zeros(GROUPS * BINS, np.int64)
+    np.add.at(sums, places_N, np.where(answers.right_N, NANO, 0) - answers.confidence_nano_N)
+    return tuple(sums.tolist())
 
 
 def _histogram(places_N: NDArray[np.int64], length: int) -> Row:

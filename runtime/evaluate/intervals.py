@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["Interval", "jackknife", "newcombe_paired", "wilson", "zero_variance"]
+__all__ = ["Interval", "detectable", "jackknife", "newcombe_paired", "wilson", "zero_variance"]
 
 Interval = tuple[float, float]
 """Lower and upper end."""
 
 _Z = 1.959963984540054
 """97.5% quantile of the normal distribution."""
+
+_Z_POWER = 0.8416212335729143
+"""80% quantile of the normal distribution."""
 
 _T: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
@@ -95,6 +98,16 @@ def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> Inter
     variance = (groups - 1) / groups * math.fsum((value - mean) ** 2 for value in without)
     half, whole = _T[groups - 2] * math.sqrt(variance), statistic(everything)
     return whole - half, whole + half
+
+
+def detectable(interval: Interval) -> float:
+    """Return the size of a difference that an interval of this width excludes from 0 in 80% of cases.
+
+    Args:
+        interval: 95% interval of a difference. Half its width is 1.96 standard errors; a difference
+            of 1.96 + 0.84 standard errors has a power of 80%.
+    """
+    return (_Z + _Z_POWER) / _Z * (interval[1] - interval[0]) / 2
 
 
 def zero_variance(value: float, images: int, lowest: float, highest: float) -> Interval:

@@ -8,6 +8,7 @@ github.com/hendrycks/natural-adv-examples and github.com/hendrycks/imagenet-r.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,10 +16,22 @@ from collections.abc import Iterable, Mapping
 from runtime.errors import DataError, SpecError, nearest
 from runtime.spec import ModelSpec
 
-__all__ = ["CIFAR10", "IMAGENET_A", "IMAGENET_R", "among", "by_cifar_number", "by_folder", "by_imagenet_number"]
+__all__ = [
+    "CIFAR10",
+    "IMAGENET_A",
+    "IMAGENET_R",
+    "among",
+    "by_cifar_number",
+    "by_folder",
+    "by_imagenet_number",
+    "has_imagenet_classes",
+]
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """CIFAR-10's classes, in the order of its labels. Source: cs.toronto.edu/~kriz/cifar.html."""
+
+_IMAGENET_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+"""SHA-256 of ImageNet's 1,000 WordNet ids, sorted and joined by newlines."""
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -152,6 +165,12 @@ def among(
             f"{_abbreviate(names) or 'no folders'}"
         )
     return known, tuple(sorted(places[wnid] for wnid in chosen))
+
+
+def has_imagenet_classes(spec: ModelSpec) -> bool:
+    """Return whether the WordNet ids of the classes are ImageNet's 1,000, in any order."""
+    joined = "\n".join(sorted(spec.wnids))
+    return len(spec.classes) == 1000 and hashlib.sha256(joined.encode()).hexdigest() == _IMAGENET_SHA256
 
 
 def _is_imagenet(spec: ModelSpec) -> bool:

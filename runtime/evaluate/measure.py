@@ -157,10 +157,11 @@ class Measurement:
         compared = None if self.reference is None else self._answers(self.reference, images_NHWC, labels_N)
         counts = []
         for model in self.models:
-            if model is self.reference and compared is not None:
-                counts.append(count(compared, positions_N))
-            else:
-                counts.append(count(self._answers(model, images_NHWC, labels_N), positions_N, compared))
+            is_reference = model is self.reference and compared is not None
+            answers = compared if is_reference else self._answers(model, images_NHWC, labels_N)
+            assert answers is not None
+            other = None if is_reference else compared
+            counts.append(count(answers, positions_N, other, calibration=cell.is_uncorrupted))
         return counts
 
     def _answers(self, model: Model, images_NHWC: NDArray[np.uint8], labels_N: NDArray[Any]) -> Answers:

@@ -1,10 +1,12 @@
 """The metrics of a result, computed from its counts.
 
-Two metrics are often confused:
+Three metrics are often confused:
 
 `mce_alexnet`   mean over fifteen corruptions of the model's error ÷ AlexNet's error under the same
                 corruption, in percent: 100 is as robust as AlexNet. It is defined only for
                 ImageNet's 1,000 classes and ImageNet-C's fifteen corruptions.
+`mce_reference` the same with the reference model's errors in place of AlexNet's: 100 is as robust as
+                the reference. It is defined for any classes.
 `mean_error`    plain mean of the error, from 0 to 1. It is defined for any classes. Papers report
                 it for CIFAR-10-C.
 """
@@ -18,7 +20,7 @@ from typing import Any
 
 from runtime.errors import InputError
 from runtime.evaluate.corruptions import CORRUPTIONS
-from runtime.evaluate.counts import GROUPS, NANO, Counts
+from runtime.evaluate.counts import BINS, GROUPS, NANO, Counts
 from runtime.evaluate.intervals import Interval, jackknife, newcombe_paired, wilson, zero_variance
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "corruption_errors",
     "difference_interval_of",
     "error_of",
+    "grouped_calibration_error",
     "interval_of",
     "mce_alexnet",
+    "mce_reference",
     "mean_error",
     "reference_of",
     "relative_mce_alexnet",
@@ -74,6 +78,7 @@ MCE_UNIT = "percent of AlexNet's error, mean over the fifteen corruptions; AlexN
 RELATIVE_UNIT = (
     "percent of the error that corruption adds for AlexNet, mean over the fifteen corruptions; AlexNet is 100"
 )
+REFERENCE_UNIT = "percent of the reference model's error, mean over the corruptions; the reference is 100"
 MEAN_UNIT = "share of images, plain mean over corruptions and severities; not to be compared with mce_alexnet"
 
 
@@ -111,6 +116,24 @@ def mce_alexnet(errors: Errors) -> float:
     return 100 * _mean([_mean(errors[name]) / ALEXNET[name] for name in CORRUPTIONS])
 
 
+def mce_reference(errors: Errors, reference: Errors) -> float:
+    """Return the mean corruption error, in percent of a reference model's error on the same images.
+
+    CE of one corruption = Σ over severities of the error ÷ Σ of the reference's errors, as in
+    `mce_alexnet`.
+
+    Raises:
+        InputError: no corruption has all five severities, or the reference makes no error under one
+            of them.
+    """
+    if not errors:
+        raise InputError("mCE needs a corruption with all five severities; found none")
+    perfect = [name for name in errors if not any(reference[name])]
+    if perfect:
+        raise InputError(f"the reference makes no error under {', '.join(perfect)}, so nothing is relative to it")
+    return 100 * _mean([_mean(levels) / _mean(reference[name]) for name, levels in errors.items()])
+
+
 def relative_mce_alexnet(errors: Errors, clean_error: float) -> float:
     """Return the relative mCE, in percent: error added by corruption ÷ error added for AlexNet.
 
@@ -138,6 +161,17 @@ def calibration_error(counts: Counts) -> float:
     Source: Guo et al. (ICML 2017), equation 3, with fifteen bins of equal width.
     """
     return math.fsum(share * abs(gap) for share, gap in _calibration_gaps(counts))
+
+
+def grouped_calibration_error(counts: Counts, groups: Iterable[int] | None = None) -> float:
+    """Return `calibration_error` over the images of some groups (default: all).
+
+    `counts.group_gap_nano` must not be None.
+    """
+    assert counts.group_gap_nano is not None
+    chosen = list(range(GROUPS) if groups is None else groups)
+    gaps = (sum(counts.group_gap_nano[group * BINS + place] for group in chosen) for place in range(BINS))
+    return sum(map(abs, gaps)) / NANO / sum(counts.group_images[group] for group in chosen)
 
 
 def rms_calibration_error(counts: Counts) -> float:
@@ -188,6 +222,7 @@ def summarize(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> di
     if len(errors) < len(CORRUPTIONS):
         why_no_mce = why_no_mce or f"{len(errors)} of the fifteen corruptions have all five severities"
     metrics["mean_error"] = {"corruptions": list(errors), **_with_interval(cells, _mean_error, MEAN_UNIT, (0.0, 1.0))}
+    metrics |= _relative_to_reference(cells, errors)
     if why_no_mce:
         return metrics | {name: _no_value(why_no_mce) for name in ("mce_alexnet", "relative_mce_alexnet")}
     all_wrong = dict.fromkeys(CORRUPTIONS, [1.0] * 5)
@@ -198,6 +233,30 @@ def summarize(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> di
     else:
         metrics["relative_mce_alexnet"] = _no_value("it needs the error on clean images: --clean DIR")
     return metrics
+
+
+def _relative_to_reference(cells: Cells, errors: Errors) -> dict[str, Any]:
+    """Return the mCE in percent of the reference's error; {} without a reference."""
+    chosen = {f"{name}/{severity}": cells[f"{name}/{severity}"] for name in errors for severity in range(1, 6)}
+    if any(counts.pairs is None for counts in chosen.values()):
+        return {}
+    reference = {name: reference_of(counts) for name, counts in chosen.items()}
+
+    def statistic(groups: Sequence[int] | None) -> float:
+        return mce_reference(corruption_errors(chosen, groups), corruption_errors(reference, groups))
+
+    try:
+        value = statistic(None)
+    except InputError as error:
+        return {"mce_reference": _no_value(str(error))}
+    ends = (0.0, 100 * _mean([1 / _mean(levels) for levels in corruption_errors(reference).values()]))
+    try:
+        interval = difference_interval_of(list(chosen.values()), statistic, ends)
+    except InputError:  # without some group of images, the reference makes no error
+        interval = None
+    summary = {"value": value, "interval": interval, "difference": value - 100, "unit": REFERENCE_UNIT}
+    summary["difference_interval"] = None if interval is None else (interval[0] - 100, interval[1] - 100)
+    return {"mce_reference": {**summary, "corruptions": list(errors)}}
 
 
 def _cell_metrics(counts: Counts) -> dict[str, Any]:
@@ -234,7 +293,10 @@ def _with_interval(cells: Cells, statistic: Statistic, unit: str, ends: Interval
         reference = {name: reference_of(counts) for name, counts in cells.items()}
         summary["difference"] = value - statistic(reference, None)
         summary["difference_interval"] = difference_interval_of(
-            every, lambda groups: statistic(cells, groups) - statistic(reference, groups), ends
+            every,
+            lambda groups: statistic(cells, groups) - statistic(reference, groups),
+            ends,
+            equal_weights=statistic is not _relative_mce,
         )
     return summary
 
@@ -256,13 +318,39 @@ def interval_of(cells: Collection[Counts], statistic: Grouped, ends: Interval = 
 
 
 def difference_interval_of(
-    cells: Collection[Counts], statistic: Grouped, ends: Interval = (0.0, 1.0)
+    cells: Collection[Counts], statistic: Grouped, ends: Interval = (0.0, 1.0), *, equal_weights: bool = True
 ) -> Interval | None:
-    """Return an interval of the difference of such a mean from the reference's mean."""
+    """Return an interval of the difference of such a mean from the reference's mean.
+
+    Two models that answer alike and two models that differ in a few answers get intervals by the
+    same rule: the jackknife over images, but never narrower than what N equal answers allow. Of N
+    answers that are all equal, a share of at most z²/(N + z²) differs. N counts every image under
+    every corruption and severity, because rounding flips single answers, not all answers of an
+    image.
+
+    Args:
+        cells: counts with pairs, with images in each.
+        statistic: returns the difference over the images of some groups.
+        ends: lowest and highest possible value of an answer.
+        equal_weights: whether the cells have about the same weight in the statistic. If not, N is
+            the number of images.
+
+    Returns:
+        The interval. None if answers differ and `interval_of` would return None.
+    """
     pairs = [counts.pairs for counts in cells if counts.pairs is not None]
+    groups = [place for place in range(GROUPS) if all(counts.group_images[place] for counts in cells)]
+    answers = (sum if equal_weights else min)(counts.images for counts in cells)
+    span = ends[1] - ends[0]
     if all(pair.only_model == pair.only_reference == 0 for pair in pairs):
-        return _zero_variance(cells, statistic, (ends[0] - ends[1], ends[1] - ends[0]))
-    return _jackknife(cells, statistic)
+        return zero_variance(statistic(groups), answers, statistic(groups) - span, statistic(groups) + span)
+    found = _jackknife(cells, statistic)
+    if found is None:
+        return None
+    middle, half = (found[0] + found[1]) / 2, (found[1] - found[0]) / 2
+    low, high = zero_variance(0.0, answers, -span, span)
+    half = max(half, (high - low) / 2)
+    return middle - half, middle + half
 
 
 def _zero_variance(cells: Collection[Counts], statistic: Grouped, ends: Interval) -> Interval:

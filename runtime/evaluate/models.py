@@ -6,7 +6,6 @@ Shape suffixes: N images, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.backends.open import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from runtime.errors import ConfigError, SpecError
+from runtime.evaluate.names import ModelPath, find_model, unique_names
 from runtime.loading import load
 from runtime.preprocessing import Preprocessor, normalize
 from runtime.session import Session
@@ -155,7 +155,7 @@ def load_model(
                 "checkpoint_loader=advprop.checkpoints.load_predictor, or evaluate the ONNX file exported from it"
             )
         spec, predict, size_open, facts = checkpoint_loader(path, route=route, device=device)
-        return model_of(f"{path.stem}.{route}", spec, predict, facts, size_open=size_open)
+        return model_of(ModelPath(path=path).default_name(route), spec, predict, facts, size_open=size_open)
     if path.suffix in ENGINE_SUFFIXES:
         session = load(path, device=device, threads=threads)
         return _from_session(session, path, {"kind": "engine", "sha256": sha256_file(path)})
@@ -169,30 +169,34 @@ def load_models(
 
     Args:
         load: `load_model`, or a similar function that accepts a path and `route`.
-        paths: files; a checkpoint is loaded once for each of `routes`.
-        reference: file of the reference model; a checkpoint is loaded with the first of `routes`.
+        paths: FILE, NAME=FILE, or the folder of a training run; a checkpoint is loaded once for each
+            of `routes`. Names are those of `runtime.evaluate.names`.
+        reference: the reference model; a checkpoint is loaded with the first of `routes`.
         routes: BatchNorm routes of checkpoints.
 
     Raises:
-        ConfigError: the same file is passed twice.
+        ConfigError: two models have the same NAME.
+        DataError: a folder contains no checkpoint.
     """
-    known: dict[tuple[Path, str], Model] = {}
+    found = [find_model(path) for path in paths]
+    compared = None if reference is None else find_model(reference)
 
-    def keys(path: Path) -> list[tuple[Path, str]]:
-        return [(path.resolve(), route) for route in (routes if path.suffix in CHECKPOINT_SUFFIXES else ("main",))]
+    def keys(model: ModelPath) -> list[tuple[Path, str]]:
+        return [(model.path.resolve(), route) for route in (routes if model.is_checkpoint else ("main",))]
 
-    pairs = [(path, key) for path in paths for key in keys(path)]
-    for path, key in (*pairs, *([(reference, keys(reference)[0])] if reference else [])):
-        if key not in known:
-            known[key] = load(path, route=key[1])
-    names = Counter(model.name for model in known.values())
-    for key, model in known.items():
-        if names[model.name] > 1:
-            known[key] = dataclasses.replace(model, name=f"{model.name}-{model.facts['sha256'][:8]}")
-    models = list({id(model): model for model in (known[key] for _, key in pairs)}.values())
-    if len({model.name for model in models}) < len(models):
-        raise ConfigError("two of the models are the same file; pass each file once")
-    return models, known[keys(reference)[0]] if reference else None
+    passed = [(model, key) for model in found for key in keys(model)]
+    asked: dict[tuple[Path, str], ModelPath] = {}
+    for model, key in passed:
+        asked.setdefault(key, model)
+    if compared is not None:
+        asked.setdefault(keys(compared)[0], compared)
+    names = unique_names([(model, route) for (_, route), model in asked.items()])
+    known = {
+        key: dataclasses.replace(load(model.path, route=key[1]), name=name)
+        for (key, model), name in zip(asked.items(), names, strict=True)
+    }
+    models = list({id(model): model for model in (known[key] for _, key in passed)}.values())
+    return models, None if compared is None else known[keys(compared)[0]]
 
 
 def _load_onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
@@ -235,4 +239,5 @@ def _from_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
         "checkpoint_sha256": spec.checkpoint_sha256,
     }
     size = backend.input.shape[1:3] if spec.input_form.endswith("NHWC") else backend.input.shape[2:]
-    return Model(name=path.stem, spec=spec, logits=logits, facts=facts, size_open=min(size) < 0)
+    name = ModelPath(path=path).default_name()
+    return Model(name=name, spec=spec, logits=logits, facts=facts, size_open=min(size) < 0)

@@ -6,6 +6,7 @@ or the number of processes of its computation, so merged shards equal a single r
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import DataError
-from runtime.evaluate.cells import CLEAN, IMAGES, SuiteConfig
+from runtime.evaluate.cells import CLEAN, IMAGES, NAMES, SuiteConfig
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 from runtime.evaluate.counts import Counts
+from runtime.evaluate.labels import has_imagenet_classes
 from runtime.evaluate.metrics import summarize
 from runtime.evaluate.models import Model
 from runtime.evaluate.suites import Suite
@@ -29,6 +31,7 @@ __all__ = [
     "FORMAT",
     "Result",
     "check_result",
+    "dataset_name",
     "describe",
     "describe_model",
     "difference",
@@ -64,13 +67,14 @@ def describe(
             "path": str(config.data),
             "clean": None if config.clean is None else str(config.clean),
             "skipped": list(suite.skipped),
+            "named_by": suite.named_by,
         },
         "settings": {
             "seed": suite.seed,
             "limit": config.limit,
             "table": suite.table,
             "classes_asked": len(suite.classes or model.spec.classes),
-            "imagenet_classes": len(model.spec.wnids) == len(model.spec.classes) == 1000,
+            "imagenet_classes": has_imagenet_classes(model.spec),
             "batch_size": batch_size,
             "preprocessing": {
                 key: list(value) if isinstance(value, tuple) else value
@@ -149,6 +153,12 @@ def finished(result: Result) -> Result:
     }
 
 
+def dataset_name(result: Mapping[str, Any], key: str = "path") -> str:
+    """Return the last two parts of a test set's folder, such as `photos/val`; "" without a folder."""
+    parts = str(result["data"].get(key) or "").replace("\\", "/").split("/")
+    return "/".join([part for part in parts if part not in ("", ".", "..")][-2:])
+
+
 def is_whole(result: Result) -> bool:
     """Return whether the result includes all shards."""
     return result["metrics"] is not None
@@ -157,8 +167,17 @@ def is_whole(result: Result) -> bool:
 def _why_no_mce(result: Result) -> str:
     """Return why a result cannot be compared with AlexNet; "" if it can."""
     settings = result["settings"]
+    advice = "" if result["reference"] else ". --reference MODEL gives an mCE relative to that model"
     if not settings["imagenet_classes"]:
-        return "mCE needs ImageNet's 1,000 classes, for which AlexNet's errors are known; the model has other classes"
+        return (
+            "mCE needs ImageNet's 1,000 classes, for which AlexNet's errors are known; the model has other classes"
+            f"{advice}"
+        )
+    if result["data"].get("named_by") == NAMES:
+        return (
+            "mCE needs ImageNet's images, for which AlexNet's errors are known; the folders of these are not named by "
+            f"WordNet ids{advice}"
+        )
     if settings["table"] not in (None, "imagenet"):
         return (
             f"mCE needs ImageNet's table of severities, for which AlexNet's errors are known; found {settings['table']}"
@@ -169,20 +188,26 @@ def _why_no_mce(result: Result) -> str:
 def result_path(model: Mapping[str, Any], folder: Path, suffix: str) -> Path:
     """Return the path for a model's result.
 
-    It is `NAME.SUFFIX`. If that file is the result of another model file, the model's hash is added
-    to the name, because exported files are often all named `model` and a result that took hours
-    must not be overwritten.
+    It is `NAME.SUFFIX`. If that file is the result of another model file, such as of an earlier
+    training with the same name, it is `NAME-2.SUFFIX`, and so on: a result that took hours must not
+    be overwritten.
     """
-    path = folder / f"{model['name']}.{suffix}"
+    first = folder / f"{model['name']}.{suffix}"
+    for number in itertools.count(1):
+        path = first if number == 1 else folder / f"{model['name']}-{number}.{suffix}"
+        if _model_hash(path) in (None, model["sha256"]):
+            break
+    if path != first:
+        log.warning("%s is the result of another model file; writing this result to %s", first, path.name)
+    return path
+
+
+def _model_hash(path: Path) -> str | None:
+    """Return the hash of the model whose result `path` holds; None if it holds no result."""
     try:
-        found = json.loads(path.read_text())["model"]["sha256"]
+        return str(json.loads(path.read_text())["model"]["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
-        return path
-    if found == model["sha256"]:
-        return path
-    own = folder / f"{model['name']}-{model['sha256'][:8]}.{suffix}"
-    log.warning("%s is the result of another model file; writing this result to %s", path, own.name)
-    return own
+        return None
 
 
 def write_result(path: Path, result: Result) -> None:

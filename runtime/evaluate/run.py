@@ -207,6 +207,6 @@ class _Plan:
         compared = description["reference"] is not None
         cells = {}
         for name, cell in description["cells"].items():
-            counts = self._totals[name][place] if name in self._totals else Counts.none(compared)
+            counts = self._totals[name][place] if name in self._totals else Counts.none(compared, "/" not in name)
             cells[name] = {**cell, "counts": counts.to_dict()}
         return finished(description | {"cells": cells})

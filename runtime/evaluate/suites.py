@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import ConfigError, DataError, nearest
-from runtime.evaluate.cells import CLEAN, IMAGES, SEVERITIES, Cell, Opening, SuiteConfig
+from runtime.evaluate.cells import CLEAN, IMAGES, SEVERITIES, WNIDS, Cell, Opening, SuiteConfig
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS, corrupt, table_for
 from runtime.evaluate.images import LabeledImages, image_files
 from runtime.evaluate.labels import IMAGENET_A, IMAGENET_R, among, by_cifar_number, by_imagenet_number
@@ -25,7 +25,7 @@ _KNOWN = (*CORRUPTIONS, *EXTRAS)
 _IMAGENET_C_GROUPS = ("noise", "blur", "weather", "digital", "extra")
 """Folders of the corruptions if each tar file of ImageNet-C was extracted into its own folder."""
 
-_ANY_FOLDER = ("imagenet", "cifar10", "corruptions")
+_ANY_FOLDER = (CLEAN, "imagenet", "cifar10", "corruptions")
 """Suites that read any CLASS/IMAGE folder; the others are published test sets."""
 
 Layout = Callable[[Opening], list[Cell]]
@@ -46,6 +46,8 @@ class Suite:
     """The classes that compete; None for all classes of the model."""
     skipped: tuple[str, ...] = ()
     """Folders that match no class of the model."""
+    named_by: str = WNIDS
+    """What the class folders are named by: `WNIDS` or `NAMES` of `runtime.evaluate.cells`."""
 
     def probe(self, cells: Container[str], size: Preprocessing) -> None:
         """Compute each corruption of these cells once, to find a missing library before a long run.
@@ -101,6 +103,7 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
         table=table if config.name == "corruptions" else None,
         classes=opening.classes,
         skipped=tuple(sorted(opening.skipped)),
+        named_by=opening.named_by,
     )
 
 
@@ -233,6 +236,7 @@ def _check_found(config: SuiteConfig, cells: list[Cell], expected: str) -> None:
 
 
 SUITES: dict[str, Layout] = {
+    CLEAN: _class_folders("fit"),
     "imagenet": _class_folders("fit"),
     "imagenet-c": _imagenet_c,
     "imagenet-a": _imagenet_200(IMAGENET_A),

@@ -27,6 +27,7 @@ from runtime.backends.open import ENGINE_SUFFIXES
 from runtime.errors import CheckpointError
 from runtime.evaluate.attacks.config import INITIAL_SHARE
 from runtime.evaluate.attacks.target import AttackTarget, bounds
+from runtime.evaluate.names import ModelPath
 from runtime.spec import ModelSpec
 from runtime.system.seeding import seed_from
 
@@ -233,7 +234,7 @@ def load_attacker(
             "from, such as best.pt"
         )
     spec, craft, facts = checkpoint_loader(path, route=route, device=device)
-    return Attacker(name=f"{path.stem}.{route}", spec=spec, craft=craft, facts=facts)
+    return Attacker(name=ModelPath(path=path).default_name(route), spec=spec, craft=craft, facts=facts)
 
 
 def transfer(target: AttackTarget, attacked_ANHWC: NDArray[np.uint8], progress: Progress) -> None:

@@ -18,11 +18,11 @@ from runtime.system.files import output_dir, write_text
 
 __all__ = ["check_outputs", "write_report"]
 
-_WRITERS: dict[str, Callable[[Report], str]] = {
+_WRITERS: dict[str, Callable[[Report, str, str], str]] = {
     ".html": to_html,
     ".htm": to_html,
     ".md": to_markdown,
-    ".csv": to_csv,
+    ".csv": lambda report, title, date: to_csv(report),
 }
 
 
@@ -40,13 +40,15 @@ def check_outputs(outputs: Sequence[Path]) -> None:
         output_dir(path.parent)
 
 
-def write_report(inputs: Sequence[Path], outputs: Sequence[Path]) -> Report:
+def write_report(inputs: Sequence[Path], outputs: Sequence[Path], *, title: str = "", date: str = "") -> Report:
     """Write a report of results. The same inputs produce the same bytes.
 
     Args:
         inputs: results of `advprop eval`, and files with latencies and attacks, whose formats are
             described in `runtime.evaluate.report.inputs`.
         outputs: `.html`, `.md` (Markdown) or `.csv` (the raw cells).
+        title: title of the page (default: the models and datasets).
+        date: date in the title, such as "26 November 2026" (default: none).
 
     Raises:
         ConfigError: an output has an unsupported suffix.
@@ -57,5 +59,5 @@ def write_report(inputs: Sequence[Path], outputs: Sequence[Path]) -> Report:
     check_outputs(outputs)
     report = report_of(read_inputs(inputs))
     for path in outputs:
-        write_text(path, _WRITERS[path.suffix.lower()](report))
+        write_text(path, _WRITERS[path.suffix.lower()](report, title, date))
     return report

@@ -28,6 +28,9 @@ __all__ = [
 STYLES = 6
 """Number of colors and markers. From the seventh model on they repeat, with dashed lines."""
 
+_BANDS = 3
+"""Number of steps by which lines get wider, to be visible below a line that coincides."""
+
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
@@ -128,17 +131,27 @@ def severity_chart(
     title: str, lines: Sequence[Line], top: float, x_title: str, y_title: str, small: bool = False
 ) -> Markup:
     """Return a chart of error over severity, from 0 to `top`."""
-    size = {"width": 176.0, "height": 132.0, "left": 38.0, "bottom": 20.0, "right": 8.0} if small else {}
-    frame = _Frame(x=(0.8, 5.2), y=(0, top), **size)
+    size = {"width": 188.0, "height": 150.0, "left": 48.0, "bottom": 34.0, "right": 8.0} if small else {}
+    frame = _Frame(x=(0.6, 5.4), y=(0, top), **size)
     description = "; ".join(
         f"{line.label}: {', '.join(f'{x:g}: {y:.1%}' for x, y in line.points)}" for line in lines if line.points
     )
-    drawn = [_series(frame, line) for line in reversed(lines) if line.points]
+    # Lines that coincide stay visible: each is moved by some pixels, and wider than those above it.
+    drawn = [
+        _series(
+            frame,
+            line,
+            shift=(rank - (len(lines) - 1) / 2) * min(4.5 if small else 7.0, 24 / len(lines)),
+            width=1.5 + 1.2 * min(rank, _BANDS),
+        )
+        for rank, line in enumerate(lines)
+        if line.points
+    ][::-1]
     axes = frame.axes(
         [1, 2, 3, 4, 5],
         _ticks(0, top, 2 if small else 5),
-        x_title="" if small else x_title,
-        y_title="" if small else y_title,
+        x_title=x_title,
+        y_title=y_title,
         y_form=_percent,
     )
     return _figure(frame, title, f"{y_title} by {x_title}. {description}", axes, *drawn)
@@ -147,13 +160,14 @@ def severity_chart(
 def bar_chart(title: str, rows: Mapping[str, Sequence[Bar]], top: float) -> Markup:
     """Return horizontal bars with intervals, one group per corruption, from 0 to `top`."""
     thickness, gap, head = 9.0, 3.0, 17.0
-    height = sum(head + len(row) * (thickness + gap) + 6 for row in rows.values()) + 22
-    frame = _Frame(x=(0, top), y=(0, 1), height=height, left=12, right=44, top=4, bottom=20)
+    height = sum(head + len(row) * (thickness + gap) + 6 for row in rows.values()) + 36
+    frame = _Frame(x=(0, top), y=(0, 1), height=height, left=12, right=44, top=4, bottom=34)
     parts, y, description = [], 4.0, []
     for value in _ticks(0, top, 4):
         x = frame.px(value)
-        parts.append(tag("line", x1=x, x2=x, y1=4, y2=height - 20, class_="grid"))
-        parts.append(tag("text", _percent(value), x=x, y=height - 6, class_="tick", text_anchor="middle"))
+        parts.append(tag("line", x1=x, x2=x, y1=4, y2=height - 34, class_="grid"))
+        parts.append(tag("text", _percent(value), x=x, y=height - 20, class_="tick", text_anchor="middle"))
+    parts.append(tag("text", "error", x=frame.px(top / 2), y=height - 5, class_="title", text_anchor="middle"))
     for name, row in rows.items():
         parts.append(tag("text", name, x=frame.left, y=y + 12, class_="label"))
         y += head
@@ -182,7 +196,7 @@ def _bar(frame: _Frame, bar: Bar, y: float, thickness: float) -> Markup:
 
 def reliability_diagram(title: str, counts: Counts, place: int) -> Markup:
     """Return accuracy over confidence in fifteen bins, and below it the share of images."""
-    frame = _Frame(x=(0, 1), y=(0, 1), width=312, height=300, bottom=72, right=22)
+    frame = _Frame(x=(0, 1), y=(0, 1), width=312, height=312, bottom=84, right=22)
     parts = [frame.axes((), (0, 0.25, 0.5, 0.75, 1), y_title="accuracy", y_form=_percent)]
     floor, largest, description = frame.py(0), max(counts.bin_images) or 1, []
     for number in range(BINS):
@@ -196,15 +210,16 @@ def reliability_diagram(title: str, counts: Counts, place: int) -> Markup:
         parts.append(tag("rect", **box, y=y, height=floor - y, class_=f"bar s{place % STYLES}"))
         parts.append(tag("rect", **box, y=min(y, level), height=abs(level - y), class_="gap"))
         share = 26 * images / largest
-        parts.append(tag("rect", **box, y=frame.height - 36 - share + 14, height=share, class_="share"))
+        parts.append(tag("rect", **box, y=frame.height - 48 - share + 14, height=share, class_="share"))
         description.append(f"confidence {confidence:.0%}, accuracy {accuracy:.0%} ({images} images)")
     parts.append(tag("path", d=f"M{frame.px(0)} {floor:.1f}L{frame.px(1)} {frame.py(1):.1f}", class_="ideal"))
-    base = frame.height - 22
+    base = frame.height - 34
     parts.append(tag("line", x1=frame.px(0), x2=frame.px(1), y1=base, y2=base, class_="axis"))
     parts += [
         tag("text", _percent(value), x=frame.px(value), y=base + 12, class_="tick", text_anchor="middle")
         for value in (0, 0.25, 0.5, 0.75, 1)
     ]
+    parts.append(tag("text", "confidence", x=frame.px(0.5), y=frame.height - 1, class_="title", text_anchor="middle"))
     parts.append(tag("text", "images", x=frame.left - 5, y=base - 8, class_="tick", text_anchor="end"))
     ece = f"expected calibration error {calibration_error(counts):.3f}"
     return _figure(frame, title, f"{ece}. {'; '.join(description)}", *parts)
@@ -309,16 +324,18 @@ def _figure(frame: _Frame, title: str, description: str, *content: Markup) -> Ma
     )
 
 
-def _series(frame: _Frame, line: Line) -> Markup:
-    """Return a line with a marker at each of its points."""
-    path = "M" + "L".join(f"{frame.px(x):.1f} {frame.py(y):.1f}" for x, y in line.points)
-    marks = (_marker(line.place, frame.px(x), frame.py(y), is_control=line.is_control) for x, y in line.points)
-    return join(_path(path, line.place, line.is_control), *marks)
+def _series(frame: _Frame, line: Line, shift: float = 0, width: float = 2) -> Markup:
+    """Return a line with markers, moved to the right by `shift` pixels."""
+    places = [(frame.px(x) + shift, frame.py(y)) for x, y in line.points]
+    path = f"M{'L'.join(f'{x:.1f} {y:.1f}' for x, y in places)}"
+    marks = (_marker(line.place, x, y, is_control=line.is_control) for x, y in places)
+    return join(_path(path, line.place, line.is_control, width), *marks)
 
 
-def _path(path: str, place: int, is_control: bool) -> Markup:
+def _path(path: str, place: int, is_control: bool, width: float = 2) -> Markup:
     dash = "4 3" if is_control else _DASHES[place // STYLES % len(_DASHES)]
-    return tag("path", d=path, class_=f"line {_style(place, is_control)}", stroke_dasharray=dash or None)
+    style = f"stroke-width:{width:g}px"
+    return tag("path", d=path, class_=f"line {_style(place, is_control)}", stroke_dasharray=dash or None, style=style)
 
 
 def _style(place: int, is_control: bool) -> str:

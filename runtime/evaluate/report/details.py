@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from runtime.evaluate.attacks.config import NOISE
+from runtime.evaluate.attacks.results import WORST
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.report.charts import (
     STYLES,
@@ -21,6 +22,7 @@ from runtime.evaluate.report.markup import Markup, join, tag
 from runtime.evaluate.report.numbers import Column, Quantity, Unit, columns_of
 from runtime.evaluate.report.robustness import legend
 from runtime.evaluate.report.rows import Entry, Report, uncorrupted_cell
+from runtime.evaluate.results import dataset_name
 
 __all__ = ["attacks", "calibration", "gaps", "provenance", "trade_offs"]
 
@@ -60,16 +62,19 @@ def trade_offs(report: Report) -> Markup | None:
     panels = []
     for latency in (column for column in columns if column.quantity is Quantity.LATENCY):
         for column in columns:
-            if column.quantity in (Quantity.TOP1, Quantity.MCE, Quantity.MEAN_ERROR):
-                figure = _pareto(report, latency, column)
-                panels += [figure] if figure else []
+            if column.quantity in (Quantity.TOP1, Quantity.MCE, Quantity.MCE_REFERENCE, Quantity.MEAN_ERROR):
+                # Models that were measured on other images have a figure of their own.
+                for why in dict.fromkeys(value.why for value in column.values if value.value is not None):
+                    figure = _pareto(report, latency, column, why)
+                    panels += [figure] if figure else []
     if not panels:
         return None
     text = "The dashed line connects the models of the Pareto front: no other model is both faster and better."
     return join(tag("p", text, class_="quiet"), legend(report.entries), tag("div", *panels, class_="panels"))
 
 
-def _pareto(report: Report, latency: Column, column: Column) -> Markup | None:
+def _pareto(report: Report, latency: Column, column: Column, why: str) -> Markup | None:
+    """Return the chart of the models that `why` separates from the others ("": those that it does not)."""
     found = [
         Point(
             place=entry.place,
@@ -79,7 +84,7 @@ def _pareto(report: Report, latency: Column, column: Column) -> Markup | None:
             interval=None if y.interval is None else (y.interval[0], y.interval[1]),
         )
         for entry, x, y in zip(report.entries, latency.values, column.values, strict=True)
-        if x.value is not None and y.value is not None and not y.why
+        if x.value is not None and y.value is not None and y.why == why
     ]
     if not found:
         return None
@@ -89,12 +94,15 @@ def _pareto(report: Report, latency: Column, column: Column) -> Markup | None:
     chart = pareto_chart(
         title,
         found,
-        "mCE, AlexNet = 100" if quantity is Quantity.MCE else quantity.title,
+        quantity.title,
         higher_is_better=quantity.higher_is_better,
         is_share=quantity.unit is Unit.SHARE,
     )
     caption = tag(
-        "figcaption", tag("strong", quantity.title), f", {column.measured_on}; latency on {latency.measured_on}"
+        "figcaption",
+        tag("strong", quantity.title),
+        f", {column.measured_on}; latency on {latency.measured_on}",
+        f". Separate, because {why}" if why else None,
     )
     return tag("figure", caption, chart)
 
@@ -116,10 +124,13 @@ def attacks(report: Report) -> Markup | None:
             rows += _attack_rows(entry, attack)
     if not panels:
         return None
+    control = (
+        "The dashed line is the control: random noise of the same size. An attack that fools no more images than noise "
+        "is ineffective. "
+    )
     text = (
-        "Top-1 on images in which each pixel changes by at most ε. The dashed line is the control: random noise of the "
-        "same size. An attack that fools no more images than noise is ineffective. Transfer alone overestimates a "
-        "quantized model."
+        f"Top-1 on images in which each pixel changes by at most ε. {control if NOISE in names else ''}Transfer alone "
+        "overestimates a quantized model."
     )
     heads = [tag("th", name, scope="col") for name in ("model", "attack", "ε", "correct", "top-1", "queries")]
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
@@ -132,7 +143,11 @@ def attacks(report: Report) -> Markup | None:
 
 
 def _attack_lines(attack: Attack, places: Mapping[str, int]) -> list[Line]:
-    """Return the lines of a chart. An attack has the same color for every model."""
+    """Return the lines of a chart. An attack has the same color for every model.
+
+    The worst of a single attack is that attack, so it gets no line of its own.
+    """
+    alone = len([curve for curve in attack.curves if curve.attack not in (NOISE, WORST)]) == 1
     return [
         Line(
             place=places[curve.attack],
@@ -141,7 +156,7 @@ def _attack_lines(attack: Attack, places: Mapping[str, int]) -> list[Line]:
             is_control=curve.attack == NOISE,
         )
         for curve in sorted(attack.curves, key=lambda curve: curve.attack == NOISE)
-        if curve.points
+        if curve.points and not (alone and curve.attack == WORST)
     ]
 
 
@@ -206,8 +221,8 @@ def _run_facts(result: Mapping[str, Any]) -> Markup:
     return _fact_list(
         [
             ("suite", result["suite"]),
-            ("data", tag("code", data["path"])),
-            ("clean images", data.get("clean")),
+            ("data", tag("code", dataset_name(result))),
+            ("clean images", dataset_name(result, "clean")),
             ("skipped folders", ", ".join(data.get("skipped", ()))),
             ("images", _range(cell["images"] for cell in cells.values())),
             ("cells", len(cells)),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import base64
 
 from runtime.evaluate.report.details import attacks, calibration, gaps, provenance, trade_offs
-from runtime.evaluate.report.formatting import difference_of, findings, interval_text, number, subject
+from runtime.evaluate.report.formatting import (
+    conclusions,
+    definitions,
+    difference_of,
+    findings,
+    interval_text,
+    number,
+    subject,
+    title_of,
+)
 from runtime.evaluate.report.markup import Markup, join, style_sheet, tag
 from runtime.evaluate.report.numbers import Column, Value, columns_of
 from runtime.evaluate.report.robustness import corruptions, verdict_class
@@ -18,10 +27,17 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Content security policy: a browser loads and runs nothing, whatever a model's name contains."""
 
 
-def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
-    """Return the report as an HTML page."""
+def to_html(report: Report, title: str = "", date: str = "") -> str:
+    """Return the report as an HTML page.
+
+    Args:
+        report: the content.
+        title: title of the page (default: the models and datasets).
+        date: date in the title (default: none).
+    """
+    title = title or title_of(report)
     sections = [
-        ("headline", "Summary", _headline(report)),
+        ("headline", "Numbers", _headline(report)),
         ("corruptions", "Corruptions", corruptions(report)),
         ("calibration", "Calibration", calibration(report)),
         ("trade-offs", "Accuracy against latency", trade_offs(report)),
@@ -34,7 +50,8 @@ def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
     top = tag(
         "header",
         tag("h1", title),
-        tag("p", subject(report), class_="lead"),
+        tag("p", "Accuracy and robustness", f", {date}" if date else "", ". ", subject(report), class_="lead"),
+        _verdict(report),
         tag("nav", tag("ul", *links), aria_label="Sections"),
         class_="top",
     )
@@ -62,8 +79,28 @@ def to_html(report: Report, title: str = "Accuracy and robustness") -> str:
     return f"<!doctype html>\n{page}\n"
 
 
+def _verdict(report: Report) -> Markup:
+    """Return the verdict in words, or without a reference the reason why there is none."""
+    found = conclusions(report)
+    if not found:
+        text = "No verdict: the models were not compared image by image. advprop compare MODEL… compares them."
+        return tag("p", text, class_="verdict quiet")
+    items = []
+    for conclusion in found:
+        parts: list[object] = []
+        for text, verdict in conclusion.statements:
+            is_clear = verdict is not None and verdict.is_clear
+            parts += [tag("span", text, class_=verdict_class(verdict)) if is_clear else text, "; "]
+        items.append(tag("li", tag("strong", tag("bdi", conclusion.model)), ": ", *parts[:-1], "."))
+    reference = next((entry.label for entry in report.entries if entry.is_reference), "the reference")
+    intro = tag("p", "Compared with ", tag("strong", tag("bdi", reference)), " on the same images:")
+    return tag("div", intro, tag("ul", *items), class_="verdict", role="note", aria_label="Verdict")
+
+
 def _headline(report: Report) -> Markup:
-    return join(_findings(report), _table(report, columns_of(report)), _download(report))
+    explained = [tag("li", text) for text in definitions(report)]
+    meaning = tag("ul", *explained, class_="meaning quiet") if explained else None
+    return join(_table(report, columns_of(report)), meaning, _findings(report), _download(report))
 
 
 def _findings(report: Report) -> Markup | None:
@@ -76,14 +113,15 @@ def _findings(report: Report) -> Markup | None:
         content = [part for statement in statements for part in (statement, "; ")][:-1]
         model = tag("strong", tag("bdi", finding.model))
         items.append(tag("li", model, f" {finding.compared_with}: ", *content, "."))
-    return tag("ul", *items, class_="findings") if items else None
+    if not items:
+        return None
+    return tag("details", tag("summary", "All differences, with intervals"), tag("ul", *items, class_="findings"))
 
 
 def _table(report: Report, columns: list[Column]) -> Markup:
     caption = (
         "95% intervals in brackets. Δ: difference from the reference on the same images (of shares in percentage "
-        "points), colored if its interval excludes 0. mCE and mean error are different: mCE is in percent of AlexNet's "
-        "errors, mean error is the plain share of wrong answers."
+        "points), colored if its interval excludes 0."
     )
     if any(value.why and value.value is not None for column in columns for value in column.values):
         caption += " ‡: measured on other images or cells than the rest of the column; see Missing or not compared."

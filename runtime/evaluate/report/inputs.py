@@ -31,9 +31,11 @@ from runtime.errors import DataError, InputError
 from runtime.evaluate.attacks.results import ATTACK_FORMAT
 from runtime.evaluate.results import FORMAT, Result, check_result, is_whole, merge
 
-__all__ = ["Attack", "Curve", "Inputs", "Latency", "attack_of", "latency_of", "read_inputs"]
+__all__ = ["Attack", "Curve", "Inputs", "Latency", "attack_of", "latency_of", "read_inputs", "read_json"]
 
 _BENCH_FORMAT = "advprop.bench/1"
+_BENCH_RUN_FORMAT = "advprop.benchrun/1"
+"""All measurements of a run of advprop bench; its report files repeat the latencies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +106,8 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     results: dict[tuple[str, str], list[tuple[str, Result]]] = defaultdict(list)
     latencies, attacks = [], []
     for path in paths:
-        content, sha256 = _read_json(path)
-        if sha256 in files.values():
+        content, sha256 = read_json(path)
+        if sha256 in files.values() or content["format"] == _BENCH_RUN_FORMAT:
             continue
         files[str(path)] = sha256
         if content["format"] == _BENCH_FORMAT:
@@ -125,8 +127,12 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     )
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """Return a file's content and SHA-256."""
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Return a file's content and SHA-256.
+
+    Raises:
+        DataError: the file has none of the formats of a report.
+    """
     known = f"{FORMAT!r} (advprop eval), {_BENCH_FORMAT!r} or {ATTACK_FORMAT!r}"
     try:
         raw = path.read_bytes()
@@ -137,7 +143,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); expected a file of format {known}") from error
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if found not in (FORMAT, _BENCH_FORMAT, ATTACK_FORMAT):
+    if found not in (FORMAT, _BENCH_FORMAT, _BENCH_RUN_FORMAT, ATTACK_FORMAT):
         other_version = isinstance(found, str) and found.rpartition("/")[0] == FORMAT.rpartition("/")[0]
         hint = "; another version of advprop wrote it: evaluate again with this version" if other_version else ""
         raise DataError(f"{path}: expected a file of format {known}; found {found!r}{hint}")
@@ -146,6 +152,9 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
 
 def _merge_results(parts: list[tuple[str, Result]]) -> Result:
     """Return the result of one model on one suite from any number of files."""
+    if any(part["reference"] for _, part in parts):
+        # The same evaluation without a reference says nothing more.
+        parts = [(name, part) for name, part in parts if part["reference"]]
     names = ", ".join(name for name, _ in parts)
     try:
         result = parts[0][1] if len(parts) == 1 else merge([part for _, part in parts])

@@ -92,9 +92,20 @@ thead small,td small{display:block;font-weight:400;font-size:.8rem;line-height:1
 thead small{white-space:normal}
 tbody th{font-weight:600}
 .headline{width:100%}
+.headline tbody th{min-width:8.6rem}
 .headline .value{font-size:1.06rem;font-weight:600}
 .chip{display:inline-block;padding:0 .45rem;border:1px solid var(--rule);border-radius:.6rem;background:var(--card);
 font-size:.78rem;font-weight:500;white-space:nowrap}
+.verdict{background:var(--card);border:1px solid var(--rule);border-left:4px solid var(--link);
+border-radius:8px;
+padding:.6rem 1rem;margin:1rem 0;font-size:1.06rem}
+.verdict p{margin:.1rem 0 .3rem}
+.verdict ul{margin:.2rem 0;padding-left:1.1rem}
+.verdict li{margin:.3rem 0}
+.meaning{font-size:.9rem;padding-left:1.1rem;max-width:85ch}
+.key{display:flex;align-items:center;gap:.5rem;font-size:.86rem}
+.ramp{display:flex;border:1px solid var(--rule)}
+.ramp span{width:10px;height:14px}
 .downloads{font-size:.92rem}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;padding:0;margin:.5rem 0 .6rem;font-size:.92rem}
 .legend li{display:flex;align-items:center;gap:.4rem;min-width:0}

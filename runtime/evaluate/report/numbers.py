@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from runtime.evaluate.cells import CLEAN
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.intervals import Interval, wilson
@@ -26,6 +27,7 @@ __all__ = [
     "corruption_errors_of",
     "severity_errors",
     "verdict_of",
+    "weights_bytes",
 ]
 
 
@@ -35,7 +37,7 @@ class Unit(Enum):
     SHARE = "share"
     """From 0 to 1."""
     MCE = "mCE"
-    """Percent of AlexNet's error."""
+    """Percent of AlexNet's or the reference model's error."""
     MILLISECONDS = "ms"
     BYTES = "bytes"
 
@@ -45,10 +47,11 @@ class Quantity(Enum):
 
     TOP1 = ("top-1", Unit.SHARE, True)
     AGREEMENT = ("agreement", Unit.SHARE, True)
-    MCE = ("mCE", Unit.MCE, False)
+    MCE = ("mCE (AlexNet = 100)", Unit.MCE, False)
+    MCE_REFERENCE = ("mCE (reference = 100)", Unit.MCE, False)
     MEAN_ERROR = ("mean error", Unit.SHARE, False)
     LATENCY = ("p50 ms", Unit.MILLISECONDS, False)
-    FILE_SIZE = ("file", Unit.BYTES, False)
+    FILE_SIZE = ("size", Unit.BYTES, False)
 
     def __init__(self, title: str, unit: Unit, higher_is_better: bool) -> None:
         self.title = title
@@ -180,11 +183,15 @@ def columns_of(report: Report) -> list[Column]:
     """Return the columns of the headline table that have a value for at least one model."""
     suites = report.suites()
     corrupted = [suite for suite in CORRUPTED if suite in suites]
-    plain = next((suite for suite in ("imagenet", "cifar10", *corrupted) if _has_uncorrupted(report, suite)), None)
-    columns = [_top1(report, plain), _agreement(report, plain)] if plain else []
+    # A result never hides the columns of another one, so every suite keeps its own.
+    ordered = [suite for suite in dict.fromkeys((*_PLAIN, *corrupted, *suites)) if _has_uncorrupted(report, suite)]
+    columns = []
+    for suite in ordered:
+        if suite in (*_PLAIN, *corrupted):
+            columns += [_top1(report, suite), _agreement(report, suite)]
     for suite in corrupted:
-        columns += [_corruption_metric(report, suite, quantity) for quantity in (Quantity.MCE, Quantity.MEAN_ERROR)]
-    columns += [_top1(report, suite) for suite in suites if suite not in corrupted and suite != plain]
+        columns += [_corruption_metric(report, suite, quantity) for quantity in _METRICS]
+    columns += [_top1(report, suite) for suite in ordered if suite not in (*_PLAIN, *corrupted)]
     columns += _latencies(report)
     sizes = tuple(_file_size(entry) for entry in report.entries)
     columns.append(Column(quantity=Quantity.FILE_SIZE, measured_on="MB", values=sizes))
@@ -231,22 +238,35 @@ def _agreement(report: Report, suite: str) -> Column:
             values.append(Value(value=None, why=why))
         else:
             values.append(Value(value=against["agreement"], interval=against["agreement_interval"]))
-    return Column(quantity=Quantity.AGREEMENT, measured_on="same class as the reference", values=tuple(values))
+    return Column(
+        quantity=Quantity.AGREEMENT, measured_on=f"{suite}, same class as the reference", values=tuple(values)
+    )
 
+
+_PLAIN = (CLEAN, "imagenet", "cifar10")
+"""Suites of uncorrupted images, in order of preference."""
 
 _METRICS = {
-    Quantity.MCE: ("mce_alexnet", "AlexNet = 100"),
-    Quantity.MEAN_ERROR: ("mean_error", "plain mean"),
+    Quantity.MCE: "mce_alexnet",
+    Quantity.MCE_REFERENCE: "mce_reference",
+    Quantity.MEAN_ERROR: "mean_error",
 }
-"""Quantity → key in a result's metrics, and note."""
+"""Quantity → key in a result's metrics."""
 
 
 def _corruption_metric(report: Report, suite: str, quantity: Quantity) -> Column:
-    key, note = _METRICS[quantity]
+    key = _METRICS[quantity]
     values = []
     for entry in report.entries:
         result = entry.results.get(suite)
         found = result["metrics"].get(key, {}) if result else {}
+        if quantity is Quantity.MCE_REFERENCE and result is not None:
+            if result["metrics"].get("mce_alexnet", {}).get("value") is not None:
+                found = {"why_not": "see mCE (AlexNet = 100)"}
+            elif (
+                entry.is_reference and not result["reference"] and result["metrics"].get("mean_error", {}).get("value")
+            ):
+                found = {"value": 100.0, "interval": None}
         if found.get("value") is None:
             values.append(Value(value=None, why=found.get("why_not", f"not measured on {suite}")))
             continue
@@ -259,7 +279,19 @@ def _corruption_metric(report: Report, suite: str, quantity: Quantity) -> Column
                 why=report.why_separate(entry, suite),
             )
         )
-    return Column(quantity=quantity, measured_on=f"{suite}, {note}", values=tuple(values))
+    measured_on = f"{suite}, plain mean" if quantity is Quantity.MEAN_ERROR else suite
+    return Column(quantity=quantity, measured_on=measured_on, values=tuple(values))
+
+
+def _relative_mce(entry: Entry, result: Result) -> Mapping[str, Any]:
+    """Return the mCE relative to the reference; the reference itself has 100 by definition."""
+    metrics = result["metrics"]
+    if metrics.get("mce_alexnet", {}).get("value") is not None:
+        return {"why_not": "see mCE (AlexNet = 100)"}
+    if entry.is_reference and not result["reference"] and metrics.get("mean_error", {}).get("value"):
+        return {"value": 100.0, "interval": None}
+    found: Mapping[str, Any] = metrics.get("mce_reference", {})
+    return found
 
 
 def _latencies(report: Report) -> list[Column]:
@@ -273,8 +305,13 @@ def _latencies(report: Report) -> list[Column]:
     return columns
 
 
+def weights_bytes(entry: Entry) -> float | None:
+    """Return the size of a model file, or of a checkpoint's weights without the optimizer's state."""
+    is_checkpoint = entry.facts.get("kind") == "checkpoint"
+    size = entry.facts.get("weights_bytes" if is_checkpoint else "size_bytes")
+    return float(size) if isinstance(size, int | float) else None
+
+
 def _file_size(entry: Entry) -> Value:
-    size = entry.facts.get("size_bytes")
-    if not isinstance(size, int | float):
-        return Value(value=None, why="the result does not record it")
-    return Value(value=float(size))
+    size = weights_bytes(entry)
+    return Value(value=size, why="" if size else "the result does not record it")

@@ -13,7 +13,7 @@ from runtime.evaluate.report.numbers import (
     verdict_of,
 )
 from runtime.evaluate.report.rows import CORRUPTED, Entry, Group, Report
-from runtime.system.colors import level_of
+from runtime.system.colors import LEVELS, level_of
 
 __all__ = ["corruptions", "legend", "verdict_class"]
 
@@ -134,6 +134,8 @@ def _curves(group: Group, found: Errors) -> Markup | None:
     if not names:
         return None
     panels = []
+    highest = max(value for _, errors in found for error in errors for _, value, _ in error.levels)
+    common = min(1.0, 1.1 * max(0.05, highest))
     if any(rows for _, rows in mean):
         lines = [_line(entry, [(level, value) for level, value, _ in rows]) for entry, rows in mean]
         top = min(1.0, 1.1 * max(0.05, *(y for line in lines for _, y in line.points)))
@@ -144,7 +146,7 @@ def _curves(group: Group, found: Errors) -> Markup | None:
         own = [(entry, error) for entry, errors in found for error in errors if error.name == name]
         lines = [_line(entry, [(level, value) for level, value, _ in error.levels]) for entry, error in own]
         title = name.replace("_", " ")
-        chart = severity_chart(title, lines, 1.0, "severity", "error", small=True)
+        chart = severity_chart(title, lines, common, "severity", "error", small=True)
         panels.append(tag("figure", tag("figcaption", tag("strong", title)), chart))
     return join(
         tag("h3", f"{group.suite}: error by severity"),
@@ -160,8 +162,16 @@ def _line(entry: Entry, values: list[tuple[int, float]]) -> Line:
 def _heat_maps(found: Errors) -> Markup:
     compared = any(error.level_differences for _, errors in found for error in errors)
     note = "Small numbers are differences from the reference, in percentage points." if compared else None
+    steps = [tag("span", class_=f"h{level}") for level in range(LEVELS)]
+    key = tag(
+        "p",
+        tag("span", "0% wrong"),
+        tag("span", *steps, class_="ramp", aria_hidden="true"),
+        tag("span", "100% wrong"),
+        class_="key quiet",
+    )
     maps = [tag("div", _heat_map(entry, errors, compared), class_="card") for entry, errors in found]
-    return join(tag("p", note, class_="quiet") if note else None, tag("div", *maps, class_="cards"))
+    return join(key, tag("p", note, class_="quiet") if note else None, tag("div", *maps, class_="cards"))
 
 
 def _heat_map(entry: Entry, errors: list[CorruptionError], tall: bool) -> Markup:

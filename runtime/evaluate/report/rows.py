@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runtime.evaluate.cells import CLEAN, IMAGES
 from runtime.evaluate.report.inputs import Attack, Inputs, Latency
 from runtime.evaluate.results import Result
 
-__all__ = ["CORRUPTED", "Entry", "Group", "Report", "report_of", "uncorrupted_cell"]
+__all__ = ["CORRUPTED", "Entry", "Group", "Report", "comparable_facts", "report_of", "uncorrupted_cell", "why_separate"]
 
 CORRUPTED = ("imagenet-c", "corruptions", "cifar10-c")
 """Suites with corruptions and severities, in order of preference."""
 
-_DISTINGUISHING = ("precision", "route", "arithmetic", "device", "backend", "weights", "sha256")
+_DISTINGUISHING = ("precision", "route", "arithmetic", "device", "backend", "weights")
 """Facts that distinguish models with the same name, in order of preference."""
 
 
@@ -105,7 +107,12 @@ def report_of(inputs: Inputs) -> Report:
         if group.why_separate
     ]
     gaps = (*separate, *ignored, *_metric_gaps(entries), *_missing_inputs(entries, groups))
-    return Report(entries=entries, groups=groups, gaps=tuple(dict.fromkeys(gaps)), files=inputs.files)
+    return Report(
+        entries=entries,
+        groups=groups,
+        gaps=tuple(dict.fromkeys(gaps)),
+        files=tuple((Path(name).name, sha256) for name, sha256 in inputs.files),
+    )
 
 
 def _suites(results: Sequence[Result]) -> list[str]:
@@ -144,13 +151,15 @@ def _entries(inputs: Inputs) -> tuple[Entry, ...]:
 def _labels(models: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names of models; names that occur twice are followed by the facts that differ."""
     names = Counter(str(model["name"]) for model in models)
-    labels = []
+    labels: list[str] = []
     for model in models:
         name = str(model["name"])
         same = [other for other in models if str(other["name"]) == name]
         keys = [key for key in _DISTINGUISHING if len({str(other.get(key)) for other in same}) > 1]
-        extra = ", ".join(str(model.get(key))[: 8 if key == "sha256" else None] for key in keys)
-        labels.append(f"{name} ({extra})" if names[name] > 1 else name)
+        facts = ", ".join(str(model.get(key)) for key in keys)
+        label = f"{name} ({facts})" if names[name] > 1 and facts else name
+        numbered = (label if number == 1 else f"{label} {number}" for number in itertools.count(1))
+        labels.append(next(label for label in numbered if label not in labels))
     return labels
 
 
@@ -158,14 +167,16 @@ def _groups(entries: Sequence[Entry], suite: str) -> list[Group]:
     shown: dict[str, list[Entry]] = {}
     for entry in entries:
         if suite in entry.results:
-            shown.setdefault(json.dumps(_task(entry.results[suite]), sort_keys=True), []).append(entry)
+            shown.setdefault(json.dumps(comparable_facts(entry.results[suite]), sort_keys=True), []).append(entry)
     ordered = sorted(shown.values(), key=lambda members: -len(members))
     first = ordered[0][0]
     return [
         Group(
             suite=suite,
             entries=tuple(members),
-            why_separate=_why_separate(_task(first.results[suite]), _task(members[0].results[suite]), first.label),
+            why_separate=why_separate(
+                comparable_facts(first.results[suite]), comparable_facts(members[0].results[suite]), first.label
+            ),
         )
         for members in ordered
     ]
@@ -180,10 +191,10 @@ _TASK_TITLES = {
     "table": "table of severities",
     "seed": "seed of the corruptions",
 }
-"""Keys of `_task` → titles for messages."""
+"""Keys of `comparable_facts` → titles for messages."""
 
 
-def _task(result: Result) -> dict[str, Any]:
+def comparable_facts(result: Result) -> dict[str, Any]:
     """Return everything that must be equal for two results to be comparable."""
     settings, generated = result["settings"], result["settings"]["table"] is not None
     return {
@@ -197,7 +208,14 @@ def _task(result: Result) -> dict[str, Any]:
     }
 
 
-def _why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_label: str) -> str:
+def why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_label: str) -> str:
+    """Return the first fact that differs between two results, as a phrase; "" if none does.
+
+    Args:
+        first: `comparable_facts` of one result.
+        other: `comparable_facts` of the other one.
+        first_label: name of the first model.
+    """
     key = next((key for key in first if first[key] != other[key]), None)
     if key is None:
         return ""
@@ -211,15 +229,24 @@ def _why_separate(first: Mapping[str, Any], other: Mapping[str, Any], first_labe
     return f"its images differ from those of {first_label} ({_TASK_TITLES[key]}{detail})"
 
 
+_OF_IMAGENET = ("mce_alexnet", "relative_mce_alexnet")
+"""Metrics that other test sets need not have."""
+
+
+def _has_own_mce(entry: Entry, result: Result) -> bool:
+    """Return whether a result has an mCE relative to the reference, or is the reference's."""
+    return "mce_reference" in result["metrics"] or (entry.is_reference and not result["reference"])
+
+
 def _metric_gaps(entries: Sequence[Entry]) -> list[str]:
     """Return messages about missing metrics and outputs that were not finite."""
     gaps = []
     missing: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for entry in entries:
         for result in entry.results.values():
-            for name in ("mce_alexnet", "relative_mce_alexnet", "mean_error"):
+            for name in ("mce_alexnet", "relative_mce_alexnet", "mce_reference", "mean_error"):
                 why = result["metrics"].get(name, {}).get("why_not")
-                if why:
+                if why and not (name in _OF_IMAGENET and _has_own_mce(entry, result)):
                     names, labels = missing.setdefault((result["suite"], why), ({}, {}))
                     names[name] = labels[entry.label] = None
             not_finite = sum(cell["counts"]["not_finite"] for cell in result["cells"].values())
@@ -240,7 +267,9 @@ def _missing_inputs(entries: Sequence[Entry], groups: Sequence[Group]) -> list[s
         gaps.append("no corruptions: run advprop eval --suite corruptions or --suite imagenet-c")
     if not any(result["reference"] for entry in entries for result in entry.results.values()):
         gaps.append("no comparison with a reference: run advprop eval --reference MODEL")
-    gaps += [f"no {name}: run advprop eval --suite {name}" for name in ("imagenet-a", "stylized") if name not in suites]
+    if any(result["settings"]["imagenet_classes"] for entry in entries for result in entry.results.values()):
+        others = [name for name in ("imagenet-a", "stylized") if name not in suites]
+        gaps += [f"no {name}: run advprop eval --suite {name}" for name in others]
     if not any(entry.latencies for entry in entries):
         gaps.append("no latency, so no plots of accuracy against it: add files written by advprop bench")
     if not any(entry.attacks for entry in entries):

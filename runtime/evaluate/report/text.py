@@ -7,13 +7,23 @@ import io
 import re
 from collections.abc import Sequence
 
-from runtime.evaluate.report.formatting import difference_of, findings, interval_text, number, points, subject
+from runtime.evaluate.report.formatting import (
+    conclusions,
+    definitions,
+    difference_of,
+    findings,
+    interval_text,
+    number,
+    points,
+    subject,
+    title_of,
+)
 from runtime.evaluate.report.markup import clean
 from runtime.evaluate.report.numbers import Column, Value, columns_of, corruption_errors_of
 from runtime.evaluate.report.rows import CORRUPTED, Entry, Group, Report
-from runtime.evaluate.results import Result
+from runtime.evaluate.results import Result, dataset_name
 
-__all__ = ["CSV_COLUMNS", "to_csv", "to_markdown"]
+__all__ = ["CSV_COLUMNS", "escape", "to_csv", "to_markdown"]
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
 
@@ -26,29 +36,44 @@ CSV_COLUMNS = (
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def to_markdown(report: Report, title: str = "Accuracy and robustness") -> str:
-    """Return the numbers of the page without its figures."""
-    parts = [f"# {_escape(title)}", _escape(subject(report)), _findings(report), _headline(report)]
+def to_markdown(report: Report, title: str = "", date: str = "") -> str:
+    """Return the numbers of the page without its figures.
+
+    Args:
+        report: the content.
+        title: title of the report (default: the models and datasets).
+        date: date below the title (default: none).
+    """
+    lead = f"Accuracy and robustness{f', {date}' if date else ''}. {subject(report)}"
+    parts = [f"# {escape(title or title_of(report))}", escape(lead), _verdict(report), _headline(report)]
+    parts.append(_findings(report))
     parts += [_corruptions(group) for group in report.groups if group.suite in CORRUPTED]
     parts.append(_attacks(report))
     if report.gaps:
-        parts.append("## Missing or not compared\n\n" + "\n".join(f"- {_escape(gap)}" for gap in report.gaps))
+        parts.append("## Missing or not compared\n\n" + "\n".join(f"- {escape(gap)}" for gap in report.gaps))
     parts.append(_provenance(report))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _escape(text: object) -> str:
+def escape(text: object) -> str:
     """Escape text for Markdown: one line without HTML, links and table borders."""
     return _SPECIAL.sub(r"\\\1", clean(text))
+
+
+def _verdict(report: Report) -> str:
+    return "\n".join(
+        f"- **{escape(conclusion.model)}**: {'; '.join(escape(text) for text, _ in conclusion.statements)}."
+        for conclusion in conclusions(report)
+    )
 
 
 def _findings(report: Report) -> str:
     lines = []
     for finding in findings(report):
         statements = "; ".join(
-            _escape(text) + (f" – **{verdict.value}**" if verdict else "") for text, verdict in finding.statements
+            escape(text) + (f" – **{verdict.value}**" if verdict else "") for text, verdict in finding.statements
         )
-        lines.append(f"- **{_escape(finding.model)}** {_escape(finding.compared_with)}: {statements}.")
+        lines.append(f"- **{escape(finding.model)}** {escape(finding.compared_with)}: {statements}.")
     return "\n".join(lines)
 
 
@@ -57,29 +82,30 @@ def _headline(report: Report) -> str:
     heads = ["model", "precision", *(f"{column.quantity.title} ({column.measured_on})" for column in columns)]
     rows = [
         [
-            _escape(entry.label),
-            _escape(entry.precision or "–"),
+            escape(entry.label),
+            escape(entry.precision or "–"),
             *(_value(column, column.values[place]) for column in columns),
         ]
         for place, entry in enumerate(report.entries)
     ]
     note = (
         "95% intervals in brackets. Δ: difference from the reference on the same images, in bold if its interval "
-        "excludes 0. mCE is in percent of AlexNet's errors; mean error is the plain share of wrong answers."
+        "excludes 0."
     )
     if any(value.why and value.value is not None for column in columns for value in column.values):
         note += " ‡: measured on other images or cells than the rest of the column."
-    return f"{_table(heads, rows)}\n\n{_escape(note)}"
+    meaning = "\n".join(f"- {escape(text)}" for text in definitions(report))
+    return f"{_table(heads, rows)}\n\n{escape(note)}\n\n{meaning}"
 
 
 def _value(column: Column, value: Value) -> str:
     unit = column.quantity.unit
     text = " ".join(part for part in (number(value, unit), interval_text(value.interval, unit)) if part)
-    text = _escape(text + ("‡" if value.why and value.value is not None else ""))
+    text = escape(text + ("‡" if value.why and value.value is not None else ""))
     change = difference_of(value, column.quantity)
     if change is None:
         return text
-    shown = _escape(f"Δ {change.text}")
+    shown = escape(f"Δ {change.text}")
     return f"{text}, **{shown}**" if change.verdict and change.verdict.is_clear else f"{text}, {shown}"
 
 
@@ -90,7 +116,7 @@ def _corruptions(group: Group) -> str:
         return ""
     rows = []
     for name in names:
-        row = [_escape(name)]
+        row = [escape(name)]
         for errors in by_entry:
             error = errors.get(name)
             if error is None:
@@ -99,18 +125,18 @@ def _corruptions(group: Group) -> str:
             text = f"{100 * error.error:.1f} {interval_text(error.interval)}".strip()
             if error.difference is not None:
                 text += f", Δ {points(error.difference)} {interval_text(error.difference_interval, signed=True)}"
-            row.append(_escape(text))
+            row.append(escape(text))
         rows.append(row)
     heads = ["corruption", *(entry.label for entry in group.entries)]
-    return f"## {_escape(group.suite)}: error by corruption, %\n\n{_table(heads, rows)}"
+    return f"## {escape(group.suite)}: error by corruption, %\n\n{_table(heads, rows)}"
 
 
 def _attacks(report: Report) -> str:
     heads = ["model", "attack", "ε", "correct", "top-1"]
     rows = [
         [
-            _escape(entry.label),
-            _escape(curve.attack),
+            escape(entry.label),
+            escape(curve.attack),
             f"{255 * epsilon:g}/255",
             f"{right} of {attack.images}",
             f"{right / attack.images:.1%}",
@@ -130,18 +156,18 @@ def _provenance(report: Report) -> str:
             settings = result["settings"]
             versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items() if value)
             facts = (
-                f"{entry.label} on {group.suite}: data {result['data']['path']}, limit {settings['limit']}, seed "
+                f"{entry.label} on {group.suite}: data {dataset_name(result)}, limit {settings['limit']}, seed "
                 f"{settings['seed']}, table {settings['table']}, resize "
                 f"{'/'.join(sorted({cell['resize'] for cell in result['cells'].values()}))}, file SHA-256 "
                 f"{entry.facts.get('sha256', 'unknown')}; {versions}"
             )
-            lines.append(f"- {_escape(facts)}")
+            lines.append(f"- {escape(facts)}")
     return "## How it was measured\n\n" + "\n".join(lines)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table. The cells of `rows` are Markdown; `heads` are plain text."""
-    lines = [[_escape(head) for head in heads], ["---", *["---:"] * (len(heads) - 1)], *rows]
+    lines = [[escape(head) for head in heads], ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

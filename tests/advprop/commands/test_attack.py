@@ -73,7 +73,7 @@ def test_all_attacks_are_in_one_table_and_in_the_report(
     words = ("top-1 on 6 images", "ε = 2/255", "pgd", "apgd", "square, 10 queries", "worst", "noise, worst of 3")
     for word in (*words, "* white box", "square fooled it on"):
         assert word in result.output, result.output
-    own, model = content(tmp_path / "best.main.attack.json"), content(tmp_path / "model.attack.json")
+    own, model = content(tmp_path / "best.attack.json"), content(tmp_path / "model.attack.json")
     assert [curve["attack"] for curve in own["curves"]] == ["pgd", "apgd", "noise", "worst"]
     assert [curve["attack"] for curve in model["curves"]] == ["pgd", "apgd", "square", "noise", "worst"]
     assert own["curves"][0]["white_box"]
@@ -92,7 +92,7 @@ def test_all_attacks_are_in_one_table_and_in_the_report(
     html = (tmp_path / "report.html").read_text()
     for word in (
         "model under attack",
-        "best.main under attack",
+        "best under attack",
         "in 1/255 of the pixel range",
         ">noise<",
         ">worst<",

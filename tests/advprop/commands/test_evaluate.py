@@ -136,7 +136,7 @@ def test_both_routes_of_a_checkpoint_and_its_onnx_file_are_compared(
     options = ["--suite", "imagenet", "--data", data, "--out", out]
     result = run(checkpoint, file, "--route", "main", "--route", "adv", "--reference", checkpoint, *options)
     assert result.exit_code == 0, result.output
-    main_route, adv = (content(out / f"best.{route}.imagenet.json") for route in ("main", "adv"))
+    main_route, adv = (content(out / f"{name}.imagenet.json") for name in ("best", "best.adv"))
     exported = content(out / "model.imagenet.json")
     assert main_route["reference"] is None
     assert (main_route["model"]["route"], adv["model"]["route"]) == ("main", "adv")
@@ -204,7 +204,7 @@ def test_the_result_of_another_file_with_that_name_is_kept(tmp_path: Path, caplo
     assert path == tmp_path / "model.imagenet.json"
     path.write_text(json.dumps({"model": first}))
     assert result_path(first, tmp_path, "imagenet.json") == path
-    assert result_path(second, tmp_path, "imagenet.json") == tmp_path / "model-bbbbbbbb.imagenet.json"
+    assert result_path(second, tmp_path, "imagenet.json") == tmp_path / "model-2.imagenet.json"
     assert "is the result of another model file" in caplog.text
     path.write_text("no JSON")
     assert result_path(second, tmp_path, "imagenet.json") == path

@@ -51,7 +51,7 @@ def test_a_page_is_built_from_a_checkpoint_and_resumed(checkpoint: Path, data: P
     assert "evaluated on 54 of the 72 images" in run.output
     assert "calibrated on 18 of the others" in run.output
     first = page.read_bytes()
-    for name in ("best.main", "model", "model.int8"):
+    for name in ("best", "best.fp32", "best.int8"):
         assert f"<bdi>{name}</bdi>" in page.read_text()
     work = tmp_path / "page"
     results = [json.loads(path.read_text()) for path in sorted((work / "evaluation").glob("*.json"))]
@@ -66,7 +66,7 @@ def test_a_page_is_built_from_a_checkpoint_and_resumed(checkpoint: Path, data: P
     assert again.exit_code == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == times  # no step is repeated
     assert page.read_bytes() == first
-    (work / "evaluation" / "model.int8.imagenet.json").unlink()  # as if the run had stopped before it wrote this file
+    (work / "evaluation" / "best.int8.imagenet.json").unlink()  # as if the run had stopped before it wrote this file
     assert report(checkpoint, *command).exit_code == 0
     assert page.read_bytes() == first
     for file in (work / "fp32" / "model.onnx", work / "int8" / "model.int8.onnx"):

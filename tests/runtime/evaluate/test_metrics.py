@@ -115,7 +115,8 @@ def test_the_interval_has_a_width_if_all_images_are_alike() -> None:
     cells["clean"] = paired(np.ones(100, bool), np.ones(100, bool))
     metrics = summarize(cells)
     assert metrics["mean_error"]["interval"] == pytest.approx((0.0, 0.0370), abs=5e-5)
-    assert metrics["mean_error"]["difference_interval"] == pytest.approx((-0.0370, 0.0370), abs=5e-5)
+    # 76 answers of each of 100 images are equal: 1.96²/(7600 + 1.96²), with the clean ones.
+    assert metrics["mean_error"]["difference_interval"] == pytest.approx((-0.000505, 0.000505), abs=1e-6)
     most = mce_alexnet(dict.fromkeys(CORRUPTIONS, [1.0] * 5))
     assert metrics["mce_alexnet"]["interval"] == pytest.approx((0.0, 0.0370 * most), abs=0.01)
     low, high = metrics["relative_mce_alexnet"]["difference_interval"]
@@ -242,3 +243,35 @@ def test_metrics_say_why_there_is_no_mce() -> None:
     with_clean = summarize(grid | {"clean": counts_of(36, 40)})
     expected = [(0.25 - 0.1) / (error - 0.435) for error in ALEXNET.values()]
     assert with_clean["relative_mce_alexnet"]["value"] == pytest.approx(100 * np.mean(expected))
+
+
+def test_identical_answers_never_have_a_wider_interval_than_different_ones() -> None:
+    """A float16 file that answers alike, and an INT8 file that differs in two answers of 24 images."""
+    reference = np.arange(24) % 3 > 0
+    same = {f"{name}/{level}": paired(reference, reference) for name in CORRUPTIONS for level in LEVELS}
+    lost = reference.copy()
+    lost[[1, 2]] = False
+    widths = []
+    for cells in (same, same | {"fog/3": paired(lost, reference)}):
+        mean = summarize(cells)["mean_error"]
+        low, high = mean["difference_interval"]
+        assert low <= mean["difference"] <= high
+        widths.append(high - low)
+    assert 0 < widths[0] <= widths[1]
+    assert widths[0] == pytest.approx(2 * 0.00213, abs=1e-4)  # 1.96²/(24 · 75 + 1.96²)
+
+
+def test_mce_relative_to_the_reference() -> None:
+    right, better = np.arange(200) % 2 == 0, np.arange(200) % 4 < 3
+    cells = {f"{name}/{level}": paired(better, right) for name in ("fog", "snow") for level in LEVELS}
+    mce = summarize(cells, why_no_mce="other classes")["mce_reference"]
+    assert mce["value"] == pytest.approx(50.0)  # an error of 25% instead of 50%
+    assert mce["difference"] == pytest.approx(-50.0)
+    assert mce["corruptions"] == ["snow", "fog"]
+    assert "reference is 100" in mce["unit"]
+    low, high = mce["interval"]
+    assert low <= 50.0 <= high < 100
+    assert mce["difference_interval"] == pytest.approx([low - 100, high - 100])
+    perfect = {f"fog/{level}": paired(right, np.ones(200, bool)) for level in LEVELS}
+    assert "no error under fog" in summarize(perfect)["mce_reference"]["why_not"]
+    assert "mce_reference" not in summarize({f"fog/{level}": counts_of(30, 40) for level in LEVELS})
