@@ -1,4 +1,4 @@
-"""Write a comparison of models: a verdict in words, a table for the terminal, and Markdown."""
+"""Write a comparison of models: a written verdict, a table for the terminal, and Markdown."""
 
 from __future__ import annotations
 

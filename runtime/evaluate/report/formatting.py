@@ -42,7 +42,7 @@ class Statement(NamedTuple):
 
 
 class Conclusion(NamedTuple):
-    """The verdict on a model, in words."""
+    """The verdict on a model."""
 
     model: str
     statements: list[Statement]
@@ -133,7 +133,7 @@ def datasets(report: Report) -> list[str]:
 
 
 def conclusions(report: Report) -> list[Conclusion]:
-    """Return the verdict on each model that was compared with a reference, in words."""
+    """Return the verdict on each model that was compared with a reference."""
     found = []
     sizes = {value.place: weights_bytes(value) for value in report.entries}
     reference = next((entry for entry in report.entries if entry.is_reference), None)

@@ -80,7 +80,7 @@ def to_html(report: Report, title: str = "", date: str = "") -> str:
 
 
 def _verdict(report: Report) -> Markup:
-    """Return the verdict in words, or without a reference the reason why there is none."""
+    """Return the verdict, or without a reference the reason why there is none."""
     found = conclusions(report)
     if not found:
         text = "No verdict: the models were not compared image by image. advprop compare MODEL… compares them."
