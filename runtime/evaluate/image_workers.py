@@ -40,6 +40,7 @@ _Result = TypeVar("_Result")
 
 _CACHE_FORMAT = 1
 """Version of the cache. Increase it when `corrupt` returns different pixels."""
+_BAD_IMAGE_FIX = "remove or replace the file: every image of a test set counts, so none is skipped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +72,12 @@ def load_block(
         DataError: an image cannot be decoded, or the images differ in size and may not be resized.
     """
     files = ((source.read(name), source.describe(name)) for name in names)
-    if resize == "fit":
-        return np.stack([decode_and_fit(content, preprocessing, described) for content, described in files])
-    images = [np.asarray(decode(*file, exif=preprocessing.exif)) for file in files]
+    try:
+        if resize == "fit":
+            return np.stack([decode_and_fit(content, preprocessing, described) for content, described in files])
+        images = [np.asarray(decode(*file, exif=preprocessing.exif)) for file in files]
+    except DataError as error:
+        raise DataError(error.message, fix=_BAD_IMAGE_FIX) from error
     other = next((place for place, image in enumerate(images) if image.shape != images[0].shape), None)
     if other is not None:
         sizes = [f"{image.shape[1]}×{image.shape[0]} ({names[place]})" for place, image in enumerate(images)]

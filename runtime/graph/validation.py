@@ -37,6 +37,11 @@ _BITS = {
     "FLOAT8E5M2FNUZ": 8, "FLOAT8E8M0": 8,
 }  # fmt: skip
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+_FIELDS = {
+    "FLOAT": "float_data", "COMPLEX64": "float_data", "DOUBLE": "double_data", "COMPLEX128": "double_data",
+    "INT64": "int64_data", "UINT32": "uint64_data", "UINT64": "uint64_data", "STRING": "string_data",
+}  # fmt: skip
+"""Type → field of its values; `int32_data` for all other types."""
 
 
 def check_file(path: Path) -> None:
@@ -105,20 +110,23 @@ def check_tensors(model: Any, path: Path) -> None:
         ModelFileError: a tensor has a negative size, an unknown type, or not the data that its
             shape requires.
     """
+    from onnx import TensorProto
+
     for tensor in _tensors(model):
         bits = _bits_per_element(tensor, path)
         if _is_external(tensor):
             continue  # `external_files` checks those
         elements = math.prod(tensor.dims)
-        if tensor.HasField("raw_data"):
+        if tensor.HasField("raw_data") and bits:
             found, expected = len(tensor.raw_data), -(-elements * bits // 8)
             fits = found == expected
         else:
-            found = sum(len(getattr(tensor, name)) for name in _TYPED_FIELDS)
-            expected = -(-elements // (8 // bits)) if 0 < bits < 8 else elements
+            name = TensorProto.DataType.Name(tensor.data_type)
+            found = len(getattr(tensor, _FIELDS.get(name, "int32_data")))
+            expected = -(-elements // (8 // bits)) if 0 < bits < 8 else elements * (1 + name.startswith("COMPLEX"))
             fits = found >= expected
         if not fits:
-            unit = "bytes" if tensor.HasField("raw_data") else "values"
+            unit = "bytes" if tensor.HasField("raw_data") and bits else "values"
             raise ModelFileError(
                 f"{path}: {_label(tensor)} declares {elements:,} elements, that is {expected:,} {unit}; "
                 f"found {found:,} {unit}"

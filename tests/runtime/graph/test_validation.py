@@ -93,6 +93,7 @@ def test_a_small_file_with_many_nodes_is_refused_before_parsing(tmp_path: Path) 
         ([4, -3], TensorProto.FLOAT, b"", r"negative size: \[4, -3\]"),
         ([1], 99, b"a", "has type 99"),
         ([1] * 65, TensorProto.FLOAT, b"abcd", "65 dimensions"),
+        ([1], TensorProto.STRING, b"abcd", "declares 1 elements, that is 1 values; found 0 values"),
     ],
 )
 def test_missing_weights_are_found(
@@ -108,6 +109,13 @@ def test_missing_weights_are_found(
         tensor.raw_data = data
     with pytest.raises(ModelFileError, match=expected):
         runtime.build(save(model, tmp_path / "a.onnx"))
+
+
+def test_values_in_the_field_of_another_type_do_not_count(tmp_path: Path) -> None:
+    model = classifier()
+    model.graph.initializer.append(TensorProto(name="odd", data_type=TensorProto.INT8, dims=[1], float_data=[1.0]))
+    with pytest.raises(ModelFileError, match="'odd' declares 1 elements, that is 1 values; found 0 values"):
+        summarize(save(model, tmp_path / "a.onnx"))
 
 
 def test_every_valid_encoding_of_a_tensor_is_accepted(tmp_path: Path) -> None:
