@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,9 @@ class CalibratedFile:
 
 
 def calibrate_file(
-    source: Path,
-    data: Path,
-    target: Path,
+    source: str | PathLike[str],
+    data: str | PathLike[str],
+    target: str | PathLike[str],
     config: CalibrationConfig | None = None,
     *,
     foreign: ForeignOptions | None = None,
@@ -92,6 +93,7 @@ def calibrate_file(
             images for the budget.
         VerificationError: the INT8 graph outputs logits that are not finite; nothing is written.
     """
+    source, data, target = Path(source), Path(data), Path(target)
     config = config or CalibrationConfig()
     _check_target(source, target)
     check_mix(config.mix, adversary)

@@ -109,7 +109,20 @@ _FORM_OPTIONS = (
 )
 
 
-@click.command("export", cls=Command, epilog=EXAMPLES)
+_HINTS = {
+    "--model": "CHECKPOINT has no option name: advprop-export best.pt",
+    "--checkpoint": "CHECKPOINT has no option name: advprop-export best.pt",
+    "--format": "an ONNX file is always written; --trt fp16 also builds an engine",
+    "--half": "write FP16 with --precision fp16, or build an engine with --trt fp16",
+    "--int8": "write INT8 with --precision int8 --calib-data DIR, or build an engine with --trt int8 --calib-data DIR",
+    "--imgsz": "did you mean --img-size?",
+    "--dynamic": "the batch size is always dynamic; --img-size MIN:OPT:MAX makes the image size dynamic",
+    "--opset": "the opset is fixed",
+}
+"""Options of other exporters → how to get the same here."""
+
+
+@click.command("export", cls=Command, epilog=EXAMPLES, hints=_HINTS)
 @click.argument("checkpoint")
 @with_options(
     _option("Output", "--trt", type=click.Choice(_PRECISIONS), help="Build an engine of this precision."),
@@ -201,6 +214,8 @@ def _reject(options: Sequence[Option], reason: str) -> None:
 def _print_result(console: Console, result: ExportResult) -> None:
     from rich.table import Table
 
+    from runtime.engine.flavors import describe_targets
+
     table = Table()
     table.add_column("file", no_wrap=True)
     for heading in ("MB", "compared with", "max |Δlogit|", "agreement", "KL"):
@@ -225,7 +240,7 @@ def _print_result(console: Console, result: ExportResult) -> None:
     lines += [f"kept in FP32: {decision.op} {decision.node}: {_reason(decision)}" for decision in result.kept_fp32]
     if result.engine_info:
         info = result.engine_info
-        targets = ", ".join(info.compute_capabilities)
+        targets = describe_targets(info.compute_capabilities)
         lines.append(f"engine: {info.flavor} {info.version}, {info.precision}, for {targets}")
     if result.calibrated and result.reduced_onnx:
         from calib.report import print_calibration

@@ -75,6 +75,9 @@ class ExportConfig:
     """If a file does not agree with the previous one, find the first layer that differs."""
 
     def __post_init__(self) -> None:
+        for name in ("out", "weights", "data", "calib_data", "hub"):
+            if isinstance(getattr(self, name), str):  # paths in Python programs are often text
+                object.__setattr__(self, name, Path(getattr(self, name)))
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; found {self.precision!r}")
         if self.io not in ("fp32", "fp16"):

@@ -239,7 +239,7 @@ def test_a_failed_verification_exits_with_4_and_keeps_the_file(trained: FitResul
         (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
         (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "remove --precision"),
         (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not support SM 90"),
-        (["CHECKPOINT", "--data", "/no/such"], "/no/such: no such folder of images"),
+        (["CHECKPOINT", "--data", "/no/such"], "no such folder of images: /no/such"),
         (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],
 )

@@ -117,7 +117,7 @@ def check_gpu(path: Path, info: EngineInfo, gpu: Gpu) -> None:
         return
     if "AMPERE_PLUS" in info.flags and gpu.sm >= 80:
         return
-    built = ", ".join(f"SM {sm}" for sm in RTX_DEFAULT_SMS) if targets == ("default",) else ", ".join(targets)
+    built = describe_targets(targets)
     if info.flavor == "tensorrt_rtx" and gpu.sm not in _RTX_ALL_SMS:
         fix = (
             "TensorRT-RTX has no kernels for this GPU: pip install 'advprop[tensorrt]', then "
