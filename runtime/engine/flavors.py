@@ -32,8 +32,8 @@ _OLDEST_TENSORRT = 10  # the first version with strongly typed networks
 
 _INSTALL_FIX = (
     "to build engines, install one of:\n"
-    "  pip install tensorrt-rtx         for SM 75-89 and 12x, on any x86-64 Linux or Windows machine, without a GPU\n"
-    "  pip install 'advprop[tensorrt]'  for any NVIDIA GPU (H100, B200, …), on a machine with that GPU"
+    "  pip install tensorrt-rtx            for SM 75-89 and 12x, on x86-64 Linux or Windows, without a GPU\n"
+    "  pip install tensorrt cuda-bindings  for any NVIDIA GPU (H100, B200, …), on a machine with that GPU"
 )
 
 

@@ -62,7 +62,7 @@ def test_the_message_lists_everything_that_is_missing(engine: Path) -> None:
     with pytest.raises(BackendUnavailable) as error:
         runtime.load(engine)
     assert "TensorRT: tensorrt cannot be imported" in str(error.value)
-    assert "pip install 'advprop[tensorrt]'; no NVIDIA GPU or driver was found" in str(error.value)
+    assert "pip install tensorrt cuda-bindings; no NVIDIA GPU or driver was found" in str(error.value)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "more"])
