@@ -54,10 +54,8 @@ def summarize(findings: Mapping[str, Finding]) -> str:
         if findings[name].state != "ok":
             return f"Models run {where}. Training and export need {name}: {findings[name].fix}"
     gpu, builders = find_gpu(), [findings[name] for name in ("tensorrt", "tensorrt_rtx")]
-    only_rtx = builders[0].state != "ok" and builders[1].state == "ok"
-    if all(finding.state != "ok" for finding in builders) or (
-        only_rtx and gpu and gpu.sm not in (75, *RTX_DEFAULT_SMS)
-    ):
+    rtx_is_useless = gpu is not None and gpu.sm not in (75, *RTX_DEFAULT_SMS)
+    if builders[0].state != "ok" and (builders[1].state != "ok" or rtx_is_useless):
         fix = next((finding.fix for finding in builders if finding.fix), "")
         return f"Training and prediction work {where}; engines need {fix or 'another machine'}"
     return f"Training and prediction work {where}; engines build" + ("." if gpu else ", but run on GPUs only.")

@@ -71,8 +71,8 @@ _MODEL_OPTIONS = (
         "--data",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Folder of images to verify on (default: the sample in the checkpoint, or images of --calib-data that do not "
-        "calibrate).",
+        help="Folder of images to verify on (default: the sample in the checkpoint, or images of --calib-data that "
+        "do not calibrate).",
     ),
     _option(
         "Verification",

@@ -51,7 +51,7 @@ def is_unedited(path: Path) -> bool:
     """Return whether a card may be replaced: it does not exist, or nobody has changed its text."""
     if not path.exists():
         return True
-    head, found, tail = path.read_text(encoding="utf-8", errors="replace").partition(_MARK)
+    _, found, tail = path.read_text(encoding="utf-8", errors="replace").partition(_MARK)
     digest, _, text = tail.partition(" -->\n")
     return bool(found) and digest == _digest(text)
 
@@ -99,7 +99,8 @@ def _body(checkpoint: Path, spec: ModelSpec, evaluations: Sequence[Evaluation]) 
     if evaluations:
         yield from _table(checkpoint, evaluations)
     else:
-        yield f"None yet. `advprop eval {checkpoint.name} --suite corruptions --data DIR` measures them; export again to add them here."
+        yield f"None yet. Measure them with `advprop eval {checkpoint.name} --suite corruptions --data DIR`, then"
+        yield "export again."
 
 
 def _training(checkpoint: Path) -> Iterator[str]:
