@@ -24,7 +24,7 @@ class RankedClass(NamedTuple):
     """Name of the class."""
     probability: float
     """Its probability, in [0, 1]."""
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     """Its index in `Session.spec.classes`."""
 
 

@@ -89,7 +89,7 @@ def test_the_configuration_describes_classes_and_preprocessing(checkpoint: Path,
     found = timm.data.resolve_model_data_config(model)
     size = spec.preprocessing
     assert found["input_size"] == (3, size.height, size.width)
-    assert (found["mean"], found["std"]) == (size.mean, size.std)
+    assert (tuple(found["mean"]), tuple(found["std"])) == (size.mean, size.std)
     assert (found["interpolation"], found["crop_pct"], found["crop_mode"]) == (
         *(size.interpolation, size.crop_pct, size.crop_mode),
     )
