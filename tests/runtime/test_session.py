@@ -236,7 +236,8 @@ def test_a_prediction_has_labels_plain_values_and_a_short_repr(model: Path) -> N
     assert {name: values[name] for name in ("label", "index")} == {"label": "red", "index": 0}
     assert values["top"][0]["label"] == "red"
     assert sum(ranked["probability"] for ranked in answer.to_dict()["top"]) == pytest.approx(1)
-    assert values["top"][1] == answer.top(2)[1]._asdict()
+    assert list(values["top"][1]) == ["label", "probability", "index"]
+    assert tuple(values["top"][1].values()) == answer.top(2)[1]
     assert (
         repr(answer)
         == f"<Prediction 'red' {answer.probability:.1%}, "
