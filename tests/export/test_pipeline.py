@@ -113,7 +113,8 @@ def export_at_48(trained: FitResult, out: Path) -> Path:
         outputs = session.run_outputs(np.zeros((2, 3, 48, 48), np.float32))
         assert {name: answer.shape for name, answer in outputs.items()} == {"probs": (2, 5), "classes": (2, 5)}
         answer = session.predict([np.zeros((70, 50, 3), np.uint8)])[0]
-        assert answer.top(2) == [(int(answer.indices[n]), float(answer.probabilities[n])) for n in (0, 1)]
+        expected = [(int(answer.indices[n]), float(answer.probabilities[n])) for n in (0, 1)]
+        assert [(ranked.index, ranked.probability) for ranked in answer.top(2)] == expected
         assert answer.index == answer.indices[0]
     return result.onnx
 
