@@ -10,7 +10,6 @@ import importlib
 
 import click
 
-from runtime.errors import nearest
 from runtime.system.command import Group
 
 COMMANDS = {
@@ -52,13 +51,6 @@ class LazyGroup(Group):
         module, attribute = COMMANDS[cmd_name][0].split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"no such command: {args[0]!r}; {nearest(args[0], COMMANDS)}".rstrip("; "))
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

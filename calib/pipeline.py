@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,9 @@ class CalibratedFile:
 
 
 def calibrate_file(
-    source: Path,
-    data: Path,
-    target: Path,
+    source: str | PathLike[str],
+    data: str | PathLike[str],
+    target: str | PathLike[str],
     config: CalibrationConfig | None = None,
     *,
     foreign: ForeignOptions | None = None,
@@ -96,6 +97,7 @@ def calibrate_file(
             images for the budget.
         VerificationError: the INT8 graph outputs logits that are not finite; nothing is written.
     """
+    source, data, target = Path(source), Path(data), Path(target)
     config = config or CalibrationConfig()
     _check_target(source, target)
     check_mix(config.mix, adversary)

@@ -15,12 +15,11 @@ import asyncio
 import contextlib
 import json
 
-import runtime
-from runtime.errors import AdvPropError, InputError, RequestNotServed, SessionClosed
+import advprop
 
 LARGEST_BODY = 20_000_000  # bytes
 TIMEOUT_S = 10.0
-session: runtime.Session | None = None
+session: advprop.Session | None = None
 
 
 async def answer(method: str, path: str, body: bytes) -> tuple[int, object]:
@@ -34,11 +33,11 @@ async def answer(method: str, path: str, body: bytes) -> tuple[int, object]:
         return 404, "POST an image to /predict, or GET /live or /ready"
     try:
         (prediction,) = await session.apredict([body], timeout_s=TIMEOUT_S)
-    except (RequestNotServed, SessionClosed) as error:
+    except (advprop.errors.RequestNotServed, advprop.errors.SessionClosed) as error:
         return 503, str(error)
-    except InputError as error:
+    except advprop.errors.InputError as error:
         return 400, str(error)
-    except AdvPropError as error:
+    except advprop.errors.AdvPropError as error:
         return 500, str(error)
     return 200, {"label": prediction.label, "probability": prediction.probability}
 
@@ -62,11 +61,11 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.close()
 
 
-async def main(model: str, port: int, batching: runtime.Batching) -> None:
+async def main(model: str, port: int, batching: advprop.Batching) -> None:
     global session
     server = await asyncio.start_server(serve, "127.0.0.1", port, backlog=1024)
     print("listening on", server.sockets[0].getsockname()[1], flush=True)
-    with await asyncio.to_thread(runtime.load, model, warm_up=(1, batching.max_batch), batching=batching) as session:
+    with await asyncio.to_thread(advprop.load, model, warm_up=(1, batching.max_batch), batching=batching) as session:
         await server.serve_forever()
 
 
@@ -77,6 +76,6 @@ if __name__ == "__main__":
     parser.add_argument("--max-queued", type=int, default=256, help="maximum number of waiting images (default: 256)")
     parser.add_argument("--max-batch", type=int, default=8, help="maximum images per batch (default: 8)")
     arguments = parser.parse_args()
-    settings = runtime.Batching(max_batch=arguments.max_batch, max_queued_images=arguments.max_queued)
+    settings = advprop.Batching(max_batch=arguments.max_batch, max_queued_images=arguments.max_queued)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(main(arguments.model, arguments.port, settings))

@@ -8,11 +8,10 @@ import asyncio
 import json
 import sys
 
-import runtime
-from runtime.errors import InputError, RequestNotServed
+import advprop
 
 
-async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def serve(session: advprop.Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     if "100-continue" in head:  # curl waits for this before it sends more than 1 MB
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -20,9 +19,9 @@ async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: 
     try:
         (best,) = await session.apredict([image], timeout_s=10)  # shares a batch with other requests
         status, content = 200, {"label": best.label, "probability": best.probability}
-    except InputError as error:  # not an image
+    except advprop.errors.InputError as error:  # not an image
         status, content = 400, {"error": str(error)}
-    except RequestNotServed as error:  # the queue is full, or the deadline passed
+    except advprop.errors.RequestNotServed as error:  # the queue is full, or the deadline passed
         status, content = 503, {"error": str(error)}
     data = json.dumps(content).encode()
     writer.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
@@ -31,7 +30,7 @@ async def serve(session: runtime.Session, reader: asyncio.StreamReader, writer: 
 
 
 async def main(model: str, port: str) -> None:
-    with runtime.load(model, warm_up=(1, 8), batching=runtime.Batching(max_queued_images=1000)) as session:
+    with advprop.load(model, warm_up=(1, 8), batching=advprop.Batching(max_queued_images=1000)) as session:
         server = await asyncio.start_server(lambda *streams: serve(session, *streams), "127.0.0.1", port, backlog=1000)
         print("listening on", server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from calib.config import CalibrationConfig
     from calib.precision import Decision
+    from export.config import ExportConfig
     from export.pipeline import ExportResult
     from runtime.spec import ImageSizes
 
@@ -34,6 +35,7 @@ Examples:
   advprop-export timm:tf_efficientnet_b3.ap_in1k --data photos/    published AdvProp weights
   advprop-export best.pt --input uint8-nhwc --output probs   pixels in, probabilities out
   advprop-export best.pt --img-size 160:224:320 --trt fp16   any image size, and an engine for that range
+  advprop-export best.pt --hub hub/                          a folder for the Hugging Face Hub and timm
   advprop-export best.pt --route adv --out adv/              an auxiliary BatchNorm route, for research
 
 Exit codes: 0 success; 2 bad input; 3 no engine (the ONNX files are written);
@@ -69,7 +71,8 @@ _MODEL_OPTIONS = (
         "--data",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Folder of images to verify on (default: the sample in the checkpoint).",
+        help="Folder of images to verify on (default: the sample in the checkpoint, or images of --calib-data that "
+        "do not calibrate).",
     ),
     _option(
         "Verification",
@@ -77,6 +80,26 @@ _MODEL_OPTIONS = (
         default=True,
         show_default=True,
         help="Find the first layer that differs, if a file does not agree with the previous one.",
+    ),
+)
+_HUB_OPTIONS = (
+    _option(
+        "Hugging Face Hub",
+        "--hub",
+        "folder",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Folder to write for the Hub: weights and configuration for timm, and a model card. No ONNX file is "
+        "written unless --trt or --precision is given.",
+    ),
+    _option(
+        "Hugging Face Hub",
+        "--results",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="PATH",
+        help="Result of advprop eval for the model card, or a folder of them (default: those next to the checkpoint). "
+        "Repeatable.",
     ),
 )
 _FORM_OPTIONS = (
@@ -109,7 +132,20 @@ _FORM_OPTIONS = (
 )
 
 
-@click.command("export", cls=Command, epilog=EXAMPLES)
+_HINTS = {
+    "--model": "CHECKPOINT has no option name: advprop-export best.pt",
+    "--checkpoint": "CHECKPOINT has no option name: advprop-export best.pt",
+    "--format": "an ONNX file is always written; --trt fp16 also builds an engine",
+    "--half": "write FP16 with --precision fp16, or build an engine with --trt fp16",
+    "--int8": "write INT8 with --precision int8 --calib-data DIR, or build an engine with --trt int8 --calib-data DIR",
+    "--imgsz": "did you mean --img-size?",
+    "--dynamic": "the batch size is always dynamic; --img-size MIN:OPT:MAX makes the image size dynamic",
+    "--opset": "the opset is fixed",
+}
+"""Options of other exporters → how to get the same here."""
+
+
+@click.command("export", cls=Command, epilog=EXAMPLES, hints=_HINTS)
 @click.argument("checkpoint")
 @with_options(
     _option("Output", "--trt", type=click.Choice(_PRECISIONS), help="Build an engine of this precision."),
@@ -122,6 +158,7 @@ _FORM_OPTIONS = (
     out_option("Output folder (default: the checkpoint's folder).", group="Output"),
 )
 @as_config("model", _MODEL_OPTIONS, dict)
+@as_config("hub", _HUB_OPTIONS, dict)
 @as_config("forms", _FORM_OPTIONS, dict)
 @with_options(
     image_size_option(
@@ -146,6 +183,7 @@ def main(
     precision: str | None,
     out: Path | None,
     model: dict[str, Any],
+    hub: dict[str, Any],
     forms: dict[str, Any],
     image_sizes: ImageSizes | None,
     engine: dict[str, Any],
@@ -159,6 +197,8 @@ def main(
     """
     console = set_up_logging()
     _validate_options(trt, precision, forms["io"])
+    if hub["results"] and not hub["folder"]:
+        raise click.UsageError("--results requires --hub")
     with status("importing torch") as spinner:
         from export.config import EngineConfig, ExportConfig
         from export.pipeline import export_checkpoint
@@ -174,8 +214,28 @@ def main(
             **model,
             **forms,
         )
+        if hub["folder"]:
+            _export_hub(console, checkpoint, config, **hub)
+            if not (trt or precision):
+                return
         result = export_checkpoint(checkpoint, config, progress=spinner.update, build_progress=engine_bar(spinner))
     _print_result(console, result)
+
+
+def _export_hub(
+    console: Console, checkpoint: str, config: ExportConfig, folder: Path, results: tuple[Path, ...]
+) -> None:
+    from export.hub import export_hub
+
+    written = export_hub(checkpoint, folder, config, results=results)
+    sources = ", ".join(str(result.file) for result in written.results) or "none found; add --results PATH"
+    lines = [
+        f"wrote {folder}: model.safetensors, config.json" + ("" if written.card_kept else ", README.md"),
+        f'timm.create_model("local-dir:{folder}", pretrained=True) computes the same logits',
+        f"results in the model card: {sources}",
+        f"upload it: hf upload USER/NAME {folder}",
+    ]
+    print_lines(console, lines)
 
 
 def _validate_options(trt: str | None, precision: str | None, io: str) -> None:
@@ -201,10 +261,12 @@ def _reject(options: Sequence[Option], reason: str) -> None:
 def _print_result(console: Console, result: ExportResult) -> None:
     from rich.table import Table
 
-    table = Table()
-    table.add_column("file", no_wrap=True)
+    from runtime.engine.flavors import describe_targets
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
     for heading in ("MB", "compared with", "max |Δlogit|", "agreement", "KL"):
-        table.add_column(heading, no_wrap=True, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     rows = (
         (result.onnx, "checkpoint", result.onnx_parity),
         (result.reduced_onnx, result.onnx.name, result.reduced_parity),
@@ -225,7 +287,7 @@ def _print_result(console: Console, result: ExportResult) -> None:
     lines += [f"kept in FP32: {decision.op} {decision.node}: {_reason(decision)}" for decision in result.kept_fp32]
     if result.engine_info:
         info = result.engine_info
-        targets = ", ".join(info.compute_capabilities)
+        targets = describe_targets(info.compute_capabilities)
         lines.append(f"engine: {info.flavor} {info.version}, {info.precision}, for {targets}")
     if result.calibrated and result.reduced_onnx:
         from calib.report import print_calibration

@@ -54,7 +54,8 @@ class ExportConfig:
     ema: bool = True
     """Prefer the moving average of the weights, if the checkpoint has one."""
     data: Path | None = None
-    """Folder of real images to verify on (default: the sample in the checkpoint)."""
+    """Folder of real images to verify on (default: the sample in the checkpoint, or images of
+    `calib_data` that do not calibrate)."""
 
     input_form: str = "float32 NCHW"
     """Input of the files, one of `runtime.spec.INPUT_FORMS`."""
@@ -75,6 +76,9 @@ class ExportConfig:
     """If a file does not agree with the previous one, find the first layer that differs."""
 
     def __post_init__(self) -> None:
+        for name in ("out", "weights", "data", "calib_data"):
+            if isinstance(getattr(self, name), str):  # paths in Python programs are often text
+                object.__setattr__(self, name, Path(getattr(self, name)))
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; found {self.precision!r}")
         if self.io not in ("fp32", "fp16"):

@@ -21,7 +21,7 @@ from export.inference_form import can_be_reparameterized, inference_form
 from export.io_forms import with_forms
 from export.record import save_decisions, save_record
 from export.reduce import reduce_precision
-from export.source import Source, load_source
+from export.source import Source, load_source, with_unused_images
 from export.to_onnx import to_onnx
 from export.verify import (
     FEW_IMAGES,
@@ -126,6 +126,9 @@ def export_checkpoint(
         data=config.data,
         size=config.sizes.usual if config.sizes else None,
     )
+    if not len(source.images_NHWC) and config.calib_data is not None:
+        source, calibration = with_unused_images(source, config.calib_data, config.calibration)
+        config = dataclasses.replace(config, calibration=calibration)
     if not len(source.images_NHWC):
         raise DataError(f"{checkpoint} contains no images to verify the export on; add --data DIR")
     folder = output_dir(config.out if config.out is not None else default_folder(checkpoint))

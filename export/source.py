@@ -20,18 +20,20 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from calib.config import CalibrationConfig
+from calib.images import calibration_set
 from runtime.errors import CheckpointError, ConfigError, DataError
 from runtime.preprocessing import decode_and_fit
 from runtime.spec import ModelSpec, Preprocessing
 from runtime.system.files import sha256_file
-from runtime.system.image_sources import image_paths, spread
+from runtime.system.image_sources import image_paths, open_source, spread
 from train.checkpoint import FORMAT, check_checkpoint, describe, plain_state_dict, read_torch_file
 from train.data import class_names, class_wnids
 from train.dual_bn import select_route
 from train.models import create_model, load_weights, restore_model
 from train.recipes import MAIN
 
-__all__ = ["Source", "load_source", "resized", "timm_spec"]
+__all__ = ["Source", "load_source", "resized", "timm_spec", "with_unused_images"]
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +184,48 @@ def resized(images_NHWC: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
         np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)) for image in images_NHWC
     ]
     return np.stack(images) if images else np.empty((0, height, width, 3), np.uint8)
+
+
+def with_unused_images(
+    source: Source, data: Path, calibration: CalibrationConfig, count: int = 64
+) -> tuple[Source, CalibrationConfig]:
+    """Add images to verify on from a calibration set, which does not calibrate on them.
+
+    Args:
+        source: a model without images.
+        data: source of the calibration images, as for `calib.calibrate_file`.
+        calibration: its settings.
+        count: maximum number of images; at most a quarter of all images.
+
+    Returns:
+        The model with images, and the settings with fewer calibration images if necessary.
+
+    Raises:
+        DataError: too few images can be used.
+    """
+    kinds = 1 if calibration.budget is None else 2  # a budget holds out as many images as calibrate
+    chosen = None if data.suffix != ".json" else calibration_set(data)
+    fitted: list[NDArray[np.uint8]] = []
+    with open_source(data if chosen is None else chosen.source) as reader:
+        names = list(reader.names)
+        if chosen is None:
+            kept = len(names) - min(count, len(names) // 4)
+            calibration = dataclasses.replace(calibration, images=max(1, min(calibration.images, kept // kinds)))
+            used = set(spread(names, kinds * calibration.images))
+        else:
+            used = {image.name for image in chosen.images}
+        for name in spread([name for name in names if name not in used], count):
+            try:
+                fitted.append(decode_and_fit(reader.read(name), source.spec.preprocessing, reader.describe(name)))
+            except DataError as error:
+                log.warning("skipped: %s", error)
+    if not fitted:
+        raise DataError(
+            f"{data} has {len(names)} images, too few to calibrate and to verify on others",
+            fix="pass more images, or images to verify on with --data DIR",
+        )
+    log.info("verifying on %d images of %s that do not calibrate", len(fitted), data)
+    return dataclasses.replace(source, images_NHWC=np.stack(fitted)), calibration
 
 
 def _no_images(spec: ModelSpec) -> NDArray[np.uint8]:

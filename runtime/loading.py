@@ -13,11 +13,12 @@ from runtime.backends.open import open_backend, open_folder
 from runtime.backends.open import warm_up as run_warm_up
 from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.foreign import convert_command
 from runtime.session import Session
 from runtime.spec import ModelSpec
 from runtime.system.decode import MAX_PIXELS
+from runtime.system.files import is_url, no_such
 
 __all__ = ["load"]
 
@@ -66,6 +67,8 @@ def load(
     if max_pixels < 1:
         raise ConfigError(f"max_pixels must be at least 1; found {max_pixels}")
     file = Path(path)
+    if is_url(path):
+        raise ModelFileError(no_such("model file", path))
     cpu_threads = threads if isinstance(threads, Threads) else Threads(intra=threads)
     skipped: tuple[str, ...] = ()
     if file.is_dir():

@@ -5,8 +5,8 @@ Shape suffixes: N images, K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,23 @@ from numpy.typing import NDArray
 from runtime.errors import SpecError
 from runtime.spec import ModelSpec
 
-__all__ = ["Prediction", "predictions_of", "softmax"]
+__all__ = ["Prediction", "RankedClass", "predictions_of", "softmax"]
 
 
-@dataclass(frozen=True, slots=True)
+class RankedClass(NamedTuple):
+    """One of the most probable classes of an image."""
+
+    label: str
+    """Name of the class."""
+    probability: float
+    """Its probability, in [0, 1]."""
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    """Its index in `Session.spec.classes`."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Prediction:
-    """The result for one image."""
+    """The result for one image. Results are equal if label, probability and index are."""
 
     label: str
     """Name of the most probable class."""
@@ -27,16 +38,36 @@ class Prediction:
     """Probability of that class, in [0, 1]."""
     index: int
     """Index of that class."""
-    probabilities: NDArray[np.float32]
+    probabilities: NDArray[np.float32] = field(compare=False)
     """(K,) probabilities in the order of `Session.spec.classes`. A `topk` file returns only the
     largest ones, sorted in decreasing order."""
-    indices: NDArray[np.int64]
+    indices: NDArray[np.int64] = field(compare=False)
     """(K,) class index of each probability: 0 to K − 1, except for a `topk` file."""
+    classes: tuple[str, ...] = field(compare=False)
+    """Names of all classes of the model, by index."""
 
-    def top(self, count: int) -> list[tuple[int, float]]:
-        """Return the index and probability of the `count` most probable classes, or of all."""
+    def top(self, count: int = 5) -> list[RankedClass]:
+        """Return the `count` most probable classes, or all if there are fewer, best first."""
         best = (-self.probabilities).argsort(kind="stable")[:count]
-        return [(int(self.indices[place]), float(self.probabilities[place])) for place in best]
+        indices = [int(self.indices[place]) for place in best]
+        return [
+            RankedClass(self.classes[index], float(self.probabilities[place]), index)
+            for index, place in zip(indices, best, strict=True)
+        ]
+
+    def to_dict(self, top: int = 5) -> dict[str, Any]:
+        """Return plain values for JSON: label, probability, index, and the `top` best classes."""
+        return {
+            "label": self.label,
+            "probability": self.probability,
+            "index": self.index,
+            "top": [ranked._asdict() for ranked in self.top(top)],
+        }
+
+    def __repr__(self) -> str:
+        ranked = ", ".join(f"{label!r} {probability:.1%}" for label, probability, _ in self.top(3))
+        more = ", …" if len(self.probabilities) > 3 else ""
+        return f"<Prediction {ranked}{more}>"
 
 
 def predictions_of(outputs: tuple[NDArray[Any], ...], spec: ModelSpec) -> list[Prediction]:
@@ -73,4 +104,6 @@ def _check_classes(probabilities_NK: NDArray[np.float32], spec: ModelSpec) -> No
 def _prediction(probabilities_K: NDArray[np.float32], indices_K: NDArray[np.int64], spec: ModelSpec) -> Prediction:
     place = int(probabilities_K.argmax())
     index = int(indices_K[place])
-    return Prediction(spec.classes[index], float(probabilities_K[place]), index, probabilities_K, indices_K)
+    return Prediction(
+        spec.classes[index], float(probabilities_K[place]), index, probabilities_K, indices_K, spec.classes
+    )

@@ -38,18 +38,20 @@ class SessionStats:
     """Counts since the session was loaded."""
 
     calls: int
-    """Completed calls of `run`, `run_outputs`, `run_on_device` and `predict`."""
+    """Completed calls of any method: `run`, `run_outputs`, `run_on_device` and `predict`, and
+    answered requests of `submit`, `submit_predict`, `arun` and `apredict`."""
     images: int
     """Images of these calls."""
     failed: int
-    """Such calls that raised an error."""
+    """Calls that raised an error, and requests that failed, came too late or found the queue full.
+    Canceled requests do not count."""
     running: int
-    """Such calls in flight."""
+    """Calls in flight, and accepted requests that have not ended."""
     device_bytes: int
     """GPU memory of an engine's contexts and of outputs on the GPU, in bytes. It does not include
     the engine's weights, which TensorRT allocates. 0 for other backends."""
     batcher: BatcherStats
-    """Counts for `submit`, `submit_predict`, `arun` and `apredict`."""
+    """Details of `submit`, `submit_predict`, `arun` and `apredict`, which the counts above include."""
 
 
 _Output = TypeVar("_Output", NDArray[Any], DeviceArray)
@@ -125,14 +127,14 @@ class Session:
     @property
     def stats(self) -> SessionStats:
         """Counts since the session was loaded."""
-        calls = self._calls
+        calls, batcher = self._calls, self._batcher.stats
         return SessionStats(
-            calls=calls.completed,
-            images=calls.images,
-            failed=calls.failed,
-            running=calls.in_flight,
+            calls=calls.completed + batcher.answered,
+            images=calls.images + batcher.answered_images,
+            failed=calls.failed + batcher.failed + batcher.late + batcher.refused,
+            running=calls.in_flight + batcher.pending,
             device_bytes=self._backend.device_bytes,
-            batcher=self._batcher.stats,
+            batcher=batcher,
         )
 
     def explain(self) -> str:

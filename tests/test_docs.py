@@ -1,5 +1,6 @@
 """The Python code in the documentation runs and does what the text says."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import advprop
 import runtime
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
@@ -98,10 +100,10 @@ def test_a_prediction_from_python(trained: FitResult, tmp_path: Path, capsys: py
     assert file is not None
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.full((9, 9), 128, np.uint8)).save(photo)
-    run(with_files(block("README.md", "import runtime"), {"model.fp16.onnx": file, "photo.jpg": photo}))
+    run(with_files(block("README.md", "advprop.load("), {"model.fp16.onnx": file, "photo.jpg": photo}))
     with runtime.load(file) as session:
         (expected,) = session.predict([photo])
-    assert capsys.readouterr().out == f"{expected.label} {expected.probability}\n"
+    assert capsys.readouterr().out == f"{expected.label} {expected.probability} {expected.top(3)}\n"
 
 
 def test_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,10 +112,29 @@ def test_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, color in (("a.jpg", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (9, 9), color).save(files[name])
     names: dict[str, Any] = {"batch": images_of(1, 2), "jpeg_bytes": files["b.jpg"].read_bytes()}
-    names = run(with_files(block("docs/serving.md", "runtime.load("), files), **names)
+    names = run(with_files(block("docs/serving.md", "advprop.load("), files), **names)
     assert [answer.label for answer in names["answers"]] == ["red", "blue"]
     assert names["logits"].shape == (2, 3)
     assert "ONNX Runtime" in capsys.readouterr().out
     names = run(block("docs/serving.md", "submit_predict(").replace("0.5", "60"), **names)
     assert [answer.label for answer in names["answer"]] == ["blue"]
     names["session"].close()
+
+
+def test_a_prediction_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(serving_model(), tmp_path / "m.onnx")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    with advprop.load(tmp_path / "m.onnx") as session:
+        code = with_files(block("docs/python.md", "answer.top(3)"), {"photo.jpg": tmp_path / "a.png"})
+        run(code, session=session, json=json)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("red: ")
+    assert json.loads(last)["label"] == "red"
+
+
+def test_every_name_of_advprop_in_the_documents_exists() -> None:
+    files = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py"))
+    texts = [path.read_text() for path in files]
+    names = {name for text in texts for name in re.findall(r"(?<![\w./-])advprop\.([A-Za-z]\w+)(?![\w/-]|\.pt)", text)}
+    assert {"load", "fit", "export", "TrainConfig"} <= names
+    assert names <= {*advprop.__all__, "checkpoints", "spec"}  # `advprop.spec` is a key in model files

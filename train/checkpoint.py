@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from runtime.errors import CheckpointError, OutputError
-from runtime.system.files import atomic_write
+from runtime.system.files import atomic_write, no_such
 
 __all__ = [
     "FORMAT",
@@ -141,7 +141,7 @@ def read_torch_file(path: Path, *, device: str = "cpu") -> Any:
             code.
     """
     if not path.is_file():
-        raise CheckpointError(f"no such checkpoint: {path}")
+        raise CheckpointError(no_such("checkpoint", path))
     try:
         with path.open("rb") as file:
             head = file.read(4)

@@ -69,7 +69,7 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError("the setting wandb needs the package wandb: pip install 'advprop[wandb]'") from error
+            raise ConfigError("the setting wandb needs the package wandb: pip install wandb") from error
         try:
             self._run: Any = wandb.init(
                 project=project,

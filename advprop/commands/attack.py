@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = """
 Examples:
+  advprop attack best.pt --data photos/val --limit 200
   advprop attack model.onnx model.int8.onnx --checkpoint best.pt --data photos/val --limit 200
   advprop attack model.int8.onnx --data photos/val --attacks square,noise --eps 1,2,4 --queries 500 --limit 100
   advprop report evaluation/*.json -o report.html      with the results of advprop eval: accuracy against ε
@@ -65,7 +66,7 @@ _ATTACKS = (
         type=CommaList(str),
         metavar="NAMES",
         group="Attacks",
-        help="Attacks to run: pgd, apgd, square, noise (default: all; pgd and apgd only with --checkpoint).",
+        help="Attacks to run: pgd, apgd, square, noise (default: all; pgd and apgd need a checkpoint).",
     ),
     Option(
         ["--eps", "epsilons"],
@@ -96,7 +97,7 @@ _ATTACKS = (
         ["--checkpoint"],
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Checkpoint whose gradients PGD and APGD use.",
+        help="Checkpoint whose gradients PGD and APGD use (default: the first MODEL that is a checkpoint).",
     ),
     limit_option(),
     seed_option("sampling and attacks"),
@@ -128,15 +129,19 @@ def main(
     """
     console = set_up_logging()
     from advprop import checkpoints
+    from runtime.backends.open import CHECKPOINT_SUFFIXES
     from runtime.evaluate import SuiteConfig, load_attacker, load_model, load_models
     from runtime.system.files import output_dir
 
+    given = checkpoint is not None
+    if checkpoint is None:
+        checkpoint = next((model for model in models if model.suffix in CHECKPOINT_SUFFIXES), None)
     asked = _attack_config(attacks, seed, checkpoint)  # reports bad options before models are loaded
     output_dir(out)
     attacker = None
     if checkpoint is not None and asked.gradient:
         attacker = load_attacker(checkpoint, checkpoint_loader=checkpoints.load_attacker, device=execution["device"])
-    elif checkpoint is not None:
+    elif given:
         log.warning("--checkpoint has no effect: neither pgd nor apgd was requested")
     load = partial(
         load_model,

@@ -35,6 +35,7 @@ def main(onnx: Path, out: Path | None, image_sizes: ImageSizes | None, arguments
     """Build a TensorRT engine from the file ONNX, in the precision of its graph."""
     console = set_up_logging()
     from runtime.engine.build import build
+    from runtime.engine.flavors import describe_targets
     from runtime.engine.int8 import summary_of
     from runtime.graph.summary import summarize
 
@@ -49,7 +50,7 @@ def main(onnx: Path, out: Path | None, image_sizes: ImageSizes | None, arguments
         raise EngineBuildError(error.message, fix=fix) from error
     engine = out or onnx.with_suffix(".engine")
     computed = f"; in INT8: {summary_of(info.layers)}" if info.layers else ""
-    size, targets = engine.stat().st_size / 1e6, ", ".join(info.compute_capabilities)
+    size, targets = engine.stat().st_size / 1e6, describe_targets(info.compute_capabilities)
     made = f"{info.flavor} {info.version}, {info.precision}, for {targets}{computed}"
     print_lines(console, [f"wrote {engine} ({size:.1f} MB): {made}"])
 

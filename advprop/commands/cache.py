@@ -109,15 +109,17 @@ def _entries() -> list[CacheEntry]:
 
 def _content(entry: CacheEntry) -> str:
     """Describe an engine by its sidecar, without checking its bytes."""
+    from runtime.engine.flavors import describe_targets
+
     sidecar = next((file for file in entry.files if file.name.endswith(".engine.json")), None)
     if sidecar is None:
         return "incomplete" if entry.kind == "engines" else ""
     try:
         content = json.loads(sidecar.read_text())
         arch = content["spec"]["arch"] if content["spec"] else "network without a spec"
-        targets = ", ".join(content["compute_capabilities"])
+        targets = describe_targets(content["compute_capabilities"])
         return f"{arch} {content['precision']}, {content['flavor']} {content['version']}, {targets}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "damaged"
 
 

@@ -8,7 +8,7 @@ import sys
 import click
 
 from runtime.system.command import Command, json_option, with_options
-from runtime.system.console import print_json, set_up_logging
+from runtime.system.console import print_json, print_lines, set_up_logging
 
 EXAMPLES = """
 Examples:
@@ -26,7 +26,7 @@ _COLORS = {"ok": "green", "missing": "yellow", "broken": "red"}
 def main(as_json: bool) -> None:
     """Check which backends work on this machine, why the others do not, and how to fix them."""
     console = set_up_logging()
-    from advprop.doctor import run_checks
+    from advprop.doctor import run_checks, summarize
 
     findings = run_checks()
     if as_json:
@@ -35,11 +35,14 @@ def main(as_json: bool) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("part", "state", "found", "fix")
+        table = Table(show_header=False, box=None, pad_edge=False)
         for finding in findings.values():
             state = Text(finding.state, _COLORS[finding.state])
-            table.add_row(finding.part, state, finding.found, finding.fix)
-        console.print(table)
+            table.add_row(state, finding.part, finding.found)
+        console.print(summarize(findings), "", table, sep="\n", highlight=False)
+        fixes = [f"{finding.part}: {finding.fix}" for finding in findings.values() if finding.fix]
+        if fixes:
+            print_lines(console, ["", "To fix what is missing or broken:", *fixes])
     sys.exit(0 if findings["onnxruntime"].state == "ok" else 3)
 
 

@@ -61,6 +61,7 @@ def main(file: Path, as_json: bool) -> None:
 def _engine_facts(file: Path) -> dict[str, Any]:
     from advprop.support import engine_support
     from export.record import verification
+    from runtime.engine.flavors import describe_targets
     from runtime.engine.int8 import summary_of
     from runtime.engine.sidecar import read_sidecar
 
@@ -68,7 +69,7 @@ def _engine_facts(file: Path) -> dict[str, Any]:
     facts = {
         "kind": f"TensorRT engine, {file.stat().st_size / 1e6:.1f} MB, bytes match the sidecar",
         "built by": f"{info.flavor} {info.version}" + (f" on {info.gpu}" if info.gpu else ""),
-        "GPU generations": ", ".join(info.compute_capabilities),
+        "GPU generations": describe_targets(info.compute_capabilities),
         "flags": ", ".join(info.flags) or "none",
         "weights": _percentages(info.precision_shares) + (" in the ONNX file" if info.layers else ""),
     }

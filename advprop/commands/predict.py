@@ -42,7 +42,7 @@ def main(model: Path, images: tuple[Path, ...], top: int, as_json: bool, batch_s
                 failed += 1
                 click.echo(clean(f"skipped: {answer}"), err=True)
                 continue
-            ranked = [(session.spec.classes[index], probability) for index, probability in answer.top(top)]
+            ranked = [(label, probability) for label, probability, _ in answer.top(top)]
             if as_json:
                 classes = [{"label": label, "probability": probability} for label, probability in ranked]
                 print_json({"file": str(path), "classes": classes}, indent=None)

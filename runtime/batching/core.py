@@ -311,6 +311,8 @@ class BatcherCore:
             if not request.is_counted:
                 request.is_counted = True
                 self._counts.ends[end.kind if alive else "cancelled"] += 1
+                if alive and end.kind == "answered":
+                    self._counts.answered_images += request.count
         if not alive:
             return
         if end.error is None:

@@ -20,6 +20,8 @@ class BatcherStats:
     """Accepted requests."""
     answered: int
     """Requests whose result was delivered."""
+    answered_images: int
+    """Images of these requests."""
     cancelled: int
     """Requests that their owner canceled before the result was ready."""
     late: int
@@ -62,6 +64,7 @@ class Counts:
     refused: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     """`answered`, `cancelled`, `late` or `failed` → requests."""
+    answered_images: int = 0
     batch_sizes: Counter[int] = field(default_factory=Counter)
     queue_wait_us: Counter[int] = field(default_factory=Counter)
 
@@ -74,6 +77,7 @@ class Counts:
         return BatcherStats(
             submitted=self.submitted,
             answered=self.ends["answered"],
+            answered_images=self.answered_images,
             cancelled=self.ends["cancelled"],
             late=self.ends["late"],
             failed=self.ends["failed"],

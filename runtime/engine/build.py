@@ -181,7 +181,7 @@ def _warn_if_not_runnable(flavor: Flavor, sms: tuple[int, ...]) -> None:
     if f"SM{gpu.sm}" not in flavor.module.ComputeCapability.__members__:
         log.warning(
             "this engine will not run on this machine's GPU, %s (SM %d), which TensorRT-RTX does not support; install "
-            "full TensorRT: pip install 'advprop[tensorrt]'",
+            "full TensorRT: pip install tensorrt cuda-bindings",
             gpu.name,
             gpu.sm,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,15 @@ from runtime.engine.layers import LISTING
 from runtime.errors import BackendUnavailable, ConfigError, first_line
 from runtime.system.gpu import find_gpu
 
-__all__ = ["RTX_DEFAULT_SMS", "Flavor", "check_targets", "choose_flavor", "native_logger", "parse_sm"]
+__all__ = [
+    "RTX_DEFAULT_SMS",
+    "Flavor",
+    "check_targets",
+    "choose_flavor",
+    "describe_targets",
+    "native_logger",
+    "parse_sm",
+]
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +32,8 @@ _OLDEST_TENSORRT = 10  # the first version with strongly typed networks
 
 _INSTALL_FIX = (
     "to build engines, install one of:\n"
-    "  pip install tensorrt-rtx         for SM 75-89 and 12x, on any x86-64 Linux or Windows machine, without a GPU\n"
-    "  pip install 'advprop[tensorrt]'  for any NVIDIA GPU (H100, B200, …), on a machine with that GPU"
+    "  pip install tensorrt-rtx            for SM 75-89 and 12x, on x86-64 Linux or Windows, without a GPU\n"
+    "  pip install tensorrt cuda-bindings  for any NVIDIA GPU (H100, B200, …), on a machine with that GPU"
 )
 
 
@@ -53,6 +62,17 @@ def parse_sm(text: str) -> int:
     if not digits.isdigit() or not 50 <= int(digits) <= 999:
         raise ConfigError(f"--sm takes a compute capability such as 86, 8.9 or sm_120; found {text!r}")
     return int(digits)
+
+
+def describe_targets(capabilities: Sequence[str]) -> str:
+    """Return the GPU generations of an engine's sidecar for people, such as "SM 86, 89".
+
+    Args:
+        capabilities: names such as `sm_86`, or `default` for RTX_DEFAULT_SMS.
+    """
+    defaults = [str(sm) for sm in RTX_DEFAULT_SMS]
+    names = [sm for name in capabilities for sm in (defaults if name == "default" else [name.removeprefix("sm_")])]
+    return f"SM {', '.join(names)}"
 
 
 def choose_flavor(name: str, sms: tuple[int, ...]) -> Flavor:

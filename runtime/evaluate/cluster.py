@@ -253,7 +253,7 @@ def _connect(config: ClusterConfig) -> tuple[Any, bool]:
     try:
         import ray
     except ImportError as error:
-        raise BackendUnavailable(f"--ray needs Ray ({error}): pip install 'advprop[ray]'") from error
+        raise BackendUnavailable(f"--ray needs Ray ({error}): pip install ray") from error
     if ray.is_initialized():
         return ray, False
     options: dict[str, Any] = {"address": config.address, "log_to_driver": False, "logging_level": logging.ERROR}

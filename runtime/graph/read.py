@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.graph.validation import check_file, check_nodes, check_tensors, external_files, external_tensors
-from runtime.system.files import sha256_file
+from runtime.system.files import no_such, sha256_file
 
 __all__ = ["OnnxFile", "load_onnx", "read_onnx", "read_onnx_file", "sha256_onnx"]
 
@@ -81,7 +81,7 @@ def sha256_onnx(path: Path) -> str:
 
 def _content(path: Path) -> bytes:
     if not path.is_file():
-        raise ModelFileError(f"no such ONNX file: {path}")
+        raise ModelFileError(no_such("ONNX file", path))
     check_file(path)
     try:
         return path.read_bytes()

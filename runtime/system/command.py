@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import click
 
-from runtime.errors import AdvPropError, ConfigError, Interrupted
+from runtime.errors import AdvPropError, ConfigError, Interrupted, nearest
 from runtime.spec import ImageSizes
 from runtime.system.console import VERBOSITY, clean
 from runtime.system.help_page import MAX_WIDTH, write_notes
@@ -86,13 +86,42 @@ def _flag(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: attributes[name] for name in ("is_flag", "multiple") if name in attributes}
 
 
+def _suggest_option(command: click.Command, ctx: click.Context, name: str, hint: str = "") -> NoReturn:
+    """Raise UsageError for an unknown option, with `hint` or the nearest option of the command."""
+    known = [option for param in command.get_params(ctx) for option in (*param.opts, *param.secondary_opts)]
+    long = [option for option in known if option.startswith("--")]
+    if len(name) == 2 and not hint:  # one letter, as other tools have it
+        initial = [option for option in long if option[2] == name[1]]
+        hint = f"did you mean {' or '.join(initial)}?" if initial else ""
+    hint = hint or nearest(name, long, count=1)
+    hint = hint or f"{ctx.command_path} --help lists all options"
+    ctx.fail(f"no such option: {name}; {hint}")
+
+
 class Group(click.Group):
-    """A group of commands with -h, --version and notes that fit the terminal."""
+    """A group of commands with -h, --version, suggestions, and notes that fit the terminal."""
 
     def __init__(self, name: str | None = None, **attributes: Any) -> None:
         attributes["params"] = [*attributes.get("params", ()), version_option()]
         super().__init__(name, **attributes)
         self.context_settings = {**_CONTEXT, **self.context_settings}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            command = next((name for name in args if name in self.list_commands(ctx)), "COMMAND")
+            hint = f"options follow the command: {ctx.command_path} {command} {error.option_name}"
+            _suggest_option(self, ctx, error.option_name, hint if command in args else "")
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            hint = nearest(args[0], known) or f"expected one of {', '.join(known)}"
+            ctx.fail(f"no such command: {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_notes(formatter, self.epilog or "")
@@ -101,8 +130,15 @@ class Group(click.Group):
 class Command(click.Command):
     """A command that lists its options by group, and converts errors to messages and exit codes."""
 
-    def __init__(self, name: str | None, **attributes: Any) -> None:
+    def __init__(self, name: str | None, *, hints: Mapping[str, str] | None = None, **attributes: Any) -> None:
+        """
+        Args:
+            name: as in click.
+            hints: options of other tools, such as "--half" → how to get the same here.
+            attributes: other arguments of `click.Command`.
+        """
         super().__init__(name, **attributes)
+        self._hints = dict(hints or {})
         self.context_settings = {**_CONTEXT, **self.context_settings}
         self.params += [
             _verbosity_option(["-q", "--quiet"], -1, "Show warnings, errors and results only."),
@@ -125,6 +161,12 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_notes(formatter, self.epilog or "")
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            _suggest_option(self, ctx, error.option_name, self._hints.get(error.option_name, ""))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -152,7 +194,11 @@ def version_option() -> click.Option:
         if value and not ctx.resilient_parsing:
             from importlib import metadata
 
-            click.echo(f"advprop {metadata.version('advprop')}")
+            try:
+                version = metadata.version("advprop")
+            except metadata.PackageNotFoundError:
+                version = "(not installed, version unknown)"
+            click.echo(f"advprop {version}")
             ctx.exit()
 
     return click.Option(

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError, first_line
+from runtime.system.files import no_such
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,7 +115,7 @@ def _data_errors(name: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"no such image file: {name}") from error
+        raise DataError(no_such("image file", name)) from error
     except UnidentifiedImageError as error:
         expected = ", ".join(_formats())
         raise DataError(f"cannot decode {name}: Pillow does not recognize its format, one of {expected}") from error

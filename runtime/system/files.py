@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
+import shlex
 import shutil
 import tempfile
 import threading
@@ -20,7 +22,9 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "cache_folder",
+    "is_url",
     "link_or_copy",
+    "no_such",
     "output_dir",
     "sha256_file",
     "write_bytes",
@@ -38,6 +42,26 @@ _FIXES = {
     errno.EEXIST: f"a file with that name exists: {_ELSEWHERE}",
     errno.EISDIR: f"a folder with that name exists: {_ELSEWHERE}",
 }
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL, also one that `Path` has shortened to one slash."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)) is not None
+
+
+def no_such(kind: str, path: str | os.PathLike[str]) -> str:
+    """Return the message for a missing file or folder, which explains what to do about a URL.
+
+    Args:
+        kind: what was expected, such as "image file".
+        path: path that does not exist.
+    """
+    if not is_url(path):
+        return f"no such {kind}: {path}"
+    url = re.sub(":/+", "://", os.fspath(path), count=1)
+    is_web = url.lower().startswith(("http://", "https://"))
+    fix = f"download it first: curl -LO {shlex.quote(url)}" if is_web else "copy it to this machine first"
+    return f"{url} is a URL; expected a local {kind}, {fix}"
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

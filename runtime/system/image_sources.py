@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from runtime.errors import DataError
+from runtime.system.files import is_url, no_such
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +101,8 @@ def class_folders(root: Path) -> list[str]:
         DataError: `root` is not a folder.
     """
     if not root.is_dir():
+        if is_url(root):
+            raise DataError(no_such("folder of CLASS/IMAGE files", root))
         found = "a file" if root.exists() else "no such file or folder"
         raise DataError(f"{root}: expected a folder of CLASS/IMAGE files; found {found}")
     with _data_errors(root):
@@ -192,7 +195,7 @@ def image_paths(folder: Path) -> list[Path]:
         DataError: the folder does not exist or has no image files.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images")
+        raise DataError(no_such("folder of images", folder))
     names = find_images(folder)[""]
     if not names:
         raise DataError(f"{folder}: found no image files; expected {', '.join(SUFFIXES)}")
@@ -387,5 +390,7 @@ def open_source(path: Path) -> ImageSource:
         source = ArraySource(path)
         _ = source.names  # reports a damaged file now
         return source
+    if is_url(path):
+        raise DataError(no_such("folder of images", path))
     found = "a file of another kind" if path.exists() else "no such file or folder"
     raise DataError(f"{path}: expected a folder, a tar file or a NumPy file of images; found {found}")

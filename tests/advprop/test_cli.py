@@ -29,10 +29,35 @@ def test_every_command_has_help_with_examples(command: str) -> None:
     assert "Examples:" in result.output
 
 
-def test_a_misspelled_command_suggests_the_nearest() -> None:
-    result = CliRunner().invoke(main, ["predikt"])
+@pytest.mark.parametrize("option", ["-h", "--version"])
+def test_every_command_has_a_short_help_and_a_version(option: str) -> None:
+    for command in ([], *([name] for name in COMMANDS), *(["cache", name] for name in ("ls", "path", "prune"))):
+        result = CliRunner().invoke(main, [*command, option], prog_name="advprop")
+        assert result.exit_code == 0, (command, result.output)
+        expected = "advprop " if option == "--version" else " ".join(["Usage: advprop", *command])
+        assert result.stdout.startswith(expected), (command, result.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["predikt"], "no such command: 'predikt'; did you mean predict?"),
+        (["cache", "prun"], "no such command: 'prun'; did you mean prune?"),
+        (["xyzzy"], "no such command: 'xyzzy'; expected one of train, export"),
+        (["export", "best.pt", "--trtt", "fp16"], "no such option: --trtt; did you mean --trt?"),
+        (["predict", "m.onnx", "a.jpg", "--topk", "3"], "no such option: --topk; did you mean --top?"),
+        (["eval", "m.onnx", "--dat", "x"], "no such option: --dat; did you mean --data?"),
+        (["attack", "m.onnx", "-d", "x"], "no such option: -d; did you mean --data or --draws or --device?"),
+        (["bench", "m.onnx", "--no-grphs"], "no such option: --no-grphs; did you mean --no-graphs?"),
+        (["export", "best.pt", "--half"], "no such option: --half; write FP16 with --precision fp16"),
+        (["export", "best.pt", "-x"], "no such option: -x; main export --help lists all options"),
+        (["--data", "x", "eval"], "no such option: --data; options follow the command: main eval --data"),
+    ],
+)
+def test_misspelled_commands_and_options_suggest_the_nearest(arguments: list[str], hint: str) -> None:
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
-    assert "no such command: 'predikt'; did you mean predict?" in result.stderr
+    assert hint in result.stderr
 
 
 @pytest.mark.slow

@@ -113,7 +113,8 @@ def export_at_48(trained: FitResult, out: Path) -> Path:
         outputs = session.run_outputs(np.zeros((2, 3, 48, 48), np.float32))
         assert {name: answer.shape for name, answer in outputs.items()} == {"probs": (2, 5), "classes": (2, 5)}
         answer = session.predict([np.zeros((70, 50, 3), np.uint8)])[0]
-        assert answer.top(2) == [(int(answer.indices[n]), float(answer.probabilities[n])) for n in (0, 1)]
+        expected = [(int(answer.indices[n]), float(answer.probabilities[n])) for n in (0, 1)]
+        assert [(ranked.index, ranked.probability) for ranked in answer.top(2)] == expected
         assert answer.index == answer.indices[0]
     return result.onnx
 
@@ -239,7 +240,7 @@ def test_a_failed_verification_exits_with_4_and_keeps_the_file(trained: FitResul
         (["CHECKPOINT", "--trt", "fp16", "--batch", "8:1"], "expected MIN:OPT:MAX such as 1:8:32"),
         (["CHECKPOINT", "--trt", "fp16", "--precision", "fp32"], "remove --precision"),
         (["CHECKPOINT", "--trt", "fp16", "--sm", "90", "--builder", "tensorrt_rtx"], "does not support SM 90"),
-        (["CHECKPOINT", "--data", "/no/such"], "/no/such: no such folder of images"),
+        (["CHECKPOINT", "--data", "/no/such"], "no such folder of images: /no/such"),
         (["CHECKPOINT", "--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],
 )

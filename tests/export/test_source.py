@@ -7,12 +7,15 @@ import torch
 from click.testing import CliRunner
 from timm.layers import convert_splitbn_model
 
+from calib.config import CalibrationConfig
+from calib.images import calibration_set
 from export.cli import main
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
-from export.source import load_source
-from runtime.errors import CheckpointError, ConfigError
+from export.source import load_source, with_unused_images
+from runtime.errors import CheckpointError, ConfigError, DataError
 from runtime.preprocessing import Preprocessor
+from tests.support.evaluation_sets import labeled_folder
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.dual_bn import add_auxiliary_bns, route
 from train.loop import FitResult
@@ -122,3 +125,24 @@ def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"expected a state dict of weights in .*: it is a dict with a"):
         load_source(tmp_path / "a.pth", "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("count", "budget", "calibrated", "verified"), [(40, None, 16, 24), (12, None, 9, 3), (12, 1.0, 4, 4)]
+)
+def test_calibration_data_verifies_on_images_that_do_not_calibrate(
+    tmp_path: Path, count: int, budget: float | None, calibrated: int, verified: int
+) -> None:
+    data = labeled_folder(tmp_path / "photos", {"red": "red"}, count=count)
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "w.pth")
+    bare = load_source(tmp_path / "w.pth", "resnet10t", size=(32, 32))
+    source, settings = with_unused_images(bare, data, CalibrationConfig(images=16, budget=budget))
+    chosen = calibration_set(data, settings.images, held=budget is not None)
+    assert (len(chosen.images), len(source.images_NHWC)) == (calibrated, verified)
+    used = Preprocessor(bare.spec.preprocessing).fit([data / image.name for image in (*chosen.images, *chosen.held)])
+    assert not any(np.array_equal(one, other) for one in source.images_NHWC for other in used)
+    chosen.save(tmp_path / "m.calib.json")
+    again, _ = with_unused_images(bare, tmp_path / "m.calib.json", CalibrationConfig())
+    assert len(again.images_NHWC) == count - len(chosen.images)
+    with pytest.raises(DataError, match="too few to calibrate and to verify on others"):
+        with_unused_images(bare, labeled_folder(tmp_path / "few", {"red": "red"}, count=3), CalibrationConfig())

@@ -1,4 +1,6 @@
+import asyncio
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,3 +224,66 @@ def test_the_spec_decides_whether_photographs_are_rotated(tmp_path: Path) -> Non
         with runtime.load(path) as session:
             labels.append(session.predict([file.getvalue()])[0].label)
     assert labels == ["red", "blue"]
+
+
+def test_a_prediction_has_labels_plain_values_and_a_short_repr(model: Path) -> None:
+    with runtime.load(model) as session:
+        (answer, again) = session.predict([color(200, 100, 0)] * 2)
+    assert [(label, index) for label, _, index in answer.top(2)] == [("red", 0), ("green", 1)]
+    assert answer.top(1)[0] == (answer.label, answer.probability, answer.index)
+    assert len(answer.top()) == 3
+    values = json.loads(json.dumps(answer.to_dict(top=2)))
+    assert {name: values[name] for name in ("label", "index")} == {"label": "red", "index": 0}
+    assert values["top"][0]["label"] == "red"
+    assert sum(ranked["probability"] for ranked in answer.to_dict()["top"]) == pytest.approx(1)
+    assert list(values["top"][1]) == ["label", "probability", "index"]
+    assert tuple(values["top"][1].values()) == answer.top(2)[1]
+    assert (
+        repr(answer)
+        == f"<Prediction 'red' {answer.probability:.1%}, "
+        + ", ".join(f"{label!r} {probability:.1%}" for label, probability, _ in answer.top(3)[1:])
+        + ">"
+    )
+    assert answer == again
+    assert len({answer, again}) == 1
+
+
+def test_stats_count_every_way_in(model: Path) -> None:
+    batch = np.zeros((2, 3, 4, 4), np.float32)
+
+    async def ask(session: runtime.Session) -> None:
+        await session.arun(batch)
+        await session.apredict([color(0, 0, 0)])
+
+    with runtime.load(model) as session:
+        session.run(batch)
+        session.run_outputs(batch)
+        session.predict([color(0, 0, 0)] * 3)
+        session.submit(batch).result(30)
+        session.submit_predict([color(0, 0, 0)]).result(30)
+        asyncio.run(ask(session))
+        with pytest.raises(DataError):
+            session.submit_predict(["none.jpg"]).result(30)
+    stats = session.stats
+    assert (stats.calls, stats.images, stats.failed, stats.running) == (7, 2 + 2 + 3 + 2 + 1 + 2 + 1, 1, 0)
+    assert (stats.batcher.answered, stats.batcher.answered_images) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("url", "fix"),
+    [
+        ("https://example.org/a.jpg", "curl -LO https://example.org/a.jpg"),
+        ("http://example.org/a.jpg?size=1&b", "curl -LO 'http://example.org/a.jpg?size=1&b'"),
+        ("s3://bucket/a.jpg", "copy it to this machine"),
+    ],
+)
+def test_urls_are_refused_as_urls(model: Path, url: str, fix: str) -> None:
+    with runtime.load(model) as session:
+        for image in (url, Path(url)):
+            with pytest.raises(DataError, match="is a URL; expected a local image file") as error:
+                session.predict([image])
+            assert url in str(error.value)
+            assert fix in str(error.value)
+    for name in (url, url.replace("a.jpg", "model.pt")):
+        with pytest.raises(ModelFileError, match="is a URL; expected a local model file"):
+            runtime.load(name)

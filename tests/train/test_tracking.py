@@ -92,4 +92,4 @@ def test_wandb_without_a_login_is_an_error(tmp_path: Path) -> None:
 
 def test_a_missing_wandb_is_reported(tmp_path: Path) -> None:
     message = python(OPEN, tmp_path, "missing")
-    assert message.strip() == "the setting wandb needs the package wandb: pip install 'advprop[wandb]'"
+    assert message.strip() == "the setting wandb needs the package wandb: pip install wandb"

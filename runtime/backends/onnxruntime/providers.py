@@ -22,7 +22,7 @@ _START_FAILURES = {
     _TENSORRT: (
         "ONNX Runtime could not start its TensorRT provider, probably because it did not find libnvinfer of the "
         "release that it was built with",
-        "pip install 'advprop[tensorrt]', or see ONNX Runtime's table of releases",
+        "pip install tensorrt cuda-bindings, or see ONNX Runtime's table of releases",
     ),
 }
 """Provider → what is wrong if it does not start, and how to fix it."""

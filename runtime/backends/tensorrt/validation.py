@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.engine.flavors import RTX_DEFAULT_SMS, Flavor, import_flavor
+from runtime.engine.flavors import RTX_DEFAULT_SMS, Flavor, describe_targets, import_flavor
 from runtime.engine.sidecar import EngineInfo, read_sidecar
 from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.system.gpu import Gpu, find_gpu
@@ -22,7 +22,7 @@ __all__ = ["ValidatedEngine", "check_gpu", "check_plan", "check_version", "rebui
 log = logging.getLogger(__name__)
 
 _PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-_PACKAGES = {"tensorrt": "'advprop[tensorrt]'", "tensorrt_rtx": "tensorrt-rtx"}
+_PACKAGES = {"tensorrt": "tensorrt cuda-bindings", "tensorrt_rtx": "tensorrt-rtx"}
 _RTX_ALL_SMS = (75, *RTX_DEFAULT_SMS)
 
 
@@ -117,10 +117,10 @@ def check_gpu(path: Path, info: EngineInfo, gpu: Gpu) -> None:
         return
     if "AMPERE_PLUS" in info.flags and gpu.sm >= 80:
         return
-    built = ", ".join(f"SM {sm}" for sm in RTX_DEFAULT_SMS) if targets == ("default",) else ", ".join(targets)
+    built = describe_targets(targets)
     if info.flavor == "tensorrt_rtx" and gpu.sm not in _RTX_ALL_SMS:
         fix = (
-            "TensorRT-RTX has no kernels for this GPU: pip install 'advprop[tensorrt]', then "
+            "TensorRT-RTX has no kernels for this GPU: pip install tensorrt cuda-bindings, then "
             f"{rebuild_command(path, info, builder='tensorrt')}"
         )
     else:

@@ -36,7 +36,7 @@ _FROST_TEXTURES = {
 
 _FROST_INSTALL = (
     f"Install it with `pip install --no-deps {_FROST_PACKAGE}`. Without --no-deps (or with the extra "
-    "`advprop[frost]`), pip also installs opencv-python, which overwrites the files of opencv-python-headless; either "
+    "`frost`), pip also installs opencv-python, which overwrites the files of opencv-python-headless; either "
     "works then, but removing one breaks the other"
 )
 

@@ -101,6 +101,13 @@ def test_all_attacks_are_in_one_table_and_in_the_report(
         assert word in html, word
 
 
+def test_a_checkpoint_is_attacked_with_its_own_gradient(tmp_path: Path, data: Path, checkpoint: Path) -> None:
+    result = attack(checkpoint, "--data", data, "--out", tmp_path, "--attacks", "pgd,noise", "--limit", "3")
+    assert result.exit_code == 0, result.output
+    assert content(tmp_path / "best.main.attack.json")["curves"][0]["white_box"]
+    assert "--checkpoint has no effect" not in result.output
+
+
 def test_without_a_checkpoint_only_square_and_noise_run(tmp_path: Path, data: Path) -> None:
     model = toy_onnx(tmp_path / "toy.onnx")
     result = attack(model, "--data", data, "--out", tmp_path, "--limit", "6")

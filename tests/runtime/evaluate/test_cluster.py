@@ -32,7 +32,7 @@ from tests.support.evaluation_sets import (
     written,
 )
 
-ray = pytest.importorskip("ray", reason="needs Ray: pip install 'advprop[ray]'")
+ray = pytest.importorskip("ray", reason="needs Ray: pip install ray")
 
 SOME = ("clean", "gaussian_noise", "fog", "pixelate")
 TWO = ClusterConfig(address="auto", workers=2)

@@ -62,7 +62,7 @@ def test_the_message_lists_everything_that_is_missing(engine: Path) -> None:
     with pytest.raises(BackendUnavailable) as error:
         runtime.load(engine)
     assert "TensorRT: tensorrt cannot be imported" in str(error.value)
-    assert "pip install 'advprop[tensorrt]'; no NVIDIA GPU or driver was found" in str(error.value)
+    assert "pip install tensorrt cuda-bindings; no NVIDIA GPU or driver was found" in str(error.value)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "more"])
@@ -147,7 +147,7 @@ def test_a_plan_that_changes_while_it_is_read_is_rejected(engine: Path) -> None:
 @pytest.mark.parametrize(
     ("targets", "flags", "flavor", "gpu", "expected"),
     [
-        (("sm_86",), (), "tensorrt_rtx", ADA, r"found NVIDIA GeForce RTX 4090 \(SM 89\), expected sm_86; .*--sm 89$"),
+        (("sm_86",), (), "tensorrt_rtx", ADA, r"found NVIDIA GeForce RTX 4090 \(SM 89\), expected SM 86; .*--sm 89$"),
         (
             ("default",),
             (),
@@ -162,7 +162,7 @@ def test_a_plan_that_changes_while_it_is_read_is_rejected(engine: Path) -> None:
             Gpu("H100", (9, 0)),
             r"has no kernels for this GPU.*--builder tensorrt ",
         ),
-        (("sm_90",), (), "tensorrt", ADA, r"is for another GPU: found .*expected sm_90; build it again"),
+        (("sm_90",), (), "tensorrt", ADA, r"is for another GPU: found .*expected SM 90; build it again"),
         (("sm_90",), ("AMPERE_PLUS",), "tensorrt", Gpu("T4", (7, 5)), "is for another GPU"),
         (("default",), (), "tensorrt_rtx", ADA, None),
         (("sm_86", "sm_89"), (), "tensorrt_rtx", ADA, None),
