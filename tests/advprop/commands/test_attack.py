@@ -104,7 +104,7 @@ def test_all_attacks_are_in_one_table_and_in_the_report(
 def test_a_checkpoint_is_attacked_with_its_own_gradient(tmp_path: Path, data: Path, checkpoint: Path) -> None:
     result = attack(checkpoint, "--data", data, "--out", tmp_path, "--attacks", "pgd,noise", "--limit", "3")
     assert result.exit_code == 0, result.output
-    assert content(tmp_path / "best.main.attack.json")["curves"][0]["white_box"]
+    assert content(tmp_path / "best.attack.json")["curves"][0]["white_box"]
     assert "--checkpoint has no effect" not in result.output
 
 
@@ -156,7 +156,7 @@ def test_invalid_input_exits_with_2_and_a_message(tmp_path: Path, data: Path, ch
         ((model, "--data", tmp_path / "strange", *out), "expected folders named by the model's classes"),
         ((model, "--data", data, "--out", tmp_path / "taken"), "cannot write"),
         ((tmp_path / "none.onnx", "--data", data, *out), "no such"),
-        ((file, "--data", data, "--checkpoint", other, *out), "other.main has other classes"),
+        ((file, "--data", data, "--checkpoint", other, *out), "other has other classes"),
         ((file, "--data", data, "--checkpoint", file, *out), "is a model file, which has no gradient"),
         ((file, "--data", data, "--checkpoint", tmp_path / "none.pt", *out), "no such"),
     ]

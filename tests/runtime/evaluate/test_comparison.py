@@ -15,6 +15,7 @@ from runtime.evaluate.metrics import calibration_error, grouped_calibration_erro
 from runtime.evaluate.results import Result
 from runtime.evaluate.run import evaluate
 from tests.support.evaluation_sets import config, labeled_folder, mean_color, one_pixel, run_config, toy
+from tests.support.gate_trials import trial
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,6 @@ def test_the_files_for_ci(results: list[Result]) -> None:
 
 def test_the_error_rates_of_a_gate() -> None:
     """Of 200 trials each, none without a loss fails, and a loss of four points nearly always does."""
-    from benchmarks.gate import trial
-
     random = np.random.default_rng(0)
     found = {loss: [trial(random, 2000, loss) for _ in range(200)] for loss in (0.0, 0.5, 4.0)}
     assert found[0.0].count(Status.FAILED) == 0
