@@ -45,6 +45,8 @@ _MAGIC = (b"PK\x03\x04", b"\x80")
 """First bytes of the files that torch writes: a zip archive, or up to torch 1.5 a pickle."""
 _REQUIRED = ("arch", "recipe", "spec", "model_kwargs", "state_dict", "sample", "epoch", "step")
 """Keys of every checkpoint."""
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+"""Keys under which training scripts store the weights, the moving average first."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that DistributedDataParallel, torch.compile and training frameworks add to all keys."""
 
@@ -178,9 +180,9 @@ def plain_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: there are no weights.
     """
-    for key in ("state_dict_ema", "state_dict", "model"):
+    for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+            content = {name: value for name, value in content[key].items() if name != "n_averaged"}
             break
     if not (isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())):
         raise CheckpointError(f"expected a state dict of weights in {path}: {describe(content)}")
