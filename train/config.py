@@ -199,8 +199,10 @@ class TrainConfig:
     resume: str = "never"
     """`auto` continues from `last.pt` in the output folder if it exists; `never` does not. The path
     of a `last.pt`, or of its folder, continues that run."""
-    restart_schedule: bool = False
-    """Start the learning rate schedule again when the run resumes, for the remaining epochs."""
+    restart_schedule: bool | None = None
+    """Whether a run that resumes starts the learning rate schedule again, for the remaining epochs.
+    Otherwise the schedule continues as if the run had started with these settings (default: if the
+    learning rate or the name of the schedule changes)."""
     overwrite: bool = False
     """Start a new run in an output folder with a `last.pt`, and replace it."""
     attack: AttackConfig = field(default_factory=AttackConfig)

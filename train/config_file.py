@@ -32,6 +32,8 @@ _OTHER_NAMES = {
     "weights": "init_checkpoint (--weights FILE)",
     "model": "arch (--arch NAME)",
     "imgsz": "data.img_size (--img-size PIXELS)",
+    "learning_rate": "optim.lr",
+    "lr0": "optim.lr",
     "opt": "optim.optimizer",
     "sched": "optim.schedule",
     "smoothing": "optim.label_smoothing",
@@ -117,7 +119,7 @@ def _nearest_setting(prefix: str, key: str) -> str:
         return f"use {_OTHER_NAMES[key]}"
     here = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == prefix.rstrip(".")}
     for candidates in (here, {name.rpartition(".")[2]: name for name in names}):
-        if close := difflib.get_close_matches(key, candidates, n=3, cutoff=0.5):
+        if close := difflib.get_close_matches(key, candidates, n=3, cutoff=0.6):
             return f"did you mean {' or '.join(candidates[name] for name in close)}?"
     return "TrainConfig in train/config.py lists the settings"
 

@@ -123,8 +123,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, values by our column names) of each row."""
     try:
         text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {first_line(error)}; expected UTF-8 text") from error
+    except OSError as error:
+        raise DataError(f"cannot read the list of images {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({first_line(error)})", fix="save it as UTF-8") from error
     rows = _json_rows(path, text) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(path, text)
     for line, row in rows:
         yield line, {_our_column(str(name)): value for name, value in row.items()}

@@ -113,7 +113,7 @@ class Trainer:
         self.folder = RunFolder(config)
         self.last = self.folder.last
         source = self.folder.source
-        self.restart_schedule = config.restart_schedule and source is not None
+        self.restart_schedule = config.restart_schedule
         self.config = config = with_values(config, source)
         seed_everything(config.seed)
         record = None if source is None else source.with_name("split.csv")
@@ -375,10 +375,6 @@ class Trainer:
         if any(change.setting == "batch_size" for change in changes):
             state.batch = state.images // (self.batch_size * world_size())
         state.batch = min(state.batch, len(self.batches))  # images may have been removed
-        for change in changes:
-            log.info("changed from epoch %d on: %s", state.epoch + 1, change)
-        if self.restart_schedule or any(change.affects_schedule for change in changes):
-            state.reschedule(self.updates_per_epoch, len(self.batches), restart=self.restart_schedule)
         if state.epoch >= self.config.resolved_epochs:
             log.info(
                 "%s has finished its %d epochs: nothing is left to train; --epochs N trains up to N epochs",
@@ -387,6 +383,13 @@ class Trainer:
             )
         else:
             log.info("resuming %s at epoch %d, step %d", source, state.epoch + 1, state.step)
+        for change in changes:
+            log.info("changed from epoch %d on: %s", state.epoch + 1, change)
+        restart = self.restart_schedule
+        if restart is None:
+            restart = any(change.restarts_schedule for change in changes)
+        if restart or any(change.affects_schedule for change in changes):
+            state.reschedule(self.updates_per_epoch, len(self.batches), restart=restart)
         if rank() == 0:
             self.folder.adopt()
             self.folder.find_best(state.metrics, between_epochs=state.batch == 0)

@@ -225,9 +225,8 @@ class RichReporter:
         self._bar.update(self._task, note="evaluating")
 
     def epoch_ended(self, metrics: EpochMetrics, epochs: int, seconds_left: float) -> None:
-        validation = "" if metrics.val_loss is None else f"  validation loss {metrics.val_loss:.3f}"
         self._console.print(
-            f"epoch {metrics.epoch}/{epochs}  loss {metrics.loss:.3f}{validation}  "
+            f"epoch {metrics.epoch}/{epochs}  loss {metrics.loss:.3f}  "
             f"clean {metrics.top1:.1%}  under attack {metrics.top1_attacked:.1%}  "
             f"{metrics.images_per_s:.0f} images/s  {format_duration(seconds_left)} left",
             highlight=False,

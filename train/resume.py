@@ -19,6 +19,7 @@ from train.config_file import flatten, from_mapping, to_mapping
 __all__ = [
     "Change",
     "changed_settings",
+    "check_resumable",
     "check_spec",
     "find_checkpoint",
     "stored_config",
@@ -33,10 +34,10 @@ _NO_EFFECT = {
 }
 """Settings that do not affect what is learned after the run resumes."""
 
-_BATCHES = {"batch_size", "optim.accumulate"}
+_NEW_SCHEDULE = {"optim.lr", "optim.schedule"}
 _SCHEDULE = {
-    *("epochs", "optim.lr", "optim.schedule", "optim.warmup_epochs", "optim.decay_epochs", "optim.decay_rate"),
-    *_BATCHES,
+    *("epochs", "optim.warmup_epochs", "optim.decay_epochs", "optim.decay_rate", "batch_size", "optim.accumulate"),
+    *_NEW_SCHEDULE,
 }
 """Settings that the learning rate schedule depends on."""
 
@@ -78,9 +79,9 @@ class Change:
         return self.setting in _SCHEDULE
 
     @property
-    def affects_batches(self) -> bool:
-        """Whether the number of updates per epoch depends on the setting."""
-        return self.setting in _BATCHES
+    def restarts_schedule(self) -> bool:
+        """Whether the schedule starts again, unless `restart_schedule` says otherwise."""
+        return self.setting in _NEW_SCHEDULE
 
 
 def find_checkpoint(resume: str, out: Path) -> Path | None:
@@ -105,7 +106,20 @@ def find_checkpoint(resume: str, out: Path) -> Path | None:
             f"cannot resume {resume}: {f'the folder has no last.pt (found {inside})' if inside else 'no such file'}",
             fix="pass the last.pt of a run, or its folder",
         )
+    check_resumable(load_checkpoint(checkpoint, device="meta"), checkpoint)
     return checkpoint
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if a checkpoint holds weights only, as `best.pt` does."""
+    if "optimizer" in checkpoint:
+        return
+    last = path.with_name("last.pt")
+    raise CheckpointError(
+        f"cannot resume {path}: it holds the weights of epoch {checkpoint['epoch']} without the state of the optimizer",
+        fix=f"resume the last epoch with --resume {shlex.quote(str(last))}, or start a new run from these weights with "
+        f"--weights {shlex.quote(str(path))} and another --out",
+    )
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
@@ -219,5 +233,5 @@ def with_values(config: TrainConfig, source: Path | None) -> TrainConfig:
         config,
         optim=dataclasses.replace(config.optim, lr=lr),
         resume=config.resume if config.resume in ("auto", "never") else "auto",
-        restart_schedule=False,
+        restart_schedule=None,
     )

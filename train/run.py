@@ -119,7 +119,9 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
     metavar="FILE",
     help="Weights to start from: a checkpoint, or a state dict as .pt, .pth or .safetensors.",
 )
-@_option("", "--pretrained", is_flag=True, default=None, help="Start from timm's pretrained weights; downloads them.")
+@_option(
+    "", "--pretrained", is_flag=True, default=None, help="Start from timm's pretrained weights, which are downloaded."
+)
 @_option(
     "",
     "-o",
@@ -174,10 +176,10 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
 )
 @_option(
     "Execution",
-    "--restart-schedule",
-    is_flag=True,
+    "--restart-schedule/--extend-schedule",
     default=None,
-    help="With --resume: start the learning rate schedule again, for the remaining epochs.",
+    help="With --resume: start the learning rate schedule again, or continue as if the run had started with these "
+    "settings (default: start again if --lr or the kind of schedule changes).",
 )
 @_option(
     "Execution",
@@ -247,8 +249,8 @@ def main(
     if (result.last.parent / "split.csv").exists() and validation.is_dir():
         files += ", split.csv, split/"
         lines.append(
-            f"the validation images, for eval and report: --data {shlex.quote(str(validation))}; "
-            f"the training images, for calibration: {shlex.quote(str(validation.with_name('train')))}"
+            f"evaluate: advprop eval {shlex.quote(str(result.best))} --suite corruptions "
+            f"--data {shlex.quote(str(validation))}"
         )
     print_lines(console, [f"in {result.last.parent}: {files}", *lines])
 

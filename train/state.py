@@ -24,7 +24,7 @@ from train.config import TrainConfig
 from train.config_file import to_toml
 from train.distributed import barrier, gather, rank, world_size
 from train.reporting import EpochMetrics
-from train.resume import Change, changed_settings, check_spec
+from train.resume import Change, changed_settings, check_resumable, check_spec
 
 __all__ = ["TrainState", "preserve_rng", "rng_state", "set_rng_state"]
 
@@ -136,13 +136,7 @@ class TrainState:
                 that wrote it has other settings that cannot change.
         """
         checkpoint = load_checkpoint(path)
-        if "optimizer" not in checkpoint:
-            raise CheckpointError(
-                f"cannot resume {path}: it holds the weights of epoch {checkpoint['epoch']} without the state of the "
-                "optimizer",
-                fix=f"resume the last epoch with --resume {path.with_name('last.pt')}, or start a new run from these "
-                f"weights with --weights {path}",
-            )
+        check_resumable(checkpoint, path)
         try:
             changes = changed_settings(checkpoint, path, self.config)
             may_move = self.config.data.root is not None and self.config.data.dataset is None
@@ -180,7 +174,7 @@ class TrainState:
         log.info(
             "the %s schedule %s epoch %d; the next learning rate is %.3g",
             self.config.optim.schedule,
-            "starts again and ends with" if restart else "is that of a run that ends with",
+            "starts again, and ends with" if restart else "is now that of a run that ends with",
             self.config.resolved_epochs,
             max(group["lr"] for group in self.optimizer.param_groups),
         )

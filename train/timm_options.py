@@ -26,7 +26,6 @@ _FIELDS = {
     "--warmup-epochs": "optim.warmup_epochs",
     "--decay-epochs": "optim.decay_epochs",
     "--decay-rate": "optim.decay_rate",
-    "--layer-decay": "optim.layer_decay",
     "--clip-grad": "optim.clip_grad",
     "--momentum": "optim.options.momentum",
     "--opt-eps": "optim.options.eps",

@@ -13,7 +13,7 @@ from runtime.errors import ConfigError, DataError
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 from train.data import ImageSet, choose_preprocessing, embedded_digits
-from train.data import image_folder as open_folder
+from train.folders import image_folder as open_folder
 from train.loaders import eval_loader, train_loader
 from train.samples import BAD_LABEL, transformed
 
