@@ -8,9 +8,12 @@ Format `advprop.checkpoint/1`: a dict of plain values and tensors that
     batch (finished batches of the current epoch), step (updates), loss_sum, images and seconds
     (of the current epoch), lr (of the last update), train_images (their number), rng (by process),
     metrics, versions, config (TrainConfig as TOML),
+    branch_loss_sums, changes (settings that changed on resume), schedule_start (epoch) and
+    schedule_offset (updates) of the learning rate schedule,
     sample (uint8 NHWC validation images and their labels)
 
-`train.state` writes and restores its content. Checkpoints may be untrusted files, so only tensors,
+`best.pt` lacks the keys that only a resumed run needs: optimizer, scheduler, scaler, rng and the sums.
+`train.state` writes and restores the content. Checkpoints may be untrusted files, so only tensors,
 plain values and `argparse.Namespace`, which timm's train.py stores, are unpickled.
 """
 
