@@ -54,13 +54,13 @@ def image_files(config: DataConfig, *, seed: int = 0, record: Path | None = None
     if is_list(root):
         place, name = root, root.stem
         train, val = _listed(root)
-        val_place = root
+        val_place = Path(f"{root} (validation part)")
     else:
         name = root.resolve().name
         place, found = _parts(root)
         train = _labeled_files(place)
         val = None if found is None or config.val is not None else _labeled_files(found)
-        val_place = root / _VAL_NAMES[0] if found is None else found
+        val_place = Path(f"{place} (validation part)") if found is None else found
     if config.val is not None:
         val_place = config.val
         val = _validation_files(config.val)
