@@ -52,9 +52,8 @@ def test_one_folder_is_split_by_class(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_the_draw_of_a_class_does_not_depend_on_other_classes() -> None:
     files = {"cat": [f"cat{number}" for number in range(9)], "dog": [f"dog{number}" for number in range(9)]}
-    assert (
-        split_by_class(files, 0.2, 0).val["cat"] == split_by_class({"cat": files["cat"], "a": ["x"]}, 0.2, 0).val["cat"]
-    )
+    other = {"cat": files["cat"], "a": ["x"]}
+    assert split_by_class(files, 0.2, 0).val["cat"] == split_by_class(other, 0.2, 0).val["cat"]
 
 
 def test_train_without_val_is_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -54,8 +54,8 @@ def test_a_damaged_value_is_an_error(tmp_path: Path, trained: FitResult, key: st
 def test_other_settings_are_an_error(tmp_path: Path, trained: FitResult) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"other settings of the network.*recipe: advprop → vanilla.*new run from its weights: python -m train\.run "
-        r"--config .*config\.toml --weights .*last\.pt --set recipe=vanilla --resume never --out ",
+        match=r"other settings of the network.*recipe: advprop → vanilla.*new run from its weights: "
+        r"python -m train\.run --config .*config\.toml --weights .*last\.pt --set recipe=vanilla --resume never --out ",
     ):
         resumed(trained, tmp_path, recipe="vanilla").run()
 
