@@ -31,8 +31,9 @@ from runtime.system.console import set_up_logging
 from train.attack import accuracy, evaluation_attack
 from train.checkpoint import load_checkpoint
 from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
-from train.data import ImageData, image_folder
+from train.data import ImageData
 from train.dual_bn import find_router
+from train.folders import image_folder
 from train.loaders import eval_loader
 from train.loop import fit
 from train.models import resolve_device, restore_model

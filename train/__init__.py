@@ -13,7 +13,7 @@ from runtime.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from train.attack import LinfPGD
-    from train.config import AttackConfig, TrainConfig
+    from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
     from train.dual_bn import add_auxiliary_bns, route, strip_auxiliary
     from train.loop import fit
     from train.task import AdvPropTask
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AdvPropTask",
     "AttackConfig",
+    "DataConfig",
     "LinfPGD",
+    "OptimConfig",
     "TrainConfig",
     "add_auxiliary_bns",
     "fit",
@@ -32,7 +34,9 @@ __all__ = [
 _MODULES = {
     "AdvPropTask": "train.task",
     "AttackConfig": "train.config",
+    "DataConfig": "train.config",
     "LinfPGD": "train.attack",
+    "OptimConfig": "train.config",
     "TrainConfig": "train.config",
     "add_auxiliary_bns": "train.dual_bn",
     "fit": "train.loop",

@@ -24,7 +24,7 @@ from timm.utils.misc import natural_key
 
 from runtime.errors import DataError
 from runtime.system.image_sources import is_image_name, unread_format
-from train.data import ImageData, ImageSet, by_class, class_names, median_short_side
+from train.data import ImageData, ImageSet, Origin, by_class, class_names, median_short_side
 
 __all__ = ["TarMember", "find_archives", "image_archives", "tar_members"]
 
@@ -139,7 +139,7 @@ def image_archives(root: Path) -> ImageData:
     grouped, unread = _group_by_class(members["train"])
     held_out, _ = _group_by_class(members["val"], known=grouped)
     empty = {name: counts for name, counts in unread.items() if not grouped[name]}
-    return by_class(root, grouped, held_out, TarImages, empty)
+    return by_class(Origin.of(root), grouped, held_out, TarImages, empty)
 
 
 def _group_by_class(

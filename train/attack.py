@@ -23,7 +23,18 @@ from train.dual_bn import route
 from train.recipes import MAIN
 from train.samples import BAD_LABEL
 
-__all__ = ["LOSS_SCALE", "Ball", "LinfPGD", "Randomness", "accuracy", "eval_mode", "evaluation_attack", "frozen"]
+__all__ = [
+    "LOSS_SCALE",
+    "Ball",
+    "LinfPGD",
+    "Quality",
+    "Randomness",
+    "accuracy",
+    "eval_mode",
+    "evaluation_attack",
+    "frozen",
+    "measure_quality",
+]
 
 
 class Randomness:
@@ -199,14 +210,33 @@ def evaluation_attack(
     return LinfPGD(config, mean, std, randomness)
 
 
-@torch.no_grad()
+class Quality(NamedTuple):
+    """Accuracy and loss on labeled images."""
+
+    top1: float
+    """Top-1 accuracy, in [0, 1]."""
+    loss: float
+    """Mean cross-entropy, without label smoothing."""
+
+
 def accuracy(
     model: nn.Module,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     attack: LinfPGD | None = None,
     bn: str = MAIN,
 ) -> float:
-    """Return the top-1 accuracy through BatchNorm route `bn`, in [0, 1], over all processes.
+    """Return the top-1 accuracy that `measure_quality` measures."""
+    return measure_quality(model, batches, attack, bn).top1
+
+
+@torch.no_grad()
+def measure_quality(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    attack: LinfPGD | None = None,
+    bn: str = MAIN,
+) -> Quality:
+    """Return the accuracy and loss through BatchNorm route `bn`, over all processes.
 
     The attack draws the same random numbers in every call and does not advance the random
     generators of the training.
@@ -222,7 +252,7 @@ def accuracy(
         ConfigError: the model has no such route.
     """
     device = next(model.parameters()).device
-    correct, total = torch.zeros(2, dtype=torch.float64, device=device)
+    correct, total, losses = torch.zeros(3, dtype=torch.float64, device=device)
     devices = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(model), route(model, bn):
         torch.manual_seed(0)
@@ -231,7 +261,9 @@ def accuracy(
             if attack is not None:
                 # Images that are not counted get class 0: the attack needs some valid label.
                 images_NCHW = attack(model, images_NCHW, labels_N.clamp(min=0), bn)
-            correct += ((model(images_NCHW).argmax(1) == labels_N) & known_N).sum()
+            logits_NK = model(images_NCHW)
+            correct += ((logits_NK.argmax(1) == labels_N) & known_N).sum()
+            losses += F.cross_entropy(logits_NK.float(), labels_N, ignore_index=BAD_LABEL, reduction="sum")
             total += known_N.sum()
-    correct, total = world_sum(torch.stack([correct, total])).tolist()
-    return float(correct / max(1.0, total))
+    correct, total, losses = world_sum(torch.stack([correct, total, losses])).tolist()
+    return Quality(float(correct / max(1.0, total)), float(losses / max(1.0, total)))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,27 +21,26 @@ from runtime.errors import ConfigError, DataError, first_line
 from runtime.preprocessing import decode_and_fit
 from runtime.spec import Preprocessing
 from train.attack import LinfPGD
-from train.checkpoint import load_checkpoint
-from train.config import OptimConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import ImageData, choose_preprocessing
 from train.distributed import synchronize_batch_norms, world_size
 from train.models import (
     create_model,
     data_config,
-    load_weights,
     next_working_size,
-    route_weights,
     to_channels_last,
     unsupported_size,
 )
 from train.recipes import Recipe
 from train.task import AdvPropTask
+from train.weights import initialize
 
 __all__ = [
     "make_model",
-    "make_optimization",
+    "make_optimizer",
     "make_preprocessing",
     "make_sample",
+    "make_scheduler",
     "make_task",
     "model_arguments",
     "seed_everything",
@@ -70,22 +70,38 @@ def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
     return arguments
 
 
-def make_model(config: TrainConfig, recipe: Recipe, classes: int) -> nn.Module:
+def make_model(config: TrainConfig, recipe: Recipe, classes: Sequence[str], *, resumes: bool = False) -> nn.Module:
     """Create the network with its initial weights.
+
+    Args:
+        config: settings of the run.
+        recipe: its recipe.
+        classes: names of the classes.
+        resumes: whether the weights of a checkpoint replace the initial ones. No file of weights is
+            then read.
 
     Raises:
         ArchError: timm does not have the architecture.
-        ConfigError: the recipe needs a checkpoint to start from.
-        CheckpointError: the weights of that checkpoint do not fit.
+        ConfigError: the recipe needs a checkpoint to start from, or there are two sources of weights.
+        CheckpointError: the file of weights does not fit.
+        BackendUnavailable: the pretrained weights cannot be downloaded.
     """
     if recipe.from_checkpoint and config.init_checkpoint is None:
+        raise ConfigError(f"the recipe {config.recipe} starts from another run; add --weights runs/NAME/best.pt")
+    if config.pretrained and config.init_checkpoint is not None:
         raise ConfigError(
-            f"the recipe {config.recipe} starts from another run; add --set init_checkpoint=runs/NAME/best.pt"
+            f"found --pretrained and --weights {config.init_checkpoint}; expected one source of weights",
+            fix="remove --pretrained to start from the file",
         )
-    model = create_model(config.arch, pretrained=config.pretrained, **model_arguments(config, classes))
-    if config.init_checkpoint is not None:
-        weights = route_weights(load_checkpoint(config.init_checkpoint))
-        load_weights(model, weights, config.init_checkpoint, f"{config.arch} with {classes} classes")
+    pretrained = config.pretrained and not resumes
+    model = create_model(config.arch, pretrained=pretrained, **model_arguments(config, len(classes)))
+    if pretrained:
+        published = getattr(model, "pretrained_cfg", {}).get("num_classes")
+        new = published != len(classes)
+        head = f"; the classifier starts from random weights, for {len(classes)} classes" if new else ""
+        log.info("--pretrained: loaded timm's weights of %s%s", config.arch, head)
+    if config.init_checkpoint is not None and not resumes:
+        initialize(model, config.init_checkpoint, config.arch, classes, config.init_route)
     if config.bn_momentum is not None:
         for layer in model.modules():
             if isinstance(layer, _BatchNorm):
@@ -174,18 +190,32 @@ def make_task(
     return task
 
 
-def make_optimization(
-    config: TrainConfig, model: nn.Module, updates_per_epoch: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """Create timm's optimizer and its learning rate schedule, which is stepped at each update.
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Create timm's optimizer.
 
     Raises:
-        ConfigError: timm does not know one of them or rejects its options.
+        ConfigError: timm does not know it or rejects its options.
+    """
+    _try_optimizer(config)
+    return _create_optimizer(config, model, config.optim.layer_decay)
+
+
+def make_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int, epochs: float | None = None
+) -> Any:
+    """Create timm's learning rate schedule, which is stepped at each update.
+
+    Args:
+        config: settings of the run.
+        optimizer: its optimizer.
+        updates_per_epoch: updates of an epoch.
+        epochs: length of the schedule (default: that of the run).
+
+    Raises:
+        ConfigError: timm does not know it or rejects its options.
     """
     optim = config.optim
-    _try_optimizer(optim)
-    optimizer = _make_optimizer(optim, model)
-    epochs = config.resolved_epochs
+    epochs = config.resolved_epochs if epochs is None else epochs
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -194,7 +224,7 @@ def make_optimization(
             decay_epochs=optim.decay_epochs,
             decay_rate=optim.decay_rate,
             warmup_epochs=min(optim.warmup_epochs, epochs / 2),
-            warmup_lr=optim.lr / 100,
+            warmup_lr=config.resolved_lr / 100,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
@@ -203,25 +233,32 @@ def make_optimization(
     if scheduler is None:
         raise ConfigError(f"timm has no schedule {optim.schedule!r}; use cosine, step, constant, …")
     scheduler.step_update(0)
-    return optimizer, scheduler
+    return scheduler
 
 
-def _make_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _create_optimizer(config: TrainConfig, model: nn.Module, layer_decay: float | None) -> torch.optim.Optimizer:
+    optim = config.optim
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model, opt=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, **optim.options
+        model,
+        opt=optim.optimizer,
+        lr=config.resolved_lr,
+        weight_decay=optim.weight_decay,
+        **({} if layer_decay is None else {"layer_decay": layer_decay}),
+        **optim.options,
     )
     return optimizer
 
 
-def _try_optimizer(optim: OptimConfig) -> None:
+def _try_optimizer(config: TrainConfig) -> None:
     """Make one update of a tiny layer.
 
     Some optimizers need a GPU, second derivatives or other arguments, and fail in the first update
     only.
     """
     layer = nn.Linear(2, 2)
+    optim = config.optim
     try:
-        optimizer = _make_optimizer(optim, layer)
+        optimizer = _create_optimizer(config, layer, None)
         layer(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     except Exception as error:  # timm and torch check their arguments in many ways

@@ -8,9 +8,12 @@ Format `advprop.checkpoint/1`: a dict of plain values and tensors that
     batch (finished batches of the current epoch), step (updates), loss_sum, images and seconds
     (of the current epoch), lr (of the last update), train_images (their number), rng (by process),
     metrics, versions, config (TrainConfig as TOML),
+    branch_loss_sums, changes (settings that changed on resume), schedule_start (epoch) and
+    schedule_offset (updates) of the learning rate schedule,
     sample (uint8 NHWC validation images and their labels)
 
-`train.state` writes and restores its content. Checkpoints may be untrusted files, so only tensors,
+`best.pt` lacks the keys that only a resumed run needs: optimizer, scheduler, scaler, rng and the sums.
+`train.state` writes and restores the content. Checkpoints may be untrusted files, so only tensors,
 plain values and `argparse.Namespace`, which timm's train.py stores, are unpickled.
 """
 
@@ -45,6 +48,8 @@ _MAGIC = (b"PK\x03\x04", b"\x80")
 """First bytes of the files that torch writes: a zip archive, or up to torch 1.5 a pickle."""
 _REQUIRED = ("arch", "recipe", "spec", "model_kwargs", "state_dict", "sample", "epoch", "step")
 """Keys of every checkpoint."""
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+"""Keys under which training scripts store the weights, the moving average first."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that DistributedDataParallel, torch.compile and training frameworks add to all keys."""
 
@@ -178,9 +183,9 @@ def plain_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: there are no weights.
     """
-    for key in ("state_dict_ema", "state_dict", "model"):
+    for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+            content = {name: value for name, value in content[key].items() if name != "n_averaged"}
             break
     if not (isinstance(content, Mapping) and content and all(torch.is_tensor(value) for value in content.values())):
         raise CheckpointError(f"expected a state dict of weights in {path}: {describe(content)}")

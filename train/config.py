@@ -17,6 +17,10 @@ from train.recipes import Recipe, find_recipe
 
 __all__ = ["AttackConfig", "DataConfig", "OptimConfig", "TrainConfig"]
 
+_LR, _LR_FROM_WEIGHTS = 3e-3, 5e-4
+_MIN_BATCH, _MIN_BATCHES = 8, 8
+"""The default batch size is halved down to 8 images until an epoch has 8 batches."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttackConfig:
@@ -49,8 +53,14 @@ class DataConfig:
     """The images and their augmentation."""
 
     root: Path | None = None
-    """Folder with `train/CLASS/*` and `val/CLASS/*`, or with tar files of them; with `dataset`, the
+    """Folder with `train/CLASS/*` and `val/CLASS/*`, or with tar files of them; a folder with
+    `CLASS/*`, which is split; or a CSV or JSON-lines file of paths and labels. With `dataset`, the
     folder that stores it (default: train on the embedded digits)."""
+    val: Path | None = None
+    """Folder with `CLASS/*`, or a CSV or JSON-lines file, of the validation images (default: those
+    of `root`)."""
+    val_share: float = setting(0.2, above=0, below=1)
+    """Share of each class for validation, if `root` has no validation images and `val` is not set."""
     dataset: str | None = None
     """Dataset by timm's name: `torch/cifar10`, `hfds/uoft-cs/cifar10`, `wds/…`, `tfds/…`."""
     train_split: str = "train"
@@ -72,7 +82,8 @@ class DataConfig:
     """EXIF orientation of photographs: `upright` applies it, as viewers do; `ignore` does not, as in
     torchvision and timm. The model file records it for calibration, evaluation and serving."""
     crop_scale: tuple[float, float] | None = setting(None, above=0, at_most=1)
-    """Range of the area share that a random training crop covers (default: by image size)."""
+    """Range of the area share that a random training crop covers (default: by image size and
+    number of images)."""
     auto_augment: str = ""
     """timm's augmentation policy for the clean images, e.g. `original` or `rand-m9-mstd0.5`
     (default: none). The `fine-grained` recipe also has its own AutoAugment view."""
@@ -105,12 +116,15 @@ class OptimConfig:
 
     optimizer: str = "adamw"
     """Name of an optimizer in `timm.optim`."""
-    lr: float = setting(3e-3, above=0)
-    """Peak learning rate."""
+    lr: float | None = setting(None, above=0)
+    """Peak learning rate (default: 3e-3, or 5e-4 from weights)."""
     weight_decay: float = setting(0.02, at_least=0)
     """Weight decay; biases and BatchNorms have none."""
     schedule: str = "cosine"
     """Name of a learning rate schedule in `timm.scheduler`; it advances at each update."""
+    layer_decay: float | None = setting(None, above=0, at_most=1)
+    """Factor of the learning rate from one layer to the layer before it, as in timm (default: one
+    learning rate for all layers)."""
     warmup_epochs: float = setting(0.5, at_least=0)
     """Epochs of linear warm-up."""
     label_smoothing: float = setting(0.1, at_least=0, below=1)
@@ -144,7 +158,7 @@ class TrainConfig:
     """Passes over the training images (default: 8 for the embedded digits, otherwise 100)."""
     batch_size: int | None = setting(None, at_least=2, at_most=1_000_000)
     """Clean images per step and process; adversarial ones are added to them (default: 32 for the
-    embedded digits, otherwise 128 up to 64 px and 64 above)."""
+    embedded digits, otherwise 128 up to 64 px and 64 above, or less for fewer than 8 batches)."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """Seed of weights, order, augmentation and attack."""
     device: str = "auto"
@@ -156,7 +170,13 @@ class TrainConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights, which timm downloads."""
     init_checkpoint: Path | None = None
-    """Checkpoint whose main-route weights training starts from (required by `finetune`)."""
+    """File whose weights training starts from: a checkpoint, or a state dict as `.pt`, `.pth` or
+    `.safetensors` (required by `finetune`). The option is `--weights`."""
+    init_route: str = "main"
+    """BatchNorm route of `init_checkpoint` that training starts from. All routes of the new run
+    start as copies of it."""
+    freeze_backbone: int = setting(0, at_least=0, at_most=1_000_000)
+    """Epochs at the start in which only the classifier is trained."""
     drop: float = setting(0.0, at_least=0, below=1)
     """Dropout rate before the classifier."""
     drop_path: float = setting(0.0, at_least=0, below=1)
@@ -176,8 +196,13 @@ class TrainConfig:
     out: Path | None = None
     """Folder of checkpoints and metrics (default: `runs/ARCH`, or `runs/ARCH-RECIPE` for recipes
     other than advprop)."""
-    resume: str = setting("never", one_of=("auto", "never"))
-    """`auto` continues from `last.pt` in the output folder if it exists; `never` does not."""
+    resume: str = "never"
+    """`auto` continues from `last.pt` in the output folder if it exists; `never` does not. The path
+    of a `last.pt`, or of its folder, continues that run."""
+    restart_schedule: bool | None = None
+    """Whether a run that resumes starts the learning rate schedule again, for the remaining epochs.
+    Otherwise the schedule continues as if the run had started with these settings (default: if the
+    learning rate or the name of the schedule changes)."""
     overwrite: bool = False
     """Start a new run in an output folder with a `last.pt`, and replace it."""
     attack: AttackConfig = field(default_factory=AttackConfig)
@@ -200,11 +225,26 @@ class TrainConfig:
             return self.epochs
         return 8 if self.data.embedded else 100
 
-    def resolved_batch_size(self, img_size: int) -> int:
-        """Return the clean images per step for an input of `img_size` pixels."""
-        if self.batch_size is not None:
-            return self.batch_size
-        return 32 if self.data.embedded else 128 if img_size <= 64 else 64
+    def resolved_batch_size(self, img_size: int, images: int | None = None) -> int:
+        """Return the clean images per step.
+
+        Args:
+            img_size: input size in pixels.
+            images: number of training images per process, if it is known.
+        """
+        size = self.batch_size
+        if size is None:
+            size = 32 if self.data.embedded else 128 if img_size <= 64 else 64
+            while images is not None and size > _MIN_BATCH and images < _MIN_BATCHES * size:
+                size //= 2
+        return size if images is None else max(2, min(size, images))
+
+    @property
+    def resolved_lr(self) -> float:
+        """Peak learning rate, with the default applied."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        return _LR_FROM_WEIGHTS if self.pretrained or self.init_checkpoint is not None else _LR
 
     def resolved_attack(self, recipe: Recipe) -> AttackConfig:
         """Return the attack settings: those of the recipe replace fields with default values."""

@@ -13,19 +13,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime.errors import ConfigError, nearest
+from runtime.errors import ConfigError
 from train.config import TrainConfig
 from train.limits import shown, types_of
 
 __all__ = ["flatten", "from_mapping", "merge", "parse_setting", "read_toml", "to_mapping", "to_toml"]
 
 _Config = TypeVar("_Config")
+
+_OTHER_NAMES = {
+    "weights": "init_checkpoint (--weights FILE)",
+    "model": "arch (--arch NAME)",
+    "imgsz": "data.img_size (--img-size PIXELS)",
+    "learning_rate": "optim.lr",
+    "lr0": "optim.lr",
+    "opt": "optim.optimizer",
+    "sched": "optim.schedule",
+    "smoothing": "optim.label_smoothing",
+    "aa": "data.auto_augment",
+}
+"""Names in other tools → ours."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -90,9 +104,36 @@ def _build(kind: type[_Config], content: Mapping[str, Any], prefix: str) -> _Con
     values = {}
     for key, value in content.items():
         if key not in known:
-            raise ConfigError(f"unknown setting {prefix}{key}; {nearest(key, known)}".rstrip("; "))
+            raise ConfigError(f"unknown setting {prefix}{key}", fix=_nearest_setting(prefix, key))
         values[key] = _convert(known[key], value, prefix + key)
     return kind(**values)
+
+
+def _nearest_setting(prefix: str, key: str) -> str:
+    """Return advice about an unknown field: the same field of another section, or similar names."""
+    names = [f"{section}.{name}" if section else name for section, fields in _fields().items() for name in fields]
+    same = [name for name in names if name.rpartition(".")[2] == key.replace("-", "_")]
+    if same:
+        return f"use {' or '.join(same)}"
+    if key in _OTHER_NAMES:
+        return f"use {_OTHER_NAMES[key]}"
+    here = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == prefix.rstrip(".")}
+    for candidates in (here, {name.rpartition(".")[2]: name for name in names}):
+        if close := difflib.get_close_matches(key, candidates, n=3, cutoff=0.6):
+            return f"did you mean {' or '.join(candidates[name] for name in close)}?"
+    return "TrainConfig in train/config.py lists the settings"
+
+
+def _fields() -> dict[str, list[str]]:
+    """Return the names of the fields by section; the section of a field of TrainConfig is ""."""
+    found: dict[str, list[str]] = {"": []}
+    for name, kinds in types_of(TrainConfig).items():
+        sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if sections:
+            found[name] = list(types_of(typing.cast(type, sections[0])))
+        else:
+            found[""].append(name)
+    return found
 
 
 def _convert(kinds: Sequence[Any], value: Any, name: str) -> Any:

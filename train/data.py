@@ -1,7 +1,7 @@
 """Training data: encoded images with labels and class names.
 
 embedded_digits   the digits of scikit-learn
-image_folder      train/CLASS/*, val/CLASS/*
+train.folders     train/CLASS/*, val/CLASS/*; CLASS/*; lists of files
 train.archives    tar files with the same layout, or WebDataset shards
 train.datasets    torchvision, Hugging Face and TFDS names, through timm
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +25,9 @@ from timm.utils.misc import natural_key
 from runtime.errors import ConfigError, DataError
 from runtime.spec import Preprocessing
 from runtime.system.decode import ImageLike, image_size
-from runtime.system.image_sources import SUFFIXES, class_folders, find_images, spread, unread_format
+from runtime.system.image_sources import SUFFIXES, spread
 from train.config import DataConfig
+from train.split import Split
 
 __all__ = [
     "ImageData",
@@ -35,12 +35,12 @@ __all__ = [
     "ImageStream",
     "Images",
     "NamedImages",
+    "Origin",
     "by_class",
     "choose_preprocessing",
     "class_names",
     "class_wnids",
     "embedded_digits",
-    "image_folder",
     "median_short_side",
 ]
 
@@ -129,6 +129,8 @@ class ImageData:
     """Median length of the shorter side, in pixels."""
     embedded: bool = False
     """Whether these are the digits of scikit-learn."""
+    split: Split | None = None
+    """The files of both parts, if no folder or tar file holds one part only."""
 
 
 def embedded_digits() -> ImageData:
@@ -157,29 +159,25 @@ def embedded_digits() -> ImageData:
     )
 
 
-def image_folder(root: Path) -> ImageData:
-    """List the files of `root/train/CLASS/*` and `root/val/CLASS/*`.
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the images of a dataset come from, for display and for messages."""
 
-    Raises:
-        DataError: see `by_class`; also if a folder is missing or cannot be read.
-    """
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            there = sorted(entry.name for entry in root.iterdir())[:8] if root.is_dir() else None
-            found = f"found {', '.join(there) or 'an empty folder'}" if there is not None else "no such folder"
-            raise DataError(f"{root}: {found}; expected {part}/CLASS/IMAGE files below it ({root / part} is missing)")
-    parts = {part: _labeled_files(root / part) for part in ("train", "val")}
-    # Only the files of classes without images are searched for other formats.
-    unread = {
-        name: Counter(unread_format(file) for *_, files in os.walk(root / "train" / name) for file in files)
-        for name, images in parts["train"].items()
-        if not images
-    }
-    return by_class(root, parts["train"], parts["val"], list, unread)
+    name: str
+    """Name of the dataset."""
+    train: Path
+    """Folder or list of the training images."""
+    val: Path
+    """Folder or list of the validation images."""
+
+    @classmethod
+    def of(cls, root: Path) -> Origin:
+        """Return the origin of a dataset with the folders `root/train` and `root/val`."""
+        return cls(root.resolve().name, root / "train", root / "val")
 
 
 def by_class(
-    root: Path,
+    origin: Origin,
     train: Mapping[str, Sequence[_Item]],
     val: Mapping[str, Sequence[_Item]],
     images: Callable[[Sequence[_Item]], Images],
@@ -190,7 +188,7 @@ def by_class(
     A class without any image is reported and ignored.
 
     Args:
-        root: folder of the dataset, for its name and for messages.
+        origin: name of the dataset and its two parts.
         train: training items by class name.
         val: validation items by class name.
         images: converts a list of items to `Images`.
@@ -201,23 +199,23 @@ def by_class(
         DataError: there are fewer than two classes, `val` is empty, `val` has classes that are
             missing from `train`, or a class has only images of formats that are not decoded.
     """
-    _check_empty_classes(root, train, val, unread)
+    _check_empty_classes(origin, train, val, unread)
     names = sorted((name for name, items in train.items() if items), key=natural_key)
     if len(names) < 2:
         count = sum(len(items) for items in train.values())
         raise DataError(
-            f"{root / 'train'}: found {count} images in {len(names)} class folders; expected at least two folders "
+            f"{origin.train}: found {count} images in {len(names)} class folders; expected at least two folders "
             f"of images ({', '.join(SUFFIXES)}), one per class"
         )
     filled = [name for name, items in val.items() if items]
     unknown = sorted(set(filled) - set(names))
     if unknown:
         raise DataError(
-            f"{root / 'val'} has classes that are missing from train: {', '.join(unknown[:5])}; "
+            f"{origin.val} has classes that are missing from train: {', '.join(unknown[:5])}; "
             "both need the same class folders"
         )
     if not filled:
-        raise DataError(f"{root / 'val'}: found no images; expected val/CLASS/IMAGE files for validation")
+        raise DataError(f"{origin.val}: found no images; expected val/CLASS/IMAGE files for validation")
 
     def image_set(items: Mapping[str, Sequence[_Item]]) -> ImageSet:
         pairs = [(item, label) for label, name in enumerate(names) for item in items.get(name, ())]
@@ -226,7 +224,7 @@ def by_class(
     wnids = tuple(names) if all(_WNID.fullmatch(name) for name in names) else ()
     trained = image_set(train)
     return ImageData(
-        name=root.resolve().name,
+        name=origin.name,
         classes=_imagenet_names(wnids) if wnids else tuple(names),
         wnids=wnids,
         train=trained,
@@ -236,7 +234,7 @@ def by_class(
 
 
 def _check_empty_classes(
-    root: Path,
+    origin: Origin,
     train: Mapping[str, Sequence[_Item]],
     val: Mapping[str, Sequence[_Item]],
     unread: Mapping[str, Counter[str]],
@@ -246,22 +244,20 @@ def _check_empty_classes(
         formats = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()) if suffix)
         if formats:
             raise DataError(
-                f"{root / 'train'}: the class {name} has no image that can be decoded; found {formats} files, expected "
+                f"{origin.train}: the class {name} has no image that can be decoded; found {formats} files, expected "
                 f"{', '.join(SUFFIXES)}",
                 fix="convert these files, or remove the class from train and val",
             )
     empty = [name for name, items in train.items() if not items]
     if empty:
-        log.warning("%s: ignored %d classes without images: %s", root / "train", len(empty), ", ".join(empty[:5]))
+        log.warning("%s: ignored %d classes without images: %s", origin.train, len(empty), _listed(empty))
     unseen = [name for name, items in train.items() if items and not val.get(name)]
     if unseen and any(val.values()):
-        log.warning("%s has no images of %d classes: %s", root / "val", len(unseen), ", ".join(unseen[:5]))
+        log.warning("%s has no images of %d classes: %s", origin.val, len(unseen), _listed(unseen))
 
 
-def _labeled_files(folder: Path) -> dict[str, list[str]]:
-    """Return the image files by class folder, in natural order, as timm sorts them."""
-    found = find_images(folder, class_folders(folder))
-    return {name: sorted((str(folder / file) for file in files), key=natural_key) for name, files in found.items()}
+def _listed(names: Sequence[str], shown: int = 20) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _imagenet_names(wnids: Sequence[str]) -> tuple[str, ...]:

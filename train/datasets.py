@@ -26,10 +26,10 @@ from train.data import (
     ImageStream,
     class_names,
     embedded_digits,
-    image_folder,
     median_short_side,
 )
 from train.distributed import barrier, rank
+from train.folders import image_files
 
 __all__ = ["open_data"]
 
@@ -39,8 +39,13 @@ _RANDOM, _STREAMED = ("torch", "hfds"), ("hfids", "wds", "tfds")
 _NEEDS = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
 
 
-def open_data(config: DataConfig) -> ImageData:
+def open_data(config: DataConfig, *, seed: int = 0, record: Path | None = None) -> ImageData:
     """Open the dataset that `config` describes.
+
+    Args:
+        config: settings of the data.
+        seed: seed of the split, if the images are in one folder.
+        record: `split.csv` of the run that resumes.
 
     Raises:
         DataError: there are no images, or they do not form a dataset.
@@ -55,7 +60,9 @@ def open_data(config: DataConfig) -> ImageData:
         return data
     if config.root is not None:
         try:
-            return image_archives(config.root) if _is_archived(config.root) else image_folder(config.root)
+            if _is_archived(config.root):
+                return image_archives(config.root)
+            return image_files(config, seed=seed, record=record)
         except OSError as error:
             raise DataError(f"cannot read --data {config.root}: {error.strerror or error}") from error
     data = embedded_digits()

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _MAX_BAD_SHARE = 0.01
 _SMALL_IMAGE = 128
+_FEW_IMAGES = 2000
+"""Below this number of images, crops cover more of the image: a network sees too few of them to learn
+from tiny parts."""
 
 
 class Batches:
@@ -162,10 +165,14 @@ def train_loader(
         # New workers in each epoch, because a worker learns the epoch only when it starts.
         loader = DataLoader(streamed, batch_size, drop_last=True, **options | {"persistent_workers": False})
         batches = len(stream) // (batch_size * world_size())
-        _check_one_batch(batches, len(stream))
+        if not batches:
+            raise DataError(
+                f"found {len(stream)} training images, fewer than one batch; use --batch-size {len(stream)} or less"
+            )
         return StreamBatches(loader, streamed, batches, spec, device)
     samples = SeededSamples(data.train, transforms, seed, train=True, exif=spec.exif)
-    _check_one_batch(len(samples) // (batch_size * world_size()), len(samples))
+    if len(samples) < 2 * world_size():
+        raise DataError(f"found {len(samples)} training images; BatchNorm needs at least two per process")
     sampler = EpochBatches(
         data.train.labels,
         batch_size,
@@ -216,7 +223,9 @@ def _train_transforms(data: ImageData, config: DataConfig, spec: Preprocessing, 
     small = spec.height < _SMALL_IMAGE
     hflip = config.hflip if config.hflip is not None else (0.0 if data.embedded else 0.5)
     jitter = config.color_jitter if config.color_jitter is not None else (0.0 if small else 0.4)
-    scale = config.crop_scale or ((0.8, 1.0) if data.embedded else (0.5, 1.0) if small else (0.08, 1.0))
+    few = isinstance(data.train, ImageSet) and len(data.train) < _FEW_IMAGES
+    usual = (0.8, 1.0) if data.embedded else (0.5, 1.0) if small else (0.35, 1.0) if few else (0.08, 1.0)
+    scale = config.crop_scale or usual
     transforms: list[Transform] = []
     for policy in (config.auto_augment, "original")[:views]:
         try:
@@ -241,11 +250,6 @@ def _train_transforms(data: ImageData, config: DataConfig, spec: Preprocessing, 
             ) from error
         transforms.append(transform)
     return transforms
-
-
-def _check_one_batch(batches: int, images: int) -> None:
-    if not batches:
-        raise DataError(f"found {images} training images, fewer than one batch; use --batch-size {images} or less")
 
 
 def eval_transform(spec: Preprocessing) -> Transform:

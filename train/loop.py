@@ -17,26 +17,28 @@ from torch import nn
 
 from runtime.errors import Interrupted, TrainingDiverged
 from runtime.spec import ModelSpec, Preprocessing
-from train.attack import LinfPGD, Randomness, accuracy, evaluation_attack
+from train.attack import LinfPGD, Randomness, accuracy, evaluation_attack, measure_quality
 from train.balance import check_balance, class_weights
 from train.build import (
     make_model,
-    make_optimization,
+    make_optimizer,
     make_preprocessing,
     make_sample,
+    make_scheduler,
     make_task,
     seed_everything,
 )
-from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import ImageSet
 from train.datasets import open_data
 from train.distributed import StopRequest, process_group, rank, world_size, world_sum
+from train.freezing import Backbone
 from train.loaders import Batches, eval_loader, train_loader
 from train.models import resolve_device
 from train.output import RunFolder
 from train.recipes import find_recipe
 from train.reporting import EpochMetrics, Reporter, SilentReporter, best_epoch
+from train.resume import with_values
 from train.state import TrainState, preserve_rng
 from train.tracking import Tracker, epoch_values, open_trackers
 
@@ -68,7 +70,8 @@ def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
 
     Under torchrun, all processes call it with the same config and the first one writes.
     On SIGINT or SIGTERM, the run finishes the current step, saves `last.pt` and ends. A run with
-    `config.resume` set to "auto" continues from there.
+    `config.resume` set to "auto" continues from there. A run that fails before it saved a checkpoint
+    leaves no new folder behind.
 
     Raises:
         AdvPropError: one of `runtime.errors`: an unknown or unsuitable architecture, unusable
@@ -80,7 +83,9 @@ def fit(config: TrainConfig, reporter: Reporter | None = None) -> FitResult:
         with contextlib.ExitStack() as stack:
             device = stack.enter_context(process_group(resolve_device(config.device)))
             if rank() == 0:  # the other processes of the run rely on its lock
-                stack.enter_context(RunFolder(config).reserved())
+                folder = RunFolder(config)
+                stack.enter_context(folder.removed_on_failure())
+                stack.enter_context(folder.reserved())
             return Trainer(config, reporter, device).run()
     finally:
         reporter.close()
@@ -103,17 +108,19 @@ class Trainer:
         Raises:
             AdvPropError: see `fit`; also if the output folder holds another run.
         """
-        self.config, self.reporter, self.device = config, reporter, device
+        self.reporter, self.device = reporter, device
         recipe = find_recipe(config.recipe)
         self.folder = RunFolder(config)
         self.last = self.folder.last
+        source = self.folder.source
+        self.restart_schedule = config.restart_schedule
+        self.config = config = with_values(config, source)
         seed_everything(config.seed)
-        self.data = open_data(config.data)
+        record = None if source is None else source.with_name("split.csv")
+        self.data = open_data(config.data, seed=config.seed, record=record)
         check_balance(self.data, config.data.balance)
         classes = len(self.data.classes)
-        model = make_model(config, recipe, classes)
-        if config.init_checkpoint is not None:
-            _compare_classes(config.init_checkpoint, self.data.classes)
+        model = make_model(config, recipe, self.data.classes, resumes=source is not None)
         preprocessing = make_preprocessing(config, self.data, model)
         mean, std = preprocessing.mean, preprocessing.std
         attack = LinfPGD(config.resolved_attack(recipe), mean, std, randomness)
@@ -124,6 +131,7 @@ class Trainer:
         self.validation_attack = evaluation_attack(attack.config.epsilon, mean, std)
         self._open_loaders(preprocessing, recipe.views)
         self.state = self._initial_state(preprocessing)
+        self.backbone = Backbone(self.state.model, config.freeze_backbone)
         self.first_bad = torch.full((), -1, device=device)
         self.losses: dict[str, torch.Tensor] = {}
         self.trackers: list[Tracker] = []
@@ -134,7 +142,11 @@ class Trainer:
 
     def _open_loaders(self, preprocessing: Preprocessing, views: int) -> None:
         config, data, device = self.config, self.data, self.device
-        size = config.resolved_batch_size(preprocessing.height)
+        images = len(data.train) // world_size() if isinstance(data.train, ImageSet) else None
+        size = config.resolved_batch_size(preprocessing.height, images)
+        if config.batch_size is not None and size < config.batch_size:
+            log.warning("batch size: %d, because there are %d training images", size, len(data.train))
+        self.batch_size = size
         self.batches: Batches = train_loader(
             data, config.data, preprocessing, batch_size=size, seed=config.seed, device=device, views=views
         )
@@ -147,8 +159,9 @@ class Trainer:
         config, data = self.config, self.data
         model: nn.Module = unwrap_model(self.task.trainable_module)
         ema = self.task.get_trainable_module(ema=True)
-        updates_per_epoch = -(-len(self.batches) // config.optim.accumulate)
-        optimizer, scheduler = make_optimization(config, model, updates_per_epoch)
+        self.updates_per_epoch = -(-len(self.batches) // config.optim.accumulate)
+        optimizer = make_optimizer(config, model)
+        scheduler = make_scheduler(config, optimizer, self.updates_per_epoch)
         return TrainState(
             config=config,
             spec=ModelSpec(
@@ -166,15 +179,16 @@ class Trainer:
             scaler=torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16"),
             sample=make_sample(data, preprocessing),
             loss_sum=torch.zeros((), device=self.device),
+            branch_loss_sums={},
             train_images=len(data.train),
-            lr=config.optim.lr,
+            lr=config.resolved_lr,
         )
 
     def run(self) -> FitResult:
         """Train the remaining epochs."""
-        resumed = self.config.resume == "auto" and self._resume()
+        resumed = self._resume()
         if rank() == 0:
-            self.folder.start(resumed=resumed)
+            self.folder.start(self.config, self.data.split, self.state.changes, resumed=resumed)
             with preserve_rng():
                 self.trackers = open_trackers(self.config, self.folder.path, self.state.step)
         try:
@@ -211,6 +225,7 @@ class Trainer:
         """Train the rest of the current epoch."""
         state = self.state
         self.task.train()
+        self.backbone.start_epoch(state.epoch)
         self.batches.start_at(state.epoch, state.batch)
         steps = len(self.batches) + state.batch
         accumulate = self.config.optim.accumulate
@@ -221,7 +236,7 @@ class Trainer:
             group = min(accumulate, steps - state.batch // accumulate * accumulate)
             update = (state.batch + 1) % accumulate == 0 or state.batch + 1 == steps
             loss = self.step(images, labels, group=group, update=update)
-            state.loss_sum += loss
+            state.add_losses(loss, self.losses)
             self.first_bad = torch.where((self.first_bad < 0) & ~torch.isfinite(loss), state.batch, self.first_bad)
             state.batch += 1
             state.images += len(labels) * world_size()
@@ -230,7 +245,7 @@ class Trainer:
             if readable:
                 self._check_finite()
             self.reporter.stepped(loss.item() if readable else None)
-            if update and self.trackers and state.step % self.config.log_every == 0:
+            if update and self.trackers and self._is_tracked(state.batch == steps):
                 self._track({name: value.item() for name, value in self.losses.items()} | {"lr": state.lr})
             if update:
                 self._save_if_due()
@@ -255,7 +270,8 @@ class Trainer:
             self.losses = {name: value.detach() for name, value in result.items() if name.startswith("loss")}
             state.scaler.scale(loss / group).backward()  # type: ignore[no-untyped-call]
         if update:
-            state.lr = state.optimizer.param_groups[0]["lr"]
+            self.backbone.drop_gradients()
+            state.lr = max(group["lr"] for group in state.optimizer.param_groups)
             if self.config.optim.clip_grad:
                 state.scaler.unscale_(state.optimizer)
                 nn.utils.clip_grad_norm_(state.model.parameters(), self.config.optim.clip_grad)
@@ -263,7 +279,7 @@ class Trainer:
             state.scaler.update()
             state.optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            state.scheduler.step_update(state.step)
+            state.scheduler.step_update(state.step - state.schedule_offset)
             self.task.update_ema(state.step)
         return loss.detach()
 
@@ -273,12 +289,16 @@ class Trainer:
         if world_size() > 1 and not self.config.sync_bn:
             distribute_bn(state.model, world_size(), reduce=True)
         model = state.model if state.ema is None else state.ema
+        batches = world_size() * max(1, state.batch)
+        clean = measure_quality(model, self._until_stopped(self.val))
         return EpochMetrics(
             epoch=state.epoch + 1,
             step=state.step,
             lr=state.lr,
-            loss=world_sum(state.loss_sum).item() / world_size() / max(1, state.batch),
-            top1=accuracy(model, self._until_stopped(self.val)),
+            loss=world_sum(state.loss_sum).item() / batches,
+            branch_losses={name: world_sum(value).item() / batches for name, value in state.branch_loss_sums.items()},
+            val_loss=clean.loss,
+            top1=clean.top1,
             top1_attacked=accuracy(model, self._until_stopped(self.val_attacked), self.validation_attack),
             images_per_s=state.images / max(state.seconds, 1e-9),
             seconds=state.seconds,
@@ -291,12 +311,17 @@ class Trainer:
                 self._raise_if_stopped()
             yield batch
 
+    def _is_tracked(self, last: bool) -> bool:
+        """Return whether trackers record the last update; short epochs record their last one."""
+        every = self.config.log_every
+        return self.state.step % every == 0 or (last and self.updates_per_epoch < every)
+
     @preserve_rng()
     def _publish(self) -> None:
         """Write the files that are derived from `last.pt` at the end of an epoch."""
         if rank() == 0 and self.state.metrics:
             title = f"{self.config.arch}, {self.config.recipe}, {self.data.name}"
-            self.folder.publish(self.state.metrics, title)
+            self.folder.publish(self.state.metrics, title, self.state.save_weights)
 
     @preserve_rng()
     def _track(self, values: dict[str, float]) -> None:
@@ -311,7 +336,7 @@ class Trainer:
         files = self.batches.names(bad)
         raise TrainingDiverged(
             f"the loss is not finite at epoch {self.state.epoch + 1}, batch {bad + 1}; {saved}. "
-            f"Lower the learning rate (--lr, now {self.config.optim.lr:g}), or check the images of this batch: "
+            f"Lower the learning rate (--lr, now {self.config.resolved_lr:g}), or check the images of this batch: "
             f"{', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''}"
         )
 
@@ -335,34 +360,41 @@ class Trainer:
         if self.stop.signal is not None:
             raise Interrupted(
                 f"stopped by {self.stop.signal.name} in epoch {self.state.epoch + 1} after step {self.state.step}; "
-                f"saved in {self.last}. Run the same command with --resume to continue",
+                f"saved in {self.last}. Run the same command with {self.folder.resume_option} to continue",
                 130 if self.stop.signal == signal.SIGINT else 143,
             )
 
     def _resume(self) -> bool:
-        """Restore the state of `last.pt`; return whether the file exists."""
-        state = self.state
-        if not self.last.exists():
-            log.info("nothing to resume in %s: starting a new run", self.folder.path)
+        """Restore the state of the checkpoint to resume; return whether there is one."""
+        state, source = self.state, self.folder.source
+        if source is None:
+            if self.config.resume == "auto":
+                log.info("nothing to resume in %s: starting a new run", self.folder.path)
             return False
-        state.load(self.last)
+        changes = state.load(source)
+        if any(change.setting == "batch_size" for change in changes):
+            state.batch = state.images // (self.batch_size * world_size())
         state.batch = min(state.batch, len(self.batches))  # images may have been removed
-        log.info("resuming %s at epoch %d, step %d", self.last, state.epoch + 1, state.step)
+        if state.epoch >= self.config.resolved_epochs:
+            log.info(
+                "%s has finished its %d epochs: nothing is left to train; --epochs N trains up to N epochs",
+                source,
+                state.epoch,
+            )
+        else:
+            log.info("resuming %s at epoch %d, step %d", source, state.epoch + 1, state.step)
+        for change in changes:
+            log.info("changed from epoch %d on: %s", state.epoch + 1, change)
+        restart = self.restart_schedule
+        if restart is None:
+            restart = any(change.restarts_schedule for change in changes)
+        if restart or any(change.affects_schedule for change in changes):
+            state.reschedule(self.updates_per_epoch, len(self.batches), restart=restart)
         if rank() == 0:
+            self.folder.adopt()
             self.folder.find_best(state.metrics, between_epochs=state.batch == 0)
+        if source != self.last or changes:
+            state.save(self.last)
         if state.batch == 0:
             self._publish()  # again, in case the run was killed before it
         return True
-
-
-def _compare_classes(checkpoint: Path, classes: tuple[str, ...]) -> None:
-    """Warn if training starts from the weights of other classes."""
-    found = ModelSpec.from_json(load_checkpoint(checkpoint, device="meta")["spec"], where=str(checkpoint)).classes
-    other = [pair for pair in zip(found, classes, strict=False) if pair[0] != pair[1]]
-    if other:
-        log.warning(
-            "init_checkpoint %s has other classes: %s. Its classifier starts with the weights of those classes; the "
-            "number and the order of classes must match",
-            checkpoint,
-            ", ".join(f"found {old}, expected {new}" for old, new in other[:3]) + (", …" if len(other) > 3 else ""),
-        )

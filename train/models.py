@@ -16,6 +16,8 @@ from train.dual_bn import add_auxiliary_bns, auxiliary_routes, select_route
 from train.recipes import MAIN
 
 __all__ = [
+    "backbone_parameters",
+    "classifier_prefixes",
     "create_model",
     "data_config",
     "load_weights",
@@ -57,8 +59,8 @@ def create_model(arch: str, **kwargs: Any) -> nn.Module:
             raise
         raise BackendUnavailable(
             f"cannot download the pretrained weights of {arch} ({type(error).__name__}: {first_line(error)}); "
-            "check the network connection, train without --pretrained, or export a local file with "
-            "advprop-export --weights FILE"
+            "check the network connection, or use a local file: --weights FILE starts training from it, and "
+            "advprop-export --weights FILE exports it"
         ) from error
     return model
 
@@ -131,6 +133,24 @@ def _model_arguments(found: Any, path: Path) -> dict[str, Any]:
     if not valid:
         raise CheckpointError(f"{path} has model_kwargs {found!r}; expected only {', '.join(allowed)}")
     return dict(found)
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return the first parts of the names of the classifier's weights, such as ("fc.",)."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a timm model except those of its classifier.
+
+    Raises:
+        ArchError: timm does not know the classifier of this architecture.
+    """
+    head = classifier_prefixes(model)
+    if not head:
+        raise ArchError(f"timm does not name the classifier of {type(model).__name__}", fix="remove --freeze-backbone")
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith(head)]
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

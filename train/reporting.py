@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,6 +42,11 @@ class EpochMetrics:
     """Learning rate of the last update."""
     loss: float
     """Mean training loss, summed over the branches of the recipe."""
+    branch_losses: dict[str, float] = field(default_factory=dict)
+    """Mean training loss of each branch, by its name. Earlier versions did not store it."""
+    val_loss: float | None = None
+    """Mean cross-entropy on the validation images through the main BN, without label smoothing.
+    Earlier versions did not store it."""
     top1: float
     """Clean validation accuracy through the main BN, in [0, 1]."""
     top1_attacked: float
@@ -57,15 +63,22 @@ def best_epoch(rows: Sequence[EpochMetrics]) -> EpochMetrics:
 
 
 def write_metrics(path: Path, rows: Sequence[EpochMetrics]) -> None:
-    """Write one CSV row per epoch, atomically.
+    """Write one CSV row per epoch, atomically. Numbers have six significant digits.
 
     Raises:
         OutputError: `path` cannot be written.
     """
+    branches = list(dict.fromkeys(f"loss_{name}" for row in rows for name in row.branch_losses))
+    columns = [item.name for item in fields(EpochMetrics)]
+    place = columns.index("branch_losses")
+    columns[place : place + 1] = branches
     text = io.StringIO()
-    writer = csv.DictWriter(text, [item.name for item in fields(EpochMetrics)], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    for row in rows:
+        values = asdict(row) | {f"loss_{name}": value for name, value in row.branch_losses.items()}
+        del values["branch_losses"]
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()})
     write_text(path, text.getvalue())
 
 
@@ -82,8 +95,17 @@ def plot_curves(path: Path, rows: Sequence[EpochMetrics], title: str) -> None:
     marker = "o" if len(rows) < 30 else ""
     figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    loss.plot(epochs, [row.loss for row in rows], marker=marker, label="sum of the branches")
-    loss.set(title="training loss", xlabel="epoch")
+    loss.plot(epochs, [row.loss for row in rows], marker=marker, label="training, sum of the branches")
+    names = list(dict.fromkeys(name for row in rows for name in row.branch_losses))
+    curves = {f"training, {name}": [row.branch_losses.get(name, math.nan) for row in rows] for name in names[:8]}
+    if len(names) == 1:  # the sum already shows it
+        curves = {}
+    curves["validation, clean"] = [math.nan if row.val_loss is None else row.val_loss for row in rows]
+    for label, values in curves.items():
+        if not all(map(math.isnan, values)):
+            style = "--" if label.startswith("validation") else ":"
+            loss.plot(epochs, values, marker=marker, linestyle=style, label=label)
+    loss.set(title="loss", xlabel="epoch")
     accuracy.plot(epochs, [100 * row.top1 for row in rows], marker=marker, label="clean")
     accuracy.plot(epochs, [100 * row.top1_attacked for row in rows], marker=marker, label="under attack (PGD-5)")
     accuracy.set(title="validation accuracy, main BN, %", xlabel="epoch", ylim=(0, 100))
@@ -115,9 +137,11 @@ def summary_table(title: str, best: EpochMetrics, rows: Sequence[EpochMetrics]) 
         ("clean accuracy", "top1", "{:.1%}"),
         ("accuracy under attack", "top1_attacked", "{:.1%}"),
         ("training loss", "loss", "{:.3f}"),
+        ("validation loss", "val_loss", "{:.3f}"),
         ("images per second", "images_per_s", "{:.0f}"),
     ):
-        table.add_row(label, *(form.format(getattr(row, name)) for row in (best, last)))
+        values = [getattr(row, name) for row in (best, last)]
+        table.add_row(label, *("" if value is None else form.format(value) for value in values))
     table.add_row("training time", "", format_duration(sum(row.seconds for row in rows)))
     return table
 

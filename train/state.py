@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,22 +18,20 @@ from torch import nn
 
 from runtime.errors import AdvPropError, CheckpointError, TrainingDiverged, first_line
 from runtime.spec import ModelSpec
-from train.build import model_arguments
+from train.build import make_scheduler, model_arguments
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import TrainConfig
-from train.config_file import flatten, to_toml
+from train.config_file import to_toml
 from train.distributed import barrier, gather, rank, world_size
 from train.reporting import EpochMetrics
+from train.resume import Change, changed_settings, check_resumable, check_spec
 
 __all__ = ["TrainState", "preserve_rng", "rng_state", "set_rng_state"]
 
 log = logging.getLogger(__name__)
 
-_MAY_CHANGE = {
-    *("out", "resume", "overwrite", "device", "compile", "save_every", "log_every", "tensorboard", "wandb"),
-    *("data.root", "data.workers", "data.download", "init_checkpoint"),
-}
-"""Settings that may differ when a run resumes: they do not change what is learned from there on."""
+_RESUME_ONLY = ("optimizer", "scheduler", "scaler", "rng", "loss_sum", "branch_loss_sums")
+"""Keys of `last.pt` that `best.pt` does not have."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +56,8 @@ class TrainState:
     """Validation images (uint8, NHWC) and labels on which exports are verified."""
     loss_sum: torch.Tensor
     """Sum of the losses of the current epoch's batches, on the device of training."""
+    branch_loss_sums: dict[str, torch.Tensor]
+    """The same for the loss of each branch."""
     train_images: int
     """Number of training images."""
     lr: float
@@ -75,11 +74,31 @@ class TrainState:
     """Parameter updates."""
     metrics: list[EpochMetrics] = field(default_factory=list)
     """Metrics of the finished epochs."""
+    changes: list[Change] = field(default_factory=list)
+    """Settings that changed when the run resumed."""
+    schedule_start: float = 0.0
+    """Epoch at which the learning rate schedule started."""
+    schedule_offset: int = 0
+    """Updates before the first one of the schedule."""
+
+    def add_losses(self, loss: torch.Tensor, by_name: Mapping[str, torch.Tensor]) -> None:
+        """Add the losses of a batch to the sums of the epoch.
+
+        Args:
+            loss: the loss of the batch.
+            by_name: losses by the names `loss/BRANCH`; other names are ignored.
+        """
+        self.loss_sum += loss
+        for name, value in by_name.items():
+            kind, slash, branch = name.partition("/")
+            if slash and kind == "loss":
+                self.branch_loss_sums[branch] = self.branch_loss_sums.get(branch, torch.zeros_like(value)) + value
 
     def finish_epoch(self, metrics: EpochMetrics) -> None:
         """Append the metrics of the current epoch and advance to the next one."""
         self.metrics.append(metrics)
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, torch.zeros_like(self.loss_sum)
+        self.branch_loss_sums = {}
         self.images, self.seconds = 0, 0.0
 
     def save(self, path: Path) -> None:
@@ -93,24 +112,38 @@ class TrainState:
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all().item():
             raise TrainingDiverged(
                 f"the weights are not finite after step {self.step} of epoch {self.epoch + 1}, so they were not saved. "
-                f"Lower the learning rate (--lr, now {self.config.optim.lr:g})"
+                f"Lower the learning rate (--lr, now {self.config.resolved_lr:g})"
             )
         generators = gather(rng_state())
         if rank() == 0:
             save_checkpoint(path, self._to_checkpoint(generators))
         barrier()
 
-    def load(self, path: Path) -> None:
-        """Continue from the state in `path`.
+    def save_weights(self, path: Path) -> None:
+        """Write the state without what only a resumed run needs. Only the first process calls it.
 
         Raises:
-            CheckpointError: it is not a checkpoint, it is damaged, or a run with other settings wrote
-                it.
+            OutputError: `path` cannot be written.
+        """
+        content = self._to_checkpoint([])
+        save_checkpoint(path, {name: value for name, value in content.items() if name not in _RESUME_ONLY})
+
+    def load(self, path: Path) -> list[Change]:
+        """Continue from the state in `path`, and return the settings that differ from now on.
+
+        Raises:
+            CheckpointError: it is not a checkpoint, it is damaged, it holds weights only, or the run
+                that wrote it has other settings that cannot change.
         """
         checkpoint = load_checkpoint(path)
+        check_resumable(checkpoint, path)
         try:
-            self._check_same_run(checkpoint, path)
+            changes = changed_settings(checkpoint, path, self.config)
+            may_move = self.config.data.root is not None and self.config.data.dataset is None
+            check_spec(checkpoint, path, self.spec, may_move=may_move)
             self._restore(checkpoint, path)
+            self.changes += changes
+            return changes
         except AdvPropError:
             raise
         except Exception as error:  # a damaged value can raise almost any exception
@@ -119,19 +152,54 @@ class TrainState:
                 fix="restore it from a backup, or start a new run with --overwrite",
             ) from error
 
+    def reschedule(self, updates_per_epoch: int, batches_per_epoch: int, *, restart: bool) -> None:
+        """Adapt the learning rate schedule to the settings, after they changed.
+
+        Args:
+            updates_per_epoch: updates of an epoch.
+            batches_per_epoch: batches of an epoch.
+            restart: start the schedule again, for the remaining epochs. Otherwise, it continues as
+                if the run had started with these settings.
+        """
+        now = self.epoch + self.batch / max(1, batches_per_epoch)
+        if restart:
+            self.schedule_start = now
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"] = self.config.resolved_lr
+        length = max(self.config.resolved_epochs - self.schedule_start, 1 / updates_per_epoch)
+        self.scheduler = make_scheduler(self.config, self.optimizer, updates_per_epoch, length)
+        done = round((now - self.schedule_start) * updates_per_epoch)
+        self.schedule_offset = self.step - done
+        self.scheduler.step_update(done)
+        log.info(
+            "the %s schedule %s epoch %d; the next learning rate is %.3g",
+            self.config.optim.schedule,
+            "starts again, and ends with" if restart else "is now that of a run that ends with",
+            self.config.resolved_epochs,
+            max(group["lr"] for group in self.optimizer.param_groups),
+        )
+
     def _restore(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         self.model.load_state_dict(checkpoint["state_dict"])
-        if self.ema is not None and checkpoint["ema_state_dict"] is not None:
-            self.ema.load_state_dict(checkpoint["ema_state_dict"])
+        if self.ema is not None:  # it starts here if the run had none
+            self.ema.load_state_dict(checkpoint["ema_state_dict"] or checkpoint["state_dict"])
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
         self.scheduler.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["scaler"] is not None:
+        if checkpoint["scaler"] is not None and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.batch, self.step = (int(checkpoint[name]) for name in ("epoch", "batch", "step"))
         self.loss_sum = checkpoint["loss_sum"].to(self.loss_sum.device)
         self.metrics = [EpochMetrics(**row) for row in checkpoint["metrics"]]
         # Earlier versions did not store these values.
         self.lr = float(checkpoint.get("lr", self.lr))
+        sums = checkpoint.get("branch_loss_sums", {})
+        self.branch_loss_sums = {name: value.to(self.loss_sum.device) for name, value in sums.items()}
+        self.changes = [Change(**change) for change in checkpoint.get("changes", [])]
+        self.schedule_start = float(checkpoint.get("schedule_start", 0.0))
+        self.schedule_offset = int(checkpoint.get("schedule_offset", 0))
         self.images, self.seconds = int(checkpoint.get("images", 0)), float(checkpoint.get("seconds", 0.0))
         if checkpoint.get("train_images", self.train_images) != self.train_images:
             log.warning(
@@ -168,6 +236,10 @@ class TrainState:
             "batch": self.batch,
             "step": self.step,
             "loss_sum": self.loss_sum,
+            "branch_loss_sums": self.branch_loss_sums,
+            "schedule_start": self.schedule_start,
+            "schedule_offset": self.schedule_offset,
+            "changes": [dataclasses.asdict(change) for change in self.changes],
             "train_images": self.train_images,
             "lr": self.lr,
             "images": self.images,
@@ -178,25 +250,6 @@ class TrainState:
             "sample": self.sample,
             "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy")},
         }
-
-    def _check_same_run(self, checkpoint: Mapping[str, Any], path: Path) -> None:
-        """Raise CheckpointError if settings or spec differ from those in the checkpoint."""
-        before, now = (flatten(tomllib.loads(text)) for text in (checkpoint["config"], to_toml(self.config)))
-        changed = [name for name in {**before, **now} if before.get(name) != now.get(name) and name not in _MAY_CHANGE]
-        if not changed:
-            stored = ModelSpec.from_json(checkpoint["spec"], where=str(path))
-            before, now = dataclasses.asdict(stored), dataclasses.asdict(self.spec)
-            # A folder of images may be moved or renamed; its name is that of the dataset.
-            moved = self.config.data.root is not None and self.config.data.dataset is None
-            changed = [name for name in now if before[name] != now[name] and not (moved and name == "dataset")]
-        if changed:
-            differences = "; ".join(
-                f"{name}: found {str(before.get(name))[:80]}, expected {str(now.get(name))[:80]}" for name in changed
-            )
-            raise CheckpointError(
-                f"cannot resume {path}: a run with other settings wrote it ({differences}). Use the settings that the "
-                f"run started with (--config {path.with_name('config.toml')}), or another --out"
-            )
 
 
 def rng_state() -> dict[str, Any]:

@@ -107,8 +107,10 @@ def open_trackers(config: TrainConfig, folder: Path, step: int) -> list[Tracker]
 
 def epoch_values(row: EpochMetrics) -> dict[str, float]:
     """Return the metrics of an epoch under the names that trackers show."""
-    skip = ("epoch", "step", "seconds")
-    return {f"epoch/{name}": value for name, value in dataclasses.asdict(row).items() if name not in skip}
+    skip = ("epoch", "step", "seconds", "branch_losses")
+    values = {name: value for name, value in dataclasses.asdict(row).items() if name not in skip and value is not None}
+    values |= {f"loss/{name}": value for name, value in row.branch_losses.items()}
+    return {f"epoch/{name}": value for name, value in values.items()}
 
 
 def _run_id(folder: Path) -> str:

@@ -10,8 +10,8 @@ from tests.support.archive_files import files_of, pack
 from train.archives import image_archives, tar_members
 from train.config import DataConfig
 from train.data import ImageSet
-from train.data import image_folder as read_folder
 from train.datasets import open_data
+from train.folders import image_folder as read_folder
 from train.loaders import train_loader
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from runtime.errors import ConfigError
 from train.balance import balanced_order, check_balance, class_weights
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.data import ImageStream, embedded_digits
-from train.data import image_folder as open_folder
+from train.folders import image_folder as open_folder
 from train.loop import fit
 from train.samples import EpochBatches
 

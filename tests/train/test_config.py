@@ -63,6 +63,11 @@ def test_later_settings_replace_earlier_ones_field_by_field() -> None:
         ({}, "the architecture is missing: pass --arch NAME"),
         ({"arch": "a", "epoch": 3}, "unknown setting epoch; did you mean epochs"),
         ({"arch": "a", "optim": {"learning": 3}}, "unknown setting optim.learning"),
+        ({"arch": "a", "lr": 3}, "unknown setting lr; use optim.lr"),
+        ({"arch": "a", "learning_rate": 3}, "unknown setting learning_rate; use optim.lr"),
+        ({"arch": "a", "data": {"weight_decay": 3}}, "unknown setting data.weight_decay; use optim.weight_decay"),
+        ({"arch": "a", "workres": 3}, r"unknown setting workres; did you mean data\.workers"),
+        ({"arch": "a", "optim": {"shedule": 3}}, r"unknown setting optim\.shedule; did you mean optim\.schedule"),
         ({"arch": "a", "epochs": "three"}, "epochs must be a whole number from 1 to 1000000; found 'three'; remove"),
         ({"arch": "a", "epochs": True}, "epochs must be a whole number from 1 to .*; found True"),
         ({"arch": "a", "optim": 3}, "optim is a section"),
@@ -93,8 +98,33 @@ def test_a_recipe_sets_the_attack_unless_the_user_does() -> None:
 
 
 def test_finetune_needs_a_checkpoint() -> None:
-    with pytest.raises(ConfigError, match="--set init_checkpoint="):
-        make_model(TrainConfig(arch="resnet10t", recipe="finetune"), RECIPES["finetune"], 10)
+    with pytest.raises(ConfigError, match=r"starts from another run; add --weights runs/NAME/best\.pt"):
+        make_model(TrainConfig(arch="resnet10t", recipe="finetune"), RECIPES["finetune"], "ab")
+
+
+def test_two_sources_of_weights_are_refused() -> None:
+    config = TrainConfig(arch="resnet10t", pretrained=True, init_checkpoint=Path("a.pt"))
+    with pytest.raises(ConfigError, match=r"found --pretrained and --weights a\.pt; expected one source"):
+        make_model(config, RECIPES["vanilla"], "ab")
+
+
+def test_weights_lower_the_default_learning_rate() -> None:
+    assert TrainConfig(arch="a").resolved_lr == 3e-3
+    assert TrainConfig(arch="a", pretrained=True).resolved_lr == 5e-4
+    assert TrainConfig(arch="a", init_checkpoint=Path("a.pt")).resolved_lr == 5e-4
+    assert TrainConfig(arch="a", init_checkpoint=Path("a.pt"), optim=OptimConfig(lr=0.1)).resolved_lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("images", "explicit", "expected"),
+    [
+        *((None, None, 64), (10_000, None, 64), (512, None, 64), (511, None, 32), (160, None, 16), (9, None, 8)),
+        *((5, None, 5), (1, None, 2), (100, 256, 100), (1000, 256, 256)),
+    ],
+)
+def test_the_batch_size_follows_the_number_of_images(images: int | None, explicit: int | None, expected: int) -> None:
+    config = TrainConfig(arch="a", batch_size=explicit, data=DataConfig(root=Path("photos")))
+    assert config.resolved_batch_size(224, images) == expected
 
 
 def test_paths_are_written_as_absolute_paths(tmp_path: Path) -> None:
@@ -126,7 +156,7 @@ def test_a_training_step_of_every_preset(arch: str) -> None:
     config = from_mapping(content)
     torch.manual_seed(0)
     recipe = RECIPES["advprop"]
-    model = make_model(config, recipe, 4)
+    model = make_model(config, recipe, "abcd")
     momenta = {layer.momentum for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)}
     assert momenta == {config.bn_momentum or 0.1}
     # One attack step for every preset: this tests the network, not the attack.

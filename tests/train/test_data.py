@@ -13,7 +13,7 @@ from runtime.errors import ConfigError, DataError
 from runtime.spec import Preprocessing
 from train.config import DataConfig
 from train.data import ImageSet, choose_preprocessing, embedded_digits
-from train.data import image_folder as open_folder
+from train.folders import image_folder as open_folder
 from train.loaders import eval_loader, train_loader
 from train.samples import BAD_LABEL, transformed
 
@@ -108,9 +108,12 @@ def test_wordnet_ids_are_replaced_by_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [
-        ([], "no such folder; expected train/CLASS"),
-        (["other"], r"found other; expected train/CLASS"),
-        (["train/a/x.png", "train/b/x.png"], "val is missing"),
+        ([], "no such folder; expected a folder with CLASS/IMAGE"),
+        (["other/"], r"found 0 images in 1 class folders"),
+        (["x.png", "y.png"], "found 2 images without class folders; expected CLASS/IMAGE"),
+        (["val/a/x.png", "val/b/x.png"], r"found val; .*train is missing"),
+        (["train/a/x.png", "train/b/x.png"], "no class has two images.*--val-data"),
+        (["photos/a/x.png", "photos/b/x.png"], "one folder per class; use --data .*photos"),
         (["train/", "val/"], "found 0 images in 0 class folders"),
         (["train/a/x.png", "val/a/x.png"], "1 images in 1 class folders; expected at least two"),
         (["train/x.png", "train/a/x.png", "val/a/x.png"], "in 1 class folders"),

@@ -59,7 +59,11 @@ def test_a_run_writes_checkpoints_and_metrics(trained: FitResult) -> None:
     with (trained.last.parent / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1"]
-    assert float(rows[0]["top1"]) == trained.metrics[0].top1
+    assert float(rows[0]["top1"]) == pytest.approx(trained.metrics[0].top1, rel=1e-5)
+    assert float(rows[0]["val_loss"]) > 0
+    branches = float(rows[0]["loss_clean"]) + float(rows[0]["loss_adv"])
+    assert float(rows[0]["loss"]) == pytest.approx(branches, rel=1e-4)
+    assert all(len(value) <= 11 for value in rows[0].values())  # six significant digits
     assert float(rows[0]["images_per_s"]) > 0
     checkpoint = load_checkpoint(trained.last)
     assert (checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]) == (1, 0, 44)
@@ -205,6 +209,9 @@ def test_a_run_writes_curves_and_event_files(trained: FitResult) -> None:
     events.Reload()
     (clean,) = events.Scalars("epoch/top1")
     assert (clean.step, clean.value) == (44, pytest.approx(trained.metrics[0].top1))
+    for name in ("epoch/val_loss", "epoch/loss/clean", "epoch/loss/adv", "loss/adv"):  # 44 updates: a short run
+        (value,) = events.Scalars(name)
+        assert value.step == 44
 
 
 def test_tensorboard_shows_the_loss_of_each_branch(tmp_path: Path) -> None:

@@ -52,7 +52,11 @@ def test_a_damaged_value_is_an_error(tmp_path: Path, trained: FitResult, key: st
 
 
 def test_other_settings_are_an_error(tmp_path: Path, trained: FitResult) -> None:
-    with pytest.raises(CheckpointError, match=r"other settings.*recipe: found advprop, expected vanilla.*config\."):
+    with pytest.raises(
+        CheckpointError,
+        match=r"other settings of the network.*recipe: advprop → vanilla.*new run from its weights: "
+        r"python -m train\.run --config .*config\.toml --weights .*last\.pt --set recipe=vanilla --resume never --out ",
+    ):
         resumed(trained, tmp_path, recipe="vanilla").run()
 
 
@@ -61,7 +65,7 @@ def test_another_dataset_is_an_error(tmp_path: Path, trained: FitResult) -> None
     content = load_checkpoint(tmp_path / "last.pt")
     spec = ModelSpec.from_json(content["spec"], where="")
     save_checkpoint(tmp_path / "last.pt", {**content, "spec": dataclasses.replace(spec, dataset="photos").to_json()})
-    with pytest.raises(CheckpointError, match=r"dataset: found photos, expected digits \(scikit-learn\)"):
+    with pytest.raises(CheckpointError, match=r"dataset: photos → digits \(scikit-learn\)"):
         trainer.run()
 
 
