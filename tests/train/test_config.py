@@ -67,7 +67,10 @@ def test_later_settings_replace_earlier_ones_field_by_field() -> None:
         ({"arch": "a", "learning_rate": 3}, "unknown setting learning_rate; use optim.lr"),
         ({"arch": "a", "data": {"weight_decay": 3}}, "unknown setting data.weight_decay; use optim.weight_decay"),
         ({"arch": "a", "workres": 3}, r"unknown setting workres; did you mean data\.workers"),
-        ({"arch": "a", "optim": {"warmup_epoch": 3}}, r"unknown setting optim\.warmup_epoch; did you mean optim\.warmup"),
+        (
+            {"arch": "a", "optim": {"warmup_epoch": 3}},
+            r"unknown setting optim\.warmup_epoch; did you mean optim\.warmup",
+        ),
         ({"arch": "a", "epochs": "three"}, "epochs must be a whole number from 1 to 1000000; found 'three'; remove"),
         ({"arch": "a", "epochs": True}, "epochs must be a whole number from 1 to .*; found True"),
         ({"arch": "a", "optim": 3}, "optim is a section"),
