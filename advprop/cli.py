@@ -19,6 +19,11 @@ COMMANDS = {
     "calibrate": ("calib.cli:main", "export", "Quantize a float32 ONNX classifier to INT8."),
     "convert": ("advprop.commands.convert:main", "export", "Convert an ONNX file of another tool to an advprop file."),
     "build": ("advprop.commands.build:main", "export", "Build a TensorRT engine from an ONNX file."),
+    "export-triton": (
+        "advprop.commands.export_triton:main",
+        "export",
+        "Write a model repository for Triton Inference Server.",
+    ),
     "predict": ("advprop.commands.predict:main", "", "Classify images with an exported model."),
     "bench": ("advprop.commands.bench:main", "eval", "Measure latency and throughput."),
     "eval": ("advprop.commands.evaluate:main", "eval", "Measure accuracy and robustness."),
