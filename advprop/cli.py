@@ -10,26 +10,31 @@ import importlib
 
 import click
 
-from runtime.system.command import Group
+from runtime.system.command import Command, Group
 
 COMMANDS = {
-    "train": ("train.run:main", "Train a classifier with AdvProp."),
-    "export": ("export.cli:main", "Export a checkpoint to ONNX and TensorRT (advprop-export)."),
-    "calibrate": ("calib.cli:main", "Quantize a float32 ONNX classifier to INT8."),
-    "convert": ("advprop.commands.convert:main", "Convert an ONNX file of another tool to an advprop file."),
-    "build": ("advprop.commands.build:main", "Build a TensorRT engine from an ONNX file."),
-    "predict": ("advprop.commands.predict:main", "Classify images with an exported model."),
-    "bench": ("advprop.commands.bench:main", "Measure latency and throughput."),
-    "eval": ("advprop.commands.evaluate:main", "Measure accuracy and robustness."),
-    "eval-merge": ("advprop.commands.merge:main", "Merge the shards of an evaluation."),
-    "attack": ("advprop.commands.attack:main", "Measure accuracy under attack: PGD, APGD, Square, noise."),
-    "compare": ("advprop.commands.compare:main", "Compare models on the same images; a gate for CI."),
-    "report": ("advprop.commands.report:main", "Build an HTML or Markdown report from results or a checkpoint."),
-    "inspect": ("advprop.commands.inspect:main", "Describe a model file, checkpoint or engine."),
-    "cache": ("advprop.commands.cache:main", "List and prune cached engines and histograms."),
-    "doctor": ("advprop.commands.doctor:main", "Check which backends work here and how to fix the rest."),
+    "train": ("train.run:main", "train", "Train a classifier with AdvProp."),
+    "export": ("export.cli:main", "export", "Export a checkpoint to ONNX and TensorRT (advprop-export)."),
+    "calibrate": ("calib.cli:main", "export", "Quantize a float32 ONNX classifier to INT8."),
+    "convert": ("advprop.commands.convert:main", "export", "Convert an ONNX file of another tool to an advprop file."),
+    "build": ("advprop.commands.build:main", "export", "Build a TensorRT engine from an ONNX file."),
+    "export-triton": (
+        "advprop.commands.export_triton:main",
+        "export",
+        "Write a model repository for Triton Inference Server.",
+    ),
+    "predict": ("advprop.commands.predict:main", "", "Classify images with an exported model."),
+    "bench": ("advprop.commands.bench:main", "eval", "Measure latency and throughput."),
+    "eval": ("advprop.commands.evaluate:main", "eval", "Measure accuracy and robustness."),
+    "eval-merge": ("advprop.commands.merge:main", "eval", "Merge the shards of an evaluation."),
+    "attack": ("advprop.commands.attack:main", "eval", "Measure accuracy under attack: PGD, APGD, Square, noise."),
+    "compare": ("advprop.commands.compare:main", "eval", "Compare models on the same images; a gate for CI."),
+    "report": ("advprop.commands.report:main", "eval", "Build a report (HTML, Markdown) from results or a checkpoint."),
+    "inspect": ("advprop.commands.inspect:main", "", "Describe a model file, checkpoint or engine."),
+    "cache": ("advprop.commands.cache:main", "", "List and prune cached engines and histograms."),
+    "doctor": ("advprop.commands.doctor:main", "", "Check which backends work here and how to fix the rest."),
 }
-"""Command → (module:attribute, one line of help)."""
+"""Command → (module:attribute, the extra that it needs, one line of help)."""
 
 EXAMPLES = """
 Examples:
@@ -50,11 +55,13 @@ class LazyGroup(Group):
             return None
         module, attribute = COMMANDS[cmd_name][0].split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        if isinstance(command, Command):
+            command.slice = COMMANDS[cmd_name][1]
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, epilog=EXAMPLES)

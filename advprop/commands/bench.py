@@ -143,10 +143,10 @@ def main(
     from runtime.bench import SYNTHETIC, Bench, open_targets
     from runtime.system.files import output_dir
 
-    output_dir(out)
     with status("loading"):
         targets = open_targets(files, against, load, max_callers=max(config.concurrency), torch_opener=open_torch_peer)
     try:
+        output_dir(out)  # after loading, so that a file that cannot be loaded leaves no folder behind
         bench = Bench(targets, config, data)
         _measure(console, bench, out, str(data) if data else SYNTHETIC, as_json)
     finally:

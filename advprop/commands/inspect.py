@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,8 @@ def _onnx_facts(file: Path) -> dict[str, Any]:
     from export.record import verification
     from runtime.graph.summary import summarize, work_of
 
+    if find_spec("onnx") is None:
+        return _session_facts(file)
     summary = summarize(file)
     shape = ", ".join("any" if size < 0 else str(size) for size in summary.input_shape)
     facts = {
@@ -110,6 +113,23 @@ def _onnx_facts(file: Path) -> dict[str, Any]:
     if parity:
         facts["verified"] = parity
     return {**facts, "runs here": "\n".join(onnx_support(summary)), "spec": summary.spec}
+
+
+def _session_facts(file: Path) -> dict[str, Any]:
+    """Return what ONNX Runtime knows about the file, on a machine without the package `onnx`."""
+    import runtime
+    from runtime.system.slices import install_command
+
+    with runtime.load(str(file), device="cpu") as session:
+        backend = session.backend
+        return {
+            "kind": f"ONNX classifier, {file.stat().st_size / 1e6:.1f} MB",
+            "weights": f"unknown without the package onnx: {install_command('onnx')}",
+            "input": str(backend.input),
+            "outputs": ", ".join(map(str, backend.outputs)),
+            "runs here": "ONNX Runtime on the CPU: yes",
+            "spec": backend.spec,
+        }
 
 
 def _table(file: Path, facts: Mapping[str, Any]) -> Table:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from runtime.errors import BackendUnavailable, ModelFileError
 from runtime.graph.validation import check_file, check_nodes, check_tensors, external_files, external_tensors
 from runtime.system.files import no_such, sha256_file
+from runtime.system.slices import missing_package
 
 __all__ = ["OnnxFile", "load_onnx", "read_onnx", "read_onnx_file", "sha256_onnx"]
 
@@ -93,7 +94,7 @@ def _parse(path: Path, content: bytes) -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise BackendUnavailable(f"reading ONNX files needs the onnx package ({error}); pip install onnx") from error
+        raise missing_package(error) or BackendUnavailable(f"the package onnx cannot be imported: {error}") from error
     try:
         model = onnx.ModelProto.FromString(content)
     except Exception as error:  # the class of protobuf's DecodeError differs between releases

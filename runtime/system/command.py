@@ -19,6 +19,7 @@ from runtime.errors import AdvPropError, ConfigError, Interrupted, nearest
 from runtime.spec import ImageSizes
 from runtime.system.console import VERBOSITY, clean
 from runtime.system.help_page import MAX_WIDTH, write_notes
+from runtime.system.slices import missing_package
 
 __all__ = [
     "CommaList",
@@ -130,6 +131,9 @@ class Group(click.Group):
 class Command(click.Command):
     """A command that lists its options by group, and converts errors to messages and exit codes."""
 
+    slice = ""
+    """The extra of advprop that the command needs; see `runtime.system.slices`."""
+
     def __init__(self, name: str | None, *, hints: Mapping[str, str] | None = None, **attributes: Any) -> None:
         """
         Args:
@@ -171,9 +175,12 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except AdvPropError as error:
-            click.echo(clean(str(error) if isinstance(error, Interrupted) else f"error: {error}"), err=True)
-            sys.exit(error.exit_code)
+        except (AdvPropError, ImportError) as error:
+            shown = missing_package(error, self.slice) or missing_package(error.__cause__, self.slice) or error
+            if not isinstance(shown, AdvPropError):
+                raise
+            click.echo(clean(str(shown) if isinstance(shown, Interrupted) else f"error: {shown}"), err=True)
+            sys.exit(shown.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted. No incomplete file was left behind.", err=True)
             sys.exit(130)

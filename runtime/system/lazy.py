@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from runtime.system.slices import missing_package
+
 __all__ = ["lazy_names"]
 
 
@@ -20,6 +22,12 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
     def load(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(modules[name]), name)
+        try:
+            return getattr(importlib.import_module(modules[name]), name)
+        except ImportError as error:
+            missing = missing_package(error)
+            if missing is None:
+                raise
+            raise missing from error
 
     return load

@@ -26,6 +26,7 @@ from runtime.graph.validation import check_file
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.cpu import has_exact_int8
 from runtime.system.gpu import Gpu, find_gpu
+from runtime.system.slices import missing_package
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -92,7 +93,7 @@ class OnnxRuntimeBackend(Backend):
         if CALIBRATION_KEY in metadata and exact is None and loading.providers.device == "cpu":
             # The outputs of its convolutions are not quantized, as TensorRT requires. ONNX Runtime
             # has no INT8 kernels for that, and would dequantize every weight again in every run.
-            loading = replace(loading, as_written=True, for_gpus=True, source=_rounded(path))
+            loading = replace(loading, as_written=True, for_gpus=True, source=_rounded_if_possible(path))
             session = loading.open(ort)
         name = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
         self.device = loading.providers.device
@@ -221,6 +222,21 @@ def _rounded(path: Path) -> bytes | str:
     from runtime.graph.rounding import rounded_file
 
     return rounded_file(path)
+
+
+def _rounded_if_possible(path: Path) -> bytes | str:
+    """Return the file with the roundings of a GPU, or the file itself if `onnx` is not installed."""
+    try:
+        return _rounded(path)
+    except ImportError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        log.warning(
+            "%s is for GPUs. On this CPU it runs slowly, and without the FP16 roundings of a GPU because %s",
+            *(path, missing),
+        )
+        return str(path)
 
 
 @contextmanager
