@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("advprop.commands.convert:main", "Convert an ONNX file of another tool to an advprop file."),
     "build": ("advprop.commands.build:main", "Build a TensorRT engine from an ONNX file."),
     "predict": ("advprop.commands.predict:main", "Classify images with an exported model."),
+    "serve": ("advprop.commands.serve:main", "Serve models over HTTP and gRPC (Open Inference Protocol)."),
     "bench": ("advprop.commands.bench:main", "Measure latency and throughput."),
     "eval": ("advprop.commands.evaluate:main", "Measure accuracy and robustness."),
     "eval-merge": ("advprop.commands.merge:main", "Merge the shards of an evaluation."),
