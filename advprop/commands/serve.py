@@ -40,9 +40,7 @@ def _option(*names: str, **attributes: Any) -> Option:
 _OPTIONS = (
     _option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 listens on all interfaces."),
     _option("--http-port", default=8000, type=click.IntRange(0, 65535), help="Port for HTTP; 0 picks a free one."),
-    _option(
-        "--grpc-port", default=0, type=click.IntRange(-1, 65535), help="Port for gRPC; 0 is off, -1 picks a free one."
-    ),
+    _option("--grpc-port", default=0, type=click.IntRange(-1, 65535), help="Port for gRPC; 0: off, -1: a free one."),
     _option("--workers", default=1, type=click.IntRange(min=1), help="Processes. Each loads all models."),
     _option("--watch", is_flag=True, help=f"Load changed model files; checks every {_WATCH_S:g} seconds."),
     _option(

@@ -72,9 +72,9 @@ class LoadSettings:
 
     backend: str = "auto"
     device: str = "auto"
-    threads: Threads = Threads()
-    batching: Batching = Batching()
-    engine: EngineOptions = EngineOptions()
+    threads: Threads = field(default_factory=Threads)
+    batching: Batching = field(default_factory=Batching)
+    engine: EngineOptions = field(default_factory=EngineOptions)
     max_pixels: int = MAX_PIXELS
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -88,7 +88,7 @@ async def split_parts(request: Request, body: memoryview) -> list[bytes]:
         RequestError: the body is not multipart, or has too many parts.
     """
 
-    async def stream() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield bytes(body)
 
     parser = MultiPartParser(
@@ -99,10 +99,8 @@ async def split_parts(request: Request, body: memoryview) -> list[bytes]:
     except (MultiPartException, KeyError, ValueError) as error:
         raise RequestError(Outcome.INVALID, f"the body is not multipart/form-data: {str(error)[:100]}") from error
     try:
-        return [
-            value.encode("latin-1", "replace") if isinstance(value, str) else await value.read()
-            for _, value in form.multi_items()
-        ]
+        values = [value for _, value in form.multi_items()]
+        return [value.encode() if isinstance(value, str) else await value.read() for value in values]
     finally:
         await form.close()
 

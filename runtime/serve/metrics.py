@@ -45,7 +45,7 @@ class Metrics:
             worker: index of this process.
             folder: folder that all workers share; None if there is one process.
         """
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._models = models
         self._registry = CollectorRegistry()
         self._worker = worker

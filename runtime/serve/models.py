@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.backends.open import warm_up
 from runtime.errors import AdvPropError, ModelFileError, nearest
@@ -302,7 +303,7 @@ def _load_warm(path: Path, settings: LoadSettings) -> Session:
     return session
 
 
-def _png(image_HWC: np.ndarray) -> bytes:  # type: ignore[type-arg]
+def _png(image_HWC: NDArray[np.uint8]) -> bytes:
     import io
 
     from PIL import Image

@@ -38,14 +38,12 @@ def openapi_document() -> dict[str, Any]:
         "/metrics": {"get": _operation("Metrics for Prometheus", None, media="text/plain")},
         "/openapi.json": {"get": _operation("This document", None)},
     }
-    for parameters, prefix in (
-        ([model], "/v2/models/{model}"),
-        ([model, version], "/v2/models/{model}/versions/{version}"),
+    for prefix, parameters in (
+        ("/v2/models/{model}", [model]),
+        ("/v2/models/{model}/versions/{version}", [model, version]),
     ):
-        paths[prefix] = {
-            "parameters": parameters,
-            "get": _operation("Describe a model", "ModelMetadata", ("404", "503")),
-        }
+        described = _operation("Describe a model", "ModelMetadata", ("404", "503"))
+        paths[prefix] = {"parameters": parameters, "get": described}
         ready = _operation("Whether a model accepts requests", "ModelReady", ("404", "503"))
         paths[f"{prefix}/ready"] = {"parameters": parameters, "get": ready}
         paths[f"{prefix}/infer"] = {"parameters": parameters, "post": _infer()}
@@ -101,7 +99,7 @@ def _infer() -> dict[str, Any]:
         "required": True,
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/InferenceRequest"}},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "application/octet-stream": binary,
         },
     }
     return operation
@@ -133,18 +131,23 @@ def _list_of(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    text, flag = {"type": "string"}, {"type": "boolean"}
-    parameters = {"type": "object"}
-    tensor = _object({"name": text, "datatype": text, "shape": _SHAPE})
-    request_input = _object(
-        {"name": text, "datatype": text, "shape": _SHAPE}, {"data": {"type": "array"}, "parameters": parameters}
-    )
-    answer = _object(
-        {"name": text, "datatype": text, "shape": _SHAPE}, {"data": {"type": "array"}, "parameters": parameters}
-    )
+    text, flag, parameters = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+    described = {"name": text, "datatype": text, "shape": _SHAPE}
+    tensor = _object(described)
+    filled = _object(described, {"data": {"type": "array"}, "parameters": parameters})
+    requested = _object({"name": text}, {"parameters": parameters})
     ranked = _object({"label": text, "probability": {"type": "number"}, "index": {"type": "integer"}})
     prediction = _object({"label": text, "probability": {"type": "number"}, "classes": _list_of(ranked)})
     state = _object({"name": text, "version": text, "state": {"enum": ["READY", "UNAVAILABLE"]}, "reason": text})
+    model = {
+        "name": text,
+        "versions": _list_of(text),
+        "platform": text,
+        "inputs": _list_of(tensor),
+        "outputs": _list_of(tensor),
+    }
+    request = {"id": text, "parameters": parameters, "outputs": _list_of(requested)}
+    response = {"model_version": text, "id": text, "parameters": parameters}
     return {
         "Error": _object({"error": text}),
         "ServerMetadata": _object({"name": text, "version": text, "extensions": _list_of(text)}),
@@ -155,26 +158,7 @@ def _schemas() -> dict[str, Any]:
         "Index": _list_of(state),
         "Changed": _object({"name": text, "ok": flag}),
         "Predictions": _object({"model": text, "predictions": _list_of(prediction)}),
-        "ModelMetadata": _object(
-            {
-                "name": text,
-                "versions": _list_of(text),
-                "platform": text,
-                "inputs": _list_of(tensor),
-                "outputs": _list_of(tensor),
-            },
-            {"properties": {"type": "object", "additionalProperties": text}},
-        ),
-        "InferenceRequest": _object(
-            {"inputs": _list_of(request_input)},
-            {
-                "id": text,
-                "parameters": parameters,
-                "outputs": _list_of(_object({"name": text}, {"parameters": parameters})),
-            },
-        ),
-        "InferenceResponse": _object(
-            {"model_name": text, "outputs": _list_of(answer)},
-            {"model_version": text, "id": text, "parameters": parameters},
-        ),
+        "ModelMetadata": _object(model, {"properties": {"type": "object", "additionalProperties": text}}),
+        "InferenceRequest": _object({"inputs": _list_of(filled)}, request),
+        "InferenceResponse": _object({"model_name": text, "outputs": _list_of(filled)}, response),
     }

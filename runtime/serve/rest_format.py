@@ -126,12 +126,7 @@ def encode_result(result: InferenceResult) -> tuple[bytes, int | None]:
     for output in result.outputs:
         described: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
         if output.binary:
-            data = output.data
-            part = (
-                memoryview(np.ascontiguousarray(data)).cast("B")
-                if isinstance(data, np.ndarray)
-                else bytes_to_buffer(data)
-            )
+            part = _binary_data(output)
             described["parameters"] = {"binary_data_size": len(part)}
             parts.append(part)
         else:
@@ -147,6 +142,12 @@ def encode_result(result: InferenceResult) -> tuple[bytes, int | None]:
             Outcome.FAILED, "the outputs contain NaN or infinity, which JSON cannot express; request binary_data"
         ) from error
     return (b"".join((text, *parts)), len(text)) if parts else (text, None)
+
+
+def _binary_data(output: OutputTensor) -> bytes | memoryview:
+    if isinstance(output.data, np.ndarray):
+        return np.ascontiguousarray(output.data).reshape(-1).view(np.uint8).data
+    return bytes_to_buffer(output.data)
 
 
 def _json_data(output: OutputTensor) -> list[Any]:

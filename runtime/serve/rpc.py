@@ -83,25 +83,25 @@ class _Servicer(service.GRPCInferenceServiceServicer):  # type: ignore[misc]  # 
         self._state = state
         self._registry = state.registry
 
-    async def ServerLive(self, request: Any, context: Any) -> Any:
+    async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
         return protocol.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: Any, context: Any) -> Any:
+    async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         return protocol.ServerReadyResponse(ready=self._state.is_ready)
 
-    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         return protocol.ServerMetadataResponse(
             name="advprop", version=metadata.version("advprop"), extensions=list(EXTENSIONS)
         )
 
-    async def ModelReady(self, request: Any, context: Any) -> Any:
+    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         async def answer() -> Any:
             ready = self._registry.is_ready(request.name, request.version) and self._state.is_ready
             return protocol.ModelReadyResponse(ready=ready)
 
         return await self._answering(answer(), context, request.name)
 
-    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         async def answer() -> Any:
             self._state.check_loaded()
             model = self._registry.get(request.name, request.version)
@@ -126,7 +126,7 @@ class _Servicer(service.GRPCInferenceServiceServicer):  # type: ignore[misc]  # 
 
         return await self._answering(answer(), context, request.name)
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         return await self._answering(self._infer(request, context), context, request.model_name)
 
     async def _infer(self, request: Any, context: Any) -> Any:

@@ -123,9 +123,9 @@ def bytes_from_buffer(name: str, data: memoryview | bytes, shape: tuple[int, ...
         size = int.from_bytes(data[position : position + 4], "little")
         start, position = position + 4, position + 4 + size
         if position > len(data):
+            follow = max(len(data) - start, 0)
             raise RequestError(
-                Outcome.INVALID,
-                f"tensor {name!r}: element {len(elements)} has {size} bytes, but only {max(len(data) - start, 0)} follow",
+                Outcome.INVALID, f"tensor {name!r}: element {len(elements)} has {size} bytes, but only {follow} follow"
             )
         elements.append(bytes(data[start:position]))
     if len(elements) != count or position != len(data):
