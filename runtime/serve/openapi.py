@@ -83,9 +83,8 @@ def _operation(
 def _infer() -> dict[str, Any]:
     errors = ("400", "404", "408", "413", "415", "422", "499", "500", "503")
     operation = _operation("Run a model", "InferenceResponse", errors)
-    operation["responses"]["200"]["content"]["application/octet-stream"] = {
-        "schema": {"type": "string", "format": "binary"}
-    }
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    operation["responses"]["200"]["content"]["application/octet-stream"] = binary
     operation["parameters"] = [
         {
             "name": "Inference-Header-Content-Length",

@@ -24,7 +24,21 @@ def test_all_public_names_can_be_imported(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_importing_a_package_loads_nothing_heavy(name: str) -> None:
-    heavy = ["PIL", "cv2", "grpc", "matplotlib", "onnx", "onnxruntime", "psutil", "pynvml", "ray", "rich", "scipy", "starlette", "torch"]
+    heavy = (
+        "PIL",
+        "cv2",
+        "grpc",
+        "matplotlib",
+        "onnx",
+        "onnxruntime",
+        "psutil",
+        "pynvml",
+        "ray",
+        "rich",
+        "scipy",
+        "starlette",
+        "torch",
+    )
     program = f"import sys, {name}; print([module for module in {heavy} if module in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
