@@ -10,7 +10,7 @@ import click
 from runtime.backends.open import BACKENDS
 from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
-from runtime.errors import BackendUnavailable
+from runtime.errors import BackendUnavailable, ConfigError
 from runtime.serve.config import LoadSettings, ModelSource, ServeConfig
 from runtime.system.command import Command, Option, as_config, device_option, threads_option
 from runtime.system.console import set_up_logging
@@ -132,7 +132,12 @@ class _Source(click.ParamType):  # type: ignore[type-arg]  # generic from click 
     name = "model"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ModelSource:
-        return value if isinstance(value, ModelSource) else ModelSource.parse(str(value))
+        if isinstance(value, ModelSource):
+            return value
+        try:
+            return ModelSource.parse(str(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command("serve", cls=Command, epilog=EXAMPLES)

@@ -116,8 +116,8 @@ async def _serve(config: ServeConfig, worker: Worker, on_ready: Callable[[Listen
     http = _HttpServer(_http_config(config, state))
     grpc_server = None
     tasks: list[asyncio.Future[None]] = []
+    loading = asyncio.ensure_future(asyncio.to_thread(registry.load_all))
     try:
-        loading = asyncio.ensure_future(asyncio.to_thread(registry.load_all))
         if worker.listens_late:
             await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
         tasks.append(asyncio.ensure_future(http.serve(sockets=[worker.http_socket])))
@@ -141,6 +141,8 @@ async def _serve(config: ServeConfig, worker: Worker, on_ready: Callable[[Listen
         if grpc_server is not None:
             await grpc_server.stop(config.drain_s)
         await asyncio.gather(*tasks[:1])
+        if not loading.done():
+            os._exit(0)  # stopped while loading, which cannot be interrupted
         await asyncio.to_thread(registry.close, drain=False)
 
 
