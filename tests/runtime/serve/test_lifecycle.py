@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import psutil
 import pytest
 
 from tests.runtime.serve.conftest import Start
@@ -220,15 +221,14 @@ def body_of(images_NCHW: Any) -> tuple[bytes, dict[str, str]]:
 def test_a_worker_that_is_killed_is_started_again(start: Start, toy: Path) -> None:
     server = start(toy, "--workers", "2", "--grpc-port", "-1")
     one = tensor_request(images_of(1))
+    parent = psutil.Process(server.process.pid)
 
     def workers() -> set[int]:
         """Return the process ids of the workers that run."""
-        listed = subprocess.run(["ps", "-eo", "pid=,ppid=,stat=,args="], capture_output=True, text=True)
-        rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
         return {
-            int(pid)
-            for pid, parent, state, arguments in (row for row in rows if len(row) == 4)
-            if parent == str(server.process.pid) and "spawn_main" in arguments and state[0] != "Z"
+            child.pid
+            for child in parent.children()
+            if child.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(child.cmdline())
         }
 
     before = workers()
@@ -240,8 +240,9 @@ def test_a_worker_that_is_killed_is_started_again(start: Start, toy: Path) -> No
     until(lambda: len(workers() - before) == 1 and len(workers()) == 2)
     for _ in range(50):
         assert server.post_json(INFER, one).status == 200
+    last = [psutil.Process(pid) for pid in workers()]
     assert server.stop() == 0
-    assert workers() == set()
+    assert psutil.wait_procs(last, timeout=10)[1] == []
 
 
 @pytest.mark.parametrize(
