@@ -266,3 +266,14 @@ def test_open_hosts_are_warned_about(start: Start, toy: Path) -> None:
     server = start(toy, "--host", "0.0.0.0")
     assert "TLS and authentication" in " ".join("".join(server.log).split())
     assert server.stop() == 0
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "grpc", "open_inference", "prometheus_client"])
+def test_a_missing_extra_ends_with_its_name(toy: Path, package: str) -> None:
+    """The help works without the extra. A None in sys.modules is a package that cannot be imported."""
+    program = f"import sys; sys.modules[{package!r}] = None; from advprop.cli import main; main()"
+    for arguments, code, text in ((["-h"], 0, "--grpc-port"), ([str(toy)], 3, "pip install 'advprop[serve]'")):
+        run = subprocess.run(
+            [sys.executable, "-c", program, "serve", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert (run.returncode, text in run.stdout + run.stderr) == (code, True), run.stderr
