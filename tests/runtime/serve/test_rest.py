@@ -100,7 +100,9 @@ def test_encoded_images_return_labels_and_probabilities(server: Server, session:
 
 def test_classification_follows_the_extension_of_triton(server: Server) -> None:
     outputs = [{"name": "logits", "parameters": {"classification": 2}}]
-    request = tensor_request(np.float32([[[[1]], [[3]], [[2]]]]) * np.ones((1, 3, 4, 4), np.float32), outputs=outputs)
+    request = tensor_request(
+        np.array([[[[1]], [[3]], [[2]]]], np.float32) * np.ones((1, 3, 4, 4), np.float32), outputs=outputs
+    )
     (output,) = server.post_json(INFER, request).json["outputs"]
     assert (output["datatype"], output["data"]) == ("BYTES", ["3.000000:1:green", "2.000000:2:blue"])
 
