@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["limited_protocol"]
