@@ -24,6 +24,7 @@ COMMANDS = {
         "Write a model repository for Triton Inference Server.",
     ),
     "predict": ("advprop.commands.predict:main", "", "Classify images with an exported model."),
+    "serve": ("advprop.commands.serve:main", "serve", "Serve models over HTTP and gRPC (Open Inference Protocol)."),
     "bench": ("advprop.commands.bench:main", "eval", "Measure latency and throughput."),
     "eval": ("advprop.commands.evaluate:main", "eval", "Measure accuracy and robustness."),
     "eval-merge": ("advprop.commands.merge:main", "eval", "Merge the shards of an evaluation."),

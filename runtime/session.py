@@ -55,6 +55,7 @@ class SessionStats:
 
 
 _Output = TypeVar("_Output", NDArray[Any], DeviceArray)
+_Result = TypeVar("_Result")
 
 
 class Session:
@@ -168,8 +169,7 @@ class Session:
 
     def run_outputs(self, images_NCHW: Any, *, stream: object = None) -> dict[str, NDArray[Any]]:
         """Run the network like `run`, and return every output by its name."""
-        outputs = self._run(self._backend.run, images_NCHW, stream)
-        return {info.name: output for info, output in zip(self._backend.outputs, outputs, strict=True)}
+        return self._named(self._run(self._backend.run, images_NCHW, stream))
 
     def run_on_device(self, images_NCHW: Any, *, stream: object = None) -> dict[str, DeviceArray]:
         """Run the network like `run_outputs`, and keep the outputs on the GPU.
@@ -181,8 +181,7 @@ class Session:
             InputError: the model runs on the CPU, or as in `run`.
             RunFailed: the backend failed.
         """
-        outputs = self._run(self._backend.run_on_device, images_NCHW, stream)
-        return {info.name: output for info, output in zip(self._backend.outputs, outputs, strict=True)}
+        return self._named(self._run(self._backend.run_on_device, images_NCHW, stream))
 
     def predict(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> list[Prediction]:
         """Classify images of any size, with the preprocessing that the model file describes.
@@ -250,15 +249,19 @@ class Session:
             SpecError: the model file does not describe its preprocessing.
             QueueFull: the queue has no room; retry later.
         """
-        _check_list(images)
-        if len(images) == 0:
-            raise InputError("no images; expected at least one")
         spec = self.spec
-        request, future = self._batcher.reserve(
-            len(images), timeout_s=timeout_s, finish=lambda outputs: predictions_of(outputs, spec)
-        )
-        self._decoder.start(request, images, lambda some: self._prepare(some, spec))
-        return future
+        return self._submit_images(images, timeout_s, lambda outputs: predictions_of(outputs, spec))
+
+    def submit_outputs(self, images_NCHW: Any, *, timeout_s: float = math.inf) -> Future[dict[str, NDArray[Any]]]:
+        """Submit a batch like `submit`, for the result of `run_outputs`: every output by its name."""
+        _ = self.backend
+        return self._batcher.submit(images_NCHW, timeout_s=timeout_s, finish=self._named)
+
+    def submit_images(
+        self, images: Sequence[ImageLike], *, timeout_s: float = math.inf
+    ) -> Future[dict[str, NDArray[Any]]]:
+        """Submit images like `submit_predict`, for every output of the network by its name."""
+        return self._submit_images(images, timeout_s, self._named)
 
     async def arun(self, images_NCHW: Any, *, timeout_s: float = math.inf) -> NDArray[Any]:
         """Await `submit` without blocking a thread. Canceling the task cancels the request."""
@@ -309,6 +312,20 @@ class Session:
             outputs = run(images_NCHW, stream=stream)
             call.images = len(outputs[0])
         return outputs
+
+    def _named(self, outputs: tuple[_Output, ...]) -> dict[str, _Output]:
+        return {info.name: output for info, output in zip(self._backend.outputs, outputs, strict=True)}
+
+    def _submit_images(
+        self, images: Sequence[ImageLike], timeout_s: float, finish: Callable[[tuple[NDArray[Any], ...]], _Result]
+    ) -> Future[_Result]:
+        _check_list(images)
+        if len(images) == 0:
+            raise InputError("no images; expected at least one")
+        spec = self.spec
+        request, future = self._batcher.reserve(len(images), timeout_s=timeout_s, finish=finish)
+        self._decoder.start(request, images, lambda some: self._prepare(some, spec))
+        return future
 
     def _prepare(self, images: Sequence[ImageLike], spec: ModelSpec) -> NDArray[Any]:
         batch = Preprocessor.of(spec, self._max_pixels)(images).astype(self._backend.input.dtype, copy=False)

@@ -235,7 +235,11 @@ class BatcherCore:
         self._counts.batch_sizes[size] += 1
 
     def _run(self, parts: list[Part], buffer: _BatchBuffer) -> None:
-        outputs = self._backend.run_checked(buffer.join([part.images_NCHW for part in parts]))
+        images_NCHW = buffer.join([part.images_NCHW for part in parts])
+        started_s = time.monotonic()
+        outputs = self._backend.run_checked(images_NCHW)
+        with self._work:
+            self._counts.add_compute(time.monotonic() - started_s)
         start = 0
         for part in parts:
             stop = start + len(part.images_NCHW)

@@ -40,6 +40,14 @@ class BatcherStats:
     """Power of two, in microseconds → requests that waited in the queue for at most that long and
     more than half of it."""
 
+    queue_wait_s: float = 0.0
+    """Sum of these waits, in seconds."""
+    compute_us: Mapping[int, int] = field(default_factory=dict)
+    """Power of two, in microseconds → batches whose run took at most that long and more than half
+    of it."""
+    compute_s: float = 0.0
+    """Sum of these run times, in seconds."""
+
     @property
     def mean_batch(self) -> float:
         """Mean number of images per batch; 0 before the first batch."""
@@ -68,9 +76,19 @@ class Counts:
     batch_sizes: Counter[int] = field(default_factory=Counter)
     queue_wait_us: Counter[int] = field(default_factory=Counter)
 
+    queue_wait_s: float = 0.0
+    compute_us: Counter[int] = field(default_factory=Counter)
+    compute_s: float = 0.0
+
     def add_wait(self, wait_s: float) -> None:
         """Count the time that a request waited in the queue."""
-        self.queue_wait_us[1 << (max(int(wait_s * 1e6), 1) - 1).bit_length()] += 1
+        self.queue_wait_us[_power_of_two_us(wait_s)] += 1
+        self.queue_wait_s += wait_s
+
+    def add_compute(self, compute_s: float) -> None:
+        """Count the time that the model needed for a batch."""
+        self.compute_us[_power_of_two_us(compute_s)] += 1
+        self.compute_s += compute_s
 
     def snapshot(self, pending: int, waiting_images: int) -> BatcherStats:
         """Return the current counts, which no longer change."""
@@ -86,4 +104,12 @@ class Counts:
             waiting_images=waiting_images,
             batch_sizes=dict(sorted(self.batch_sizes.items())),
             queue_wait_us=dict(sorted(self.queue_wait_us.items())),
+            queue_wait_s=self.queue_wait_s,
+            compute_us=dict(sorted(self.compute_us.items())),
+            compute_s=self.compute_s,
         )
+
+
+def _power_of_two_us(seconds: float) -> int:
+    """Return the smallest power of two that is at least `seconds`, in microseconds."""
+    return 1 << (max(int(seconds * 1e6), 1) - 1).bit_length()
