@@ -13,6 +13,7 @@ from runtime.engine.flavors import RTX_DEFAULT_SMS, choose_flavor
 from runtime.errors import BackendUnavailable, first_line
 from runtime.system.cpu import has_exact_int8
 from runtime.system.gpu import find_gpu
+from runtime.system.slices import SLICES, missing_requirements, slice_command
 
 __all__ = ["Finding", "check", "run_checks", "summarize"]
 
@@ -32,8 +33,9 @@ class Finding:
 
 
 def run_checks() -> dict[str, Finding]:
-    """Check the CPU, the GPU and all libraries for models; return findings by name."""
-    return {name: check(name) for name in _CHECKS}
+    """Check the CPU, the GPU, all libraries for models and the slices; return findings by name."""
+    slices = {f"slice_{name}": _check_slice(name) for name in ("train", "export", "eval", "serve")}
+    return {name: check(name) for name in _CHECKS} | slices
 
 
 def check(name: str) -> Finding:
@@ -59,6 +61,15 @@ def summarize(findings: Mapping[str, Finding]) -> str:
         fix = next((finding.fix for finding in builders if finding.fix), "")
         return f"Training and prediction work {where}; engines need {fix or 'another machine'}"
     return f"Training and prediction work {where}; engines build" + ("." if gpu else ", but run on GPUs only.")
+
+
+def _check_slice(name: str) -> Finding:
+    part = f"advprop[{name}] ({SLICES[name]})"
+    missing = missing_requirements(name)
+    if not missing:
+        return Finding(part=part, state="ok", found="installed")
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return Finding(part=part, state="missing", found=", ".join(missing[:3]) + more, fix=slice_command(name))
 
 
 def _check_machine() -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.support import SHARED_DATA
+from tests.support.triton_server import make_environment
 from train.config import DataConfig, OptimConfig, TrainConfig
 from train.loop import FitResult, fit
 
@@ -44,6 +46,24 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return folder
 
     return unpack
+
+
+@pytest.fixture(scope="session")
+def triton_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the Python of an environment with Triton's server and clients, shared by all workers."""
+    from filelock import FileLock
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "triton.lock"):
+        if not (shared / "triton" / "complete").exists():
+            try:
+                make_environment(shared / "triton")
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"nvidia-pytriton cannot be installed here: {error.stderr.decode()[-300:]}")
+            (shared / "triton" / "complete").touch()
+    return shared / "triton" / "bin" / "python"
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ only place that lists them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from runtime.errors import BackendUnavailable
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-__all__ = ["SLICES", "install_command", "missing_package", "missing_requirements"]
+__all__ = ["SLICES", "install_command", "missing_package", "missing_requirements", "slice_command"]
 
 SLICES = {
     "train": "train with AdvProp",
@@ -36,7 +37,7 @@ _DISTRIBUTIONS = {
     "cv2": "opencv-python-headless",
     "grpc": "grpcio",
     "multipart": "python-multipart",
-    "python_multipart": "python-multipart",
+    "open_inference": "open-inference-grpc",
     "pynvml": "nvidia-ml-py",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
@@ -68,8 +69,24 @@ def install_command(module: str, first: str = "") -> str:
     distribution = _distribution(module)
     for name in (first, *SLICES):
         if any(_normalized(requirement.name) == distribution for requirement in _requirements(name)):
-            return f"pip install 'advprop[{name}]'"
+            return slice_command(name)
     return ""
+
+
+def slice_command(name: str) -> str:
+    """Return the command that installs a slice, from the clone if advprop is installed from one."""
+    from importlib import metadata
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    try:
+        origin = json.loads(metadata.distribution("advprop").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        origin = {}
+    if "dir_info" not in origin:
+        return f"pip install 'advprop[{name}]'"
+    editable = "-e " if origin["dir_info"].get("editable") else ""
+    return f"pip install {editable}'{url2pathname(urlsplit(origin['url']).path)}[{name}]'"
 
 
 def missing_requirements(slice_name: str) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import BackendUnavailable
-from runtime.system.slices import SLICES, install_command, missing_package, missing_requirements
+from runtime.system.slices import SLICES, install_command, missing_package, missing_requirements, slice_command
 from tests.support import ROOT
 from tests.support.serving_models import serving_model
 
@@ -23,19 +23,25 @@ NOT_ON_PYPI = {"cuda", "tensorrt_bindings"}
 
 
 @pytest.mark.parametrize(
-    ("module", "first", "command"),
+    ("module", "first", "extra"),
     [
-        ("torch", "", "pip install 'advprop[train]'"),
-        ("torch._C", "export", "pip install 'advprop[export]'"),
-        ("onnx.helper", "eval", "pip install 'advprop[eval]'"),
-        ("cv2", "", "pip install 'advprop[eval]'"),
-        ("sklearn.datasets", "eval", "pip install 'advprop[train]'"),
-        ("ray", "", "pip install 'advprop[ray]'"),
+        ("torch", "", "train"),
+        ("torch._C", "export", "export"),
+        ("onnx.helper", "eval", "eval"),
+        ("cv2", "", "eval"),
+        ("sklearn.datasets", "eval", "train"),
+        ("grpc.aio", "", "serve"),
+        ("ray", "", "ray"),
     ],
 )
-def test_a_missing_package_names_the_slice_of_the_command(module: str, first: str, command: str) -> None:
+def test_a_missing_package_names_the_slice_of_the_command(module: str, first: str, extra: str) -> None:
     error = missing_package(ModuleNotFoundError(name=module), first)
-    assert isinstance(error, BackendUnavailable) and error.fix == command
+    assert isinstance(error, BackendUnavailable) and error.fix == slice_command(extra)
+
+
+def test_an_installation_from_a_clone_is_completed_from_the_clone() -> None:
+    command = slice_command("eval")
+    assert command == f"pip install -e '{ROOT}[eval]'" or command.endswith("advprop[eval]'")
 
 
 def test_other_import_errors_are_not_explained_away() -> None:

@@ -18,19 +18,9 @@ from export.triton.repository import RepositoryOptions, write_repository
 from runtime.engine.sidecar import EngineInfo, write_sidecar
 from runtime.errors import ConfigError, ModelFileError, OutputError
 from tests.support.serving_models import SPEC, serving_model
-from tests.support.triton_server import make_environment, run_classifiers_in_python, serve
+from tests.support.triton_server import run_classifiers_in_python, serve
 
 COLORS = {"red": (200, 9, 9), "green": (9, 200, 9), "blue": (9, 9, 200)}
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the Python of an environment with the server and its clients."""
-    folder = tmp_path_factory.mktemp("triton")
-    try:
-        return make_environment(folder / "venv")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"nvidia-pytriton cannot be installed here: {error.stderr.decode()[-300:]}")
 
 
 @pytest.fixture
@@ -84,11 +74,11 @@ def parse(python: Path, repository: Path) -> dict[str, dict[str, object]]:
 
 
 @pytest.mark.slow
-def test_configurations_are_valid_for_the_real_definition(python: Path, model: Path, tmp_path: Path) -> None:
+def test_configurations_are_valid_for_the_real_definition(triton_python: Path, model: Path, tmp_path: Path) -> None:
     one, two = engine(tmp_path / "86" / "a.engine", "sm_86"), engine(tmp_path / "89" / "b.engine", "sm_89")
     repository = tmp_path / "repository"
     write_repository(repository, [("colors", [model]), ("fast", [one, two])], RepositoryOptions(gpus=(0, 1)))
-    configs = parse(python, repository)
+    configs = parse(triton_python, repository)
     assert set(configs) == {
         f"{name}{end}" for name in ("colors", "fast") for end in ("", "_preprocess", "_labels", "_image")
     }
@@ -129,7 +119,7 @@ print(json.dumps(answers))
 
 
 @pytest.mark.slow
-def test_the_real_server_answers_as_predict_does(python: Path, model: Path, tmp_path: Path) -> None:
+def test_the_real_server_answers_as_predict_does(triton_python: Path, model: Path, tmp_path: Path) -> None:
     files = []
     for name, color in COLORS.items():
         files.append(str(tmp_path / f"{name}.png"))
@@ -140,7 +130,7 @@ def test_the_real_server_answers_as_predict_does(python: Path, model: Path, tmp_
     repository = tmp_path / "repository"
     write_repository(repository, [("colors", [model])], RepositoryOptions(cpu=True))
     run_classifiers_in_python(repository)
-    with serve(repository, python, tmp_path) as server:
+    with serve(repository, triton_python, tmp_path) as server:
         answers = json.loads(server.run_client(CLIENT, server.http, server.grpc, "300", *files))
         (broken,), _ = json.loads(
             server.run_client(CLIENT, server.http, server.grpc, "1", str(tmp_path / "broken.jpg"))

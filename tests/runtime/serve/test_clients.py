@@ -16,22 +16,19 @@ import runtime
 from tests.support import ROOT
 from tests.support.server import Server
 
-CLIENT_PYTHON = os.environ.get("ADVPROP_CLIENT_PYTHON", "")
-"""Python of an environment with `tritonclient[http,grpc]`, which needs an older protobuf."""
 
-
-@pytest.mark.skipif(
-    not CLIENT_PYTHON,
-    reason="needs ADVPROP_CLIENT_PYTHON, the Python of an environment with tritonclient[http,grpc] and aiohttp",
-)
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["http", "grpc", "aio-http", "aio-grpc"])
-def test_clients_of_triton(server: Server, session: runtime.Session, tmp_path: Path, protocol: str) -> None:
+def test_clients_of_triton(
+    server: Server, session: runtime.Session, triton_python: Path, tmp_path: Path, protocol: str
+) -> None:
+    """Each client runs in a process of its own, because `tritonclient` needs an older protobuf."""
     images_NCHW = np.random.default_rng(5).normal(size=(2, 3, 4, 4)).astype(np.float32)
     np.save(tmp_path / "images.npy", images_NCHW)
     Image.new("RGB", (30, 20), (0, 200, 0)).save(tmp_path / "a.png")
     address = server.grpc if protocol.endswith("grpc") else f"127.0.0.1:{server.http_port}"
     script = str(ROOT / "tests" / "support" / "triton_client.py")
-    command = [CLIENT_PYTHON, script, protocol, address, str(tmp_path / "images.npy"), str(tmp_path / "a.png")]
+    command = [str(triton_python), script, protocol, address, str(tmp_path / "images.npy"), str(tmp_path / "a.png")]
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": ""}, cwd=tmp_path
     )
