@@ -28,6 +28,7 @@ from train.models import (
     create_model,
     data_config,
     next_working_size,
+    reset_classifier,
     to_channels_last,
     unsupported_size,
 )
@@ -98,6 +99,8 @@ def make_model(config: TrainConfig, recipe: Recipe, classes: Sequence[str], *, r
     if pretrained:
         published = getattr(model, "pretrained_cfg", {}).get("num_classes")
         new = published != len(classes)
+        if new:
+            reset_classifier(model)
         head = f"; the classifier starts from random weights, for {len(classes)} classes" if new else ""
         log.info("--pretrained: loaded timm's weights of %s%s", config.arch, head)
     if config.init_checkpoint is not None and not resumes:

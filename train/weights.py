@@ -15,7 +15,7 @@ from runtime.errors import CheckpointError, ConfigError, first_line
 from runtime.spec import ModelSpec
 from train.checkpoint import FORMAT, check_checkpoint, plain_state_dict, read_torch_file
 from train.dual_bn import select_route
-from train.models import classifier_prefixes, route_weights
+from train.models import classifier_prefixes, reset_classifier, route_weights
 from train.recipes import MAIN
 
 __all__ = ["Initialization", "initialize", "read_weights"]
@@ -136,6 +136,9 @@ def initialize(model: nn.Module, path: Path, arch: str, classes: Sequence[str], 
     head = [name for name in own if name.startswith(classifier_prefixes(model))]
     loaded = [name for name, value in found.tensors.items() if name in own and own[name].shape == value.shape]
     _check_share(own, head, found.tensors, loaded, path, arch)
+    if any(name not in loaded for name in head):
+        loaded = [name for name in loaded if name not in head]
+        reset_classifier(model)
     model.load_state_dict({name: found.tensors[name] for name in loaded}, strict=False)
     result = Initialization(
         loaded=tuple(loaded),
