@@ -42,9 +42,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def tutorial() -> list[list[str]]:
-    """Return the commands of the section "The whole way"."""
+    """Return the commands of the section "From weights to a report"."""
     text = (ROOT / "docs" / "fine_tuning.md").read_text()
-    section = text.partition("## The whole way")[2].partition("\n## ")[0]
+    section = text.partition("## From weights to a report")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     lines = block.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]

@@ -146,7 +146,7 @@ def main(
     with status("loading"):
         targets = open_targets(files, against, load, max_callers=max(config.concurrency), torch_opener=open_torch_peer)
     try:
-        output_dir(out)  # after loading, so that a file that cannot be loaded leaves no folder behind
+        output_dir(out)  # after loading: a file that cannot be loaded leaves no folder behind
         bench = Bench(targets, config, data)
         _measure(console, bench, out, str(data) if data else SYNTHETIC, as_json)
     finally:

@@ -35,9 +35,9 @@ class TritonPythonModel:
         outputs = tuple(pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs)
         labels, probabilities = [], []
         for prediction in predictions_of(outputs, self._spec):
-            best = (-prediction.probabilities).argsort(kind="stable")[: self._count]
-            labels.append([self._spec.classes[int(prediction.indices[place])].encode() for place in best])
-            probabilities.append(prediction.probabilities[best])
+            best = prediction.top(self._count)
+            labels.append([ranked.label.encode() for ranked in best])
+            probabilities.append([ranked.probability for ranked in best])
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor("LABEL", np.array(labels, np.object_)),

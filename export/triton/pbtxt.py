@@ -24,7 +24,7 @@ def to_pbtxt(message: Mapping[str, Any]) -> str:
 
     Args:
         message: field name → a number, a bool, text, an `Enum`, a message (a mapping), a `Map`, or a
-            list of these. Fields with None or an empty list are left out.
+            list of these. Fields with None or an empty list are omitted.
     """
     return "".join(f"{line}\n" for line in _lines(message))
 

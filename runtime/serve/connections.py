@@ -9,6 +9,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["limited_protocol"]
 
+_FIRST_REQUEST_S = 0.5
+"""When the server stops, a connection without a request so far is closed after this time."""
+
 
 def limited_protocol(max_header_bytes: int, receive_s: float) -> type[asyncio.Protocol]:
     """Return a protocol for uvicorn.
@@ -67,6 +70,13 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def shutdown(self) -> None:
+        """Close the connection once its request is answered; a new one gets a moment to send it."""
+        if self.cycle is None:
+            self.loop.call_later(_FIRST_REQUEST_S, self._close_if_unused)
+        else:
+            super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         status, text = b"400 Bad Request", msg
         if self._is_too_large:
@@ -98,6 +108,12 @@ class _LimitedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _close_if_unused(self) -> None:
+        if self.cycle is None:
+            self._close()
+        else:
+            super().shutdown()
 
     def _close(self) -> None:
         if self.transport is not None and not self.transport.is_closing():

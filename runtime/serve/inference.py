@@ -237,10 +237,10 @@ def _classes(session: Session, outputs: dict[str, NDArray[Any]], top_k: int) -> 
     ranked = [prediction.top(top_k) for prediction in predictions_of(tuple(outputs.values()), spec)]
     count = len(ranked[0])
     shape = (len(ranked),) if top_k == 1 else (len(ranked), count)
-    indices = np.array([index for image in ranked for index, _ in image], np.int64)
-    probabilities = np.array([probability for image in ranked for _, probability in image], np.float32)
+    indices = np.array([best.index for image in ranked for best in image], np.int64)
+    probabilities = np.array([best.probability for image in ranked for best in image], np.float32)
     data: dict[str, Tensor] = {
-        "label": [spec.classes[index].encode() for index in indices],
+        "label": [best.label.encode() for image in ranked for best in image],
         "probability": probabilities.reshape(shape),
         "class": indices.reshape(shape),
     }

@@ -198,15 +198,11 @@ class _Api:
             timeout_s = min(timeout_of(numbers), self._state.config.timeout_s)
             top_k = top_k_of(numbers)
             predictions = await unless_disconnected(request, session.apredict(images, timeout_s=timeout_s))
-        classes = session.spec.classes
         answers = [
             {
                 "label": prediction.label,
                 "probability": prediction.probability,
-                "classes": [
-                    {"label": classes[index], "probability": probability, "index": index}
-                    for index, probability in prediction.top(top_k)
-                ],
+                "classes": [best._asdict() for best in prediction.top(top_k)],
             }
             for prediction in predictions
         ]

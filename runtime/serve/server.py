@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -64,6 +65,14 @@ class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept the connections that the kernel has established, then stop as uvicorn does."""
+        for _ in range(_BACKLOG):
+            if not select.select(sockets or [], [], [], 0)[0]:
+                break
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
 
 def address_of(host: str, port: int) -> str:

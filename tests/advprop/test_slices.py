@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,7 +84,12 @@ def _third_party_imports() -> Iterator[tuple[Path, str]]:
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an environment with the built wheel of advprop and its core only."""
     folder = tmp_path_factory.mktemp("core")
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    source = folder / "source"  # a build writes into the folder of its sources
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     subprocess.run(wheel, check=True, timeout=300, env=environment())
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=120, env=environment())
     install = [str(folder / "venv/bin/python"), "-m", "pip", "install", "--quiet", *map(str, folder.glob("*.whl"))]
