@@ -32,4 +32,4 @@ class Classifier:
         return JSONResponse({"label": best.label, "probability": best.probability})
 
 
-app = Classifier.bind(os.environ["MODEL"])
+app = Classifier.bind(os.environ["MODEL"])  # type: ignore[attr-defined]  # the decorator adds it

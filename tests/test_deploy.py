@@ -72,7 +72,7 @@ def test_arguments_are_options_of_the_server(tmp_path: Path) -> None:
 
 
 def test_the_server_drains_before_it_is_killed() -> None:
-    drain = next(option.default for option in main.params if option.name == "drain_s")
+    drain = float(str(next(option.default for option in main.params if option.name == "drain_s")))
     deployment, _ = documents("kubernetes.yaml")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > drain + 5

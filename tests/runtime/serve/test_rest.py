@@ -91,7 +91,7 @@ def test_encoded_images_return_labels_and_probabilities(server: Server, session:
 
     ranked = server.post_json(INFER, {**request, "parameters": {"top_k": 2}}).json["outputs"]
     assert ranked[0]["shape"] == [2, 2]
-    assert ranked[2]["data"] == [index for one in expected for index, _ in one.top(2)]
+    assert ranked[2]["data"] == [best.index for one in expected for best in one.top(2)]
     assert server.post_json(INFER, {**request, "parameters": {"top_k": 9}}).json["outputs"][0]["shape"] == [2, 3]
 
     wanted = {**request, "outputs": [{"name": "logits"}, {"name": "label"}]}
@@ -113,7 +113,7 @@ def test_predict_accepts_what_curl_sends(server: Server, session: runtime.Sessio
     answer = server.ask("POST", "/predict?top_k=3", image, {"Content-Type": "application/x-www-form-urlencoded"}).json
     (found,) = answer["predictions"]
     assert (found["label"], found["probability"]) == ("blue", expected.probability)
-    assert [one["index"] for one in found["classes"]] == [index for index, _ in expected.top(3)]
+    assert [one["index"] for one in found["classes"]] == [best.index for best in expected.top(3)]
     parts = b"".join(
         b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n' + one + b"\r\n"
         for one in (image, encoded((200, 0, 0)))
