@@ -91,7 +91,9 @@ def ask(address: str, body: bytes) -> tuple[int, Any]:
         with urllib.request.urlopen(urllib.request.Request(address, body), timeout=30) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read() or b"{}")
+        content = error.read()
+        # While it starts, Ray answers with text.
+        return error.code, json.loads(content) if content.startswith(b"{") else content.decode()
 
 
 def check_answers(address: str, count: int) -> None:

@@ -20,7 +20,7 @@ from tests.support import ROOT
 from tests.support.serving_models import serving_model
 
 PACKAGES = ("advprop", "train", "export", "calib", "runtime")
-NOT_ON_PYPI = {"cuda", "tensorrt_bindings"}
+NOT_ON_PYPI = {"cuda", "tensorrt_bindings", "triton_python_backend_utils"}
 
 
 @pytest.mark.parametrize(
