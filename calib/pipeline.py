@@ -117,12 +117,16 @@ def calibrate_file(
         progress=_with_totals(progress, len(images.images) * len(images.mix)) if progress else None,
     )
     quantized = _reduce_rest(calibrated, batches) if config.half else calibrated.model
-    metadata = {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: images.sha256}
-    onnx.helper.set_model_props(quantized, metadata)
+    _copy_metadata(model, quantized, images)
     result = _compare(source, model, quantized, calibrated, images, batches)
     _log_outcome(source, result)
     _write(target, quantized, result, config)
     return result
+
+
+def _copy_metadata(model: onnx.ModelProto, quantized: onnx.ModelProto, images: CalibrationSet) -> None:
+    metadata = {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: images.sha256}
+    onnx.helper.set_model_props(quantized, metadata)
 
 
 def _check_target(source: Path, target: Path) -> None:

@@ -95,9 +95,8 @@ class OnnxRuntimeBackend(Backend):
             # has no INT8 kernels for that, and would dequantize every weight again in every run.
             loading = replace(loading, as_written=True, for_gpus=True, source=_rounded_if_possible(path))
             session = loading.open(ort)
-        name = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
         self.device = loading.providers.device
-        self.reasons = (f"backend: {name} {ort.__version__}, which runs ONNX files", *loading.reasons())
+        self.reasons = (_backend_reason(ort, tensorrt), *loading.reasons())
         spec = metadata.get(METADATA_KEY)
         self.spec = ModelSpec.from_json(spec, where=str(path)) if spec else None
         expected = 2 if self.spec is not None and self.spec.output_form == "topk" else 1
@@ -216,6 +215,11 @@ class _Loading:
                 f"threads: {threads.intra or 'one per core'} per operator, {threads.inter} parallel operators"
             )
         return reasons
+
+
+def _backend_reason(ort: Any, tensorrt: bool) -> str:
+    name = "TensorRT inside ONNX Runtime" if tensorrt else "ONNX Runtime"
+    return f"backend: {name} {ort.__version__}, which runs ONNX files"
 
 
 def _rounded(path: Path) -> bytes | str:
