@@ -97,8 +97,7 @@ def calibrate_file(
             images for the budget.
         VerificationError: the INT8 graph outputs logits that are not finite; nothing is written.
     """
-    source, data, target = Path(source), Path(data), Path(target)
-    config = config or CalibrationConfig()
+    source, data, target, config = Path(source), Path(data), Path(target), config or CalibrationConfig()
     _check_target(source, target)
     check_mix(config.mix, adversary)
     model, preprocessing = read_float_model(source, foreign)
