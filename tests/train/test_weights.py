@@ -21,7 +21,8 @@ CLASSES = ("a", "b", "c")
 
 def network(arch: str = "test_resnet", classes: int = 3, seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(arch, num_classes=classes)
+    model: nn.Module = timm.create_model(arch, num_classes=classes)
+    return model
 
 
 def backbone(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
