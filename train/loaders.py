@@ -46,12 +46,23 @@ class Batches:
         self._mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
         self._device = device
+        self._iterator: Any = None
 
     def __len__(self) -> int:
         return len(self._loader)
 
+    def close(self) -> None:
+        """Stop the loader processes.
+
+        They ignore signals, and Python waits for them when it exits. The traceback of an error can
+        keep the iterator alive until then, so its destructor is not enough.
+        """
+        if self._loader.num_workers and self._iterator is not None:
+            self._iterator._shutdown_workers()
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, labels in self._loader:
+        self._iterator = iter(self._loader)
+        for pixels, labels in self._iterator:
             layout = torch.channels_last if pixels.ndim == 4 else torch.contiguous_format
             images = pixels.to(self._device, non_blocking=True, memory_format=layout).float()
             images = images.div_(255).sub_(self._mean).div_(self._std)

@@ -195,8 +195,8 @@ class Trainer:
             with self.stop.listening():
                 self._run_epochs()
         finally:
-            for tracker in self.trackers:
-                tracker.close()
+            for opened in (*self.trackers, self.batches, self.val, self.val_attacked):
+                opened.close()
         rows = self.state.metrics
         best = self.folder.best_epoch or best_epoch(rows)
         return FitResult(last=self.last, best=self.folder.best, best_epoch=best, metrics=tuple(rows))

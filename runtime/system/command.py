@@ -176,14 +176,22 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except (AdvPropError, ImportError) as error:
-            shown = missing_package(error, self.slice) or missing_package(error.__cause__, self.slice) or error
-            if not isinstance(shown, AdvPropError):
+            message, code = self._describe(error)
+            if not message:
                 raise
-            click.echo(clean(str(shown) if isinstance(shown, Interrupted) else f"error: {shown}"), err=True)
-            sys.exit(shown.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted. No incomplete file was left behind.", err=True)
-            sys.exit(130)
+            message, code = "Interrupted. No incomplete file was left behind.", 130
+        # Here and not in the handlers: the error holds the frames of the command, and whatever waits
+        # for their objects to be freed, such as processes that load images, would wait forever.
+        click.echo(message, err=True)
+        sys.exit(code)
+
+    def _describe(self, error: Exception) -> tuple[str, int]:
+        """Return the message and the exit code of an error; an empty message if it is not ours."""
+        shown = missing_package(error, self.slice) or missing_package(error.__cause__, self.slice) or error
+        if not isinstance(shown, AdvPropError):
+            return "", 1
+        return clean(str(shown) if isinstance(shown, Interrupted) else f"error: {shown}"), shown.exit_code
 
 
 def _verbosity_option(names: list[str], level: int, help_text: str) -> click.Option:

@@ -119,6 +119,25 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path, workers: str) -> None:
     load_checkpoint(tmp_path / "last.pt")
 
 
+def test_a_traceback_that_is_kept_does_not_keep_loader_processes(tmp_path: Path) -> None:
+    """Python waits for them when it exits, and they ignore signals."""
+    program = (
+        "import sys\n"
+        "from train import DataConfig, TrainConfig, fit\n"
+        "from pathlib import Path\n"
+        "from train.config import OptimConfig\n"
+        "try:\n"
+        f"    fit(TrainConfig(arch='resnet10t', epochs=1, out=Path({str(tmp_path)!r}), "
+        "data=DataConfig(workers=2, img_size=16), "
+        "optim=OptimConfig(lr=1e30, warmup_epochs=0, clip_grad=0, optimizer='sgd')))\n"
+        "except Exception as error:\n"
+        "    sys.last_value = error\n"
+        "    print(type(error).__name__, flush=True)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "TrainingDiverged\n", run.stdout + run.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
 def test_a_full_disk_leaves_no_incomplete_file(tmp_path: Path) -> None:
     """A limit on the file size acts like a full disk: writing beyond it fails."""

@@ -189,7 +189,7 @@ def test_ray_options_are_checked_and_a_missing_ray_is_reported(
     options = [str(toy_onnx(tmp_path / "toy.onnx")), "--suite", "imagenet", "--data", str(data)]
     monkeypatch.setitem(sys.modules, "ray", None)
     for more, code, words in (
-        (["--ray", "auto"], 3, "pip install ray"),
+        (["--ray", "auto"], 3, "[ray]'"),
         (["--ray-workers", "2"], 2, "require --ray ADDRESS"),
         (["--ray", "auto", "--workers", "1"], 2, "--workers cannot be combined with --ray"),
     ):

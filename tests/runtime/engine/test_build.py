@@ -144,7 +144,7 @@ def test_build_and_inspect_on_the_command_line(files: dict[str, Path], tmp_path:
     engine = tmp_path / "b.engine"
     result = CliRunner().invoke(main, ["build", str(files["fp16"]), "--out", str(engine), "--sm", "8.6"])
     assert result.exit_code == 0, result.output
-    assert "fp16, for sm_86" in result.output
+    assert "fp16, for SM 86" in result.output
     shown = CliRunner().invoke(main, ["inspect", str(engine)])
     assert "bytes match the sidecar" in shown.output
     shown = CliRunner().invoke(main, ["inspect", str(files["fp16"])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,16 @@ def test_deadlines_full_queues_and_cancellation(start: Start, tmp_path: Path) ->
         codes = [call.exception().code() if call.exception() else grpc.StatusCode.OK for call in calls]
         assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
         running, waiting = (stub.ModelInfer.future(request_of(images_of(LONG))) for _ in range(2))
+        wait_for_metric(server, "advprop_requests_in_flight 2.0")
         waiting.cancel()
         assert running.result().model_name == "toy"
-    metrics = server.ask("GET", "/metrics").body.decode()
-    assert 'advprop_requests_total{model="toy",outcome="cancelled",protocol="grpc"}' in metrics
+    wait_for_metric(server, 'advprop_requests_total{model="toy",outcome="cancelled",protocol="grpc"} 1.0')
+
+
+def wait_for_metric(server: Server, line: str) -> None:
+    for _ in range(600):
+        if line in server.ask("GET", "/metrics").body.decode().splitlines():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{line} is not in {server.ask('GET', '/metrics').body.decode()}")
     assert server.stop() == 0
