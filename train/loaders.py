@@ -24,7 +24,7 @@ from train.data import ImageData, ImageSet, ImageStream
 from train.distributed import rank, world_size
 from train.samples import EpochBatches, SeededSamples, StreamedSamples, Transform, seeded, transformed
 
-__all__ = ["Batches", "SetBatches", "StreamBatches", "eval_loader", "eval_transform", "train_loader"]
+__all__ = ["Batches", "SetBatches", "StreamBatches", "close_all", "eval_loader", "eval_transform", "train_loader"]
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,12 @@ class Batches:
     def names(self, batch: int) -> list[str]:
         """Return the files in batch number `batch` of the epoch."""
         raise NotImplementedError("validation images have a fixed order")
+
+
+def close_all(*batches: Batches) -> None:
+    """Stop the loader processes of all `batches`."""
+    for each in batches:
+        each.close()
 
 
 class SetBatches(Batches):

@@ -33,7 +33,7 @@ from train.data import ImageSet
 from train.datasets import open_data
 from train.distributed import StopRequest, process_group, rank, world_size, world_sum
 from train.freezing import Backbone
-from train.loaders import Batches, eval_loader, train_loader
+from train.loaders import Batches, close_all, eval_loader, train_loader
 from train.models import resolve_device
 from train.output import RunFolder
 from train.recipes import find_recipe
@@ -195,11 +195,11 @@ class Trainer:
             with self.stop.listening():
                 self._run_epochs()
         finally:
-            for opened in (*self.trackers, self.batches, self.val, self.val_attacked):
-                opened.close()
-        rows = self.state.metrics
-        best = self.folder.best_epoch or best_epoch(rows)
-        return FitResult(last=self.last, best=self.folder.best, best_epoch=best, metrics=tuple(rows))
+            for tracker in self.trackers:
+                tracker.close()
+            close_all(self.batches, self.val, self.val_attacked)
+        best = self.folder.best_epoch or best_epoch(self.state.metrics)
+        return FitResult(last=self.last, best=self.folder.best, best_epoch=best, metrics=tuple(self.state.metrics))
 
     def _run_epochs(self) -> None:
         epochs = self.config.resolved_epochs
