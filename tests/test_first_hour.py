@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,9 @@ def tutorial() -> list[list[str]]:
     section = text.partition("## From weights to a report")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     lines = block.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]
+    commands = [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]
+    assert commands[0][:2] == ["pip", "install"]  # textures, which the environment of the tests may lack
+    return commands[1:]
 
 
 def command(words: list[str]) -> list[str]:
@@ -58,6 +61,7 @@ def command(words: list[str]) -> list[str]:
         words += ["--img-size", "32", "--workers", "0"]
     if words[:2] == ["advprop", "compare"]:
         words += ["--workers", "0"]
+        words += [] if find_spec("imagecorruptions") else ["--suite", "clean"]
     program = {"python": [sys.executable], "advprop": [sys.executable, "-m", "advprop"]}
     program["advprop-export"] = [sys.executable, "-m", "advprop", "export"]
     return [*program[words[0]], *words[1:]]
