@@ -88,7 +88,7 @@ def write_repository(
 ) -> list[str]:
     """Write a Triton model repository, or add models to one.
 
-    Each model NAME becomes three: NAME, the classifier; NAME_preprocess, which runs the file's own
+    Each model NAME becomes four: NAME, the classifier; NAME_preprocess, which runs the file's own
     preprocessing; NAME_labels; and the ensemble NAME_image, which takes encoded images and returns
     labels.
 
@@ -181,7 +181,7 @@ def _read_engines(name: str, engines: Sequence[Path]) -> _Classifier:
             for output in _ENGINE_OUTPUTS[spec.output_form]
         ),
         spec=spec,
-        largest=min(profiles[input_name]["max"][0] for info in infos for profiles in info.profiles[-1:]),
+        largest=min(info.profiles[-1][input_name]["max"][0] for info in infos),
     )
 
 
@@ -326,17 +326,13 @@ def _usual_sizes(classifier: _Classifier) -> list[int]:
 
 def _warm_up(classifier: _Classifier, size: int) -> dict[str, Any]:
     tensor = _tensor(classifier.input, classifier)
-    if any(dimension < 0 for dimension in tensor["dims"]):  # an open image size
-        usual = classifier.spec.preprocessing
-        tensor["dims"] = [{-1: 0}.get(d, d) for d in tensor["dims"]]
-        sizes = iter((usual.height, usual.width))
-        tensor["dims"] = [d or next(sizes) for d in tensor["dims"]]
+    usual = iter((classifier.spec.preprocessing.height, classifier.spec.preprocessing.width))
+    dims = [next(usual) if dimension < 0 else dimension for dimension in tensor["dims"]]  # an open image size
+    content = {"data_type": tensor["data_type"], "dims": dims, "random_data": True}
     return {
         "name": f"batch of {size}",
         "batch_size": size if classifier.largest else 0,
-        "inputs": Map(
-            {tensor["name"]: {"data_type": tensor["data_type"], "dims": tensor["dims"], "random_data": True}}
-        ),
+        "inputs": Map({tensor["name"]: content}),
     }
 
 

@@ -22,6 +22,7 @@ from runtime.graph.summary import summarize
 from runtime.loading import load
 from runtime.session import Session
 from runtime.spec import ModelSpec
+from runtime.system.files import no_such
 
 __all__ = ["PEERS", "LoadOptions", "find_onnx_of", "open_targets"]
 
@@ -85,7 +86,7 @@ def open_targets(
         )
     for path in paths:
         if not path.is_file():
-            raise ModelFileError(f"no such model file: {path}")
+            raise ModelFileError(no_such("model file", path))
     opener = _Opener(_distinct_names(paths), against, options, max_callers, torch_opener)
     try:
         for path in paths:

@@ -1,14 +1,13 @@
 """The output folder of a run: other runs, leftovers, locks; and resuming with other images."""
 
-import dataclasses
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ from click.testing import CliRunner
 from runtime.errors import ConfigError, Interrupted, OutputError, TrainingDiverged
 from runtime.system.locks import reserved_folder
 from tests.support import ROOT
+from tests.support.training_runs import short_run
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.config import DataConfig, OptimConfig, TrainConfig
+from train.config import OptimConfig
 from train.config_file import from_mapping, read_toml
 from train.loop import Trainer, fit
 from train.reporting import SilentReporter
@@ -29,19 +29,8 @@ COMMAND = ["--arch", "test_resnet", "--recipe", "vanilla", "--img-size", "16", "
 COMMAND += ["--workers", "0", "--set", "tensorboard=false", "--set", "eval_attack_images=4"]
 
 
-def settings(images: Path, out: Path, **changes: Any) -> TrainConfig:
-    """Return the settings of a run of 4 steps per epoch."""
-    config = TrainConfig(
-        arch="test_resnet",
-        recipe="vanilla",
-        epochs=2,
-        batch_size=12,
-        out=out,
-        tensorboard=False,
-        eval_attack_images=4,
-        data=DataConfig(root=images, img_size=16, workers=0),
-    )
-    return dataclasses.replace(config, **changes)
+settings = partial(short_run, img_size=16)
+"""Settings of a run of 4 steps per epoch."""
 
 
 class StopAt(SilentReporter):

@@ -1,6 +1,5 @@
 """Continue a run with other settings, in another folder, and from the command line."""
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,30 +8,16 @@ import pytest
 from click.testing import CliRunner
 
 from runtime.errors import CheckpointError
+from tests.support.training_runs import short_run
 from train.checkpoint import load_checkpoint
-from train.config import DataConfig, OptimConfig, TrainConfig
+from train.config import OptimConfig
 from train.loop import FitResult, fit
 from train.run import main
 
 
-def settings(images: Path, out: Path, **changes: Any) -> TrainConfig:
-    """Return the settings of a run of 4 steps per epoch."""
-    config = TrainConfig(
-        arch="test_resnet",
-        recipe="vanilla",
-        epochs=2,
-        batch_size=12,
-        out=out,
-        tensorboard=False,
-        eval_attack_images=4,
-        data=DataConfig(root=images, img_size=32, workers=0),
-    )
-    return dataclasses.replace(config, **changes)
-
-
 @pytest.fixture
 def run(image_folder: Path, tmp_path: Path) -> FitResult:
-    return fit(settings(image_folder, tmp_path / "run"))
+    return fit(short_run(image_folder, tmp_path / "run"))
 
 
 def learning_rates(result: FitResult) -> list[float]:
@@ -42,9 +27,9 @@ def learning_rates(result: FitResult) -> list[float]:
 def test_more_epochs_extend_the_schedule(
     image_folder: Path, tmp_path: Path, run: FitResult, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = fit(settings(image_folder, tmp_path / "whole", epochs=4))
+    whole = fit(short_run(image_folder, tmp_path / "whole", epochs=4))
     with caplog.at_level(logging.INFO):
-        longer = fit(settings(image_folder, tmp_path / "run", epochs=4, resume="auto"))
+        longer = fit(short_run(image_folder, tmp_path / "run", epochs=4, resume="auto"))
     assert len(longer.metrics) == 4
     assert learning_rates(longer)[2:] == pytest.approx(learning_rates(whole)[2:])
     assert "changed from epoch 3 on: epochs: 2 → 4" in caplog.text
@@ -57,15 +42,15 @@ def test_more_epochs_extend_the_schedule(
 
 def test_another_learning_rate_starts_a_new_schedule(image_folder: Path, tmp_path: Path, run: FitResult) -> None:
     optim = OptimConfig(lr=1e-4, warmup_epochs=0.0)
-    result = fit(settings(image_folder, tmp_path / "run", epochs=4, resume="auto", optim=optim))
-    alone = fit(settings(image_folder, tmp_path / "alone", optim=optim))
+    result = fit(short_run(image_folder, tmp_path / "run", epochs=4, resume="auto", optim=optim))
+    alone = fit(short_run(image_folder, tmp_path / "alone", optim=optim))
     assert learning_rates(result)[2:] == pytest.approx(learning_rates(alone))
-    again = fit(settings(image_folder, tmp_path / "run", epochs=4, resume="auto", optim=optim))  # nothing is left
+    again = fit(short_run(image_folder, tmp_path / "run", epochs=4, resume="auto", optim=optim))  # nothing is left
     assert again.metrics == result.metrics
 
 
 def test_other_settings_apply_from_here_on(image_folder: Path, tmp_path: Path, run: FitResult) -> None:
-    changes = settings(
+    changes = short_run(
         image_folder,
         tmp_path / "run",
         epochs=3,
@@ -97,13 +82,13 @@ def test_what_cannot_change_is_refused(
 ) -> None:
     before = run.last.read_bytes()
     with pytest.raises(CheckpointError, match=expected):
-        fit(settings(image_folder, tmp_path / "run", resume="auto", **changes))
+        fit(short_run(image_folder, tmp_path / "run", resume="auto", **changes))
     assert run.last.read_bytes() == before
 
 
 def test_a_run_continues_in_another_folder(image_folder: Path, tmp_path: Path, run: FitResult) -> None:
     before = {path.name: path.read_bytes() for path in run.last.parent.iterdir()}
-    result = fit(settings(image_folder, tmp_path / "new", epochs=3, resume=str(tmp_path / "run")))
+    result = fit(short_run(image_folder, tmp_path / "new", epochs=3, resume=str(tmp_path / "run")))
     assert {path.name: path.read_bytes() for path in run.last.parent.iterdir()} == before
     assert result.last == tmp_path / "new" / "last.pt"
     assert result.best.exists()
@@ -116,7 +101,7 @@ def test_best_pt_is_small_and_is_not_resumed(image_folder: Path, tmp_path: Path,
     assert set(last) - set(best) == {"optimizer", "scheduler", "scaler", "rng", "loss_sum", "branch_loss_sums"}
     assert run.best.stat().st_size < 0.6 * run.last.stat().st_size
     with pytest.raises(CheckpointError, match=r"without the state of the optimizer; resume .*last\.pt, or .*--weights"):
-        fit(settings(image_folder, tmp_path / "new", resume=str(run.best)))
+        fit(short_run(image_folder, tmp_path / "new", resume=str(run.best)))
     assert not (tmp_path / "new").exists()
 
 
@@ -143,7 +128,7 @@ def test_a_run_in_the_default_folder_continues_in_a_new_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     default = Path("runs") / "test_resnet-vanilla"
-    fit(settings(image_folder, default, epochs=1))
+    fit(short_run(image_folder, default, epochs=1))
     invoke("--arch", "test_resnet", "--recipe", "vanilla", "--resume", "--out", "new", "--epochs", 2)
     assert load_checkpoint(tmp_path / "new" / "last.pt")["epoch"] == 2
     assert load_checkpoint(default / "last.pt")["epoch"] == 1

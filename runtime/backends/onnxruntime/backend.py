@@ -25,6 +25,7 @@ from runtime.graph.summary import CALIBRATION_KEY
 from runtime.graph.validation import check_file
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.cpu import has_exact_int8
+from runtime.system.files import no_such
 from runtime.system.gpu import Gpu, find_gpu
 from runtime.system.slices import missing_package
 
@@ -76,7 +77,7 @@ class OnnxRuntimeBackend(Backend):
         ort = _import_onnxruntime()
         providers = choose_providers(ort, device, None if device == "cpu" else detect_gpu(), tensorrt=tensorrt)
         if not path.is_file():
-            raise ModelFileError(f"no such model file: {path}")
+            raise ModelFileError(no_such("model file", path))
         check_file(path)
         loading = _Loading.plan(path, providers, threads, exact)
         session = loading.open(ort)
