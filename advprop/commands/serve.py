@@ -50,7 +50,13 @@ _OPTIONS = (
     _option("--backend", default="auto", type=click.Choice(BACKENDS), group=_LOAD, help="What runs the models."),
     device_option(group=_LOAD),
     threads_option(group=_LOAD),
-    _option("--contexts", default=2, type=click.IntRange(min=1), group=_LOAD, help="Batches an engine runs at once."),
+    _option(
+        "--contexts",
+        default=0,
+        type=click.IntRange(min=0),
+        group=_LOAD,
+        help="Batches that run at the same time; 0 is 2 for an engine, and 1 for an ONNX file.",
+    ),
     _option(
         "--max-batch",
         default=0,
@@ -60,10 +66,9 @@ _OPTIONS = (
     ),
     _option(
         "--max-delay-us",
-        default=_BATCHES.max_delay_us,
         type=click.IntRange(min=0),
         group=_BATCHING,
-        help="Microseconds that a request waits for others while the model is idle.",
+        help="Microseconds that a request waits for others while idle; the default is 1000 on a GPU, and 0 on a CPU.",
     ),
     _option(
         "--max-queued",
@@ -99,14 +104,14 @@ def _settings(given: dict[str, Any]) -> ServeConfig:
     load = LoadSettings(
         backend=given["backend"],
         device=given["device"],
-        threads=Threads(intra=given["threads"]),
+        threads=Threads(intra=given["threads"], contexts=given["contexts"] or 1),
         batching=Batching(
             max_batch=given["max_batch"],
             max_delay_us=given["max_delay_us"],
             max_queued_images=given["max_queued"],
             decode_threads=given["decode_threads"],
         ),
-        engine=EngineOptions(contexts=given["contexts"]),
+        engine=EngineOptions(contexts=given["contexts"] or 2),
         max_pixels=given["max_pixels"],
     )
     ports = {0: None, -1: 0}
