@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,32 @@ class Server:
         return self.process.wait(timeout_s)
 
 
-def start_server(*arguments: str | Path, wait: bool = True) -> Server:
-    """Start `advprop serve` on free ports, and return once its models are loaded."""
-    command = [sys.executable, "-m", "advprop", "serve", "--http-port", "0", "--threads", "1", *map(str, arguments)]
+def start_server(
+    *arguments: str | Path, wait: bool = True, launcher: Sequence[str] = (), stdout: Path | None = None
+) -> Server:
+    """Start `advprop serve` on free ports, and return once its models are loaded.
+
+    Args:
+        arguments: of the command.
+        wait: wait until the models are loaded.
+        launcher: program and arguments that start the command.
+        stdout: file for the standard output.
+    """
+    command = [
+        *launcher,
+        sys.executable,
+        "-m",
+        "advprop",
+        "serve",
+        "--http-port",
+        "0",
+        "--threads",
+        "1",
+        *map(str, arguments),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    with Path(stdout or os.devnull).open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.PIPE, text=True)
     server = Server(process)
     threading.Thread(target=_read, args=(server,), daemon=True).start()
     if wait:
