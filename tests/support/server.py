@@ -139,3 +139,20 @@ def binary_request(images_NCHW: NDArray[np.float32], **content: Any) -> tuple[by
     text = json.dumps({"inputs": [tensor], **content}).encode()
     headers = {"Inference-Header-Content-Length": str(len(text)), "Content-Type": "application/octet-stream"}
     return text + images_NCHW.tobytes(), headers
+
+
+def damaged_request(random: np.random.Generator) -> tuple[bytes, dict[str, str]]:
+    """Return a binary request for the same models, with damaged bytes, lengths or fields."""
+    sizes = [-1, 0, 1, 191, 193, 2**31, 2**63, "192", None, 1.5]
+    tensor = {
+        "name": random.choice(["input", "image"]),
+        "datatype": random.choice(["FP32", "FP16", "INT8", "BYTES", "BOOL"]),
+        "shape": [int(size) for size in random.choice([0, 1, 2, 3, 4, 2**33], random.integers(0, 6))],
+        "parameters": {"binary_data_size": sizes[random.integers(len(sizes))]},
+    }
+    text = bytearray(json.dumps({"inputs": [tensor] * int(random.integers(0, 3))}).encode())
+    for _ in range(random.integers(0, 3)):
+        text[random.integers(len(text))] = random.integers(256)
+    length = int(random.choice([len(text), 1, len(text) + 1, 10**6, 2**62]))
+    header = random.choice([str(length), f"-{length}", f" {length}x", ""])
+    return bytes(text) + random.bytes(int(random.integers(0, 400))), {"Inference-Header-Content-Length": header}
