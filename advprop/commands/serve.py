@@ -62,7 +62,7 @@ _OPTIONS = (
         default=0,
         type=click.IntRange(min=0),
         group=_BATCHING,
-        help="Maximum images per batch; 0 is 4 on a CPU and 32 on a GPU.",
+        help="Maximum images per batch; 0 is 32 on a GPU, 4 on a CPU, and 1 on a CPU with several contexts.",
     ),
     _option(
         "--max-delay-us",

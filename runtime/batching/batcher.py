@@ -40,7 +40,8 @@ class Batching:
 
     max_batch: int = 0
     """Maximum number of images per batch, further limited by the model file. 0: 32 on a GPU, and 4
-    on a CPU, where larger batches exceed the caches and take longer per image.
+    on a CPU, where larger batches exceed the caches and take longer per image; 1 if several batches
+    run at the same time on the CPU (`Threads.contexts`).
     benchmarks/runtime_overhead.py finds the best size."""
     max_delay_us: int | None = None
     """Maximum time that a request waits for others while the model is idle, in microseconds. None:
@@ -75,7 +76,7 @@ class Batcher:
     def __init__(self, backend: Backend, config: Batching) -> None:
         """Create a batcher for `backend`. The caller closes the backend after the batcher."""
         on_cpu = backend.device == "cpu"
-        largest = config.max_batch or (_CPU_BATCH if on_cpu else _GPU_BATCH)
+        largest = config.max_batch or ((_CPU_BATCH if backend.contexts == 1 else 1) if on_cpu else _GPU_BATCH)
         delay_us = config.max_delay_us
         if delay_us is None:
             delay_us = 0 if on_cpu else _GPU_DELAY_US

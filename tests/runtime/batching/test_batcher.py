@@ -34,6 +34,7 @@ def test_batches_run_at_the_same_time_if_requested(tmp_path: Path) -> None:
     onnx.save(serving_model(SLOW), tmp_path / "m.onnx")
     threads = runtime.Threads(intra=1, contexts=2)
     with runtime.load(tmp_path / "m.onnx", threads=threads, device="cpu", warm_up=(1,)) as session:
+        assert session.batching.max_batch == 1
         long = busy(session)
         assert session.submit(images_of(1)).result(60)[0, 0] == 1
         assert not long.done()
