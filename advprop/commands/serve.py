@@ -10,7 +10,7 @@ import click
 from runtime.backends.open import BACKENDS
 from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
-from runtime.errors import BackendUnavailable, ConfigError
+from runtime.errors import ConfigError
 from runtime.serve.config import LoadSettings, ModelSource, ServeConfig
 from runtime.system.command import Command, Option, as_config, device_option, threads_option
 from runtime.system.console import set_up_logging
@@ -156,7 +156,8 @@ def main(models: tuple[ModelSource, ...], settings: dict[str, Any]) -> None:
     """
     set_up_logging()
     config = _settings({**settings, "models": models})
-    serve = _import_server()
+    from runtime.serve.workers import serve
+
     if not config.is_local:
         log.warning(
             "anybody who can reach %s can send requests and unload models: put TLS and authentication in front of it",
@@ -168,16 +169,6 @@ def main(models: tuple[ModelSource, ...], settings: dict[str, Any]) -> None:
         click.echo(f"ready: {', '.join(model.name for model in models)} on {addresses}", err=True)
 
     serve(config, announce)
-
-
-def _import_server() -> Any:
-    try:
-        from runtime.serve.workers import serve
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"a package that `advprop serve` needs is missing: {error.name}", fix="pip install 'advprop[serve]'"
-        ) from error
-    return serve
 
 
 if __name__ == "__main__":
