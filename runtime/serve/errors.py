@@ -63,7 +63,7 @@ def request_error(error: Exception) -> RequestError:
     """Return the answer to an error. Unexpected errors are logged, and their text stays here."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, SpecError):  # its text gives advice to whoever loads the file, and the path
+    if isinstance(error, SpecError):  # its text has the path, and advice for the operator
         return RequestError(Outcome.UNPROCESSABLE, _NO_SPEC)
     if isinstance(error, AdvPropError):
         return RequestError(_outcome(error), str(error))

@@ -15,7 +15,7 @@ from runtime.serve.errors import Outcome
 try:
     from opentelemetry import propagate, trace
 except ImportError:
-    trace = None  # type: ignore[assignment]
+    trace = None
 
 __all__ = ["RequestSpan", "request_span"]
 
