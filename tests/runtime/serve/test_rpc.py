@@ -142,7 +142,8 @@ CANCELLED = 'advprop_requests_total{model="toy",outcome="cancelled",protocol="gr
 
 def cancelled(server: Server) -> float:
     text = server.ask("GET", "/metrics").body.decode()
-    return sum(float(line.removeprefix(CANCELLED)) for line in text.splitlines() if line.startswith(CANCELLED))
+    found = [float(line.removeprefix(CANCELLED)) for line in text.splitlines() if line.startswith(CANCELLED)]
+    return sum(found, start=0.0)
 
 
 def wait_for_metric(server: Server, line: str) -> None:
