@@ -9,7 +9,9 @@ from typing import Any
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs imports this file by its path
@@ -20,6 +22,18 @@ from scripts.site_tables import TABLES, command_page  # noqa: E402
 PACKAGES = ("advprop", "runtime", "train", "export", "calib")
 DRAWINGS = ("attack", "choose", "pipeline", "routed_bn")
 """SVG files in docs/images/ that become part of the page, so they follow its light or dark mode."""
+
+SEARCH_BOOSTS = {
+    "troubleshooting.md": 4,
+    "how-to/": 3,
+    "tutorials/": 2,
+    "start/": 2,
+    "results/": 0.5,
+    "reference/python/": 0.5,
+    "changelog.md": 0.2,
+    "contributing.md": 0.2,
+}
+"""Start of a page's path → its weight in the search: answers before numbers and signatures."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -77,7 +91,14 @@ def public_names(name: str) -> dict[str, str]:
     }
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Set the weight of a page in the search, and complete its text."""
+    found = [boost for start, boost in SEARCH_BOOSTS.items() if page.file.src_uri.startswith(start)]
+    page.meta.setdefault("search", {"boost": found[0] if found else 1})
+    return complete(markdown)
+
+
+def complete(markdown: str) -> str:
     """Insert the generated tables and the drawings."""
     for name, table in TABLES.items():
         marker = f"<!-- generated: {name} -->"
@@ -95,5 +116,34 @@ def _drawing(image: re.Match[str]) -> str:
     svg = (ROOT / "docs" / "images" / f"{name}.svg").read_text()
     svg = re.sub(r"<style>.*?</style>\s*", "", svg, flags=re.S)
     svg = re.sub(r"\n\s*\n", "\n", svg).strip()
-    figure = svg.replace("<svg ", f'<svg role="img" aria-label="{alternative}" ', 1)
-    return f'<div class="drawing" tabindex="0" role="group" aria-label="Drawing">\n{figure}\n</div>'
+    role = "group" if "<a " in svg else "img"  # links in a picture can be reached with the keyboard
+    figure = svg.replace("<svg ", f'<svg role="{role}" aria-label="{alternative}" ', 1)
+    return f'<div class="drawing" tabindex="0">\n{figure}\n</div>'
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """Check that a page loads nothing from other hosts, and complete its labels for screen readers."""
+    check_page(output, page.file.dest_uri)
+    return with_labels(output)
+
+
+def with_labels(output: str) -> str:
+    """Add the names that the theme's search dialog and the parts of its navigation lack."""
+    output = output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+    title = r'<label class="md-nav__title" for="{}">\s*<span class="md-nav__icon md-icon"></span>\s*(.*?)\s*</label>'
+
+    def labeled(nav: re.Match[str]) -> str:
+        found = re.search(title.format(nav[1]), output, re.S)
+        return f'aria-label="{found[1]}"' if found else nav[0]
+
+    return re.sub(r'aria-labelledby="(__nav_[\d_]+)_label"', labeled, output)
+
+
+def check_page(output: str, name: str) -> None:
+    """Raise PluginError if a page loads a script, style, font or picture from another host."""
+    found = re.search(r"<(?:script|img|source|iframe)\b[^>]*\bsrc=\"?(https?:[^\s\">]+)", output)
+    found = found or re.search(r"<link\b(?=[^>]*stylesheet|[^>]*preconnect)[^>]*\bhref=\"?(https?:[^\s\">]+)", output)
+    if found:
+        raise PluginError(f"{name} loads {found[1]}; the site must not load anything from other hosts")

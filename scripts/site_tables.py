@@ -34,7 +34,11 @@ def command_page(name: str) -> str:
     root = click.Context(group, info_name="advprop")
     command = group.get_command(root, name)
     assert command is not None
-    return "\n".join(_command(command, click.Context(command, info_name=name, parent=root), 1))
+    return "\n".join(_command(command, _context(command, name, root), 1))
+
+
+def _context(command: click.Command, name: str, parent: click.Context) -> click.Context:
+    return click.Context(command, info_name=name, parent=parent, **command.context_settings)
 
 
 def _command(command: click.Command, context: click.Context, level: int) -> Iterator[str]:
@@ -47,7 +51,7 @@ def _command(command: click.Command, context: click.Context, level: int) -> Iter
         for name in command.list_commands(context):
             child = command.get_command(context, name)
             assert child is not None
-            yield from _command(child, click.Context(child, info_name=name, parent=context), level + 1)
+            yield from _command(child, _context(child, name, context), level + 1)
     for title, records in _option_groups(command, context).items():
         yield f"{'#' * (level + 1)} {title}\n"
         yield "| option | effect |\n|---|---|"
@@ -141,7 +145,14 @@ def _option_names() -> dict[str, str]:
 
 def _values(hint: Any, bounds: str, limits: Any) -> str:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    names = {"bool": "true or false", "str": "text", "int": "integer", "float": "number", "Path": "path", "dict": "table"}
+    names = {
+        "bool": "true or false",
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "Path": "path",
+        "dict": "table",
+    }
     shown = [getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None)]
     if limits is not None and limits.one_of:
         return ", ".join(f"`{value}`" for value in limits.one_of)
