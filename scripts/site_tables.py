@@ -173,7 +173,7 @@ def exit_codes() -> str:
     rows: dict[int, list[str]] = {}
     for name in errors.__all__:
         kind = getattr(errors, name)
-        if isinstance(kind, type):
+        if isinstance(kind, type) and issubclass(kind, errors.AdvPropError):
             line = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
             rows.setdefault(kind.exit_code, []).append(f"`{name}`: {_cell(line)}")
     table = ["| code | errors |\n|---|---|", "| 0 | Success. |"]

@@ -2,8 +2,8 @@
 
 import ast
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from mkdocs.exceptions import PluginError
 
 from advprop.cli import COMMANDS
 from runtime import errors
+from runtime.system.colors import DARK, LIGHT, contrast
 from scripts.site_hooks import DRAWINGS, check_page, complete, package_page
 from scripts.site_tables import TABLES, command_page
 from tests.support import ROOT
@@ -27,9 +28,11 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
-def sources() -> Iterator[Path]:
-    for package in PACKAGES:
-        yield from (ROOT / package).rglob("*.py")
+@functools.cache
+def sources() -> dict[Path, list[ast.AST]]:
+    """Return the syntax of every file of the packages."""
+    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {path: list(ast.walk(ast.parse(path.read_text()))) for path in paths}
 
 
 def test_the_settings_of_training_are_complete() -> None:
@@ -51,7 +54,7 @@ def test_the_exit_codes_are_complete() -> None:
     text = TABLES["exit codes"]()
     for name in errors.__all__:
         kind = getattr(errors, name)
-        if isinstance(kind, type):
+        if isinstance(kind, type) and issubclass(kind, errors.AdvPropError):
             (row,) = (row for row in rows(text) if f"`{name}`" in row[1])
             assert int(row[0]) == kind.exit_code
 
@@ -79,8 +82,8 @@ def test_the_page_of_a_package_documents_each_object_once() -> None:
 def environment_variables() -> set[str]:
     """Return the names of environment variables that the packages read or set."""
     found = set()
-    for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, nodes in sources().items():
+        for node in nodes:
             name = None
             if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
                 name = node.slice
@@ -101,8 +104,8 @@ def test_the_environment_variables_are_complete() -> None:
 def messages_in_code() -> str:
     """Return all texts in the code, with … in place of values."""
     texts = []
-    for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for nodes in sources().values():
+        for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
                 texts.append("".join(map(str, parts)))
@@ -187,3 +190,16 @@ def test_the_navigation_has_every_result() -> None:
     nav = yaml.dump(yaml.load(text, Loader)["nav"])
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in DOCUMENTS}
     assert [page for page in sorted(pages) if page not in nav and not page.startswith("reference/python/")] == []
+
+
+def test_the_site_has_the_colors_of_reports() -> None:
+    style = (ROOT / "docs" / "style.css").read_text()
+    for scheme, palette in (("default", LIGHT), ("slate", DARK)):
+        rules = style[style.index(f'[data-md-color-scheme="{scheme}"]') :].partition("}")[0]
+        found = dict(re.findall(r"--([\w-]+): (#\w+)", rules))
+        assert (found["md-typeset-a-color"], found["main"], found["aux"], found["ink"]) == tuple(
+            palette[name] for name in ("link", "s0", "s1", "ink")
+        )
+        for fill in ("main-fill", "aux-fill", "box"):
+            assert contrast(found["ink"], found[fill]) >= 4.5
+            assert contrast(found["quiet"], found[fill]) >= 4.5
