@@ -48,6 +48,7 @@ PORT = free_port()
 
 def smaller(code: str) -> str:
     """Change a command of a document to a network that trains in seconds, and to a free port."""
+    code = re.sub(r"\s+# .*", "", code)
     code = re.sub(r"\b(resnet50|efficientnet_b3)\b(?!\.safetensors)", "resnet10t", code)
     code = code.replace("resnet50.safetensors", "weights.pt").replace("~/photos", "runs/robust/split")
     if "advprop train" in code and "--arch" in code:

@@ -11,10 +11,10 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from tests.support import ROOT
 
 __all__ = ["Block", "Shell", "blocks_of"]
 
+_TIMEOUT_S = 300
 _FENCE = re.compile(r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -112,19 +113,18 @@ class Shell:
         log = self.folder / "serve.log"
         server = self._processes.Process(target=_serve_preloaded, args=(words[1:], self.folder, log))
         server.start()
-        for _ in range(600):
-            assert server.exitcode is None, log.read_text()
-            try:
-                urllib.request.urlopen(f"{address}/v2/health/ready", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
+        deadline = time.monotonic() + 60
+        while not _answers(f"{address}/v2/health/ready"):
+            if server.exitcode is not None or time.monotonic() > deadline:
+                server.kill()
+                raise AssertionError(log.read_text())
+            time.sleep(0.1)
 
         def stop() -> int:
             server.terminate()
             server.join(60)
-            assert server.exitcode is not None
-            return server.exitcode
+            server.kill()
+            return server.exitcode if server.exitcode is not None else -1
 
         self.ran.append(line)
         return stop
@@ -133,23 +133,36 @@ class Shell:
         log = self.folder / "output.log"
         process = self._processes.Process(target=_serve_preloaded, args=(words, self.folder, log))
         process.start()
-        while stop is not None and not stop.exists():
-            assert process.exitcode is None, log.read_text()[-4000:]
-            time.sleep(0.02)
-        if stop is not None and process.pid is not None:
-            os.kill(process.pid, 2)
-        process.join(300)
-        expected = (0,) if stop is None else (0, 130)
-        assert process.exitcode in expected, (words, process.exitcode, log.read_text()[-4000:])
-        return log.read_text()
+        try:
+            while stop is not None and not stop.exists():
+                assert process.exitcode is None, log.read_text()[-4000:]
+                time.sleep(0.02)
+            if stop is not None and process.pid is not None:
+                os.kill(process.pid, signal.SIGINT)
+            process.join(_TIMEOUT_S)
+            expected = (0,) if stop is None else (0, 130)
+            assert process.exitcode in expected, (words, process.exitcode, log.read_text()[-4000:])
+            return log.read_text()
+        finally:
+            process.kill()
 
     def _run_other(self, line: str) -> str:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
         command = ["bash", "-euo", "pipefail", "-c", line]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
+        )
         assert done.returncode == 0, (line, done.stdout[-2000:], done.stderr[-2000:])
         return done.stdout
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _lines(code: str) -> list[str]:
