@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support import ROOT
 
@@ -74,8 +75,6 @@ class Shell:
         """
         self.folder = folder
         self.rewrite = rewrite
-        self.ran: list[str] = []
-        """The lines that were run, as the document has them."""
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(["timm", "onnx", "onnxruntime", "export.pipeline", "runtime.evaluate"])
 
@@ -95,7 +94,6 @@ class Shell:
                 output.append(self._run_ours(words[1:], stop))
             else:
                 output.append(self._run_other(self.rewrite(line)))
-            self.ran.append(line)
         return "".join(output)
 
     def start_server(self, code: str, address: str) -> Callable[[], int]:
@@ -113,7 +111,7 @@ class Shell:
         log = self.folder / "serve.log"
         server = self._processes.Process(target=_serve_preloaded, args=(words[1:], self.folder, log))
         server.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not _answers(f"{address}/v2/health/ready"):
             if server.exitcode is not None or time.monotonic() > deadline:
                 server.kill()
@@ -126,7 +124,6 @@ class Shell:
             server.kill()
             return server.exitcode if server.exitcode is not None else -1
 
-        self.ran.append(line)
         return stop
 
     def _run_ours(self, words: list[str], stop: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -20,6 +21,7 @@ import onnx
 import psutil
 import pytest
 
+from runtime.serve.server import bind
 from tests.runtime.serve.conftest import Start
 from tests.support import ROOT
 from tests.support.server import Answer, Server, tensor_request
@@ -47,6 +49,26 @@ def until(condition: Any, timeout_s: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_are_sent_without_delay(host: str) -> None:
+    """With Nagle's algorithm, the body of an answer waits 40 ms for the client to confirm its headers."""
+
+    async def is_nagle_off() -> bool:
+        accepted: list[asyncio.StreamWriter] = []
+        listening = bind(host, 0)
+        server = await asyncio.start_server(lambda reader, writer: accepted.append(writer), sock=listening)
+        async with server:
+            _, client = await asyncio.open_connection(host, listening.getsockname()[1])
+            while not accepted:
+                await asyncio.sleep(0.01)
+            option = accepted[0].get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for writer in (client, *accepted):
+                writer.close()
+        return bool(option)
+
+    assert asyncio.run(is_nagle_off())
 
 
 class Clients:
@@ -272,7 +294,7 @@ def test_open_hosts_are_warned_about(start: Start, toy: Path) -> None:
 def test_a_missing_extra_ends_with_its_name(toy: Path, package: str) -> None:
     """The help works without the extra. A None in sys.modules is a package that cannot be imported."""
     program = f"import sys; sys.modules[{package!r}] = None; from advprop.cli import main; main()"
-    for arguments, code, text in ((["-h"], 0, "--grpc-port"), ([str(toy)], 3, "pip install 'advprop[serve]'")):
+    for arguments, code, text in ((["-h"], 0, "--grpc-port"), ([str(toy)], 3, "[serve]'")):
         run = subprocess.run(
             [sys.executable, "-c", program, "serve", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
         )
