@@ -201,3 +201,10 @@ def test_the_site_has_the_colors_of_reports() -> None:
         for fill in ("main-fill", "aux-fill", "box"):
             assert contrast(found["ink"], found[fill]) >= 4.5
             assert contrast(found["quiet"], found[fill]) >= 4.5
+
+
+@pytest.mark.parametrize("section", ["how-to", "tutorials", "explanation", "results"])
+def test_every_page_is_two_clicks_from_the_start(section: str) -> None:
+    index = (ROOT / "docs" / section / "index.md").read_text()
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", index)}
+    assert {path.name for path in (ROOT / "docs" / section).glob("*.md")} - {"index.md"} <= linked

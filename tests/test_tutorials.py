@@ -56,7 +56,7 @@ def smaller(code: str) -> str:
         code += "" if "--epochs" in code else " --epochs 1"
     if re.match(r"advprop (compare|eval|report --from) ", code):
         code += " --workers 0"
-        code += "" if "--limit" in code else " --limit 20"
+        code += "" if "--limit" in code else " --limit 10"
         if not find_spec("imagecorruptions") and "--suite" not in code:
             code += " --suite clean"
     if code.startswith("advprop serve"):
