@@ -126,8 +126,10 @@ def test_a_server_that_loads_is_live_and_not_ready(start: Start, tmp_path: Path)
 
 
 def test_every_request_is_answered_after_sigterm(start: Start, tmp_path: Path) -> None:
+    """A connection that the server has not accepted when it closes its port is refused or reset."""
     onnx.save(serving_model(MEAN), tmp_path / "toy.onnx")
-    server = start(tmp_path / "toy.onnx", "--drain-s", "10")
+    log = tmp_path / "access.log"
+    server = start(tmp_path / "toy.onnx", "--drain-s", "10", "--access-log", stdout=log)
     with Clients(server) as clients:
         until(lambda: len(clients.answers) > 50)
         server.process.send_signal(signal.SIGTERM)
@@ -135,7 +137,9 @@ def test_every_request_is_answered_after_sigterm(start: Start, tmp_path: Path) -
         assert server.ask("GET", "/v2/health/ready").status == 503
         assert server.process.wait(30) == 0
     assert {answer.status for answer in clients.answers} == {200}
-    assert {type(error) for error in clients.errors} <= {ConnectionRefusedError}
+    assert {type(error) for error in clients.errors} <= {ConnectionRefusedError, ConnectionResetError}
+    accepted = [line for line in map(json.loads, log.read_text().splitlines()) if line["path"] == INFER]
+    assert len(accepted) == len(clients.answers)
 
 
 def test_a_long_request_is_answered_after_sigterm(start: Start, tmp_path: Path) -> None:
