@@ -20,6 +20,7 @@ from runtime.graph.collect import collect
 from runtime.graph.convert import Converted, convert_classifier
 from runtime.graph.foreign import ForeignOptions
 from runtime.graph.model import run_batches, save_onnx
+from runtime.graph.structure import set_metadata
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.files import output_dir
 
@@ -123,5 +124,5 @@ def _reduce_on_images(converted: Converted, target: Path, precision: str, data: 
 
 
 def _save(model: onnx.ModelProto, spec: ModelSpec, target: Path) -> None:
-    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    set_metadata(model, {METADATA_KEY: spec.to_json()})
     save_onnx(model, target)
