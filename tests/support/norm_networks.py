@@ -7,9 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-__all__ = ["NETWORKS", "randomize_norms"]
+from runtime.spec import ModelSpec, Preprocessing
+
+__all__ = ["NETWORKS", "SPEC", "randomize_norms"]
 
 CLASSES = 3
+SPEC = ModelSpec(
+    arch="toy",
+    classes=("a", "b", "c"),
+    preprocessing=Preprocessing(
+        height=16, width=16, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0
+    ),
+)
+"""The spec of these networks."""
 
 
 def _head(channels: int) -> tuple[nn.Module, ...]:
