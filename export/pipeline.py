@@ -36,6 +36,7 @@ from export.verify import (
     require,
     torch_logits,
 )
+from runtime.adapt.moments import with_clean_moments
 from runtime.engine.build import build
 from runtime.engine.options import choose_builder
 from runtime.engine.sidecar import EngineInfo
@@ -170,6 +171,7 @@ def _export_fp32(source: Source, config: ExportConfig, folder: Path, progress: P
     spec = dataclasses.replace(source.spec, input_form=config.input_form, output_form=config.output_form)
     deployed = dataclasses.replace(source, model=inference_form(source.model))
     model = to_onnx(deployed.model, source.spec, free_size=sizes is not None and not sizes.fixed)
+    model = with_clean_moments(model, batches(source))
     path = folder / "model.onnx"
     save_onnx(with_forms(model, spec), path)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from onnx import TensorProto, helper
 from runtime.adapt.segments import Affine
 from runtime.errors import DataError
 from runtime.graph.model import open_session, tensor_types
-from runtime.graph.norms import Moments, Norm
-from runtime.graph.structure import graph_inputs, unused_prefix
+from runtime.graph.norms import NORMS_KEY, Moments, Norm, norms_to_json, read_norms
+from runtime.graph.structure import set_metadata, unused_prefix
 
-__all__ = ["affine_of", "image_moments", "measure_moments", "moments_of"]
+__all__ = ["affine_of", "image_moments", "measure_moments", "moments_of", "with_clean_moments"]
 
 _PREFIX = "advprop_moments/"
 
@@ -82,6 +83,18 @@ def measure_moments(
     whole = [np.concatenate(values) for values in zip(*parts, strict=True)]
     pairs = zip(norms.items(), whole[::2], whole[1::2], strict=True)
     return {name: moments_of(norm, mean_NC, square_NC) for (name, norm), mean_NC, square_NC in pairs}
+
+
+def with_clean_moments(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> onnx.ModelProto:
+    """Return a copy whose norms contain the moments on clean images; `batches` are the model's inputs."""
+    norms = read_norms(model)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    if norms:
+        found = measure_moments(model, norms, batches)
+        clean = {name: replace(norm, clean=found[name]) for name, norm in norms.items()}
+        set_metadata(result, {NORMS_KEY: norms_to_json(clean)})
+    return result
 
 
 def _with_moments(model: onnx.ModelProto, norms: Mapping[str, Norm], prefix: str) -> onnx.ModelProto:

@@ -108,9 +108,7 @@ def find_norms(graph: ir.Graph) -> dict[str, Norm]:
         total_C = variance_C + epsilon
         # A channel without variance and without ε is constant. Its variance counts as ε: it never adapts.
         share_C = np.divide(epsilon, total_C, out=np.ones_like(total_C), where=total_C > 0)
-        found[str(node.outputs[0].name)] = Norm(
-            scale_C=np.abs(gamma_C), mean_C=beta_C, epsilon_C=gamma_C**2 * share_C
-        )
+        found[str(node.outputs[0].name)] = Norm(scale_C=np.abs(gamma_C), mean_C=beta_C, epsilon_C=gamma_C**2 * share_C)
     return found
 
 

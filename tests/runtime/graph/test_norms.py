@@ -20,6 +20,7 @@ from runtime.graph.norms import NORMS_KEY, read_norms
 from runtime.graph.structure import metadata, set_metadata
 from tests.support.norm_networks import NETWORKS, SPEC, randomize_norms
 
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_export_records_scale_mean_and_epsilon_of_every_batch_norm(name: str) -> None:
     network = randomize_norms(NETWORKS[name]())
