@@ -21,13 +21,11 @@ from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.model import first_output, session_of
 from runtime.graph.norms import Norm, read_norms
 from runtime.graph.structure import metadata, spec_of
+from runtime.graph.summary import ADAPTATION_KEY
 from runtime.preprocessing import Preprocessor
 from runtime.spec import ModelSpec
 
-__all__ = ["ADAPTATION_KEY", "AdaptConfig", "Adaptation", "CleanImages", "adapt"]
-
-ADAPTATION_KEY = "advprop.adaptation"
-"""Key of the record of an adaptation in an ONNX file's `metadata_props`."""
+__all__ = ["AdaptConfig", "Adaptation", "CleanImages", "adapt"]
 
 AUTO_WEIGHT = 1 / 3
 """Largest weight of the field images with an automatic prior: two training images for each field

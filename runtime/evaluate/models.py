@@ -6,6 +6,7 @@ Shape suffixes: N images, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +213,7 @@ def _load_onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
         "size_bytes": summary.size_bytes,
         "precision": summary.precision,
         "calibration_sha256": summary.calibration_sha256,
+        **({"adaptation": json.loads(summary.adaptation)} if summary.adaptation else {}),
         "arithmetic": "as written, every rounding done" if exact else "ONNX Runtime's choice of kernels",
     }
     return _from_session(session, path, facts)

@@ -99,7 +99,7 @@ def test_the_moments_of_a_single_pass_are_those_of_the_tensors() -> None:
     norms = read_norms(model)
     images = field_images(10)
     found = measure_moments(model, norms, [images[:4], images[4:]])
-    name = list(norms)[0]
+    name = next(iter(norms))
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     probe.graph.output[0].name = name
