@@ -51,9 +51,7 @@ class _Prior(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         help="Unlabeled images of the place where the model runs: a folder, a tar or NumPy file.",
     ),
     out_option("File to write (default: NAME.DATA.onnx, with the name of the images).", "FILE"),
-    Option(
-        ["--images"], default=128, show_default=True, type=click.IntRange(min=1), help="Maximum number of images."
-    ),
+    Option(["--images"], default=128, show_default=True, type=click.IntRange(min=1), help="Maximum number of images."),
     Option(
         ["--prior"],
         type=_Prior(),

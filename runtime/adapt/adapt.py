@@ -134,11 +134,16 @@ def adapt(
     inputs = convert(images_NHWC)
     progress("running the model")
     outputs_NK = _outputs(model, inputs, config.threads)
+    shift: Estimate | None = None
+    if config.prior is not None:
+        # A small prior adds noise to early layers, which looks like a shift of later ones.
+        progress("measuring the shift")
+        shift = _estimate(model, norms, inputs, spec, dataclasses.replace(config, prior=None), 1.0)
     factor = 1.0
     for attempt in range(1 + _ATTEMPTS):
         progress("estimating statistics")
         found = _estimate(model, norms, inputs, spec, config, factor)
-        result = _judged(model, norms, found, outputs_NK, spec)
+        result = _judged(model, norms, found, shift or found, outputs_NK, spec)
         if clean is None or not result.verdict.adapts:
             return result
         progress("checking clean images")
@@ -211,14 +216,21 @@ def _estimate(
 
 
 def _judged(
-    model: onnx.ModelProto, norms: Mapping[str, Norm], found: Estimate, outputs_NK: NDArray[Any], spec: ModelSpec
+    model: onnx.ModelProto,
+    norms: Mapping[str, Norm],
+    found: Estimate,
+    shift: Estimate,
+    outputs_NK: NDArray[Any],
+    spec: ModelSpec,
 ) -> Adaptation:
+    pairs = zip(found.layers, shift.layers, strict=True)
+    layers = tuple(dataclasses.replace(seen, weight=layer.weight) for layer, seen in pairs)
     before, after = (predictions_of(outputs, spec.output_form) for outputs in (outputs_NK, found.outputs_NK))
     return Adaptation(
         model=with_affines(model, norms, found.affines),
-        verdict=verdict_of(found.layers, before, after, len(outputs_NK), len(spec.classes)),
+        verdict=verdict_of(layers, before, after, len(outputs_NK), len(spec.classes)),
         images=len(outputs_NK),
-        layers=found.layers,
+        layers=layers,
         before=before,
         after=after,
         agreement=float((outputs_NK.argmax(1) == found.outputs_NK.argmax(1)).mean()),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.adapt.adapt import AdaptConfig, Adaptation, CleanImages, adapt
+from runtime.adapt.adapt import Adaptation, AdaptConfig, CleanImages, adapt
 from runtime.adapt.record import adaptation_report, metadata_record
 from runtime.errors import ConfigError, DataError, ModelFileError, SpecError
 from runtime.graph.model import save_onnx

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from runtime.adapt.adapt import AdaptConfig, Adaptation
+from runtime.adapt.adapt import Adaptation, AdaptConfig
 
 __all__ = ["FORMAT", "adaptation_report", "describe_adaptation", "metadata_record"]
 
