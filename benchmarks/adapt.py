@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
-from runtime.adapt.adapt import Adaptation, AdaptConfig, adapt
+from runtime.adapt.adapt import AdaptConfig, adapt
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 from runtime.evaluate.image_workers import Corruption, corrupt_block, load_block, use_one_core
 from runtime.graph.model import first_output, session_of
@@ -120,19 +120,8 @@ def measure(bench: Bench, cell: tuple[str, int]) -> dict[str, Any]:
             "agreement": found.agreement,
             "before": asdict(found.before),
             "after": asdict(found.after),
-            "consistency": _consistency(bench, found, images[field]),
         }
     return result
-
-
-def _consistency(bench: Bench, found: Adaptation, images: NDArray[np.uint8]) -> list[float]:
-    """Return the shares of field images whose mirror image gets the same class, before and after."""
-    inputs = normalize(images, bench.spec.preprocessing)
-    mirrored = np.ascontiguousarray(inputs[..., ::-1])
-    return [
-        float((run(model, inputs).argmax(1) == run(model, mirrored).argmax(1)).mean())
-        for model in (bench.model, found.model)
-    ]
 
 
 def cost(bench: Bench, rounds: int = 3) -> None:

@@ -141,9 +141,12 @@ def _table(onnx: Path, result: Adaptation) -> Table:
     table.add_row("mean entropy", f"{before.entropy:.2f}", f"{after.entropy:.2f}")
     table.add_row("share of the top class", f"{before.top_share:.1%}", f"{after.top_share:.1%}")
     table.add_row("same top-1 class", "", f"{result.agreement:.1%}")
+    if result.expected_accuracy is not None:
+        table.add_row("expected accuracy", *(f"{value:.0%}" for value in result.expected_accuracy))
     if result.clean is not None:
-        title = f"accuracy on {result.clean.images} clean images"
-        table.add_row(title, f"{result.clean.before:.1%}", f"{result.clean.after:.1%}")
+        clean = result.clean
+        title = f"accuracy on {clean.before.images} clean images"
+        table.add_row(title, f"{clean.before.top1:.1%}", f"{clean.after.top1:.1%}")
     table.add_row("evidence of a shift", "", f"{result.evidence:.0%}")
     table.add_row("weight of the field images", "", f"{result.weight:.0%}")
     largest = max(result.layers, key=lambda layer: layer.evidence * layer.distance)

@@ -94,8 +94,8 @@ _SUITE = (
         multiple=True,
         type=click.IntRange(min=1),
         metavar="N",
-        help="Number of images of each cell to adapt the models to, as advprop adapt does. These images are not tested. "
-        "The metrics are mce_adapted_N and mean_error_adapted_N, next to those without adaptation. Repeatable.",
+        help="Number of images of each cell to adapt the models to, as advprop adapt does. These images are not "
+        "tested. The metrics are mce_adapted_N and mean_error_adapted_N, next to those without adaptation. Repeatable.",
     ),
     seed_option("sampling and corruptions"),
     Option(

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from runtime.adapt.confidence import CleanConfidence, confidence_of, read_confidence
 from runtime.adapt.estimate import Estimate, Layer, estimate, with_affines
 from runtime.adapt.moments import measure_moments
 from runtime.adapt.verdict import CleanCheck, Predictions, Verdict, mean_evidence, predictions_of, verdict_of
@@ -92,6 +93,27 @@ class Adaptation:
     """Share of the field images for which both predict the same class, 0 to 1."""
     clean: CleanCheck | None = None
     """What adapting costs on clean images; None if none were passed."""
+    recorded: CleanConfidence | None = None
+    """Accuracy and confidence on clean images that the model file records; None if it does not."""
+
+    @property
+    def expected_accuracy(self) -> tuple[float, float] | None:
+        """Expected accuracy on the field images before and after, 0 to 1.
+
+        It is the mean confidence, corrected by the difference from the accuracy on clean images.
+        None if that is unknown. It is an estimate for people and does not affect the verdict.
+        """
+        if self.clean is not None:
+            origins = (self.clean.before, self.clean.after)
+        elif self.recorded is not None:
+            origins = (self.recorded, self.recorded)
+        else:
+            return None
+        before, after = (
+            origin.expected_accuracy(seen.confidence)
+            for origin, seen in zip(origins, (self.before, self.after), strict=True)
+        )
+        return before, after
 
     @property
     def evidence(self) -> float:
@@ -147,7 +169,7 @@ def adapt(
         if clean is None or not result.verdict.adapts:
             return result
         progress("checking clean images")
-        result = dataclasses.replace(result, clean=_check_clean(model, result.model, clean, convert, config.threads))
+        result = dataclasses.replace(result, clean=_check_clean(model, result.model, clean, spec, config.threads))
         assert result.clean is not None
         if result.clean.loss <= config.max_clean_loss:
             return dataclasses.replace(result, verdict=Verdict.LARGER_PRIOR) if attempt else result
@@ -234,6 +256,7 @@ def _judged(
         before=before,
         after=after,
         agreement=float((outputs_NK.argmax(1) == found.outputs_NK.argmax(1)).mean()),
+        recorded=read_confidence(model),
     )
 
 
@@ -241,16 +264,14 @@ def _check_clean(
     model: onnx.ModelProto,
     adapted: onnx.ModelProto,
     clean: CleanImages,
-    convert: Callable[[NDArray[np.uint8]], NDArray[Any]],
+    spec: ModelSpec,
     threads: int,
 ) -> CleanCheck:
-    inputs = convert(clean.images_NHWC)
-    before_N, after_N = (_outputs(graph, inputs, threads).argmax(1) for graph in (model, adapted))
-    return CleanCheck(
-        images=len(inputs),
-        before=float((before_N == clean.labels_N).mean()),
-        after=float((after_N == clean.labels_N).mean()),
+    inputs, output_form = Preprocessor.of(spec).convert(clean.images_NHWC), spec.output_form
+    before, after = (
+        confidence_of(_outputs(graph, inputs, threads), clean.labels_N, output_form) for graph in (model, adapted)
     )
+    return CleanCheck(before=before, after=after)
 
 
 def _outputs(model: onnx.ModelProto, inputs: NDArray[Any], threads: int) -> NDArray[Any]:

@@ -35,6 +35,7 @@ def adaptation_report(result: Adaptation, record: dict[str, Any]) -> dict[str, A
         "before": dataclasses.asdict(result.before),
         "after": dataclasses.asdict(result.after),
         "agreement": result.agreement,
+        "expected_accuracy": result.expected_accuracy,
         "clean": None if result.clean is None else dataclasses.asdict(result.clean),
         "layers": [
             {

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.adapt.confidence import CleanConfidence, probabilities
 from runtime.adapt.estimate import Layer
-from runtime.session import softmax
 
 __all__ = ["MIN_IMAGES", "CleanCheck", "Predictions", "Verdict", "mean_evidence", "predictions_of", "verdict_of"]
 
@@ -59,23 +59,20 @@ class Predictions:
 class CleanCheck:
     """What adapting costs on clean images."""
 
-    images: int
-    """Number of clean images."""
-    before: float
-    """Top-1 accuracy of the original model, 0 to 1."""
-    after: float
-    """Top-1 accuracy of the adapted model, 0 to 1."""
+    before: CleanConfidence
+    """Accuracy and confidence of the original model."""
+    after: CleanConfidence
+    """Accuracy and confidence of the adapted model."""
 
     @property
     def loss(self) -> float:
         """Lost top-1 accuracy, in percentage points."""
-        return 100 * (self.before - self.after)
+        return 100 * (self.before.top1 - self.after.top1)
 
 
 def predictions_of(outputs_NK: NDArray[np.floating], output_form: str) -> Predictions:
     """Summarize logits, or probabilities if `output_form` is `probs`."""
-    probabilities_NK = outputs_NK if output_form == "probs" else softmax(outputs_NK)
-    probabilities_NK = probabilities_NK.astype(np.float64)
+    probabilities_NK = probabilities(outputs_NK, output_form)
     entropy = -(probabilities_NK * np.log(np.maximum(probabilities_NK, 1e-30))).sum(1).mean()
     counts_K = np.bincount(outputs_NK.argmax(1), minlength=outputs_NK.shape[1])
     return Predictions(

@@ -5,8 +5,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
-from torch import nn
 
 from export.to_onnx import to_onnx
 from runtime.adapt.adapt import adapt
@@ -24,6 +22,7 @@ from runtime.preprocessing import normalize
 from runtime.session import softmax
 from runtime.system.console import set_up_logging
 from tests.support.evaluation_sets import COLORS, config, labeled_folder, picture, run_config, spec_of, toy
+from tests.support.norm_networks import Colors
 
 FOG = "fog/5"
 
@@ -31,22 +30,6 @@ FOG = "fog/5"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return labeled_folder(tmp_path_factory.mktemp("set"), count=20)
-
-
-class Colors(nn.Module):
-    """Classifies by the mean of each color, relative to the training images; some colors count more."""
-
-    def __init__(self, inputs_NCHW: np.ndarray) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1, bias=False)
-        self.conv.weight.data = torch.eye(3)[:, :, None, None]
-        self.norm = nn.BatchNorm2d(3)
-        self.norm.weight.data = torch.tensor([1.0, 1.5, 0.7])
-        self.norm.running_mean = torch.from_numpy(inputs_NCHW.mean((0, 2, 3)))
-        self.norm.running_var = torch.from_numpy(inputs_NCHW.var((0, 2, 3)))
-
-    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        return 8 * self.norm(self.conv(images_NCHW)).mean((2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +103,7 @@ def test_tables_and_reports_show_both(
         paths.append(tmp_path / f"{number}.json")
         write_result(paths[-1], result)
         assert read_result(paths[-1])["metrics"].keys() == result["metrics"].keys()
-    write_report(paths, tmp_path / "report.html")
+    write_report(paths, [tmp_path / "report.html"])
     page = (tmp_path / "report.html").read_text()
     assert "mean error, adapted to each corruption" in page and "net.adapted-8" in page
 
