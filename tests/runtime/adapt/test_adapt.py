@@ -68,22 +68,30 @@ def test_a_fixed_prior_sets_the_weight_and_does_not_change_the_verdict(model: on
     assert adapt(model, pictures(12), AdaptConfig(prior=12)).verdict is Verdict.NOT_SHIFTED
 
 
-def clean_images(labels: Callable[[np.ndarray], np.ndarray]) -> CleanImages:
-    images = pictures(20, 200)
-    return CleanImages(images_NHWC=images, labels_N=labels(np.arange(len(images)) % len(COLORS)))
+def undecided_images(model: onnx.ModelProto) -> CleanImages:
+    """Return mixtures of two colors, for which small changes of the model change the prediction."""
+    shares = np.linspace(0.3, 0.7, 41)
+    mixed = [share * picture("red", n) + (1 - share) * picture("blue", n) for n, share in enumerate(shares)]
+    images = np.stack(mixed).astype(np.uint8)
+    logits = run_batches(model, [normalize(images, SPEC.preprocessing)])
+    return CleanImages(images_NHWC=images, labels_N=logits.argmax(1))
+
+
+def reddish(images_NHWC: np.ndarray) -> np.ndarray:
+    return np.clip(images_NHWC.astype(int) + np.asarray([60, 0, 0]), 0, 255).astype(np.uint8)
 
 
 def test_the_loss_on_clean_images_is_limited_by_a_larger_prior(model: onnx.ModelProto) -> None:
-    field = foggy(pictures(12))
-    clean = clean_images(lambda labels: labels)
-    free = adapt(model, field, clean=clean, config=AdaptConfig(max_clean_loss=100))
+    field, clean = reddish(pictures(12)), undecided_images(model)
+    free = adapt(model, field, AdaptConfig(max_clean_loss=100), clean=clean)
     assert free.clean is not None and free.verdict is Verdict.ADAPT
-    assert free.clean.loss > 1  # of the 60 clean images
-    limited = adapt(model, field, AdaptConfig(max_clean_loss=free.clean.loss - 1), clean=clean)
+    assert free.clean.before.top1 == 1 and free.clean.loss > 5
+    limited = adapt(model, field, AdaptConfig(max_clean_loss=free.clean.loss - 3), clean=clean)
     assert limited.clean is not None and limited.verdict is Verdict.LARGER_PRIOR
     assert limited.clean.loss < free.clean.loss and limited.weight < free.weight
-    refused = adapt(model, field, AdaptConfig(prior=0, max_clean_loss=0), clean=clean)
-    assert refused.verdict is Verdict.CLEAN_LOSS
+    for prior in (0, None):
+        refused = adapt(model, field, AdaptConfig(prior=prior, max_clean_loss=0), clean=clean)
+        assert refused.verdict is Verdict.CLEAN_LOSS
 
 
 def test_expected_accuracy_is_confidence_corrected_on_clean_images(model: onnx.ModelProto) -> None:
@@ -119,7 +127,7 @@ def test_without_statistics_of_clean_images_a_prior_or_clean_images_are_needed()
     with pytest.raises(ConfigError, match="--clean DIR"):
         adapt(bare, foggy(pictures(12)))
     assert adapt(bare, foggy(pictures(12)), AdaptConfig(prior=64)).weight == pytest.approx(0.36)
-    clean = clean_images(lambda labels: labels)
+    clean = CleanImages(images_NHWC=pictures(20, 200), labels_N=np.arange(60) % 3)
     assert adapt(bare, pictures(12), clean=clean).verdict is Verdict.NOT_SHIFTED
 
 
