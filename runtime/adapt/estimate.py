@@ -15,8 +15,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from runtime.adapt.moments import affine_of, image_moments, moments_of
-from runtime.adapt.segments import Affine, SegmentedGraph
+from runtime.adapt.moments import affine_of, moments_of
+from runtime.adapt.sessions import Affine, SegmentedGraph
 from runtime.errors import DataError
 from runtime.graph.affine import rescale
 from runtime.graph.model import check
@@ -98,8 +98,8 @@ def estimate(
     """
     if not len(inputs):
         raise DataError("cannot estimate statistics without images")
-    graph = SegmentedGraph(model, list(norms), threads)
-    most = max(_BATCH, memory_bytes // max(1, graph.bytes_per_image(size)))
+    graph = SegmentedGraph(model, norms.keys(), size, threads)
+    most = max(_BATCH, memory_bytes // max(1, graph.bytes_per_image))
     groups = np.array_split(np.arange(len(inputs)), math.ceil(len(inputs) / most))
     runs = [_measure(graph, norms, inputs[group[0] : group[-1] + 1], weighting, len(inputs)) for group in groups]
     if len(runs) == 1:
@@ -134,21 +134,17 @@ def _measure(
     batches = [{graph.input: inputs[start : start + _BATCH]} for start in range(0, len(inputs), _BATCH)]
     sizes = [len(tensors[graph.input]) for tensors in batches]
     found: dict[str, Moments] = {}
-    affine: Affine | None = None
+    affines: dict[str, Affine] = {}
     for segment in graph.segments:
-        session = graph.open(segment, affine)
-        parts = []
-        for tensors, images in zip(batches, sizes, strict=True):
-            values = session.run(tensors)
-            if values is not None:
-                parts.append(image_moments(values, images))
+        session = graph.open(segment, affines)
+        parts = [session.run(tensors, images) for tensors, images in zip(batches, sizes, strict=True)]
         if segment.end:
             norm = norms[segment.end]
-            means, squares = zip(*parts, strict=True)
+            means, squares = zip(*(part for part in parts if part is not None), strict=True)
             moments = moments_of(norm, np.concatenate(means), np.concatenate(squares))
             found[segment.end] = moments
             as_all = replace(moments, noise=moments.noise * len(inputs) / total)
-            affine = affine_of(norm, moments, _layer(segment.end, norm, as_all, weighting).weight)
+            affines[segment.end] = affine_of(norm, moments, _layer(segment.end, norm, as_all, weighting).weight)
     return found, np.concatenate([tensors[graph.output] for tensors in batches])
 
 
