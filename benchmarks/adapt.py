@@ -3,7 +3,8 @@
     python -m benchmarks.adapt imagenet_dev --out runs/adapt             76 cells: about an hour
     python -m benchmarks.adapt imagenet_dev --out runs/adapt --extras    the corruptions for choosing settings
     python -m benchmarks.adapt imagenet_dev --out runs/adapt --time      cost of an adaptation, in runs
-    python -m benchmarks.adapt imagenet_dev --out runs/adapt --report docs/results/adapt
+    python -m benchmarks.adapt imagenet_dev --out runs/adapt --int8      INT8 thresholds after an adaptation
+    python -m benchmarks.adapt imagenet_dev --out runs/adapt --report docs/results/adapt.md
 
 `imagenet_dev` contains `WNID/*.JPEG`. The images are divided, with a fixed seed, into 64 that the
 export is verified on (their statistics are those of clean images), 128 field images, and test
@@ -17,6 +18,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from benchmarks.adapt_report import write_page
+from calib.config import CalibrationConfig
+from calib.ptq import Calibrated, calibrate
+from calib.quantize import quantize
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.adapt.adapt import AdaptConfig, adapt
@@ -82,6 +88,7 @@ def run(model: onnx.ModelProto, inputs: NDArray[np.float32]) -> NDArray[np.float
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # INT8 exactly as written
     session = session_of(model, options)
     return np.concatenate([first_output(session, inputs[start : start + 4]) for start in range(0, len(inputs), 4)])
 
@@ -124,13 +131,47 @@ def measure(bench: Bench, cell: tuple[str, int]) -> dict[str, Any]:
     return result
 
 
+INT8_CELLS = (("defocus_blur", 3), ("gaussian_noise", 3), ("fog", 3), ("contrast", 3))
+
+
+def int8(bench: Bench, cell: tuple[str, int]) -> dict[str, float]:
+    """Return the accuracy of an adapted model in FP32, and in INT8 with old and new thresholds.
+
+    Old thresholds are those of the original model on clean images, new ones those of the adapted
+    model on its field images.
+    """
+    images = bench.images(cell)
+    field = images[bench.field]
+    adapted = adapt(bench.model, field, AdaptConfig(threads=1)).model
+
+    def calibrated(model: onnx.ModelProto, pixels: NDArray[np.uint8], correct_bias: bool = False) -> Calibrated:
+        inputs = normalize(pixels, bench.spec.preprocessing)
+
+        def batches(count: int = 0, **_: Any) -> Iterator[NDArray[np.float32]]:
+            chosen = inputs[: count or len(inputs)]
+            return (chosen[start : start + 4] for start in range(0, len(chosen), 4))
+
+        return calibrate(model, batches, CalibrationConfig(correct_bias=correct_bias))
+
+    old = calibrated(bench.model, bench.clean[bench.reference])
+    few = field[:: FIELD // REFERENCE]
+    models = {
+        "original FP32": bench.model,
+        "original INT8": old.model,
+        "adapted FP32": adapted,
+        "adapted INT8, old thresholds": quantize(adapted, old.points, old.thresholds),
+        "adapted INT8, new thresholds": calibrated(adapted, few).model,
+        "the same, biases corrected": calibrated(adapted, few, correct_bias=True).model,
+    }
+    return {name: float(bench.right(model, images).mean()) for name, model in models.items()}
+
+
 def cost(bench: Bench, rounds: int = 3) -> None:
     """Print the processor time of adapting, divided by that of running the field images."""
     images = bench.clean[bench.field]
-    inputs = Preprocessor.of(bench.spec).convert(images)
     for number in range(rounds):
         started = time.process_time()
-        run(bench.model, inputs)
+        run(bench.model, Preprocessor.of(bench.spec).convert(images))
         middle = time.process_time()
         adapt(bench.model, images, AdaptConfig(threads=1))
         single, whole = middle - started, time.process_time() - middle
@@ -142,12 +183,25 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="Photographs, WNID/IMAGE.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for the model and the results of cells.")
     parser.add_argument("--extras", action="store_true", help="Measure the four corruptions that mCE does not use.")
+    parser.add_argument("--int8", action="store_true", help="Measure INT8 with thresholds from before and after.")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="Page to write: NAME.md, with a picture.")
     parser.add_argument("--time", action="store_true", help="Measure the cost of an adaptation.")
     arguments = parser.parse_args()
+    if arguments.report:
+        write_page(arguments.out, arguments.report)
+        return
     use_one_core()
     bench = Bench(arguments.data, arguments.out)
     if arguments.time:
         cost(bench)
+        return
+    if arguments.int8:
+        for cell in INT8_CELLS:
+            found = int8(bench, cell)
+            path = arguments.out / "int8" / f"{cell[0]}-{cell[1]}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found, indent=1))
+            print(cell, {name: f"{100 * value:.1f}" for name, value in found.items()}, flush=True)
         return
     names = EXTRAS if arguments.extras else CORRUPTIONS
     cells = [CLEAN, *((name, severity) for severity in (3, 5, 1, 4, 2) for name in names)]

@@ -59,9 +59,9 @@ def cut(graph: onnx.GraphProto, normalized: Collection[str], source: str, sizes:
         scaled = [*scaled, begin] if begin else []
         read = dict.fromkeys([*scaled, *(name for node in nodes for name in node.input)])
         outputs = [name for node in nodes for name in node.output if last_read.get(name, -1) > place]
-        if begin in live and last_read[begin] > place:  # it is held as this segment changed it
-            outputs.append(begin)
-        dropped = {name for name in live if name == begin or last_read.get(name, -1) <= place}
+        raw = [name for name in scaled if name in live]  # held as measured; from here on as scaled
+        outputs += [name for name in raw if last_read[name] > place]
+        dropped = {name for name in live if name in raw or last_read.get(name, -1) <= place}
         held, freed = (sum(sizes.get(name, 0) for name in names) for names in (outputs, dropped))
         is_held = not end or bool(again) or held < _RECOMPUTE_BYTES or held < 2 * freed
         segments.append(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -5,8 +7,9 @@ import torch
 from torch import nn
 
 from export.to_onnx import to_onnx
-from runtime.adapt.estimate import Layer, estimate, with_affines
+from runtime.adapt.estimate import Estimate, Layer, estimate, with_affines
 from runtime.adapt.moments import measure_moments
+from runtime.adapt.sessions import SegmentedGraph
 from runtime.errors import DataError
 from runtime.graph.model import run_batches
 from runtime.graph.norms import read_norms
@@ -64,6 +67,41 @@ def test_adapting_the_file_equals_reestimating_the_network_and_exporting_it(name
         np.testing.assert_allclose(one.epsilon_C, other.epsilon_C, rtol=1e-4)
 
 
+class Residual(nn.Module):
+    """Narrow blocks that expand to 32 channels of 96 × 96, which are computed again instead of held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                *(nn.Conv2d(4, 32, 1), nn.BatchNorm2d(32), nn.ReLU6()),
+                *(nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.BatchNorm2d(32), nn.ReLU6()),
+                *(nn.Conv2d(32, 4, 1), nn.BatchNorm2d(4)),
+            )
+            for _ in range(3)
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_large_tensors_are_computed_again_with_the_same_result() -> None:
+    spec = replace(SPEC, preprocessing=replace(SPEC.preprocessing, height=96, width=96))
+    model = to_onnx(randomize_norms(Residual()), spec)
+    norms = read_norms(model)
+    images = (2 * np.random.default_rng(1).normal(size=(12, 3, 96, 96)) + 1.5).astype(np.float32)
+    graph = SegmentedGraph(model, norms.keys(), (96, 96))
+    assert sum(not segment.outputs for segment in graph.segments) == 3
+    found = estimate(model, norms, images, fixed, size=(96, 96))
+    adapted = with_affines(model, norms, found.affines)
+    np.testing.assert_allclose(found.outputs_NK, run_batches(adapted, [images]), rtol=1e-3, atol=1e-3)
+
+
 def test_groups_of_images_that_fit_the_memory_give_nearly_the_same_statistics() -> None:
     model = to_onnx(randomize_norms(NETWORKS["depthwise"]()), SPEC)
     norms = read_norms(model)
@@ -73,25 +111,19 @@ def test_groups_of_images_that_fit_the_memory_give_nearly_the_same_statistics() 
     assert 0 < max(abs(a - b).max() for a, b in zip(_affines(whole), _affines(parts), strict=True)) < 0.05
 
 
-def _affines(found: object) -> list[np.ndarray]:
-    return [array for affine in found.affines.values() for array in affine]  # type: ignore[attr-defined]
+def _affines(found: Estimate) -> list[np.ndarray]:
+    return [array for affine in found.affines.values() for array in affine]
 
 
 def test_a_layer_reports_distance_noise_and_evidence() -> None:
     model = to_onnx(randomize_norms(NETWORKS["conv"]()), SPEC)
     norms = read_norms(model)
     clean = measure_moments(model, norms, [np.float32(field_images(400, seed=3) / 2)])
-    norms = {name: onnx_replace(norm, clean[name]) for name, norm in norms.items()}
+    norms = {name: replace(norm, clean=clean[name]) for name, norm in norms.items()}
     shifted = estimate(model, norms, field_images(32), lambda _: 0.0, size=SIZE).layers
     same = estimate(model, norms, field_images(32) / 2, lambda _: 0.0, size=SIZE).layers
     assert min(layer.evidence for layer in shifted) > 0.9
     assert max(layer.evidence for layer in same) < 0.6
-
-
-def onnx_replace(norm: object, clean: object) -> object:
-    import dataclasses
-
-    return dataclasses.replace(norm, clean=clean)  # type: ignore[type-var]
 
 
 def test_the_moments_of_a_single_pass_are_those_of_the_tensors() -> None:
