@@ -91,7 +91,7 @@ def _headline(clean: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     gained = np.mean(errors, 0)
     text = (
         f"Adapting to 128 images lowers the mean error by {100 * (gained[0] - gained[2]):.1f} points, to 32 images by "
-        f"{100 * (gained[0] - gained[1]):.1f} points. The file is not adapted to clean images, so nothing is lost there.\n"
+        f"{100 * (gained[0] - gained[1]):.1f} points. The verdict refuses clean images.\n"
         if clean["auto-128"]["verdict"] == "NOT_SHIFTED"
         else ""
     )
@@ -145,21 +145,18 @@ def _fixed_prior(clean: dict[str, Any], cells: dict[Any, dict[str, Any]]) -> str
     if not found:
         return ""
     rows = [["", "no adaptation", "automatic prior", "prior of 16 images"]]
-    means = [
-        np.mean([1 - value for value in values])
-        for values in zip(
-            *((result["before"], result["auto-128"]["forced"], result[FIXED]["forced"]) for result in found),
-            strict=True,
-        )
-    ]
+    means = 1 - np.mean([_forced(result) for result in found], 0)
     rows.append([f"mean error at severity 3, {len(found)} corruptions", *map(_percent, means)])
-    forced = [clean["before"], clean["auto-128"]["forced"], clean[FIXED]["forced"]]
-    rows.append(["error on clean images, with --force", *(_percent(1 - value) for value in forced)])
+    rows.append(["error on clean images, with --force", *(_percent(1 - value) for value in _forced(clean))])
     text = (
         "A prior of 16 training images, as in the paper, gives 128 field images the weight 89 %. The noise of so few "
         "images then costs more than it has to.\n"
     )
     return "## Compared with a fixed prior\n\n" + _wrapped(text) + "\n" + _table(rows)
+
+
+def _forced(result: dict[str, Any]) -> list[float]:
+    return [result["before"], result["auto-128"]["forced"], result[FIXED]["forced"]]
 
 
 def _int8(out: Path) -> str:
@@ -173,10 +170,10 @@ def _int8(out: Path) -> str:
         rows.append([f"{name}, severity {severity}", *(_percent(1 - values[key]) for key in names)])
     means = np.mean([[1 - values[key] for key in names] for values in found.values()], 0)
     rows.append(["mean", *map(_percent, means)])
-    old, new = means[names.index("adapted INT8, old thresholds")], means[names.index("adapted INT8, new thresholds")]
+    old, new = (means[names.index(f"adapted INT8, {which} thresholds")] for which in ("old", "new"))
     text = (
-        "Old thresholds are those of the original file on clean images, new ones those of the adapted file on its field "
-        f"images, both by the default method on 64 images. New thresholds change the mean error by "
+        "Old thresholds are those of the original file on clean images, new ones those of the adapted file on its "
+        f"field images, both by the default method on 64 images. New thresholds change the mean error by "
         f"{100 * (new - old):+.1f} points.\n"
     )
     command = "```sh\npython -m benchmarks.adapt imagenet_dev --out runs/adapt --int8\n```\n"

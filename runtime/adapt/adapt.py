@@ -214,7 +214,7 @@ def _with_clean(
         return {name: dataclasses.replace(norm, clean=found[name]) for name, norm in norms.items()}
     if config.prior is None:
         raise ConfigError(
-            "the model has no statistics of clean images, so a shift cannot be told from noise",
+            "the model has no statistics of clean images, so a shift cannot be distinguished from noise",
             fix="pass clean images with --clean DIR, or a prior with --prior N",
         )
     return norms

@@ -186,7 +186,11 @@ def load_model(
 
 
 def with_adapted(models: Sequence[Model], counts: Sequence[int]) -> list[Model]:
-    """Return the models, each followed by itself adapted to so many images of every cell.
+    """Return the models, each followed by itself adapted to images of every cell.
+
+    Args:
+        models: models to test.
+        counts: numbers of images to adapt to.
 
     Raises:
         ConfigError: a model cannot be adapted.

@@ -1,4 +1,4 @@
-"""Record what each BatchNorm did to its tensor, so that its statistics can be re-estimated later.
+"""Record what each BatchNorm did to its tensor, to estimate its statistics again later.
 
 A BatchNorm y = γ (z − μ) / √(σ² + ε) + β leaves a tensor y whose channels have, on the training
 images, the mean β and the variance γ² σ² / (σ² + ε). A folded BatchNorm is no longer visible in the
