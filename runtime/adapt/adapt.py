@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from runtime.adapt.confidence import CleanConfidence, confidence_of, read_confidence
 from runtime.adapt.estimate import Estimate, Layer, estimate, with_affines
 from runtime.adapt.moments import measure_moments
+from runtime.adapt.sessions import fixed_batch_size
 from runtime.adapt.verdict import CleanCheck, Predictions, Verdict, mean_evidence, predictions_of, verdict_of
 from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.model import first_output, session_of
@@ -209,7 +210,8 @@ def _with_clean(
         return norms
     if clean is not None:
         inputs = convert(clean.images_NHWC)
-        batches = (inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH))
+        size = fixed_batch_size(model) or _BATCH
+        batches = (inputs[start : start + size] for start in range(0, len(inputs), size))
         found = measure_moments(model, norms, batches)
         return {name: dataclasses.replace(norm, clean=found[name]) for name, norm in norms.items()}
     if config.prior is None:
@@ -280,6 +282,7 @@ def _outputs(model: onnx.ModelProto, inputs: NDArray[Any], threads: int) -> NDAr
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = session_of(model, options)
+    size = fixed_batch_size(model) or _BATCH
     return np.concatenate(
-        [first_output(session, inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH)]
+        [first_output(session, inputs[start : start + size]) for start in range(0, len(inputs), size)]
     )

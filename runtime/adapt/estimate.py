@@ -27,8 +27,6 @@ __all__ = ["Estimate", "Layer", "Weighting", "estimate", "with_affines"]
 
 _MEMORY_BYTES = 2**30
 """Memory for tensors between two segments."""
-_BATCH = 2
-"""Images per call: the tensors of a segment stay in the CPU caches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +97,7 @@ def estimate(
     if not len(inputs):
         raise DataError("cannot estimate statistics without images")
     graph = SegmentedGraph(model, norms.keys(), size, threads)
-    most = max(_BATCH, memory_bytes // max(1, graph.bytes_per_image))
+    most = max(graph.batch_size, memory_bytes // max(1, graph.bytes_per_image))
     groups = np.array_split(np.arange(len(inputs)), math.ceil(len(inputs) / most))
     runs = [_measure(graph, norms, inputs[group[0] : group[-1] + 1], weighting, len(inputs)) for group in groups]
     if len(runs) == 1:
@@ -131,7 +129,8 @@ def _measure(
     graph: SegmentedGraph, norms: Mapping[str, Norm], inputs: Any, weighting: Weighting, total: int
 ) -> tuple[dict[str, Moments], NDArray[np.float32]]:
     """Return the moments and outputs of a group of images, out of `total` images."""
-    batches = [{graph.input: inputs[start : start + _BATCH]} for start in range(0, len(inputs), _BATCH)]
+    starts = range(0, len(inputs), graph.batch_size)
+    batches = [{graph.input: inputs[start : start + graph.batch_size]} for start in starts]
     sizes = [len(tensors[graph.input]) for tensors in batches]
     found: dict[str, Moments] = {}
     affines: dict[str, Affine] = {}

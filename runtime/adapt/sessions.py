@@ -17,9 +17,9 @@ from onnx import helper, numpy_helper
 from runtime.adapt.segments import Segment, cut, largest_bytes, tensor_sizes
 from runtime.graph.model import session_of, tensor_types
 from runtime.graph.shapes import infer
-from runtime.graph.structure import graph_inputs, initializers_of, unused_prefix
+from runtime.graph.structure import graph_inputs, initializers_of, shape_of, unused_prefix
 
-__all__ = ["Affine", "SegmentSession", "SegmentedGraph", "Tensors", "per_image"]
+__all__ = ["Affine", "SegmentSession", "SegmentedGraph", "Tensors", "fixed_batch_size", "per_image"]
 
 _PREFIX = "advprop_adapt/"
 
@@ -51,6 +51,8 @@ class SegmentedGraph:
         self._weights = initializers_of(model.graph)
         self._prefix = unused_prefix(model.graph, _PREFIX)
         self.input = graph_inputs(model.graph)[0].name
+        self.batch_size = fixed_batch_size(model) or 2
+        """Images per call: few, whose tensors stay in the CPU caches."""
         self.output = model.graph.output[0].name
         sizes = tensor_sizes(infer(model, 1, size).shapes)
         self.segments = cut(model.graph, normalized, self.input, sizes)
@@ -188,6 +190,11 @@ class _Buffers:
         base = array.base
         if isinstance(base, np.ndarray) and base.dtype == np.uint8 and base.ndim == 1:
             self._free.setdefault(len(base), []).append(base)
+
+
+def fixed_batch_size(model: onnx.ModelProto) -> int:
+    """Return the batch size that a graph accepts; 0 if it accepts any."""
+    return max(0, shape_of(graph_inputs(model.graph)[0].type.tensor_type)[0])
 
 
 def per_image(values: NDArray[np.float32], images: int) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from runtime.spec import ModelSpec, Preprocessing
 
-__all__ = ["NETWORKS", "SPEC", "Colors", "randomize_norms"]
+__all__ = ["NETWORKS", "SPEC", "Colors", "norm_layers", "randomize_norms"]
 
 CLASSES = 3
 SPEC = ModelSpec(
@@ -87,17 +87,21 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 """Name → function that creates a network from (N, 3, H, W) to 3 logits."""
 
 
+def norm_layers(network: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """Return the BatchNorms of a network, in the order of its modules."""
+    return [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
 def randomize_norms(network: nn.Module, seed: int = 0) -> nn.Module:
     """Give the BatchNorms parameters as after training, negative γ included; return it in eval mode."""
     random = torch.Generator().manual_seed(seed)
-    for layer in network.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            shape = layer.weight.shape
-            layer.weight.data = torch.randn(shape, generator=random)
-            layer.bias.data = torch.randn(shape, generator=random)
-            assert layer.running_mean is not None and layer.running_var is not None
-            layer.running_mean.copy_(torch.randn(shape, generator=random) / 4)
-            layer.running_var.copy_(torch.rand(shape, generator=random) + 0.05)
+    for layer in norm_layers(network):
+        shape = layer.weight.shape
+        layer.weight.data = torch.randn(shape, generator=random)
+        layer.bias.data = torch.randn(shape, generator=random)
+        assert layer.running_mean is not None and layer.running_var is not None
+        layer.running_mean.copy_(torch.randn(shape, generator=random) / 4)
+        layer.running_var.copy_(torch.rand(shape, generator=random) + 0.05)
     return network.eval()
 
 

@@ -13,7 +13,7 @@ from runtime.adapt.sessions import SegmentedGraph
 from runtime.errors import DataError
 from runtime.graph.model import run_batches
 from runtime.graph.norms import read_norms
-from tests.support.norm_networks import NETWORKS, SPEC, randomize_norms
+from tests.support.norm_networks import NETWORKS, SPEC, norm_layers, randomize_norms
 
 SIZE = (SPEC.preprocessing.height, SPEC.preprocessing.width)
 PRIOR = 16
@@ -28,15 +28,15 @@ def reestimated(network: nn.Module, images: np.ndarray) -> nn.Module:
     """Mix the statistics of all BatchNorms with those on `images`, each behind the mixed earlier ones."""
     weight = len(images) / (PRIOR + len(images))
 
-    def mix(layer: nn.modules.batchnorm._BatchNorm, inputs: tuple[torch.Tensor]) -> None:
+    def mix(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        assert isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
         axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
         variance, mean = torch.var_mean(inputs[0], axes, unbiased=False)
         assert layer.running_mean is not None and layer.running_var is not None
         layer.running_mean.lerp_(mean, weight)
         layer.running_var.lerp_(variance, weight)
 
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    hooks = [layer.register_forward_pre_hook(mix) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(mix) for layer in norm_layers(network)]
     with torch.no_grad():
         network(torch.from_numpy(images))
     for hook in hooks:
@@ -139,6 +139,15 @@ def test_the_moments_of_a_single_pass_are_those_of_the_tensors() -> None:
     values = run_batches(probe, [images]).astype(np.float64)
     np.testing.assert_allclose(found[name].mean_C, values.mean((0, 2, 3)), atol=1e-5)
     np.testing.assert_allclose(found[name].variance_C, values.var((0, 2, 3)), rtol=1e-5)
+
+
+def test_a_graph_with_a_fixed_batch_size_of_one_has_the_same_result() -> None:
+    model = to_onnx(randomize_norms(NETWORKS["conv"]()), SPEC)
+    single = onnx.ModelProto()
+    single.CopyFrom(model)
+    single.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    one, any_size = (estimate(graph, read_norms(graph), field_images(6), fixed, size=SIZE) for graph in (single, model))
+    np.testing.assert_allclose(one.outputs_NK, any_size.outputs_NK, rtol=1e-4, atol=1e-4)
 
 
 def test_no_images_are_reported() -> None:

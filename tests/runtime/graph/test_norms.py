@@ -7,7 +7,6 @@ import onnx
 import pytest
 import timm
 import torch
-from torch import nn
 
 from calib.precision import to_reduced
 from export.io_forms import with_forms
@@ -18,14 +17,14 @@ from runtime.graph.convert import convert_classifier
 from runtime.graph.foreign import ForeignOptions
 from runtime.graph.norms import NORMS_KEY, read_norms
 from runtime.graph.structure import metadata, set_metadata
-from tests.support.norm_networks import NETWORKS, SPEC, randomize_norms
+from tests.support.norm_networks import NETWORKS, SPEC, norm_layers, randomize_norms
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_export_records_scale_mean_and_epsilon_of_every_batch_norm(name: str) -> None:
     network = randomize_norms(NETWORKS[name]())
     norms = list(read_norms(to_onnx(network, SPEC)).values())
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    layers = norm_layers(network)
     assert len(norms) == len(layers) > 0
     for norm, layer in zip(norms, layers, strict=True):
         gamma, beta, variance = (
