@@ -36,8 +36,8 @@ def can_rescale(value: ir.Value, channels: int) -> bool:
     if node is None:
         return False
     if node.op_type in FOLDABLE:
-        weight, bias = constant_of(node.inputs[1]), _input(node, 2)
-        if weight is None or (bias is not None and np.shape(constant_of(bias)) != (channels,)):
+        weight, bias = constant_of(node.inputs[1]), constant_of(_input(node, 2))
+        if weight is None or (_input(node, 2) is not None and (bias is None or bias.shape != (channels,))):
             return False
         factors = np.ones(channels)
         try:

@@ -42,6 +42,8 @@ NORMS_KEY = "advprop.norms"
 """Key of the norms' JSON in an ONNX file's `metadata_props`."""
 
 FORMAT = "advprop.norms/1"
+_SMALL = 1e-3
+"""Smallest γ² in a distance, relative to the median of the tensor's channels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +85,8 @@ class Norm:
             variance_C: squared differences of the variances, or their variances.
         """
         square_C = self.scale_C**2
-        square_C = np.maximum(square_C, max(_SMALL * float(np.median(square_C)), np.finfo(np.float32).tiny))
+        square_C = np.maximum(square_C, max(_SMALL * float(np.median(square_C)), float(np.finfo(np.float32).tiny)))
         return float(np.mean(mean_C / square_C + variance_C / (2 * square_C**2)))
-
-
-_SMALL = 1e-3
 
 
 def find_norms(graph: ir.Graph) -> dict[str, Norm]:

@@ -118,10 +118,10 @@ def _affines(found: Estimate) -> list[np.ndarray]:
 def test_a_layer_reports_distance_noise_and_evidence() -> None:
     model = to_onnx(randomize_norms(NETWORKS["conv"]()), SPEC)
     norms = read_norms(model)
-    clean = measure_moments(model, norms, [np.float32(field_images(400, seed=3) / 2)])
+    clean = measure_moments(model, norms, [field_images(400, seed=3) / np.float32(2)])
     norms = {name: replace(norm, clean=clean[name]) for name, norm in norms.items()}
     shifted = estimate(model, norms, field_images(32), lambda _: 0.0, size=SIZE).layers
-    same = estimate(model, norms, field_images(32) / 2, lambda _: 0.0, size=SIZE).layers
+    same = estimate(model, norms, field_images(32) / np.float32(2), lambda _: 0.0, size=SIZE).layers
     assert min(layer.evidence for layer in shifted) > 0.9
     assert max(layer.evidence for layer in same) < 0.6
 

@@ -27,6 +27,7 @@ def test_an_export_records_scale_mean_and_epsilon_of_every_batch_norm(name: str)
     layers = norm_layers(network)
     assert len(norms) == len(layers) > 0
     for norm, layer in zip(norms, layers, strict=True):
+        assert layer.running_var is not None
         gamma, beta, variance = (
             value.detach().double().numpy() for value in (layer.weight, layer.bias, layer.running_var)
         )
