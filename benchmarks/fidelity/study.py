@@ -212,6 +212,6 @@ def _description(config: StudyConfig) -> dict[str, Any]:
     return {
         "plan": dataclasses.asdict(config.plan),
         "device": config.device,
-        "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "onnxruntime")},
+        "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "onnx")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
