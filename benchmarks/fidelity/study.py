@@ -70,12 +70,8 @@ class Study:
 
     def run(self) -> bool:
         """Train and measure everything, and return whether the time was sufficient."""
-        write_text(self.out / PLAN, json.dumps(_description(self.config), indent=1))
-        for recipe in TUNED:
-            for cell in trials(self.plan, recipe):
-                if self._is_over():
-                    return False
-                self.try_settings(cell)
+        if not self._tune():
+            return False
         chosen = self.chosen()
         self._log(f"chosen: {'; '.join(f'{recipe}: {settings}' for recipe, settings in chosen.items())}")
         main = list(self.plan.main_cells(chosen))
@@ -87,6 +83,23 @@ class Study:
                 return False
             if cell.recipe in RECIPES or cell.recipe == LONG:
                 step(cell)
+        return True
+
+    def weights_of(self, recipe: str, seed: int) -> str:
+        """Train one run of the main comparison, and return the hash of its weights."""
+        self._tune()
+        cell = self.plan.cell(recipe, seed, self.chosen())
+        self.train(cell)
+        return str(read(self.folder(cell) / TRAINED).get("weights_sha256", "the training diverged"))
+
+    def _tune(self) -> bool:
+        """Run all trials, and return whether the time was sufficient."""
+        write_text(self.out / PLAN, json.dumps(_description(self.config), indent=1))
+        for recipe in TUNED:
+            for cell in trials(self.plan, recipe):
+                if self._is_over():
+                    return False
+                self.try_settings(cell)
         return True
 
     def train(self, cell: Cell) -> Path | None:
