@@ -120,10 +120,9 @@ def run(options: argparse.Namespace) -> None:
         study.run()
         return
     recipe, _, seed = options.run.partition(":")
-    if recipe not in (*MAIN_RECIPES, *OTHER_RECIPES) or not seed.isdigit():
-        raise ConfigError(
-            f"--run {options.run}: expected RECIPE:SEED, with a recipe from {', '.join((*MAIN_RECIPES, *OTHER_RECIPES))}"
-        )
+    known = (*MAIN_RECIPES, *OTHER_RECIPES)
+    if recipe not in known or not seed.isdigit():
+        raise ConfigError(f"--run {options.run}: expected RECIPE:SEED, with a recipe from {', '.join(known)}")
     print(study.weights_of(recipe, int(seed)))
 
 

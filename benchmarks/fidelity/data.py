@@ -48,7 +48,7 @@ def prepare(cifar: Path, out: Path, images: int, held_out: int = HELD_OUT) -> Pa
             raise DataError(f"{cifar / 'train'} has {len(shuffled)} images of the class {name}; expected {per_class}")
         parts = {
             "held": shuffled[:held],
-            "val": shuffled[: round(held * _CURVE)],
+            "val": shuffled[: max(1, round(held * _CURVE))],
             "train": (shuffled[held:] + shuffled[:held])[:per_class],
         }
         for part, chosen in parts.items():

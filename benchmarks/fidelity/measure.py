@@ -49,6 +49,8 @@ class Measurements:
     """Test images that are attacked, evenly spaced."""
     per_file: int = 1_000
     """Test images per corruption and severity for ONNX files, whose exact arithmetic is slow."""
+    corruptions: tuple[str, ...] = ()
+    """Corruptions to measure (default: all fifteen)."""
 
     def clean_accuracy(self, checkpoint: Path, folder: Path) -> float:
         """Return the accuracy of the main route on CLASS/IMAGE files, from 0 to 1."""
@@ -69,7 +71,7 @@ class Measurements:
             load_model(checkpoint, device=self.device, route=route, checkpoint_loader=load_predictor)
             for route in routes
         ]
-        suite = SuiteConfig(name="corruptions", data=self.test, table="cifar")
+        suite = SuiteConfig(name="corruptions", data=self.test, only=self._cells(), table="cifar")
         results = evaluate(models, suite, self._run(checkpoint, "cifar-c"))
         attacked = self._attacked(content, checkpoint, routes)
         return {
@@ -89,13 +91,16 @@ class Measurements:
         folder = checkpoint.parent / "models"
         export_checkpoint(checkpoint, ExportConfig(out=folder / "fp16", precision="fp16"))
         export_checkpoint(checkpoint, ExportConfig(out=folder / "int8", precision="int8", calib_data=calibration))
-        suite = SuiteConfig(name="corruptions", data=self.test, table="cifar", limit=self.per_file)
+        suite = SuiteConfig(name="corruptions", data=self.test, only=self._cells(), table="cifar", limit=self.per_file)
         found = {}
         for precision, name in PRECISIONS.items():
             model = load_model(folder / name, device="cpu", threads=torch.get_num_threads())
             (result,) = evaluate([model], suite, self._run(checkpoint, f"cifar-c-{precision}"))
             found[precision] = _figures(result)
         return found
+
+    def _cells(self) -> tuple[str, ...]:
+        return ("clean", *self.corruptions) if self.corruptions else ()
 
     def _run(self, checkpoint: Path, name: str) -> RunConfig:
         return RunConfig(out=checkpoint.parent / name, batch_size=_BATCH, workers=0, cache=self.cache)

@@ -98,7 +98,7 @@ class Cell:
             out=out,
             resume="auto",
             init_checkpoint=start,
-            eval_attack_images=128,
+            eval_attack_images=16,
             # The recipe `fast` prescribes its own attack, which explicit settings would replace.
             attack=AttackConfig() if self.recipe == "fast" else AttackConfig(epsilon=self.settings.epsilon),
             data=DataConfig(

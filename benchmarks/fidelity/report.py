@@ -150,11 +150,13 @@ def _corruptions(results: Results) -> str:
 
 
 def _routes(results: Results) -> str:
-    rows = []
-    for recipe in results.recipes():
-        auxiliary = RECIPES[recipe].auxiliary_routes if recipe in RECIPES else ()
-        for route in (MAIN, *auxiliary) if auxiliary else ():
-            rows.append([recipe, route, *(spread(results.values(recipe, metric, route)) for metric in METRICS)])
+    routes = {name: RECIPES[name].auxiliary_routes for name in results.recipes() if name in RECIPES}
+    rows = [
+        [recipe, route, *(spread(results.values(recipe, metric, route)) for metric in METRICS)]
+        for recipe, auxiliary in routes.items()
+        if auxiliary
+        for route in (MAIN, *auxiliary)
+    ]
     if not rows:
         return "Not run yet."
     return "Each route is attacked through itself. In percent.\n\n" + table(["recipe", "route", *METRICS], rows)
@@ -237,8 +239,8 @@ def _method(results: Results) -> str:
         "- **Intervals**: a seed fixes initial weights, order, augmentation and attack, and is common to all recipes. "
         "An interval is Student's t of the differences between runs with the same seed. It covers the randomness of "
         "training, not that of the test images.",
-        "- **Repeat a run**: `--run RECIPE:SEED` trains one run of the plan, and prints a hash of its weights. On a CPU "
-        "with the same versions and number of threads, the hash is the same.",
+        "- **Repeat a run**: `--run RECIPE:SEED` trains one run of the plan and prints a hash of its weights. On a "
+        "CPU with the same versions and number of threads, the hash is the same.",
     ]
     return "\n".join(line if line.startswith("- ") else f"{line}\n" for line in lines)
 
@@ -254,10 +256,10 @@ def _chosen(results: Results) -> str:
         recipe: statistics.stdev(trial["top1"] for trial in found) * 100 for recipe, found in results.tried.items()
     }
     return (
-        f"nine trials per recipe of {results.plan.tuning_epochs} epochs with one seed, on a grid of learning rate and "
-        f"weight decay, and of ε for AdvProp (Taguchi's L9). Chosen for {settings}. The standard deviation of the nine "
-        f"trials is {spread_of['vanilla']:.1f} and {spread_of['advprop']:.1f} points. Clean recipes use the settings of "
-        "vanilla, the others those of AdvProp; `fast` has its own attack."
+        f"nine trials of {results.plan.tuning_epochs} epochs per recipe, with one seed, on a grid of learning rate "
+        f"and weight decay, and of ε for AdvProp (Taguchi's L9). Chosen for {settings}. The standard deviation of "
+        f"the nine trials is {spread_of['vanilla']:.1f} and {spread_of['advprop']:.1f} points. Clean recipes use the "
+        "settings of vanilla, the others those of AdvProp; `fast` has its own attack."
     )
 
 

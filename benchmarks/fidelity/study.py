@@ -51,6 +51,8 @@ class StudyConfig:
     """Test images that are attacked."""
     per_file: int = 1_000
     """Test images per corruption and severity for ONNX files."""
+    corruptions: tuple[str, ...] = ()
+    """Corruptions to measure (default: all fifteen)."""
 
 
 class Study:
@@ -66,6 +68,7 @@ class Study:
             device=config.device,
             attacked=config.attacked,
             per_file=config.per_file,
+            corruptions=config.corruptions,
         )
 
     def run(self) -> bool:
