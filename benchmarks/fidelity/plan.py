@@ -131,6 +131,8 @@ class Plan:
     """Seeds of the main comparison."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(training images, epochs) of the comparison of vanilla and AdvProp over data size."""
+    levels: int = 3
+    """Values of learning rate, weight decay and ε that the trials combine, at most 3."""
     wide: str = ""
     """Wider architecture on which vanilla and AdvProp are compared, or none."""
 
@@ -180,7 +182,7 @@ def cost(recipe: str, epsilon: float) -> float:
 
 
 def trials(plan: Plan, recipe: str) -> list[Cell]:
-    """Return the nine trials of a recipe, all with the first seed.
+    """Return the trials of a recipe, all with the first seed: nine if there are three levels.
 
     For vanilla, they are a full grid of learning rate and weight decay. AdvProp has a third factor,
     ε: its trials are an orthogonal array (Taguchi's L9), in which every pair of levels of two
@@ -198,8 +200,8 @@ def trials(plan: Plan, recipe: str) -> list[Cell]:
             settings=Settings(
                 lr=_LEARNING_RATES[row],
                 weight_decay=_WEIGHT_DECAYS[column],
-                epsilon=_EPSILONS[(row + column) % 3] if recipe == "advprop" else 1.0,
+                epsilon=_EPSILONS[(row + column) % plan.levels] if recipe == "advprop" else 1.0,
             ),
         )
-        for row, column in itertools.product(range(3), range(3))
+        for row, column in itertools.product(range(plan.levels), repeat=2)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -48,8 +49,21 @@ def write_report(out: Path, page: Path) -> Results:
         "## How it was measured\n\n" + _method(results),
         "## Full size on a GPU\n\n" + _gpu(),
     ]
-    write_text(page, "\n\n".join(section for section in sections if section) + "\n")
+    write_text(page, "\n\n".join(map(_wrapped, filter(None, sections))) + "\n")
     return results
+
+
+def _wrapped(section: str) -> str:
+    """Wrap the prose of a section to 100 characters."""
+    blocks = []
+    for block in section.split("\n\n"):
+        if not block.startswith(("|", "#", "!", "```")):
+            lines = block.split("\n") if block.startswith("- ") else [block]
+            block = "\n".join(
+                textwrap.fill(line, 100, subsequent_indent="  " if line[0] == "-" else "") for line in lines
+            )
+        blocks.append(block)
+    return "\n\n".join(blocks)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -69,8 +83,8 @@ def _introduction(results: Results) -> str:
     done = {recipe: len(found) for recipe, found in results.tried.items()}
     if results.chosen is None:
         lines.append(
-            f"**Unfinished.** Of nine trials each, {done['vanilla']} of vanilla and {done['advprop']} of AdvProp are "
-            "finished. No recipe is trained with the chosen settings yet."
+            f"**Unfinished.** Of {plan.levels**2} trials each, {done['vanilla']} of vanilla and {done['advprop']} of "
+            "AdvProp are finished. No recipe is trained with the chosen settings yet."
         )
     elif missing := _missing(results):
         lines.append(f"**Unfinished.** Not run yet: {', '.join(missing)}.")
@@ -242,7 +256,7 @@ def _method(results: Results) -> str:
         "- **Repeat a run**: `--run RECIPE:SEED` trains one run of the plan and prints a hash of its weights. On a "
         "CPU with the same versions and number of threads, the hash is the same.",
     ]
-    return "\n".join(line if line.startswith("- ") else f"{line}\n" for line in lines)
+    return "\n\n".join([*lines[:2], "\n".join(lines[2:])])
 
 
 def _chosen(results: Results) -> str:
@@ -256,10 +270,10 @@ def _chosen(results: Results) -> str:
         recipe: statistics.stdev(trial["top1"] for trial in found) * 100 for recipe, found in results.tried.items()
     }
     return (
-        f"nine trials of {results.plan.tuning_epochs} epochs per recipe, with one seed, on a grid of learning rate "
-        f"and weight decay, and of ε for AdvProp (Taguchi's L9). Chosen for {settings}. The standard deviation of "
-        f"the nine trials is {spread_of['vanilla']:.1f} and {spread_of['advprop']:.1f} points. Clean recipes use the "
-        "settings of vanilla, the others those of AdvProp; `fast` has its own attack."
+        f"{results.plan.levels**2} trials of {results.plan.tuning_epochs} epochs per recipe, with one seed, on a grid "
+        f"of learning rate and weight decay, and of ε for AdvProp (Taguchi's L9). Chosen for {settings}. The standard "
+        f"deviation of the trials is {spread_of['vanilla']:.1f} and {spread_of['advprop']:.1f} points. Clean recipes "
+        "use the settings of vanilla, the others those of AdvProp; `fast` has its own attack."
     )
 
 
