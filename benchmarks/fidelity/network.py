@@ -82,19 +82,16 @@ def _create(width: int, num_classes: int = 10, **_: Any) -> CifarResNet:
     return CifarResNet(3, width, num_classes)
 
 
-@register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Return ResNet-20 with 16, 32 and 64 channels."""
     return _create(16, **kwargs)
 
 
-@register_model
 def cifar_resnet20_x2(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Return ResNet-20 with 32, 64 and 128 channels."""
     return _create(32, **kwargs)
 
 
-@register_model
 def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Return ResNet-18 without the reductions before its first block."""
     classes = kwargs.get("num_classes", 10)
@@ -104,3 +101,7 @@ def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.pretrained_cfg = model.default_cfg = _data_config(classes)
     return cast(nn.Module, model)
+
+
+for _architecture in (cifar_resnet20, cifar_resnet20_x2, cifar_resnet18):
+    register_model(_architecture)

@@ -6,10 +6,11 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.fidelity.measure import PRECISIONS
 from benchmarks.fidelity.picture import draw
-from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, TUNED
+from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, TUNED, Plan
 from benchmarks.fidelity.results import METRICS, Difference, Results, Verdict, paired, spread
 from benchmarks.fidelity.verdict import STATEMENTS, advice
 from runtime.system.files import write_text
@@ -210,14 +211,19 @@ def _share(gain: Difference | None, full: Difference) -> str:
 
 def _sizes(results: Results) -> str:
     plan, rows = results.plan, []
-    variants = [(f"{images:,} images", {"images": images}) for images, _ in sorted((*plan.sizes, (plan.images, 0)))]
-    variants += [(f"`{plan.wide}`", {"arch": plan.wide})] if plan.wide else []
+    sizes = sorted({plan.images, *(images for images, _ in plan.sizes)})
+    variants: list[tuple[str, dict[str, Any]]] = [(f"{images:,} images", {"images": images}) for images in sizes]
+    if plan.wide:
+        variants.append((f"`{plan.wide}`", {"arch": plan.wide}))
     for name, where in variants:
         cells = []
         for metric in ("clean accuracy", "corruption error"):
             values = [results.values(recipe, metric, **where) for recipe in TUNED]
             cells += [*map(spread, values), _shown(paired(values[1], values[0]))]
-        rows.append([name, str(len(results.of("advprop", **where))), *cells])
+        if any(results.of(recipe, **where) for recipe in TUNED):
+            rows.append([name, str(len(results.of("advprop", **where))), *cells])
+    if not rows:
+        return "Not run yet."
     header = ["", "seeds"]
     for metric in ("clean", "corruption error"):
         header += [*(f"{recipe}, {metric}" for recipe in TUNED), "difference"]
@@ -237,10 +243,10 @@ def _method(results: Results) -> str:
     precision = "float32" if plan.amp == "none" else f"{plan.amp} autocast (evaluation in float32)"
     sizes = f"; {'; '.join(f'{epochs} for {images:,} images' for images, epochs in plan.sizes)}" if plan.sizes else ""
     lines = [
-        f"```sh\npython -m benchmarks.fidelity --data cifar10 --images {plan.images} --epochs {plan.epochs} --amp "
-        f"{plan.amp}\npython -m benchmarks.fidelity --report docs/results/fidelity.md\n```",
-        f"Training took {results.cpu_s / 3600:.1f} hours of CPU time so far ({description['device']}; "
-        f"{description['machine']}; {versions}), in {precision}.",
+        f"```sh\npython -m benchmarks.fidelity --data cifar10 {_options(plan)}\n"
+        "python -m benchmarks.fidelity --report docs/results/fidelity.md\n```",
+        f"Training took {results.cpu_s / 3600:.1f} hours of CPU time so far, in {precision} ({description['device']}; "
+        f"{description['machine']}; {versions}). Measuring is not counted.",
         "- **Data**: CIFAR-10 as JPEG files. 5,000 training images are held out to choose settings. Subsets are "
         "stratified, and smaller ones are parts of larger ones.",
         f"- **Training**: batch size 128, AdamW, cosine schedule, label smoothing 0.1, random crops of 50 to 100 % of "
@@ -253,10 +259,15 @@ def _method(results: Results) -> str:
         "- **Intervals**: a seed fixes initial weights, order, augmentation and attack, and is common to all recipes. "
         "An interval is Student's t of the differences between runs with the same seed. It covers the randomness of "
         "training, not that of the test images.",
-        "- **Repeat a run**: `--run RECIPE:SEED` trains one run of the plan and prints a hash of its weights. On a "
-        "CPU with the same versions and number of threads, the hash is the same.",
+        "- **Repeat a run**: `--run RECIPE:SEED` trains one run of the plan and prints a hash of its weights. On the "
+        "same model of CPU, with the same versions and number of threads, the hash is the same.",
     ]
     return "\n\n".join([*lines[:2], "\n".join(lines[2:])])
+
+
+def _options(plan: Plan) -> str:
+    options = f"--images {plan.images} --epochs {plan.epochs} --seeds {plan.seeds} --arch {plan.arch} --amp {plan.amp}"
+    return f"{options} \\\n    --tuning-epochs {plan.tuning_epochs}{'' if plan.sizes else ' --main-only'}"
 
 
 def _chosen(results: Results) -> str:

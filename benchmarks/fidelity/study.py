@@ -225,9 +225,10 @@ def read(path: Path) -> Any:
 
 
 def _description(config: StudyConfig) -> dict[str, Any]:
+    threads = torch.get_num_threads()
     return {
         "plan": dataclasses.asdict(config.plan),
         "device": config.device,
         "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "onnx")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}",
     }
