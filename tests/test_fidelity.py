@@ -1,19 +1,23 @@
 """The fidelity study at toy size: trials, runs, measurements, exports and the report."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from benchmarks.fidelity import network  # noqa: F401  # registers the architectures
+from benchmarks.fidelity.__main__ import parser, study_config
 from benchmarks.fidelity.data import prepare
 from benchmarks.fidelity.plan import MAIN_RECIPES, OTHER_RECIPES, TUNED, Cell, Plan, Settings, cost, trials
 from benchmarks.fidelity.report import write_report
 from benchmarks.fidelity.results import Difference, Verdict, paired
 from benchmarks.fidelity.study import TRAINED, Study, StudyConfig, read
 from benchmarks.fidelity.verdict import STATEMENTS
-from runtime.errors import DataError
+from runtime.errors import ConfigError, DataError
 from train.recipes import RECIPES
 
 CLASSES = ("circle", "cross", "line", "square")
@@ -144,6 +148,40 @@ def test_equal_computing_time_and_the_attack_of_each_recipe(tmp_path: Path) -> N
     }
     assert configs["fast"].resolved_attack(RECIPES["fast"]).epsilon == 1
     assert configs["advprop"].resolved_attack(RECIPES["advprop"]).epsilon == 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "millions"), [("cifar_resnet20", 0.27), ("cifar_resnet20_x2", 1.08), ("cifar_resnet18", 11.17)]
+)
+def test_networks_keep_the_resolution_of_their_first_layer(arch: str, millions: float) -> None:
+    model: Any = timm.create_model(arch, num_classes=10).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    shapes: list[tuple[int, ...]] = []
+    first = model.layer1 if arch == "cifar_resnet18" else model.layers
+    first.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape[2:]))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert shapes == [(32, 32)]
+
+
+def test_the_command_for_a_gpu_trains_the_main_comparison_on_all_images() -> None:
+    words = "--data cifar10 --device cuda --arch cifar_resnet18 --images 50000 --epochs 100 --amp bf16 --main-only"
+    config = study_config(parser().parse_args(words.split()))
+    assert (config.device, config.plan.images, config.plan.sizes, config.plan.wide) == ("cuda", 50_000, (), "")
+    assert {cell.images for cell in trials(config.plan, "advprop")} == {45_000}  # without the held-out images
+    on_cpu = study_config(parser().parse_args(["--data", "cifar10", "--images", "5000"]))
+    assert (len(on_cpu.plan.sizes), on_cpu.plan.wide) == (3, "cifar_resnet20_x2")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--images 5000", "found no images to train on; add --data DIR"),
+        ("--data cifar10", "found no size; add --images"),
+    ],
+)
+def test_a_missing_option_is_reported(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        study_config(parser().parse_args(words.split()))
 
 
 def test_paired_differences_and_their_verdict() -> None:
