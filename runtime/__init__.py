@@ -6,6 +6,7 @@ a session or a build first needs them.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from runtime import errors
@@ -37,6 +38,10 @@ __all__ = [
     "errors",
     "load",
 ]
+
+# ONNX Runtime 1.29 and later send names and hashes of models to Microsoft, unless this is set before
+# their first import (https://github.com/microsoft/onnxruntime/pull/27379).
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # A service that only runs models does not load the code that builds engines.
 __getattr__ = lazy_names(__name__, {"BuildOptions": "runtime.engine.options", "build": "runtime.engine.build"})

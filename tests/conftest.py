@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,18 @@ from train.loop import FitResult, fit
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; commands that tests start inherit it
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start files with slow tests first, so that no process waits for one of them in the end."""
+    files = [item.path for item in items]
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    tests = Counter(files)
+    order = sorted(
+        dict.fromkeys(files), key=lambda file: (slow[file] == 0, tests[file] if slow[file] else -tests[file])
+    )
+    rank = {file: position for position, file in enumerate(order)}
+    items.sort(key=lambda item: rank[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

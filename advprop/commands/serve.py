@@ -10,7 +10,7 @@ import click
 from runtime.backends.open import BACKENDS
 from runtime.backends.options import EngineOptions, Threads
 from runtime.batching.batcher import Batching
-from runtime.errors import BackendUnavailable, ConfigError
+from runtime.errors import ConfigError
 from runtime.serve.config import LoadSettings, ModelSource, ServeConfig
 from runtime.system.command import Command, Option, as_config, device_option, threads_option
 from runtime.system.console import set_up_logging
@@ -50,20 +50,25 @@ _OPTIONS = (
     _option("--backend", default="auto", type=click.Choice(BACKENDS), group=_LOAD, help="What runs the models."),
     device_option(group=_LOAD),
     threads_option(group=_LOAD),
-    _option("--contexts", default=2, type=click.IntRange(min=1), group=_LOAD, help="Batches an engine runs at once."),
+    _option(
+        "--contexts",
+        default=0,
+        type=click.IntRange(min=0),
+        group=_LOAD,
+        help="Batches that run at the same time; 0 is 2 for an engine, and 1 for an ONNX file.",
+    ),
     _option(
         "--max-batch",
         default=0,
         type=click.IntRange(min=0),
         group=_BATCHING,
-        help="Maximum images per batch; 0 is 4 on a CPU and 32 on a GPU.",
+        help="Maximum images per batch; 0 is 32 on a GPU, 4 on a CPU, and 1 on a CPU with several contexts.",
     ),
     _option(
         "--max-delay-us",
-        default=_BATCHES.max_delay_us,
         type=click.IntRange(min=0),
         group=_BATCHING,
-        help="Microseconds that a request waits for others while the model is idle.",
+        help="Microseconds that a request waits for others while idle; the default is 1000 on a GPU, and 0 on a CPU.",
     ),
     _option(
         "--max-queued",
@@ -99,14 +104,14 @@ def _settings(given: dict[str, Any]) -> ServeConfig:
     load = LoadSettings(
         backend=given["backend"],
         device=given["device"],
-        threads=Threads(intra=given["threads"]),
+        threads=Threads(intra=given["threads"], contexts=given["contexts"] or 1),
         batching=Batching(
             max_batch=given["max_batch"],
             max_delay_us=given["max_delay_us"],
             max_queued_images=given["max_queued"],
             decode_threads=given["decode_threads"],
         ),
-        engine=EngineOptions(contexts=given["contexts"]),
+        engine=EngineOptions(contexts=given["contexts"] or 2),
         max_pixels=given["max_pixels"],
     )
     ports = {0: None, -1: 0}
@@ -151,7 +156,8 @@ def main(models: tuple[ModelSource, ...], settings: dict[str, Any]) -> None:
     """
     set_up_logging()
     config = _settings({**settings, "models": models})
-    serve = _import_server()
+    from runtime.serve.workers import serve
+
     if not config.is_local:
         log.warning(
             "anybody who can reach %s can send requests and unload models: put TLS and authentication in front of it",
@@ -163,16 +169,6 @@ def main(models: tuple[ModelSource, ...], settings: dict[str, Any]) -> None:
         click.echo(f"ready: {', '.join(model.name for model in models)} on {addresses}", err=True)
 
     serve(config, announce)
-
-
-def _import_server() -> Any:
-    try:
-        from runtime.serve.workers import serve
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"a package that `advprop serve` needs is missing: {error.name}", fix="pip install 'advprop[serve]'"
-        ) from error
-    return serve
 
 
 if __name__ == "__main__":

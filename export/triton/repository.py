@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -336,16 +337,22 @@ def _warm_up(classifier: _Classifier, size: int) -> dict[str, Any]:
     }
 
 
+_TABLE = "| model | backend | architecture | classes | largest batch |"
+
+
 def _readme(folder: Path, classifiers: Sequence[_Classifier]) -> str:
-    rows = "\n".join(
+    readme = folder / "README.md"
+    kept = _rows(readme.read_text(encoding="utf-8")) if readme.exists() else []
+    added = [
         f"| {each.name} | {'tensorrt' if each.is_engine else 'onnxruntime'} | {each.spec.arch} | "
         f"{len(each.spec.classes)} | {each.largest or 'fixed to 1'} |"
         for each in classifiers
-    )
+    ]
+    rows = "\n".join([*kept, *added])
     name, shape = classifiers[0].name, "(1, 1)" if classifiers[0].largest else "(1,)"
     return f"""# Models for Triton Inference Server
 
-| model | backend | architecture | classes | largest batch |
+{_TABLE}
 |---|---|---|---|---|
 {rows}
 
@@ -374,3 +381,10 @@ answer = client.infer("{name}_image", [image])
 print(answer.as_numpy("LABEL"), answer.as_numpy("PROBABILITY"))
 ```
 """
+
+
+def _rows(readme: str) -> list[str]:
+    """Return the rows of the models that an earlier call wrote."""
+    _, _, table = readme.partition(f"{_TABLE}\n")
+    rows = itertools.takewhile(lambda line: line.startswith("|"), table.splitlines())
+    return [row for row in rows if not row.startswith("|---")]

@@ -17,17 +17,19 @@ class Threads:
     """Threads that share one operator, including the caller's. 0: one per physical core. Use fewer
     if several processes or sessions share the machine."""
     inter: int = 1
-    """Operators that run at the same time. Above 1, branches of the network run in parallel, which
+    """Operators of a batch that run at the same time. Above 1, branches of the network run in parallel, which
     speeds up few image classifiers."""
+    contexts: int = 1
+    """Batches that run at the same time for `submit` and its relatives. `Threads(intra=1, contexts=N)`
+    keeps N cores busy under load, and answers a single request more slowly than `Threads(intra=N)`."""
     spin: bool = True
     """Let idle threads spin for a while before they sleep. It speeds up the next operator and keeps
     the cores at 100%. Turn it off if other work needs the cores."""
 
     def __post_init__(self) -> None:
-        if self.intra < 0 or self.inter < 1:
-            raise ConfigError(
-                f"threads: intra must be at least 0 and inter at least 1; found intra={self.intra}, inter={self.inter}"
-            )
+        for name, smallest in (("intra", 0), ("inter", 1), ("contexts", 1)):
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"threads: {name} must be at least {smallest}; found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

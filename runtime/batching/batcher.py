@@ -31,6 +31,7 @@ _Result = TypeVar("_Result")
 
 _CPU_BATCH = 4
 _GPU_BATCH = 32
+_GPU_DELAY_US = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +40,12 @@ class Batching:
 
     max_batch: int = 0
     """Maximum number of images per batch, further limited by the model file. 0: 32 on a GPU, and 4
-    on a CPU, where larger batches exceed the caches and take longer per image.
+    on a CPU, where larger batches exceed the caches and take longer per image; 1 if several batches
+    run at the same time on the CPU (`Threads.contexts`).
     benchmarks/runtime_overhead.py finds the best size."""
-    max_delay_us: int = 1000
-    """Maximum time that a request waits for others while the model is idle, in microseconds."""
+    max_delay_us: int | None = None
+    """Maximum time that a request waits for others while the model is idle, in microseconds. None:
+    1000 on a GPU, and 0 on a CPU, where larger batches save no time per image."""
     max_queued_images: int = 256
     """Maximum number of waiting images; further requests are rejected. 256 float32 images of 224
     pixels occupy 154 MB."""
@@ -51,8 +54,9 @@ class Batching:
 
     def __post_init__(self) -> None:
         for name, smallest in (("max_batch", 0), ("max_delay_us", 0), ("max_queued_images", 1), ("decode_threads", 1)):
-            if getattr(self, name) < smallest:
-                raise ConfigError(f"{name} must be at least {smallest}; found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ConfigError(f"{name} must be at least {smallest}; found {value}")
 
 
 class Batcher:
@@ -71,13 +75,17 @@ class Batcher:
 
     def __init__(self, backend: Backend, config: Batching) -> None:
         """Create a batcher for `backend`. The caller closes the backend after the batcher."""
-        largest = config.max_batch or (_CPU_BATCH if backend.device == "cpu" else _GPU_BATCH)
-        self.config = replace(config, max_batch=min(largest, backend.batch_range[1]))
-        """The configuration with the actual largest batch."""
+        on_cpu = backend.device == "cpu"
+        largest = config.max_batch or ((_CPU_BATCH if backend.contexts == 1 else 1) if on_cpu else _GPU_BATCH)
+        delay_us = config.max_delay_us
+        if delay_us is None:
+            delay_us = 0 if on_cpu else _GPU_DELAY_US
+        self.config = replace(config, max_batch=min(largest, backend.batch_range[1]), max_delay_us=delay_us)
+        """The configuration with the actual largest batch and delay."""
         self._core = BatcherCore(
             backend,
             max_batch=self.config.max_batch,
-            max_delay_s=config.max_delay_us * 1e-6,
+            max_delay_s=delay_us * 1e-6,
             max_queued=config.max_queued_images,
         )
         self._backend = backend

@@ -20,6 +20,11 @@ __all__ = ["Outcome", "RequestError", "request_error"]
 
 log = logging.getLogger(__name__)
 
+_NO_SPEC = (
+    "the model's file describes neither its preprocessing nor its classes, so it accepts no encoded images; "
+    "send preprocessed tensors to /v2/models/NAME/infer"
+)
+
 
 class Outcome(Enum):
     """How a request ends: the label in the metrics, the HTTP status and the gRPC status."""
@@ -58,6 +63,8 @@ def request_error(error: Exception) -> RequestError:
     """Return the answer to an error. Unexpected errors are logged, and their text stays here."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, SpecError):  # its text has the path, and advice for the operator
+        return RequestError(Outcome.UNPROCESSABLE, _NO_SPEC)
     if isinstance(error, AdvPropError):
         return RequestError(_outcome(error), str(error))
     log.error("a request failed", exc_info=error)
@@ -71,7 +78,6 @@ def _outcome(error: AdvPropError) -> Outcome:
         (RequestNotServed, Outcome.OVERLOADED),
         (SessionClosed, Outcome.NOT_READY),
         (DataError, Outcome.UNPROCESSABLE),
-        (SpecError, Outcome.UNPROCESSABLE),
         (InputError, Outcome.INVALID),
     ):
         if isinstance(error, kind):

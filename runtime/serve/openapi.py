@@ -31,7 +31,7 @@ def openapi_document() -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/v2": {"get": _operation("Describe the server", "ServerMetadata")},
         "/v2/health/live": {"get": _operation("Whether the server runs", "Live")},
-        "/v2/health/ready": {"get": _operation("Whether the server accepts requests", "Ready", ("503",))},
+        "/v2/health/ready": {"get": _readiness("Whether the server accepts requests", "Ready")},
         "/v2/models": {"get": _operation("List the models", "Models")},
         "/v2/repository/index": {"post": _operation("List all versions and their states", "Index")},
         "/predict": {"post": _predict()},
@@ -44,7 +44,7 @@ def openapi_document() -> dict[str, Any]:
     ):
         described = _operation("Describe a model", "ModelMetadata", ("404", "503"))
         paths[prefix] = {"parameters": parameters, "get": described}
-        ready = _operation("Whether a model accepts requests", "ModelReady", ("404", "503"))
+        ready = _readiness("Whether a model accepts requests", "ModelReady", ("404",))
         paths[f"{prefix}/ready"] = {"parameters": parameters, "get": ready}
         paths[f"{prefix}/infer"] = {"parameters": parameters, "post": _infer()}
     for action in ("load", "unload"):
@@ -78,6 +78,13 @@ def _operation(
     responses: dict[str, Any] = {"200": {"description": "Success.", "content": content}}
     responses |= {code: {"description": _ERRORS[code], "content": _ERROR} for code in errors}
     return {"summary": summary, "responses": responses}
+
+
+def _readiness(summary: str, schema: str, errors: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return an operation that answers what is not ready in the same form, with 503."""
+    operation = _operation(summary, schema, errors)
+    operation["responses"]["503"] = operation["responses"]["200"] | {"description": "Not ready."}
+    return operation
 
 
 def _infer() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from runtime.serve.metrics import CONTENT_TYPE
 from runtime.serve.openapi import openapi_document
 from runtime.serve.rest_format import JSON_LENGTH_HEADER, decode_request, encode_result, json_length, raw_request
 from runtime.serve.state import EXTENSIONS, ServerState
+from runtime.serve.tracing import request_span
 
 __all__ = ["http_app"]
 
@@ -282,16 +283,32 @@ class _Observed:
                 await send(message)
 
         self._state.metrics.started()
-        try:
-            await self._app(scope, receive, observe)
-        except TimeoutError:
-            scope["outcome"] = Outcome.SLOW_CLIENT
-        finally:
-            seconds = time.monotonic() - started_s
-            outcome = scope.get("outcome", Outcome.OK)
-            self._state.metrics.ended(scope.get("model", ""), "http", outcome, seconds)
-            if self._state.config.access_log:
-                _log(scope, outcome, seconds, sent)
+        headers = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+        with request_span(headers) as span:
+            try:
+                await self._app(scope, receive, observe)
+            except TimeoutError:
+                scope["outcome"] = Outcome.SLOW_CLIENT
+            finally:
+                seconds = time.monotonic() - started_s
+                outcome = scope.get("outcome", Outcome.OK)
+                self._state.metrics.ended(scope.get("model", ""), "http", outcome, seconds)
+                if self._state.config.access_log:
+                    _log(scope, outcome, seconds, sent)
+                span.end(*_described(scope, outcome, sent["status"]))
+
+
+def _described(scope: Scope, outcome: Outcome, status: int) -> tuple[str, Outcome, dict[str, str | int]]:
+    """Return name, outcome and attributes of a span, named as OpenTelemetry's conventions require."""
+    route = getattr(scope.get("route"), "path", "")
+    attributes: dict[str, str | int] = {
+        "http.request.method": scope["method"],
+        "http.response.status_code": status,
+        "http.route": route,
+        "url.path": scope["path"],
+        "advprop.model": scope.get("model", ""),
+    }
+    return f"{scope['method']} {route}".strip(), outcome, attributes
 
 
 def _log(scope: Scope, outcome: Outcome, seconds: float, sent: dict[str, int]) -> None:

@@ -37,10 +37,12 @@ from runtime.serve.tensors import (
     check_shape,
     dtype_of,
 )
+from runtime.serve.tracing import request_span
 
 __all__ = ["start_grpc_server"]
 
 _Answer = TypeVar("_Answer")
+_SERVICE = "inference.GRPCInferenceService"
 _CONTENTS = {
     "BOOL": "bool_contents",
     "UINT8": "uint_contents",
@@ -99,7 +101,7 @@ class _Servicer(service.GRPCInferenceServiceServicer):  # type: ignore[misc]  # 
             ready = self._registry.is_ready(request.name, request.version) and self._state.is_ready
             return protocol.ModelReadyResponse(ready=ready)
 
-        return await self._answering(answer(), context, request.name)
+        return await self._answering("ModelReady", answer(), context, request.name)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         async def answer() -> Any:
@@ -124,10 +126,10 @@ class _Servicer(service.GRPCInferenceServiceServicer):  # type: ignore[misc]  # 
                 properties=properties,
             )
 
-        return await self._answering(answer(), context, request.name)
+        return await self._answering("ModelMetadata", answer(), context, request.name)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return await self._answering(self._infer(request, context), context, request.model_name)
+        return await self._answering("ModelInfer", self._infer(request, context), context, request.model_name)
 
     async def _infer(self, request: Any, context: Any) -> Any:
         self._state.check_loaded()
@@ -142,24 +144,28 @@ class _Servicer(service.GRPCInferenceServiceServicer):  # type: ignore[misc]  # 
             result = await infer(self._registry, replace(inference, timeout_s=min(limits)))
         return _encode(result)
 
-    async def _answering(self, work: Awaitable[_Answer], context: Any, model: str) -> _Answer:
+    async def _answering(self, method: str, work: Awaitable[_Answer], context: Any, model: str) -> _Answer:
         """Await an answer, count it, and convert its error to a status of gRPC."""
         metrics, started_s, outcome = self._state.metrics, time.monotonic(), Outcome.OK
         metrics.started()
-        try:
-            return await work
-        except asyncio.CancelledError:  # the client left
-            outcome = Outcome.CANCELLED
-            raise
-        except Exception as error:
-            failure = request_error(error)
-            outcome = failure.outcome
-            await _abort(context, failure)
-        finally:
-            seconds = time.monotonic() - started_s
-            metrics.ended(model, "grpc", outcome, seconds)
-            if self._state.config.access_log:
-                _log(context, model, outcome, seconds)
+        headers = ((key, value) for key, value in context.invocation_metadata() if isinstance(value, str))
+        with request_span(headers) as span:
+            try:
+                return await work
+            except asyncio.CancelledError:  # the client left
+                outcome = Outcome.CANCELLED
+                raise
+            except Exception as error:
+                failure = request_error(error)
+                outcome = failure.outcome
+                await _abort(context, failure)
+            finally:
+                seconds = time.monotonic() - started_s
+                metrics.ended(model, "grpc", outcome, seconds)
+                if self._state.config.access_log:
+                    _log(context, model, outcome, seconds)
+                attributes = {"rpc.system.name": "grpc", "advprop.model": model}
+                span.end(f"{_SERVICE}/{method}", outcome, attributes)
 
 
 async def _abort(context: Any, failure: RequestError) -> NoReturn:

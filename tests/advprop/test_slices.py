@@ -65,8 +65,10 @@ def test_every_imported_package_belongs_to_the_core_or_to_a_slice() -> None:
         for path, module in _third_party_imports()
         if module not in core | NOT_ON_PYPI and not install_command(module)
     }
-    # google.protobuf and ml_dtypes come with onnx, imagecorruptions with the extra `frost`.
-    assert {name.split()[0] for name in unknown} <= {"google", "ml_dtypes", "imagecorruptions"}, unknown
+    # google.protobuf and ml_dtypes come with onnx, imagecorruptions with the extra `frost`. The server
+    # uses OpenTelemetry if it is installed.
+    expected = {"google", "ml_dtypes", "imagecorruptions", "opentelemetry"}
+    assert {name.split()[0] for name in unknown} <= expected, unknown
 
 
 def _third_party_imports() -> Iterator[tuple[Path, str]]:

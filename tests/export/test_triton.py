@@ -168,6 +168,9 @@ def test_models_are_added_but_not_replaced(model: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="already contains b, b_preprocess"):
         write_repository(repository, [("c", [model]), ("b", [model])])
     assert sorted(path.name for path in repository.iterdir()) == before
+    readme = (repository / "README.md").read_text()
+    assert [f"| {name} | onnxruntime |" in readme for name in "abc"] == [True, True, False]
+    assert readme.count("|---|---|---|---|---|") == 1
 
 
 def test_a_fixed_batch_of_one_is_served_without_batching(model: Path, tmp_path: Path) -> None:

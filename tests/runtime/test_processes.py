@@ -1,5 +1,6 @@
 """Sessions in forked processes, at interpreter exit, and when closed under load."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ import runtime
 from runtime.errors import SessionClosed
 from tests.support import ROOT
 from tests.support.serving_models import SLOW, images_of, serving_model
+
+_QUIET_VARIABLES = ("CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
 
 START = """
 import os, sys
@@ -133,3 +136,19 @@ def test_close_waits_for_calls_in_flight(model: Path) -> None:
     assert results.count(2000) == calls
     assert results.count(SessionClosed) == 8
     assert len(results) == calls + 8
+
+
+def test_onnx_runtime_reports_nothing(tmp_path: Path) -> None:
+    """Its telemetry writes an identifier of the machine to the home folder, before it sends anything.
+
+    Its own protection against continuous integration is switched off here.
+    """
+    onnx.save(serving_model(), tmp_path / "m.onnx")
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {name: value for name, value in os.environ.items() if name not in _QUIET_VARIABLES}
+    program = "import sys, runtime; runtime.load(sys.argv[1]).close()"
+    command = [sys.executable, "-c", program, str(tmp_path / "m.onnx")]
+    environment = {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, timeout=60)
+    assert [path.name for path in home.rglob("deviceid")] == []

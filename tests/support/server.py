@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,32 @@ class Server:
         return self.process.wait(timeout_s)
 
 
-def start_server(*arguments: str | Path, wait: bool = True) -> Server:
-    """Start `advprop serve` on free ports, and return once its models are loaded."""
-    command = [sys.executable, "-m", "advprop", "serve", "--http-port", "0", "--threads", "1", *map(str, arguments)]
+def start_server(
+    *arguments: str | Path, wait: bool = True, launcher: Sequence[str] = (), stdout: Path | None = None
+) -> Server:
+    """Start `advprop serve` on free ports, and return once its models are loaded.
+
+    Args:
+        arguments: of the command.
+        wait: wait until the models are loaded.
+        launcher: program and arguments that start the command.
+        stdout: file for the standard output.
+    """
+    command = [
+        *launcher,
+        sys.executable,
+        "-m",
+        "advprop",
+        "serve",
+        "--http-port",
+        "0",
+        "--threads",
+        "1",
+        *map(str, arguments),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    with Path(stdout or os.devnull).open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.PIPE, text=True)
     server = Server(process)
     threading.Thread(target=_read, args=(server,), daemon=True).start()
     if wait:
@@ -120,3 +139,20 @@ def binary_request(images_NCHW: NDArray[np.float32], **content: Any) -> tuple[by
     text = json.dumps({"inputs": [tensor], **content}).encode()
     headers = {"Inference-Header-Content-Length": str(len(text)), "Content-Type": "application/octet-stream"}
     return text + images_NCHW.tobytes(), headers
+
+
+def damaged_request(random: np.random.Generator) -> tuple[bytes, dict[str, str]]:
+    """Return a binary request for the same models, with damaged bytes, lengths or fields."""
+    sizes = [-1, 0, 1, 191, 193, 2**31, 2**63, "192", None, 1.5]
+    tensor = {
+        "name": random.choice(["input", "image"]),
+        "datatype": random.choice(["FP32", "FP16", "INT8", "BYTES", "BOOL"]),
+        "shape": [int(size) for size in random.choice([0, 1, 2, 3, 4, 2**33], random.integers(0, 6))],
+        "parameters": {"binary_data_size": sizes[random.integers(len(sizes))]},
+    }
+    text = bytearray(json.dumps({"inputs": [tensor] * int(random.integers(0, 3))}).encode())
+    for _ in range(random.integers(0, 3)):
+        text[random.integers(len(text))] = random.integers(256)
+    length = int(random.choice([len(text), 1, len(text) + 1, 10**6, 2**62]))
+    header = random.choice([str(length), f"-{length}", f" {length}x", ""])
+    return bytes(text) + random.bytes(int(random.integers(0, 400))), {"Inference-Header-Content-Length": header}

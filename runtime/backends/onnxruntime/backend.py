@@ -62,7 +62,7 @@ class OnnxRuntimeBackend(Backend):
         Args:
             path: an ONNX file.
             device: `cpu`, `cuda`, or `auto`: CUDA if a GPU and the provider are available.
-            threads: CPU threads of one run.
+            threads: CPU threads.
             exact: on a CPU, compute the results of a GPU: Q/DQ nodes run in floating point, and
                 every FP16 or BF16 tensor is rounded. Default: for INT8 files that advprop
                 calibrated; for others, Q/DQ nodes do so if this CPU's INT8 sums saturate.
@@ -97,6 +97,7 @@ class OnnxRuntimeBackend(Backend):
             loading = replace(loading, as_written=True, for_gpus=True, source=_rounded_if_possible(path))
             session = loading.open(ort)
         self.device = loading.providers.device
+        self.contexts = threads.contexts if self.device == "cpu" else 1
         self.reasons = (_backend_reason(ort, tensorrt), *loading.reasons())
         spec = metadata.get(METADATA_KEY)
         self.spec = ModelSpec.from_json(spec, where=str(path)) if spec else None

@@ -93,9 +93,12 @@ def test_thread_settings_are_used_and_checked(tmp_path: Path) -> None:
             explained = session.explain()
     assert "device: cpu, as requested" in explained
     assert "threads: 1 per operator, 1 parallel operators" in explained
-    for intra, inter in ((-1, 1), (0, 0)):
-        with pytest.raises(ConfigError, match="intra must be at least 0 and inter at least 1"):
-            runtime.Threads(intra=intra, inter=inter)
+    with pytest.raises(ConfigError, match="intra must be at least 0; found -1"):
+        runtime.Threads(intra=-1)
+    with pytest.raises(ConfigError, match="inter must be at least 1; found 0"):
+        runtime.Threads(inter=0)
+    with pytest.raises(ConfigError, match="contexts must be at least 1; found 0"):
+        runtime.Threads(contexts=0)
     with pytest.raises(ConfigError, match="intra must be at least 0"):
         runtime.load(tmp_path / "m.onnx", threads=-1)
 

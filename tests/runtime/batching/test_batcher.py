@@ -30,6 +30,21 @@ def ends(stats: BatcherStats) -> dict[str, int]:
     return {name: getattr(stats, name) for name in ("answered", "cancelled", "late", "failed") if getattr(stats, name)}
 
 
+def test_batches_run_at_the_same_time_if_requested(tmp_path: Path) -> None:
+    onnx.save(serving_model(SLOW), tmp_path / "m.onnx")
+    threads = runtime.Threads(intra=1, contexts=2)
+    with runtime.load(tmp_path / "m.onnx", threads=threads, device="cpu", warm_up=(1,)) as session:
+        assert session.batching.max_batch == 1
+        long = busy(session)
+        assert session.submit(images_of(1)).result(60)[0, 0] == 1
+        assert not long.done()
+
+
+def test_an_idle_model_on_a_cpu_runs_at_once(tmp_path: Path) -> None:
+    with open_session(tmp_path) as session:
+        assert session.batching.max_delay_us == (1000 if session.backend.device == "cuda" else 0)
+
+
 def test_requests_are_joined_into_batches(tmp_path: Path) -> None:
     with open_session(tmp_path, max_batch=8, max_delay_us=10_000_000) as session:
         futures = [session.submit(images_of(*values)) for values in ([1, 2, 3], [4], [5, 6, 7, 8])]
@@ -252,14 +267,8 @@ def test_64_threads_through_the_batcher(network: Path) -> None:
         assert stats.mean_batch > 2, "requests must be joined"
 
 
-class TwoContexts(OnnxRuntimeBackend):
-    """Like a backend with two contexts; ONNX Runtime itself runs any number of calls at once."""
-
-    contexts = 2
-
-
 def test_two_batches_run_at_the_same_time(network: Path) -> None:
-    backend = TwoContexts(network, device="cpu", threads=runtime.Threads(intra=1))
+    backend = OnnxRuntimeBackend(network, device="cpu", threads=runtime.Threads(intra=1, contexts=2))
     batching = Batching(max_batch=4, max_delay_us=100, max_queued_images=64 * 20)
     with runtime.Session(backend, network, batching) as session:
         traffic = Traffic(session, requests=50)

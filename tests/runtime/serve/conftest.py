@@ -43,8 +43,8 @@ def start() -> Iterator[Start]:
     """Return a function that starts a server, which is killed after the test if it still runs."""
     servers: list[Server] = []
 
-    def start(*arguments: str | Path, wait: bool = True) -> Server:
-        servers.append(start_server(*arguments, wait=wait))
+    def start(*arguments: str | Path, wait: bool = True, stdout: Path | None = None) -> Server:
+        servers.append(start_server(*arguments, wait=wait, stdout=stdout))
         return servers[-1]
 
     yield start

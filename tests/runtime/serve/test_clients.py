@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,26 @@ def test_clients_of_triton(
     index = int(logits_NK[0].argmax())
     assert found["classification"] == [str(index), session.spec.classes[index]]
     assert "there is no model 'tay'" in found["error"]
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_list(server: Server, tmp_path: Path) -> None:
+    """A request may ask for a deadline of a microsecond, so 503 is allowed. Models stay loaded."""
+    (tmp_path / "schemathesis.toml").write_text(
+        '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 503]\n'
+    )
+    command = [str(Path(sys.executable).with_name("schemathesis"))]
+    command += ["--config-file", str(tmp_path / "schemathesis.toml"), "run", "--max-examples", "20", "--seed", "0"]
+    checks = ["not_a_server_error", "status_code_conformance", "content_type_conformance"]
+    checks += ["response_headers_conformance", "response_schema_conformance"]
+    command += ["--exclude-path-regex", "^/v2/repository/models/", "--checks", ",".join(checks)]
+    url = f"http://127.0.0.1:{server.http_port}/openapi.json"
+    run = subprocess.run([*command, url], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout
+    assert re.search(r"Tested: +13\n", run.stdout)
+    generated = re.search(r"(\d+) generated", run.stdout)
+    assert generated is not None
+    assert int(generated[1]) > 300
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -20,6 +21,7 @@ import onnx
 import psutil
 import pytest
 
+from runtime.serve.server import bind
 from tests.runtime.serve.conftest import Start
 from tests.support import ROOT
 from tests.support.server import Answer, Server, tensor_request
@@ -47,6 +49,26 @@ def until(condition: Any, timeout_s: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_are_sent_without_delay(host: str) -> None:
+    """With Nagle's algorithm, the body of an answer waits 40 ms for the client to confirm its headers."""
+
+    async def is_nagle_off() -> bool:
+        accepted: list[asyncio.StreamWriter] = []
+        listening = bind(host, 0)
+        server = await asyncio.start_server(lambda reader, writer: accepted.append(writer), sock=listening)
+        async with server:
+            _, client = await asyncio.open_connection(host, listening.getsockname()[1])
+            while not accepted:
+                await asyncio.sleep(0.01)
+            option = accepted[0].get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for writer in (client, *accepted):
+                writer.close()
+        return bool(option)
+
+    assert asyncio.run(is_nagle_off())
 
 
 class Clients:
@@ -104,8 +126,10 @@ def test_a_server_that_loads_is_live_and_not_ready(start: Start, tmp_path: Path)
 
 
 def test_every_request_is_answered_after_sigterm(start: Start, tmp_path: Path) -> None:
+    """A connection that the server has not accepted when it closes its port is refused or reset."""
     onnx.save(serving_model(MEAN), tmp_path / "toy.onnx")
-    server = start(tmp_path / "toy.onnx", "--drain-s", "10")
+    log = tmp_path / "access.log"
+    server = start(tmp_path / "toy.onnx", "--drain-s", "10", "--access-log", stdout=log)
     with Clients(server) as clients:
         until(lambda: len(clients.answers) > 50)
         server.process.send_signal(signal.SIGTERM)
@@ -113,7 +137,9 @@ def test_every_request_is_answered_after_sigterm(start: Start, tmp_path: Path) -
         assert server.ask("GET", "/v2/health/ready").status == 503
         assert server.process.wait(30) == 0
     assert {answer.status for answer in clients.answers} == {200}
-    assert {type(error) for error in clients.errors} <= {ConnectionRefusedError}
+    assert {type(error) for error in clients.errors} <= {ConnectionRefusedError, ConnectionResetError}
+    accepted = [line for line in map(json.loads, log.read_text().splitlines()) if line["path"] == INFER]
+    assert len(accepted) == len(clients.answers)
 
 
 def test_a_long_request_is_answered_after_sigterm(start: Start, tmp_path: Path) -> None:
@@ -272,7 +298,7 @@ def test_open_hosts_are_warned_about(start: Start, toy: Path) -> None:
 def test_a_missing_extra_ends_with_its_name(toy: Path, package: str) -> None:
     """The help works without the extra. A None in sys.modules is a package that cannot be imported."""
     program = f"import sys; sys.modules[{package!r}] = None; from advprop.cli import main; main()"
-    for arguments, code, text in ((["-h"], 0, "--grpc-port"), ([str(toy)], 3, "pip install 'advprop[serve]'")):
+    for arguments, code, text in ((["-h"], 0, "--grpc-port"), ([str(toy)], 3, "[serve]'")):
         run = subprocess.run(
             [sys.executable, "-c", program, "serve", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
         )

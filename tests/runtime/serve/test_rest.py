@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import runtime
-from tests.support.server import Server, binary_request, tensor_request
+from tests.support.server import Server, binary_request, damaged_request, tensor_request
 from tests.support.serving_models import images_of
 
 INFER = "/v2/models/toy/infer"
@@ -234,28 +234,11 @@ def test_several_requests_on_one_connection(server: Server) -> None:
     assert answer.count(b"HTTP/1.1 200") == 4
 
 
-def mutated(random: np.random.Generator) -> tuple[bytes, dict[str, str]]:
-    """Return a binary request with damaged bytes, lengths or fields."""
-    sizes = [-1, 0, 1, 191, 193, 2**31, 2**63, "192", None, 1.5]
-    tensor = {
-        "name": random.choice(["input", "image"]),
-        "datatype": random.choice(["FP32", "FP16", "INT8", "BYTES", "BOOL"]),
-        "shape": [int(size) for size in random.choice([0, 1, 2, 3, 4, 2**33], random.integers(0, 6))],
-        "parameters": {"binary_data_size": sizes[random.integers(len(sizes))]},
-    }
-    text = bytearray(json.dumps({"inputs": [tensor] * int(random.integers(0, 3))}).encode())
-    for _ in range(random.integers(0, 3)):
-        text[random.integers(len(text))] = random.integers(256)
-    length = int(random.choice([len(text), 1, len(text) + 1, 10**6, 2**62]))
-    header = random.choice([str(length), f"-{length}", f" {length}x", ""])
-    return bytes(text) + random.bytes(int(random.integers(0, 400))), {"Inference-Header-Content-Length": header}
-
-
 def test_malformed_binary_requests_get_documented_answers(server: Server) -> None:
     random = np.random.default_rng(0)
     statuses = []
     for _ in range(500):
-        body, headers = mutated(random)
+        body, headers = damaged_request(random)
         answer = server.ask("POST", INFER, body, headers)
         statuses.append(answer.status)
         assert answer.status in (200, 400, 422), (answer, body, headers)

@@ -126,11 +126,24 @@ def test_deadlines_full_queues_and_cancellation(start: Start, tmp_path: Path) ->
         calls = [stub.ModelInfer.future(request_of(images_of(LONG))) for _ in range(8)]
         codes = [call.exception().code() if call.exception() else grpc.StatusCode.OK for call in calls]
         assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        wait_for_metric(server, f"{IN_FLIGHT} 1.0")  # the request for the metrics itself
+        before = cancelled(server)  # the client may report its deadline before the server does
         running, waiting = (stub.ModelInfer.future(request_of(images_of(LONG))) for _ in range(2))
-        wait_for_metric(server, "advprop_requests_in_flight 2.0")
+        wait_for_metric(server, f"{IN_FLIGHT} 3.0")
         waiting.cancel()
         assert running.result().model_name == "toy"
-    wait_for_metric(server, 'advprop_requests_total{model="toy",outcome="cancelled",protocol="grpc"} 1.0')
+    wait_for_metric(server, f"{CANCELLED} {before + 1}")
+    assert server.stop() == 0
+
+
+IN_FLIGHT = "advprop_requests_in_flight"
+CANCELLED = 'advprop_requests_total{model="toy",outcome="cancelled",protocol="grpc"}'
+
+
+def cancelled(server: Server) -> float:
+    text = server.ask("GET", "/metrics").body.decode()
+    found = [float(line.removeprefix(CANCELLED)) for line in text.splitlines() if line.startswith(CANCELLED)]
+    return sum(found, start=0.0)
 
 
 def wait_for_metric(server: Server, line: str) -> None:
@@ -139,4 +152,3 @@ def wait_for_metric(server: Server, line: str) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"{line} is not in {server.ask('GET', '/metrics').body.decode()}")
-    assert server.stop() == 0

@@ -1,0 +1,1 @@
+"""Throughput and latency of `advprop serve` and of other servers. See `python -m benchmarks.serving --help`."""
