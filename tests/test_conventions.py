@@ -15,7 +15,7 @@ ALLOWED = frozenset({("os", "_exit"), ("torch.nn.modules.batchnorm", "_BatchNorm
 all BatchNorms."""
 
 TESTED_BENCHMARKS = "benchmarks.fidelity"
-"""The only benchmark that is a package. Its runs take days, so its parts and a toy run are tested."""
+"""A benchmark whose runs take a day, so its parts and a toy run are tested."""
 
 
 def is_private(name: str) -> bool:
