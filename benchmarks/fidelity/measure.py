@@ -58,15 +58,19 @@ class Measurements:
         (result,) = evaluate([model], SuiteConfig(name="clean", data=folder), self._run(checkpoint, "held"))
         return float(result["metrics"]["cells"]["images"]["top1"])
 
-    def measure_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
-        """Measure every BatchNorm route on all corruptions and under PGD.
+    def measure_checkpoint(self, checkpoint: Path, *, auxiliary: bool) -> dict[str, Any]:
+        """Measure BatchNorm routes on all corruptions and under PGD.
+
+        Args:
+            checkpoint: the checkpoint.
+            auxiliary: measure the auxiliary routes, and not only the main one.
 
         Returns:
             Route → top-1, calibration error, mean corruption error, error per corruption,
             accuracy under PGD by ε, and the number of images.
         """
         content = load_checkpoint(checkpoint)
-        routes = [MAIN, *auxiliary_routes(content["state_dict"])]
+        routes = [MAIN, *(auxiliary_routes(content["state_dict"]) if auxiliary else ())]
         models = [
             load_model(checkpoint, device=self.device, route=route, checkpoint_loader=load_predictor)
             for route in routes

@@ -14,7 +14,7 @@ from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, TUNED, P
 from benchmarks.fidelity.results import METRICS, Difference, Results, Verdict, paired, spread
 from benchmarks.fidelity.verdict import STATEMENTS, advice
 from runtime.system.files import write_text
-from train.recipes import MAIN, RECIPES
+from train.recipes import MAIN
 
 __all__ = ["write_report"]
 
@@ -165,16 +165,18 @@ def _corruptions(results: Results) -> str:
 
 
 def _routes(results: Results) -> str:
-    routes = {name: RECIPES[name].auxiliary_routes for name in results.recipes() if name in RECIPES}
+    first = [run for recipe in results.recipes() for run in results.of(recipe) if run.cell.seed == 0]
     rows = [
-        [recipe, route, *(spread(results.values(recipe, metric, route)) for metric in METRICS)]
-        for recipe, auxiliary in routes.items()
-        if auxiliary
-        for route in (MAIN, *auxiliary)
+        [run.cell.recipe, route, *(f"{value(measured):.1f}" for value in METRICS.values())]
+        for run in first
+        for route, measured in (run.routes or {}).items()
+        if len(run.routes or {}) > 1
     ]
     if not rows:
         return "Not run yet."
-    return "Each route is attacked through itself. In percent.\n\n" + table(["recipe", "route", *METRICS], rows)
+    return "Percent of the first seed. Each route is attacked through itself.\n\n" + table(
+        ["recipe", "route", *METRICS], rows
+    )
 
 
 def _files(results: Results) -> str:
@@ -266,8 +268,8 @@ def _method(results: Results) -> str:
 
 
 def _options(plan: Plan) -> str:
-    options = f"--images {plan.images} --epochs {plan.epochs} --seeds {plan.seeds} --arch {plan.arch} --amp {plan.amp}"
-    return f"{options} \\\n    --tuning-epochs {plan.tuning_epochs}{'' if plan.sizes else ' --main-only'}"
+    size = f"--images {plan.images} --epochs {plan.epochs} --tuning-epochs {plan.tuning_epochs} --seeds {plan.seeds}"
+    return f"\\\n    {size} --arch {plan.arch} --amp {plan.amp}{'' if plan.sizes else ' --main-only'}"
 
 
 def _chosen(results: Results) -> str:

@@ -147,9 +147,9 @@ class Results:
         ]
 
     def values(self, recipe: str, metric: str, route: str = MAIN, **where: Any) -> dict[int, float]:
-        """Return seed → percentage of one of METRICS."""
-        found = {run.cell.seed: run.routes for run in self.of(recipe, **where)}
-        return {seed: METRICS[metric](routes[route]) for seed, routes in found.items() if routes}
+        """Return seed → percentage of one of METRICS, of the runs whose route is measured."""
+        found = {run.cell.seed: run.routes or {} for run in self.of(recipe, **where)}
+        return {seed: METRICS[metric](routes[route]) for seed, routes in found.items() if route in routes}
 
     def file_values(self, recipe: str, precision: str, metric: str) -> dict[int, float]:
         """Return seed → percentage of an exported file."""

@@ -169,14 +169,14 @@ class Study:
         }
 
     def measure(self, cell: Cell) -> None:
-        """Train a run and measure its checkpoint on the test images."""
+        """Train a run and measure its checkpoint on the test images; auxiliary routes with one seed."""
         folder = self.folder(cell)
         if (folder / ROUTES).exists():
             return
         checkpoint = self.train(cell)
         if checkpoint is None:
             return
-        routes = self._measurements.measure_checkpoint(checkpoint)
+        routes = self._measurements.measure_checkpoint(checkpoint, auxiliary=cell.seed == 0)
         write_text(folder / ROUTES, json.dumps(routes, indent=1))
         main = routes["main"]
         self._log(f"{cell.name}: top-1 {main['top1']:.4f}, corruption error {main['corruption_error']:.4f}")
