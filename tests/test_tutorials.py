@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,7 +26,8 @@ from tests.support.documents import Block, Shell, blocks_of
 TRAIN, DEPLOY, INT8, ROBUSTNESS, EMBED, SERVE = TUTORIALS = tuple(
     f"docs/tutorials/{name}.md" for name in ("train", "deploy", "int8", "robustness", "embed", "serve")
 )
-PAGES = (*TUTORIALS, "README.md")
+ADAPT = "docs/adapt.md"
+PAGES = (*TUTORIALS, ADAPT, "README.md")
 """In the order in which they continue each other."""
 COLORS = {
     "amber": (230, 150, 20),
@@ -56,9 +58,12 @@ def smaller(code: str) -> str:
         code += "" if "--epochs" in code else " --epochs 1"
     if re.match(r"advprop (compare|eval|report --from) ", code):
         code += " --workers 0"
-        code += "" if "--limit" in code else " --limit 10"
-        if not find_spec("imagecorruptions") and "--suite" not in code:
+        code += " --only fog" if "--adapt" in code else "" if "--limit" in code else " --limit 10"
+        once = code.startswith("advprop report")  # `compare` covers corruptions and their page
+        if (once or not find_spec("imagecorruptions")) and "--suite" not in code:
             code += " --suite clean"
+    code = code.replace("photos/val", "runs/robust/split/val").replace("--adapt 32 --adapt 128", "--adapt 8 --adapt 16")
+    code += " --force" if code.startswith("advprop adapt") else ""  # whatever the verdict on toy images is
     if code.startswith("advprop serve"):
         code += f" --http-port {PORT}"
     return code.replace("127.0.0.1:8000", f"127.0.0.1:{PORT}")
@@ -137,6 +142,16 @@ def with_server(shell: Shell, server: Block, clients: list[Block]) -> str:
     return output
 
 
+def follow_adapting(shell: Shell, page: str) -> str:
+    """Follow the tutorial on adaptation, with dark versions of the photos as images of the field."""
+    shutil.copy(shell.folder / "runs" / "robust" / "model.onnx", shell.folder)
+    (shell.folder / "field").mkdir()
+    for number, path in enumerate(sorted((shell.folder / "photos").rglob("*.jpg"))[::5]):
+        with Image.open(path) as image:
+            image.point(lambda level: level // 3).save(shell.folder / "field" / f"{number}.jpg")
+    return follow_blocks(shell, page)
+
+
 def follow_readme(shell: Shell, page: str) -> str:
     """Follow the README, whose last two blocks are a server and its client."""
     *first, server, client = blocks(page, "sh")
@@ -144,7 +159,13 @@ def follow_readme(shell: Shell, page: str) -> str:
     return output + with_server(shell, server, [client])
 
 
-FOLLOW = {TRAIN: follow_training, EMBED: follow_python, SERVE: follow_serving, "README.md": follow_readme}
+FOLLOW = {
+    TRAIN: follow_training,
+    EMBED: follow_python,
+    SERVE: follow_serving,
+    ADAPT: follow_adapting,
+    "README.md": follow_readme,
+}
 
 
 @pytest.mark.slow
@@ -199,6 +220,14 @@ def test_serve(read: Callable[[str], str]) -> None:
     assert len(prediction["classes"]) == 3
     assert 'advprop_requests_total{model="flowers"' in output
     assert '"state":"READY"' in output.replace(" ", "")
+
+
+@pytest.mark.slow
+def test_adapt(read: Callable[[str], str], folder: Path) -> None:
+    output = read(ADAPT)
+    assert "verdict" in output
+    for name in ("model.field.onnx", "model.field.fp16.onnx", "model.field.int8.onnx"):
+        assert (folder / name).exists(), name
 
 
 @pytest.mark.slow
