@@ -14,6 +14,9 @@ ALLOWED = frozenset({("os", "_exit"), ("torch.nn.modules.batchnorm", "_BatchNorm
 """(module, private name): the documented way to end a forked process, and torch's only base class of
 all BatchNorms."""
 
+TESTED_BENCHMARKS = "benchmarks.fidelity"
+"""A benchmark whose runs take a day, so its parts and a toy run are tested."""
+
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
@@ -21,6 +24,8 @@ def is_private(name: str) -> bool:
 
 def fault_of_import(module: str, names: list[str]) -> str | None:
     top = module.partition(".")[0]
+    if f"{module}.".startswith(f"{TESTED_BENCHMARKS}."):
+        return None
     if top == "benchmarks" or any(part.startswith("test_") for part in module.split(".")):
         return f"imports {module}"
     if top == "tests" and any(name.startswith("test_") for name in names):

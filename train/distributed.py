@@ -170,14 +170,29 @@ class _Synchronized:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = cast(Any, self)
-        if world_size() == 1 or not layer.training:
+        if not is_synchronized(layer):
             return cast(torch.Tensor, super().forward(x))  # type: ignore[misc]
-        y = _normalize(layer, x)
+        y = normalize_over_processes(layer, x, layer.weight, layer.bias)
         # timm's BatchNormAct2d applies dropout and activation after normalizing.
         return cast(torch.Tensor, layer.act(layer.drop(y)) if hasattr(layer, "act") else y)
 
 
-def _normalize(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def is_synchronized(layer: nn.Module) -> bool:
+    """Return whether the BatchNorm `layer` normalizes over the images of several processes now."""
+    return isinstance(layer, _Synchronized) and world_size() > 1 and cast(nn.Module, layer).training
+
+
+def normalize_over_processes(
+    layer: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Normalize over the images of all processes, and update the running statistics of `layer`.
+
+    Args:
+        layer: the BatchNorm.
+        x: images of this process, (N, C, …).
+        weight: scale of each channel, (C,), or None.
+        bias: shift of each channel, (C,), or None.
+    """
     dims = [dim for dim in range(x.ndim) if dim != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x.double() if x.device.type == "cpu" else x.float()
@@ -196,8 +211,8 @@ def _normalize(layer: Any, x: torch.Tensor) -> torch.Tensor:
             layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
             layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), momentum)
     y = centered * torch.rsqrt(variance + layer.eps).view(shape)
-    if layer.affine:
-        y = y * layer.weight.view(shape) + layer.bias.view(shape)
+    if weight is not None and bias is not None:
+        y = y * weight.view(shape) + bias.view(shape)
     return y.to(x.dtype)
 
 

@@ -1,9 +1,9 @@
 """Routed BatchNorm: separate statistics and affine parameters for each data distribution.
 
 A routed layer is the original layer plus a ModuleDict `aux` with one copy of it for each auxiliary
-route. The main route keeps the plain state-dict keys (`bn1.weight`); keys of auxiliary routes
-contain `.aux.` (`bn1.aux.adv.weight`). Removing those keys leaves a state dict that loads into the
-stock timm model.
+route, or only with affine parameters if the routes share their statistics. The main route keeps the
+plain state-dict keys (`bn1.weight`); keys of auxiliary routes contain `.aux.`
+(`bn1.aux.adv.weight`). Removing those keys leaves a state dict that loads into the stock timm model.
 
 The first dimension of every tensor indexes images; the other dimensions are arbitrary.
 """
@@ -26,6 +26,7 @@ from runtime.errors import ArchError, ConfigError
 from train.distributed import unsynchronized
 from train.joint_norm import affine_map, can_normalize_parts, can_use_affine_map, is_plain, normalize_parts
 from train.recipes import MAIN
+from train.shared_norm import Affine, normalize_together
 
 __all__ = [
     "RoutedBatchNorm",
@@ -36,6 +37,7 @@ __all__ = [
     "frozen_statistics",
     "route",
     "select_route",
+    "shares_statistics",
     "strip_auxiliary",
 ]
 
@@ -49,8 +51,10 @@ _Value = TypeVar("_Value")
 class Router:
     """The current route of a model's batches. All routed layers of the model share it."""
 
-    def __init__(self, auxiliary: Sequence[str]) -> None:
+    def __init__(self, auxiliary: Sequence[str], share_statistics: bool = False) -> None:
         self.auxiliary = tuple(auxiliary)
+        self.share_statistics = share_statistics
+        """Whether auxiliary routes have affine parameters only, and use the main statistics."""
         self.plan: tuple[tuple[str, int], ...] = ((MAIN, 1),)
         """(route, images) of consecutive parts of the batch. With one part the count is not used.
         Several counts are scaled in proportion if a layer folds other dimensions into the first."""
@@ -60,7 +64,8 @@ class RoutedBatchNorm:
     """Mixin that makes a BatchNorm class select its statistics by route.
 
     It works with nn.BatchNorm*, nn.SyncBatchNorm and timm's BatchNormAct2d. Each route is a whole
-    layer of the original class, so activation and dropout layers are preserved.
+    layer of the original class, so activation and dropout layers are preserved, unless the routes
+    share their statistics.
     """
 
     router: Router
@@ -84,6 +89,8 @@ class RoutedBatchNorm:
             raise ValueError(f"a batch of {x.shape[0]} cannot be routed as {plan}")
         counts = [count * (x.shape[0] // total) for _, count in plan]
         layers = [self._layer(name) for name, _ in plan]
+        if self.router.share_statistics:
+            return normalize_together(self, layers, counts, x)
         if self.plain and can_normalize_parts(layers, counts, x):
             return normalize_parts(layers, counts, x)
         parts = torch.split(x, counts)
@@ -94,10 +101,13 @@ class RoutedBatchNorm:
 
     def _forward_route(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer(name)
-        if self.plain_in_eval and can_use_affine_map(layer, x):
-            return affine_map(layer, x)
+        shared = self.router.share_statistics
+        if self.plain_in_eval and can_use_affine_map(self if shared else layer, x):
+            return affine_map(self if shared else layer, x, layer)
         if name == MAIN:
             return cast(torch.Tensor, super().forward(x))  # type: ignore[misc]
+        if shared:
+            return normalize_together(self, [layer], [len(x)], x)
         return cast(torch.Tensor, layer(x))
 
 
@@ -110,7 +120,7 @@ def _routed_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(f"Routed{original.__name__}", (RoutedBatchNorm, original), kinds)
 
 
-def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
+def add_auxiliary_bns(model: nn.Module, routes: Sequence[str], *, share_statistics: bool = False) -> nn.Module:
     """Add an auxiliary copy of every BatchNorm of `model` for each of `routes`, in place.
 
     The copies start with the parameters and statistics of the main layer. The output of the main
@@ -119,12 +129,15 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
     Args:
         model: any model with BatchNorm layers that has no auxiliary routes yet.
         routes: names of the auxiliary routes, e.g. ("adv",).
+        share_statistics: copy the affine parameters only. All routes then use the statistics of the
+            main layer, and parts of a batch on different routes are normalized together.
 
     Returns:
         `model`, on route `main`.
 
     Raises:
-        ArchError: the model has no BatchNorm; the message lists the norms it has.
+        ArchError: the model has no BatchNorm; the message lists the norms it has. Or statistics
+            cannot be shared, because a BatchNorm has a forward method of its own.
         ConfigError: a route name is invalid, or the model already has auxiliary routes.
     """
     for name in routes:
@@ -137,9 +150,15 @@ def add_auxiliary_bns(model: nn.Module, routes: Sequence[str]) -> nn.Module:
         raise ConfigError("the model already has auxiliary BatchNorms")
     if not layers:
         raise ArchError(_no_batchnorm_message(model))
-    router = Router(routes)
+    router = Router(routes, share_statistics)
     for layer in layers:
-        copies = {name: copy.deepcopy(layer) for name in routes}
+        if share_statistics and not is_plain(unsynchronized(type(layer))):
+            raise ArchError(
+                f"{type(layer).__name__} cannot share its statistics between routes, because it has a forward method "
+                "of its own; use a recipe with separate statistics, such as advprop"
+            )
+    for layer in layers:
+        copies = {name: Affine(layer) if share_statistics else copy.deepcopy(layer) for name in routes}
         routed = cast(Any, layer)
         routed.__class__ = _routed_class(routed.__class__)
         routed.router = router
@@ -230,6 +249,13 @@ def select_route(state_dict: Mapping[str, _Value], name: str) -> dict[str, _Valu
 def auxiliary_routes(state_dict: Mapping[str, object]) -> tuple[str, ...]:
     """Return the names of the auxiliary routes of a state dict, in its order."""
     return tuple(name for name in dict.fromkeys(map(_route_of, state_dict)) if name != MAIN)
+
+
+def shares_statistics(state_dict: Mapping[str, object]) -> bool:
+    """Return whether the auxiliary routes of a state dict use the main statistics."""
+    with_statistics = {_route_of(key) for key in state_dict if key.endswith(".running_mean")}
+    routes = auxiliary_routes(state_dict)
+    return bool(routes) and MAIN in with_statistics and not with_statistics.intersection(routes)
 
 
 def _route_of(key: str) -> str:

@@ -47,15 +47,17 @@ def can_use_affine_map(layer: Any, x: torch.Tensor) -> bool:
     )
 
 
-def affine_map(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def affine_map(layer: Any, x: torch.Tensor, affine: Any = None) -> torch.Tensor:
     """Apply a BatchNorm on running statistics as `x * scale + shift`.
 
-    Its backward pass reads memory once and needs no stored activations. The backward pass of a
-    BatchNorm also sums over the activations, for parameter gradients that an attack does not need.
+    The `weight` and `bias` are those of `affine` (default: `layer`). The backward pass reads memory
+    once and needs no stored activations. The backward pass of a BatchNorm also sums over the
+    activations, for parameter gradients that an attack does not need.
     """
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    scale = layer.weight * torch.rsqrt(layer.running_var + layer.eps)
-    shift = layer.bias - layer.running_mean * scale
+    affine = layer if affine is None else affine
+    scale = affine.weight * torch.rsqrt(layer.running_var + layer.eps)
+    shift = affine.bias - layer.running_mean * scale
     return _drop_and_activate(layer, torch.addcmul(shift.view(shape), x, scale.view(shape)))
 
 

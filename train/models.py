@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from runtime.errors import ArchError, BackendUnavailable, CheckpointError, ConfigError, first_line, nearest
-from train.dual_bn import add_auxiliary_bns, auxiliary_routes, select_route
+from train.dual_bn import add_auxiliary_bns, auxiliary_routes, select_route, shares_statistics
 from train.recipes import MAIN
 
 __all__ = [
@@ -93,7 +93,9 @@ def restore_model(
     weights = _stored_weights(checkpoint, ema)
     names = auxiliary_routes(weights)
     try:
-        load_weights(add_auxiliary_bns(model, names) if names else model, weights, path, arch)
+        if names:
+            add_auxiliary_bns(model, names, share_statistics=shares_statistics(weights))
+        load_weights(model, weights, path, arch)
     except ConfigError as error:
         raise CheckpointError(f"{path} has invalid BatchNorm routes: {error}") from error
     return model

@@ -8,14 +8,17 @@ A recipe is a list of branches. A new method needs a new list, not a new trainer
     shared-bn     clean → main + PGD → main    the ablation without a second BN
     advprop       clean → main + PGD → adv     Algorithm 1 of "Adversarial Examples Improve
                                                Image Recognition", CVPR 2020
+    shared-statistics
+                  the same with common batch statistics and separate affine parameters
+                                               (Zhang et al., arXiv 2403.19150)
     fine-grained  clean → main + AutoAugment → aug + PGD → adv
                                                the slides' Fine-Grained AdvProp
     fast          80% clean → main; 20% with noise → adv. Its gradient updates the weights and
                   creates the adversarial images → adv
                                                Fast AdvProp (Mei et al., ICLR 2022)
 
-Cost of an epoch in passes, relative to vanilla, with K attack steps: advprop (2K + 6) / 3,
-fine-grained (2K + 9) / 3, adversarial (2K + 3) / 3, fast 1.2.
+Cost of an epoch in passes, relative to vanilla, with K attack steps: advprop, shared-statistics and
+shared-bn (2K + 6) / 3, fine-grained (2K + 9) / 3, adversarial (2K + 3) / 3, fast 1.2.
 """
 
 from __future__ import annotations
@@ -56,6 +59,9 @@ class Recipe:
 
     branches: tuple[Branch, ...]
     """Data distributions, whose losses are added."""
+    share_statistics: bool = False
+    """Normalize all branches of a batch together, with one set of running statistics. The routes
+    differ in their affine parameters only."""
     synchronize: bool = False
     """Scale the gradients of each route's BatchNorms by the inverse of the route's total weight, so
     they learn as fast as the shared weights ("synchronizing parameter updating speed" of Fast
@@ -97,6 +103,7 @@ RECIPES: dict[str, Recipe] = {
     "adversarial": Recipe(branches=(_ADV_ON_MAIN,)),
     "shared-bn": Recipe(branches=(_CLEAN, _ADV_ON_MAIN)),
     "advprop": Recipe(branches=(_CLEAN, _ADV)),
+    "shared-statistics": Recipe(branches=(_CLEAN, _ADV), share_statistics=True),
     "fine-grained": Recipe(branches=(_CLEAN, Branch(name="aug", source="autoaugment", bn="aug"), _ADV)),
     # Published as one mean over all images, with 4 clean images per adversarial one and weights of
     # 0.5 for noise and adversarial loss: 0.8, 0.1 and 0.1 of the means of the branches.

@@ -104,7 +104,8 @@ def _option(group: str, *names: str, **attributes: Any) -> Callable[[_Function],
     "",
     "--recipe",
     metavar="NAME",
-    help="Recipe: advprop, vanilla, adversarial, shared-bn, finetune, fine-grained or fast (default: advprop).",
+    help="Recipe: advprop, vanilla, adversarial, shared-bn, shared-statistics, finetune, fine-grained or fast "
+    "(default: advprop).",
 )
 @_option(
     "",

@@ -61,15 +61,21 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
 
         Raises:
             ArchError: the recipe needs auxiliary BNs and the model has no BatchNorm.
-            ConfigError: the model has other auxiliary BNs, or uses activation checkpointing.
+            ConfigError: the model has other auxiliary BNs, or shares their statistics unlike the
+                recipe, or uses activation checkpointing.
         """
         router = find_router(model)
         if router is None and recipe.auxiliary_routes:
-            add_auxiliary_bns(model, recipe.auxiliary_routes)
+            add_auxiliary_bns(model, recipe.auxiliary_routes, share_statistics=recipe.share_statistics)
         elif router is not None and set(recipe.auxiliary_routes) - set(router.auxiliary):
             raise ConfigError(
                 f"the model has the auxiliary routes {', '.join(router.auxiliary)}, but the recipe needs "
                 f"{', '.join(recipe.auxiliary_routes)}; start from a model without auxiliary routes"
+            )
+        elif router is not None and recipe.auxiliary_routes and router.share_statistics != recipe.share_statistics:
+            raise ConfigError(
+                f"the routes of the model {_statistics(router.share_statistics)}, but the recipe needs routes that "
+                f"{_statistics(recipe.share_statistics)}; start from a model without auxiliary routes"
             )
         if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
             raise ConfigError(
@@ -234,6 +240,10 @@ def _scale_route_gradients(model: nn.Module, recipe: Recipe) -> dict[nn.Paramete
     for parameter, scale in scales.items():
         parameter.register_hook(lambda gradient, scale=scale: gradient * scale)  # type: ignore[no-untyped-call]
     return scales
+
+
+def _statistics(shared: bool) -> str:
+    return "share their statistics" if shared else "have separate statistics"
 
 
 def _route_plan(recipe: Recipe, counts: Sequence[int]) -> list[tuple[str, int]]:

@@ -39,7 +39,7 @@ def train(recipe: str, batch_size: int, out: Path) -> None:
             epochs=1,
             batch_size=batch_size // world_size(),
             out=out,
-            attack=AttackConfig(epsilon=2.0, steps=2) if recipe == "advprop" else AttackConfig(),
+            attack=AttackConfig(epsilon=2.0, steps=2) if recipe != "fast" else AttackConfig(),
             data=DataConfig(img_size=16, workers=0),
             optim=OptimConfig(lr=1e-3, optimizer="sgd", warmup_epochs=0.0),
         )

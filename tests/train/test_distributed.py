@@ -36,7 +36,7 @@ def losses(out: Path, recipe: str, processes: int) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo uses the POSIX name of the loopback interface")
-@pytest.mark.parametrize("recipe", ["advprop", "fast"])
+@pytest.mark.parametrize("recipe", ["advprop", "shared-statistics", "fast"])
 def test_two_processes_train_like_one_with_twice_the_batch_size(tmp_path: Path, recipe: str) -> None:
     one = losses(tmp_path / "one", recipe, 1)
     two = losses(tmp_path / "two", recipe, 2)

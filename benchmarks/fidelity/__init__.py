@@ -1,0 +1,1 @@
+"""The effect of AdvProp at CIFAR scale: recipes, seeds, corruptions, attacks and exported files."""

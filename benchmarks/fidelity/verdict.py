@@ -1,0 +1,121 @@
+"""The statements of the slides, and advice that follows from the measured intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.fidelity.plan import LONG
+from benchmarks.fidelity.results import Difference, Results, Verdict, paired
+
+__all__ = ["STATEMENTS", "Statement", "advice"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """A statement about the difference between two recipes."""
+
+    text: str
+    """The statement."""
+    recipe: str
+    reference: str
+    metric: str
+    """One of METRICS, on the main route."""
+    sign: int
+    """1 if the statement claims a positive difference, −1 for a negative one."""
+
+    @property
+    def quantity(self) -> str:
+        """The measured difference as text."""
+        return f"{self.metric}, `{self.recipe}` − `{self.reference}`"
+
+    def measure(self, results: Results) -> Difference | None:
+        """Return the difference, or None if it is not measured yet."""
+        return paired(results.values(self.recipe, self.metric), results.values(self.reference, self.metric))
+
+
+_CLEAN, _CORRUPTED = "clean accuracy", "corruption error"
+
+STATEMENTS = (
+    Statement(
+        text="1. Training on adversarial images alone costs clean accuracy",
+        recipe="adversarial",
+        reference="vanilla",
+        metric=_CLEAN,
+        sign=-1,
+    ),
+    Statement(
+        text="2. Fine-tuning that network on clean images recovers it",
+        recipe="finetune",
+        reference="adversarial",
+        metric=_CLEAN,
+        sign=1,
+    ),
+    Statement(
+        text="3. A shared BatchNorm is worse than AdvProp on clean images",
+        recipe="shared-bn",
+        reference="advprop",
+        metric=_CLEAN,
+        sign=-1,
+    ),
+    Statement(
+        text="4a. AdvProp improves clean accuracy",
+        recipe="advprop",
+        reference="vanilla",
+        metric=_CLEAN,
+        sign=1,
+    ),
+    Statement(
+        text="4b. AdvProp reduces the corruption error",
+        recipe="advprop",
+        reference="vanilla",
+        metric=_CORRUPTED,
+        sign=-1,
+    ),
+)
+
+
+def advice(results: Results) -> list[str]:
+    """Return paragraphs for a reader who decides whether to train with AdvProp."""
+    clean, corrupted = (statement.measure(results) for statement in STATEMENTS[-2:])
+    if clean is None or corrupted is None:
+        return ["Not decided: vanilla and AdvProp are not measured with a common seed yet."]
+    paragraphs = [
+        f"At this size, AdvProp changes the corruption error by {corrupted} points and the clean accuracy by {clean} "
+        f"points, compared with vanilla training of as many epochs. {_recommendation(clean, corrupted)}"
+    ]
+    long = [paired(results.values("advprop", metric), results.values(LONG, metric)) for metric in (_CLEAN, _CORRUPTED)]
+    if long[0] is None or long[1] is None:
+        paragraphs.append("Vanilla training with the same computing time is not measured yet.")
+    else:
+        paragraphs.append(
+            "An AdvProp epoch costs several vanilla epochs. Compared with vanilla training of as many passes over the "
+            f"images (`{LONG}`), AdvProp changes the corruption error by {long[1]} points and the clean accuracy by "
+            f"{long[0]} points."
+        )
+    attacked = paired(results.values("advprop", "PGD ε = 4"), results.values("vanilla", "PGD ε = 4"))
+    if attacked is not None:
+        paragraphs.append(
+            f"Under PGD-10 at ε = 4/255, the accuracy of AdvProp's main route differs by {attacked} points from "
+            "vanilla. A network that must resist attacks needs adversarial training with a stronger attack."
+        )
+    return paragraphs
+
+
+def _recommendation(clean: Difference, corrupted: Difference) -> str:
+    better, safe = corrupted.verdict(-1), clean.verdict(1)
+    if corrupted.half is None:
+        return "One seed decides nothing."
+    if better is Verdict.REPRODUCED:
+        if safe is Verdict.NOT_REPRODUCED:
+            return "Use it if corrupted images are what your network meets; it costs accuracy on clean ones."
+        return (
+            "Use it if your network meets corrupted images: the reduction is larger than the variation between seeds, "
+            "and no loss of clean accuracy was found."
+        )
+    if better is Verdict.NOT_REPRODUCED:
+        return "Do not use it with these settings: it makes corrupted images worse."
+    if safe is Verdict.REPRODUCED:
+        return "Use it for clean accuracy; a change under corruptions was not found."
+    if safe is Verdict.NOT_REPRODUCED:
+        return "Do not use it with these settings: it costs clean accuracy, without a gain under corruptions."
+    return "Neither change is larger than the variation between seeds: these runs give no reason to use it."
