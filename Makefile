@@ -1,14 +1,15 @@
 # make demo   the whole way on real images: train, export, build, predict (≤ 10 minutes on two cores)
 # make test   the checks and the tests
-# make clean  removes .venv and runs/
+# make docs   the documentation site, in site/
+# make clean  removes .venv, runs/ and site/
 #
-# Both make .venv and install into it first; a second call reuses what is there.
+# All make .venv and install into it first; a second call reuses what is there.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test check docs install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -19,6 +20,9 @@ test: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	VIRTUAL_ENV=$(abspath $(VENV)) scripts/check
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 install: $(VENV)/.installed
 
@@ -35,4 +39,4 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from export.config import EngineConfig, ExportConfig
     from export.pipeline import export_checkpoint as export
     from runtime import errors
+    from runtime.adapt.adapt import AdaptConfig
+    from runtime.adapt.file import adapt_file as adapt
     from runtime.backends.options import EngineOptions, Threads
     from runtime.batching.batcher import Batching
     from runtime.engine.build import build
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from train.loop import fit
 
 __all__ = [
+    "AdaptConfig",
     "AttackConfig",
     "Batching",
     "BuildOptions",
@@ -55,6 +58,7 @@ __all__ = [
     "SuiteConfig",
     "Threads",
     "TrainConfig",
+    "adapt",
     "build",
     "calibrate",
     "errors",
@@ -71,6 +75,8 @@ _HOMES = {
     "export.config": ("EngineConfig", "ExportConfig"),
     "export.pipeline": ("export_checkpoint",),
     "runtime": ("errors",),
+    "runtime.adapt.adapt": ("AdaptConfig",),
+    "runtime.adapt.file": ("adapt_file",),
     "runtime.backends.options": ("EngineOptions", "Threads"),
     "runtime.batching.batcher": ("Batching",),
     "runtime.engine.build": ("build",),
@@ -84,7 +90,7 @@ _HOMES = {
     "train.config": ("AttackConfig", "DataConfig", "OptimConfig", "TrainConfig"),
     "train.loop": ("fit",),
 }
-_NAMES = {"calibrate_file": "calibrate", "export_checkpoint": "export"}
+_NAMES = {"adapt_file": "adapt", "calibrate_file": "calibrate", "export_checkpoint": "export"}
 """Names of functions in their modules → names here."""
 _MODULES = {_NAMES.get(name, name): (module, name) for module, names in _HOMES.items() for name in names}
 

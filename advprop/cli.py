@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": ("advprop.commands.bench:main", "eval", "Measure latency and throughput."),
     "eval": ("advprop.commands.evaluate:main", "eval", "Measure accuracy and robustness."),
     "eval-merge": ("advprop.commands.merge:main", "eval", "Merge the shards of an evaluation."),
+    "adapt": ("advprop.commands.adapt:main", "eval", "Adapt a model file to the images of the place where it runs."),
     "attack": ("advprop.commands.attack:main", "eval", "Measure accuracy under attack: PGD, APGD, Square, noise."),
     "compare": ("advprop.commands.compare:main", "eval", "Compare models on the same images; a gate for CI."),
     "report": ("advprop.commands.report:main", "eval", "Build a report (HTML, Markdown) from results or a checkpoint."),

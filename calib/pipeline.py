@@ -25,8 +25,9 @@ from runtime.errors import ConfigError, VerificationError
 from runtime.graph.collect import collect
 from runtime.graph.foreign import ForeignOptions
 from runtime.graph.model import first_output, open_session, save_onnx
+from runtime.graph.norms import NORMS_KEY
 from runtime.graph.rounding import with_roundings
-from runtime.graph.structure import initializers_of
+from runtime.graph.structure import initializers_of, set_metadata
 from runtime.graph.summary import CALIBRATION_KEY
 from runtime.spec import Preprocessing
 from runtime.system.files import output_dir
@@ -124,8 +125,8 @@ def calibrate_file(
 
 
 def _copy_metadata(model: onnx.ModelProto, quantized: onnx.ModelProto, images: CalibrationSet) -> None:
-    metadata = {entry.key: entry.value for entry in model.metadata_props} | {CALIBRATION_KEY: images.sha256}
-    onnx.helper.set_model_props(quantized, metadata)
+    kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != NORMS_KEY}
+    set_metadata(quantized, kept | {CALIBRATION_KEY: images.sha256})
 
 
 def _check_target(source: Path, target: Path) -> None:

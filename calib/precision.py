@@ -22,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from runtime.graph.compare import TensorError
 from runtime.graph.edit import Names, add_initializer, array_of, constant_of, make_cast
 from runtime.graph.model import check
+from runtime.graph.norms import NORMS_KEY
 
 __all__ = [
     "LIMIT",
@@ -170,6 +171,7 @@ def to_reduced(model: onnx.ModelProto, precision: str, keep: Iterable[Decision] 
     ToReduced(REDUCED[precision], keep=[decision.node for decision in keep])(graph_model)
     if precision == "bf16":
         graph_model.graph.opset_imports[""] = _BF16_OPSET
+    graph_model.metadata_props.pop(NORMS_KEY, None)  # only float32 files are adapted
     converted = ir.to_proto(graph_model)
     check(converted)
     return converted

@@ -1,4 +1,4 @@
-"""Convert the ONNX file of another tool to an advprop ONNX file in FP32, FP16 or BF16."""
+"""Convert ONNX files: those of other tools to advprop files, and float32 files to FP16 or BF16."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import onnx
 
 from calib.images import calibration_set
 from calib.precision import Decision, deciding_tensors, overflows, to_reduced
+from calib.prepare import read_float_model
 from export.record import save_decisions
 from export.reduce import reduce_precision
 from export.verify import TOLERANCE, Parity, require
@@ -20,6 +21,8 @@ from runtime.graph.collect import collect
 from runtime.graph.convert import Converted, convert_classifier
 from runtime.graph.foreign import ForeignOptions
 from runtime.graph.model import run_batches, save_onnx
+from runtime.graph.read import read_onnx
+from runtime.graph.structure import set_metadata, spec_of
 from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.files import output_dir
 
@@ -59,7 +62,8 @@ def convert_file(
     """Convert the ONNX file `source` and write `target`.
 
     Args:
-        source: a float32 ONNX classifier of another tool.
+        source: a float32 ONNX classifier of another tool; for a reduced precision, also one of
+            advprop.
         target: the file to write, NAME.onnx. `NAME.json` lists the nodes that stay in FP32, if
             there are images.
         options: what `source` does not contain.
@@ -76,7 +80,7 @@ def convert_file(
         raise ConfigError(f"the output path must be a new file NAME.onnx; found {target}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be {', '.join(PRECISIONS)}; found {precision!r}")
-    converted = convert_classifier(source, options)
+    converted = _converted(source, options, precision)
     output_dir(target.parent)
     if precision == "fp32":
         save_onnx(converted.model, target)
@@ -84,6 +88,16 @@ def convert_file(
     if data is None:
         return _reduce_unseen(converted, target, precision)
     return _reduce_on_images(converted, target, precision, data, images)
+
+
+def _converted(source: Path, options: ForeignOptions, precision: str) -> Converted:
+    """Return the graph and spec of a file; a float32 file of advprop needs no conversion."""
+    if precision == "fp32" or spec_of(read_onnx(source), str(source)) is None:
+        return convert_classifier(source, options)
+    model, _ = read_float_model(source, None if options == ForeignOptions() else options)
+    spec = spec_of(model, str(source))
+    assert spec is not None
+    return Converted(model, spec, ())
 
 
 def _reduce_unseen(converted: Converted, target: Path, precision: str) -> ConvertedFile:
@@ -123,5 +137,5 @@ def _reduce_on_images(converted: Converted, target: Path, precision: str, data: 
 
 
 def _save(model: onnx.ModelProto, spec: ModelSpec, target: Path) -> None:
-    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    set_metadata(model, {METADATA_KEY: spec.to_json()})
     save_onnx(model, target)

@@ -15,14 +15,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from runtime.graph.affine import FOLDABLE, scaled_weight
 from runtime.graph.edit import add_initializer, along, array_of, constant_of, make_node, replace_node
-from runtime.graph.structure import output_channel_axis
 
 __all__ = ["BatchNormToAffine", "FoldBatchNorm"]
 
 log = logging.getLogger(__name__)
-
-_FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
 
 
 class FoldBatchNorm(ir.passes.InPlacePass):
@@ -78,7 +76,7 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
         return "its parameters are not constant"
     data = batch_norm.inputs[0]
     linear = data.producer() if data is not None else None
-    if linear is None or linear.op_type not in _FOLDABLE:
+    if linear is None or linear.op_type not in FOLDABLE:
         return f"it follows {linear.op_type if linear else 'the input'}"
     assert data is not None
     if len(data.uses()) != 1 or data.is_graph_output():
@@ -89,7 +87,7 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
     if weight is None or (bias_value is not None and bias is None):
         return f"the weights of {linear.op_type} {linear.name} are not constant"
     scale, shift = parameters
-    new_weight = _scaled_weight(linear, weight.astype(np.float64), scale)
+    new_weight = scaled_weight(linear, weight.astype(np.float64), scale)
     if new_weight is None:
         return f"{linear.op_type} {linear.name} has scalar factors"
     new_bias = shift if bias is None else scale * bias.astype(np.float64) + shift
@@ -109,21 +107,6 @@ def _fold(graph: ir.Graph, batch_norm: ir.Node) -> str:
     replace_node(graph, batch_norm, [replacement])
     graph.remove(linear, safe=True)
     return ""
-
-
-def _scaled_weight(
-    node: ir.Node, weight: NDArray[np.float64], scale: NDArray[np.float64]
-) -> NDArray[np.float64] | None:
-    """Return `weight` with its output channels scaled, or None if that is not exact."""
-    if node.op_type == "ConvTranspose":  # (in, out / groups, kernel…); output channels are ordered by group
-        groups = node.attributes.get_int("group", 1)
-        per_group = weight.reshape(groups, -1, *weight.shape[1:])
-        factors = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
-        return (per_group * factors).reshape(weight.shape)
-    if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
-        return None
-    transposed = bool(node.attributes.get_int("transB", 0))
-    return weight * along(scale, output_channel_axis(node.op_type, weight.ndim, transposed=transposed), weight.ndim)
 
 
 def _scale_and_shift(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

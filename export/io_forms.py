@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from runtime.graph.edit import add_initializer, make_cast, make_node
 from runtime.graph.model import check
+from runtime.graph.structure import set_metadata
 from runtime.spec import METADATA_KEY, ModelSpec, Preprocessing
 
 __all__ = ["TOP", "HalfInput", "HalfOutput", "PixelInput", "ProbabilityOutput", "TopKOutput", "with_forms"]
@@ -40,7 +41,7 @@ def with_forms(model: onnx.ModelProto, spec: ModelSpec, *, half_output: bool = F
     if (spec.input_form, spec.output_form, half_output) == ("float32 NCHW", "logits", False):
         described = onnx.ModelProto()
         described.CopyFrom(model)
-        onnx.helper.set_model_props(described, {METADATA_KEY: spec.to_json()})
+        set_metadata(described, {METADATA_KEY: spec.to_json()})
         return described
     graph_model = ir.from_proto(model)
     kind, layout = spec.input_form.split()

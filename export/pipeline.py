@@ -36,6 +36,8 @@ from export.verify import (
     require,
     torch_logits,
 )
+from runtime.adapt.confidence import with_confidence
+from runtime.adapt.moments import with_clean_moments
 from runtime.engine.build import build
 from runtime.engine.options import choose_builder
 from runtime.engine.sidecar import EngineInfo
@@ -170,13 +172,15 @@ def _export_fp32(source: Source, config: ExportConfig, folder: Path, progress: P
     spec = dataclasses.replace(source.spec, input_form=config.input_form, output_form=config.output_form)
     deployed = dataclasses.replace(source, model=inference_form(source.model))
     model = to_onnx(deployed.model, source.spec, free_size=sizes is not None and not sizes.fixed)
-    path = folder / "model.onnx"
-    save_onnx(with_forms(model, spec), path)
-
     progress(f"verifying on {len(source.images_NHWC)} images")
     # One pass measures both the logits and the ranges that FP16 needs.
     wanted = deciding_tensors(model) if config.precision in REDUCED else set()
     amax, logits_NK = collect(model, batches(source), tensors=wanted)
+    model = with_clean_moments(model, batches(source))
+    if len(source.labels_N) == len(logits_NK):
+        model = with_confidence(model, logits_NK, source.labels_N)
+    path = folder / "model.onnx"
+    save_onnx(with_forms(model, spec), path)
     parity = compare(torch_logits(source), logits_NK)
     find = first_module(deployed, model) if config.bisect else None
     require(parity, TOLERANCE["fp32"], str(path), "the checkpoint", find)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Source:
     """The model's description, with the checkpoint's hash."""
     images_NHWC: NDArray[np.uint8]
     """Real RGB images at the input size, for verification; N is 0 if there are none."""
+    labels_N: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Their classes; empty if they are unknown."""
 
 
 def load_source(
@@ -87,6 +89,7 @@ def load_source(
         DataError: none of the images in `data` can be decoded.
     """
     name = str(source)
+    labels_N = np.empty(0, np.int64)
     if name.startswith(_TIMM):
         model, spec, sha256 = _from_timm(name.removeprefix(_TIMM), arch, weights, route)
         sample_NHWC = _no_images(spec)
@@ -100,6 +103,7 @@ def load_source(
         sha256 = sha256_file(path)
         if isinstance(content, Mapping) and content.get("format") == FORMAT:
             model, spec, sample_NHWC = _from_checkpoint(path, check_checkpoint(content, path), arch, route, ema)
+            labels_N = np.asarray(content["sample"].get("labels", ()), np.int64)
         else:
             model, spec = _from_state_dict(path, content, arch, route)
             sample_NHWC = _no_images(spec)
@@ -110,8 +114,8 @@ def load_source(
         spec = dataclasses.replace(spec, preprocessing=preprocessing)
         sample_NHWC = resized(sample_NHWC, size)
     if data is not None:
-        sample_NHWC = _load_images(data, spec.preprocessing, images)
-    return Source(model=model.eval(), spec=spec, images_NHWC=sample_NHWC)
+        sample_NHWC, labels_N = _load_images(data, spec.preprocessing, images), labels_N[:0]
+    return Source(model=model.eval(), spec=spec, images_NHWC=sample_NHWC, labels_N=labels_N)
 
 
 def _from_checkpoint(

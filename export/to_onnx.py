@@ -18,6 +18,7 @@ from torch import nn
 from export.fold import BatchNormToAffine, FoldBatchNorm
 from runtime.errors import ArchError, first_line
 from runtime.graph.model import OPSET, check
+from runtime.graph.norms import NORMS_KEY, adaptable, find_norms, norms_to_json
 from runtime.spec import METADATA_KEY, ModelSpec
 
 __all__ = ["INPUT", "OUTPUT", "module_tensors", "to_onnx"]
@@ -42,7 +43,8 @@ def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> on
 
     Returns:
         An ONNX model of opset `OPSET` with input `input`, output `logits` and batch dimension
-        `batch`. It has no BatchNormalization nodes and passes onnx.checker.
+        `batch`. It has no BatchNormalization nodes and passes onnx.checker. Its metadata records what
+        the BatchNorms did, see `runtime.graph.norms`.
 
     Raises:
         ArchError: torch.export cannot trace the architecture.
@@ -50,10 +52,13 @@ def to_onnx(model: nn.Module, spec: ModelSpec, *, free_size: bool = False) -> on
     graph_model = _trace(model, spec, free_size)
     # No size limits: standardized weights (NF-Nets, BiT) are computed in the traced graph.
     optimizer.fold_constants(graph_model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
+    norms = find_norms(graph_model.graph)
     FoldBatchNorm()(graph_model)
     BatchNormToAffine()(graph_model)
     optimizer.optimize(graph_model)
     graph_model = _clean(graph_model, spec, free_size)
+    if norms:
+        graph_model.metadata_props[NORMS_KEY] = norms_to_json(adaptable(graph_model.graph, norms))
     proto = ir.to_proto(graph_model)
     check(proto)
     return proto

@@ -16,6 +16,7 @@
     ├── VerificationError             4  a stage disagrees with the previous stage
     ├── TrainingDiverged              5  the loss or the weights are not finite
     ├── GateFailed                    5  a condition of `advprop compare --fail-if` holds
+    ├── AdaptationRefused             5  an adapted model is not expected to be better
     ├── RequestNotServed              6  the server is overloaded; retry the request later
     │   ├── QueueFull                    the queue has no room for the request
     │   └── DeadlineExceeded             the deadline passed before the result was ready
@@ -30,6 +31,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AdaptationRefused",
     "AdvPropError",
     "ArchError",
     "BackendUnavailable",
@@ -155,6 +157,12 @@ class TrainingDiverged(AdvPropError):
 
 class GateFailed(AdvPropError):
     """The measurements show a condition under which a comparison is to fail."""
+
+    exit_code = 5
+
+
+class AdaptationRefused(AdvPropError):
+    """The images do not show that an adapted model would be better. No file is written."""
 
     exit_code = 5
 

@@ -25,7 +25,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start files with slow tests first, so that no process waits for one of them in the end."""
+    """Start files with slow tests first: otherwise a process waits for one of them in the end."""
     files = [item.path for item in items]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     tests = Counter(files)

@@ -54,7 +54,7 @@ def trains_everything(code: str) -> bool:
 
 
 def test_a_training_loop_updates_all_parameters() -> None:
-    code = block("docs/training.md", "AdvPropTask(")
+    code = block("docs/how-to/training_loop.md", "AdvPropTask(")
     assert trains_everything(code)
     (task,) = re.findall(r"^task = .*\n", code, re.M)
     (optimizer,) = re.findall(r"^optimizer = .*\n", code, re.M)
@@ -62,7 +62,7 @@ def test_a_training_loop_updates_all_parameters() -> None:
 
 
 def test_a_stripped_checkpoint_has_the_weights_of_the_main_route(trained: FitResult) -> None:
-    code = block("docs/training.md", "strip_auxiliary(").replace("runs/resnet50/best.pt", str(trained.best))
+    code = block("docs/how-to/timm.md", "strip_auxiliary(").replace("runs/resnet50/best.pt", str(trained.best))
     code = code.replace('"resnet50"', '"resnet10t"')
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
     with torch.inference_mode():
@@ -74,7 +74,7 @@ def test_a_stripped_checkpoint_has_the_weights_of_the_main_route(trained: FitRes
 
 def test_evaluation_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labeled_folder(tmp_path / "val", count=2)
-    code = block("docs/evaluation.md", "SuiteConfig(").replace("limit=500", 'limit=4, only=("fog",)')
+    code = block("docs/how-to/test_sets.md", "SuiteConfig(").replace("limit=500", 'limit=4, only=("fog",)')
     files = {
         "photos/val": tmp_path / "val",
         "model.onnx": toy_onnx(tmp_path / "m.onnx"),
@@ -86,7 +86,7 @@ def test_evaluation_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_benchmark_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {name: toy_onnx(tmp_path / name) for name in ("model.onnx", "model.int8.onnx")}
-    code = block("docs/benchmarking.md", "open_targets(")
+    code = block("docs/how-to/benchmark.md", "open_targets(")
     code = code.replace("batch_sizes=(1, 8)", "batch_sizes=(1, 8), warm_up_ms=0, duration_s=0, iterations=6, rounds=3")
     result = run(with_files(code, files))["result"]
     names = [point["model"] for point in result["points"] if point["batch_size"] == 8]
@@ -112,11 +112,11 @@ def test_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, color in (("a.jpg", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (9, 9), color).save(files[name])
     names: dict[str, Any] = {"batch": images_of(1, 2), "jpeg_bytes": files["b.jpg"].read_bytes()}
-    names = run(with_files(block("docs/serving.md", "advprop.load("), files), **names)
+    names = run(with_files(block("docs/reference/session.md", "advprop.load("), files), **names)
     assert [answer.label for answer in names["answers"]] == ["red", "blue"]
     assert names["logits"].shape == (2, 3)
     assert "ONNX Runtime" in capsys.readouterr().out
-    names = run(block("docs/serving.md", "submit_predict(").replace("0.5", "60"), **names)
+    names = run(block("docs/reference/session.md", "submit_predict(").replace("0.5", "60"), **names)
     assert [answer.label for answer in names["answer"]] == ["blue"]
     names["session"].close()
 
@@ -125,7 +125,7 @@ def test_a_prediction_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     onnx.save(serving_model(), tmp_path / "m.onnx")
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
     with advprop.load(tmp_path / "m.onnx") as session:
-        code = with_files(block("docs/python.md", "answer.top(3)"), {"photo.jpg": tmp_path / "a.png"})
+        code = with_files(block("docs/reference/python/index.md", "answer.top(3)"), {"photo.jpg": tmp_path / "a.png"})
         run(code, session=session, json=json)
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith("red: ")
@@ -133,8 +133,8 @@ def test_a_prediction_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_every_name_of_advprop_in_the_documents_exists() -> None:
-    files = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py"))
+    files = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.py"))
     texts = [path.read_text() for path in files]
     names = {name for text in texts for name in re.findall(r"(?<![\w./-])advprop\.([A-Za-z]\w+)(?![\w/-]|\.pt)", text)}
     assert {"load", "fit", "export", "TrainConfig"} <= names
-    assert names <= {*advprop.__all__, "checkpoints", "spec"}  # `advprop.spec` is a key in model files
+    assert names <= {*advprop.__all__, "checkpoints", "md", "spec"}  # a page, and a key in model files

@@ -20,6 +20,7 @@ Examples:
   advprop convert net.onnx --img-size 224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --classes labels.txt
   advprop convert keras.onnx --mean 0.5 --std 0.5 --classes imagenet_class_index.json --precision fp16 --data photos/
   advprop convert caffe.onnx --bgr --mean 0.485,0.458,0.408 --std 1/255 -o net.fp32.onnx
+  advprop convert model.field.onnx --precision fp16 --data field/     a file of advprop adapt
 
 The converted file contains all of this. build, calibrate, eval, bench, predict and runtime.load use it
 like a file that advprop-export wrote.
@@ -48,6 +49,8 @@ def main(
     onnx: Path, out: Path | None, precision: str, data: Path | None, limit: int, options: ForeignOptions | None
 ) -> None:
     """Convert the float32 classifier ONNX, a file of another tool, to a file that describes itself.
+
+    With --precision, it also reduces the precision of float32 files of advprop.
 
     The options describe how an image becomes the network's input. BatchNorms are folded, and old
     operator sets are converted.

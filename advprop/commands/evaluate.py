@@ -41,6 +41,7 @@ Examples:
   advprop eval model.onnx model.int8.onnx --reference model.onnx --suite corruptions --data photos/val --limit 500
   advprop eval best.pt --route main --route adv --suite imagenet-a --data imagenet-a --clean imagenet/val
   advprop eval model.onnx --suite imagenet-c --data imagenet-c --only fog --only frost/3
+  advprop eval model.onnx --suite corruptions --data photos/val --adapt 32 --adapt 128
   advprop eval model.onnx --suite corruptions --data photos/val --shard 1/4     merge with advprop eval-merge
   advprop eval model.onnx --suite corruptions --data photos/val --ray auto      on all machines of a Ray cluster
 
@@ -88,6 +89,14 @@ _SUITE = (
         help="Cell to measure: fog, fog/3, clean (default: all). Repeatable.",
     ),
     limit_option("images per cell"),
+    Option(
+        ["--adapt"],
+        multiple=True,
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Number of images of each cell to adapt the models to, as advprop adapt does. These images are not "
+        "tested. The metrics are mce_adapted_N and mean_error_adapted_N, next to those without adaptation. Repeatable.",
+    ),
     seed_option("sampling and corruptions"),
     Option(
         ["--table"],
@@ -196,7 +205,10 @@ def main(
     console = set_up_logging()
     from advprop.checkpoints import load_predictor
     from runtime.evaluate import load_model, load_models
+    from runtime.evaluate.models import with_adapted
 
+    if cluster is not None and suite.adapt:
+        raise ConfigError("--adapt cannot be combined with --ray; divide the work with --shard")
     if cluster is not None and execution["workers"] is not None:
         raise ConfigError("--workers cannot be combined with --ray; use --ray-workers")
     run = _run_config(execution)
@@ -210,6 +222,7 @@ def main(
             checkpoint_loader=load_predictor,
         )
         loaded, compared = load_models(load, models, reference, routes or ("main",))
+        loaded = with_adapted(loaded, suite.adapt)
         results = _evaluate(loaded, compared, suite, run, connected)
     show_results(console, results, _write(results, suite, run), as_json)
 

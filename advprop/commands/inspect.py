@@ -91,6 +91,7 @@ def _engine_facts(file: Path) -> dict[str, Any]:
 def _onnx_facts(file: Path) -> dict[str, Any]:
     from advprop.support import onnx_support
     from export.record import verification
+    from runtime.adapt.record import describe_adaptation
     from runtime.graph.summary import summarize, work_of
 
     if find_spec("onnx") is None:
@@ -109,6 +110,8 @@ def _onnx_facts(file: Path) -> dict[str, Any]:
         facts["nodes computed in"] = _percentages({name: count / total for name, count in nodes.items()})
     if macs:
         facts["work per image"] = f"{_scaled(macs)}MACs"
+    if summary.adaptation:
+        facts["adapted"] = describe_adaptation(summary.adaptation)
     parity = verification(file.parent, summary.sha256)
     if parity:
         facts["verified"] = parity

@@ -36,7 +36,7 @@ Examples:
   advprop report --from best.pt --data photos/val --calib-data photos/train --limit 500 -o report.html
 
 RESULTS are files that advprop eval wrote, for any models and suites; shards are merged. Latencies
-(advprop.bench/1) and attacks (advprop.attack/1) may be among them; docs/evaluation.md describes the formats.
+(advprop.bench/1) and attacks (advprop.attack/1) may be among them; docs/how-to/report.md describes the formats.
 With --from, INT8 is never calibrated on images that are evaluated. To resume, repeat the command.
 """
 

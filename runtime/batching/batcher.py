@@ -66,7 +66,7 @@ class Batcher:
     - A future can be canceled until its result is ready, and is never `running`.
     - At its deadline a request ends with DeadlineExceeded, even while its batch runs.
     - Requests with different image sizes are not joined.
-    - Networks may round differently in batches of different sizes; see docs/serving.md.
+    - Networks may round differently in batches of different sizes; see docs/reference/session.md.
     - Callbacks of futures run in the batcher's threads: keep them short.
 
     Threads start with the first request. A batcher that is garbage-collected without `close`

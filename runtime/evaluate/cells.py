@@ -53,6 +53,9 @@ class SuiteConfig:
     """Maximum number of images per cell, stratified by class."""
     seed: int = 0
     """Seed of the images drawn for the limit, and of the corruptions."""
+    adapt: tuple[int, ...] = ()
+    """Numbers of images of each cell that models are adapted to. The largest number of images is
+    drawn with the seed and removed from the test images."""
     table: str = "auto"
     """Table of severities for `corruptions`; `auto` chooses by the network's input size."""
     resize: str = "auto"
@@ -63,6 +66,8 @@ class SuiteConfig:
             object.__setattr__(self, "name", CLEAN)
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"the limit must be at least one image; found {self.limit}")
+        if len(set(self.adapt)) < len(self.adapt) or min(self.adapt, default=1) < 1:
+            raise ConfigError(f"adapt needs different numbers of images of at least 1; found {self.adapt}")
         if self.table not in ("auto", *TABLES):
             raise ConfigError(f"unknown table of severities {self.table!r}; expected auto, {', '.join(TABLES)}")
         if self.resize not in RESIZE:
@@ -86,6 +91,8 @@ class Cell:
     """`images`, `clean`, or `CORRUPTION/SEVERITY`."""
     images: LabeledImages
     """The images before any corruption that the evaluation computes."""
+    field: LabeledImages | None = None
+    """Images of the cell that models are adapted to; their classes are not used."""
     resize: str
     """`fit` or `none`."""
     published: bool = False

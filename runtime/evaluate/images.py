@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,20 @@ class LabeledImages:
         chosen = {name for *_, name in sorted(ranked)[:limit]}
         pairs = [pair for pair in zip(self.names, self.labels, strict=True) if pair[0] in chosen]
         return LabeledImages(self.source, tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
+
+    def divided(self, count: int, seed: int) -> tuple[LabeledImages, LabeledImages]:
+        """Draw `count` images, stratified by class, and return them and the others.
+
+        Images with the same positions and classes are drawn from all sets of equal length.
+        """
+        numbered = LabeledImages(self.source, tuple(map(str, range(len(self)))), self.labels)
+        drawn = {int(name) for name in numbered.limited(count, seed).names}
+        return self._at(sorted(drawn)), self._at([place for place in range(len(self)) if place not in drawn])
+
+    def _at(self, places: Sequence[int]) -> LabeledImages:
+        return LabeledImages(
+            self.source, tuple(self.names[place] for place in places), tuple(self.labels[place] for place in places)
+        )
 
 
 def _draw(seed: int, name: str) -> bytes:

@@ -89,8 +89,16 @@ class Measurement:
             SpecError: a model's outputs do not match its spec.
             BackendUnavailable: a worker process died.
         """
-        for cell, block, images_NHWC in self._images(workers, units):
-            yield (cell.id, block), self._count(cell, block, images_NHWC)
+        if not any(model.field_images for model in self.models):
+            for cell, block, images_NHWC in self._images(workers, units):
+                yield (cell.id, block), self._count(self.models, cell, block, images_NHWC)
+            return
+        chosen = set(units)
+        for cell in self.suite.cells:  # one after the other: each has adapted models of its own
+            own = {unit for unit in chosen if unit[0] == cell.id}
+            models = self._adapted(cell) if own else []
+            for _, block, images_NHWC in self._images(workers, own):
+                yield (cell.id, block), self._count(models, cell, block, images_NHWC)
 
     def probe(self, cells: Container[str]) -> None:
         """Call `Suite.probe` for the input size of the models.
@@ -126,6 +134,24 @@ class Measurement:
         for (base, cell, _), images_NHWC in in_order(make, variants(), workers.ahead):
             yield cell, base.block, images_NHWC
 
+    def _adapted(self, cell: Cell) -> list[Model]:
+        """Return the models, adapted to the field images of a cell."""
+        assert cell.field is not None
+        preprocessing = self.models[0].spec.preprocessing
+        read_as = replace(preprocessing, exif="ignore") if cell.published else preprocessing
+        field_NHWC = load_block(cell.field.source, cell.field.names, read_as, cell.resize)
+        if cell.corruption is not None:
+            assert self.suite.table is not None
+            name, severity = cell.corruption
+            corruption = Corruption(name=name, severity=severity, seed=self.suite.seed, table=self.suite.table)
+            field_NHWC = corrupt_block(field_NHWC, cell.field.names, corruption, self.cache)
+        return [
+            replace(model, logits=model.adapt(field_NHWC[_spread(len(field_NHWC), model.field_images)]))
+            if model.adapt is not None and model.field_images
+            else model
+            for model in self.models
+        ]
+
     def bases(self, units: Iterable[Unit]) -> Iterator[Base]:
         """Yield units grouped by the images that they need."""
         blocks: dict[str, set[int]] = defaultdict(set)
@@ -150,13 +176,13 @@ class Measurement:
                 "(advprop-export --img-size), or resize them with --resize fit, which is a different test"
             )
 
-    def _count(self, cell: Cell, block: int, images_NHWC: NDArray[np.uint8]) -> list[Counts]:
+    def _count(self, models: Sequence[Model], cell: Cell, block: int, images_NHWC: NDArray[np.uint8]) -> list[Counts]:
         within = self.within(block)
         labels_N = np.asarray(cell.images.labels[within])
         positions_N = np.arange(within.start, within.start + len(labels_N))
         compared = None if self.reference is None else self._answers(self.reference, images_NHWC, labels_N)
         counts = []
-        for model in self.models:
+        for model in models:
             is_reference = model is self.reference and compared is not None
             answers = compared if is_reference else self._answers(model, images_NHWC, labels_N)
             assert answers is not None
@@ -172,3 +198,8 @@ class Measurement:
                 f"{len(model.spec.classes)} classes"
             )
         return answers_of(logits_NK, labels_N, self.suite.classes)
+
+
+def _spread(length: int, count: int) -> NDArray[np.int64]:
+    """Return `count` positions below `length`, evenly spaced."""
+    return np.linspace(0, length - 1, count).round().astype(np.int64)

@@ -26,6 +26,7 @@ from runtime.evaluate.intervals import Interval, jackknife, newcombe_paired, wil
 __all__ = [
     "ALEXNET",
     "ALEXNET_CLEAN",
+    "adapted_names",
     "calibration_error",
     "corruption_errors",
     "difference_interval_of",
@@ -233,6 +234,17 @@ def summarize(cells: Cells, *, why_no_mce: str = "", clean: str = "clean") -> di
     else:
         metrics["relative_mce_alexnet"] = _no_value("it needs the error on clean images: --clean DIR")
     return metrics
+
+
+def adapted_names(metrics: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """Rename the metrics of a model that was adapted to `images` images of every cell.
+
+    mCE forbids adaptation, so these numbers must not be compared with it: `mce_alexnet` becomes
+    `mce_adapted_N`, and the others get the suffix `_adapted_N`.
+    """
+    names = {name: f"{name}_adapted_{images}" for name in ("relative_mce_alexnet", "mce_reference", "mean_error")}
+    names["mce_alexnet"] = f"mce_adapted_{images}"
+    return {names.get(name, name): value for name, value in metrics.items()}
 
 
 def _relative_to_reference(cells: Cells, errors: Errors) -> dict[str, Any]:

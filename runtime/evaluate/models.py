@@ -6,8 +6,10 @@ Shape suffixes: N images, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -20,15 +22,31 @@ from runtime.evaluate.names import ModelPath, find_model, unique_names
 from runtime.loading import load
 from runtime.preprocessing import Preprocessor, normalize
 from runtime.session import Session
-from runtime.spec import ModelSpec
+from runtime.spec import METADATA_KEY, ModelSpec
 from runtime.system.files import sha256_file
 
-__all__ = ["CheckpointLoader", "Model", "ModelSource", "load_model", "load_models", "model_of", "same_inputs"]
+__all__ = [
+    "CheckpointLoader",
+    "Model",
+    "ModelSource",
+    "load_model",
+    "load_models",
+    "model_of",
+    "same_inputs",
+    "with_adapted",
+]
 
 _TINY = np.finfo(np.float32).tiny
 
 Predict: TypeAlias = Callable[[NDArray[np.float32]], NDArray[Any]]
 """Normalized images, (N, 3, H, W) → logits, (N, K)."""
+
+
+Logits: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[Any]]
+"""uint8 RGB at the network's input size, (N, H, W, 3) → logits or log-probabilities, (N, K)."""
+
+Adapt: TypeAlias = Callable[[NDArray[np.uint8]], Logits]
+"""Field images, (N, H, W, 3) → the logits of the model that is adapted to them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +57,17 @@ class Model:
     """Name in tables and file names."""
     spec: ModelSpec
     """Its classes and preprocessing."""
-    logits: Callable[[NDArray[np.uint8]], NDArray[Any]]
-    """uint8 RGB at the network's input size, (N, H, W, 3) → logits or log-probabilities, (N, K)."""
+    logits: Logits
+    """Returns logits or log-probabilities."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Facts that a result records, such as `sha256` and `backend`; plain values."""
     size_open: bool = False
     """Whether it accepts image sizes other than its spec's."""
+    adapt: Adapt | None = None
+    """Returns the logits of the model adapted to images like those of `logits`; None for models that
+    cannot be adapted."""
+    field_images: int = 0
+    """Number of images of each cell that it is adapted to before it is tested; 0 for none."""
 
 
 def model_of(
@@ -162,6 +185,33 @@ def load_model(
     return _load_onnx(path, device, threads, exact)
 
 
+def with_adapted(models: Sequence[Model], counts: Sequence[int]) -> list[Model]:
+    """Return the models, each followed by itself adapted to images of every cell.
+
+    Args:
+        models: models to test.
+        counts: numbers of images to adapt to.
+
+    Raises:
+        ConfigError: a model cannot be adapted.
+    """
+    if not counts:
+        return list(models)
+    fixed = next((model for model in models if model.adapt is None), None)
+    if fixed is not None:
+        raise ConfigError(f"{fixed.name} cannot be adapted; --adapt needs float32 ONNX files on this machine")
+    return [
+        dataclasses.replace(
+            model,
+            name=f"{model.name}.adapted-{count}" if count else model.name,
+            field_images=count,
+            facts={**model.facts, "field_images": count} if count else model.facts,
+        )
+        for model in models
+        for count in (0, *counts)
+    ]
+
+
 def load_models(
     load: Callable[..., Model], paths: Sequence[Path], reference: Path | None, routes: Sequence[str] = ("main",)
 ) -> tuple[list[Model], Model | None]:
@@ -212,9 +262,36 @@ def _load_onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
         "size_bytes": summary.size_bytes,
         "precision": summary.precision,
         "calibration_sha256": summary.calibration_sha256,
+        **({"adaptation": json.loads(summary.adaptation)} if summary.adaptation else {}),
         "arithmetic": "as written, every rounding done" if exact else "ONNX Runtime's choice of kernels",
     }
-    return _from_session(session, path, facts)
+    model = _from_session(session, path, facts)
+    return dataclasses.replace(model, adapt=partial(_adapted, path, threads)) if summary.precision == "fp32" else model
+
+
+def _adapted(path: Path, threads: int, field_NHWC: NDArray[np.uint8]) -> Logits:
+    """Adapt an ONNX file to field images, unless the verdict is not to, and return its logits."""
+    import onnx
+
+    from runtime.adapt.adapt import AdaptConfig, adapt
+    from runtime.graph.model import open_session
+    from runtime.graph.read import load_onnx
+
+    model: onnx.ModelProto = load_onnx(path)
+    found = adapt(model, field_NHWC, AdaptConfig(threads=threads))
+    session = open_session(found.model if found.verdict.adapts else model)
+    spec = ModelSpec.from_json(session.get_modelmeta().custom_metadata_map[METADATA_KEY], where=str(path))
+    convert = Preprocessor.of(spec).convert
+
+    def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
+        outputs_NK: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: convert(images_NHWC)})[0]
+        return _as_logits(outputs_NK, spec)
+
+    return logits
+
+
+def _as_logits(outputs_NK: NDArray[Any], spec: ModelSpec) -> NDArray[Any]:
+    return np.log(np.maximum(outputs_NK.astype(np.float64), _TINY)) if spec.output_form == "probs" else outputs_NK
 
 
 def _from_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
@@ -227,9 +304,7 @@ def _from_session(session: Session, path: Path, facts: dict[str, Any]) -> Model:
     def logits(images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
         batch = Preprocessor.of(spec).convert(images_NHWC)
         outputs_NK = session.run(batch.astype(backend.input.dtype, copy=False))
-        if spec.output_form == "probs":
-            return np.log(np.maximum(outputs_NK.astype(np.float64), _TINY))
-        return outputs_NK
+        return _as_logits(outputs_NK, spec)
 
     facts |= {
         "arch": spec.arch,

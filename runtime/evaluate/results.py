@@ -22,7 +22,7 @@ from runtime.evaluate.cells import CLEAN, IMAGES, NAMES, SuiteConfig
 from runtime.evaluate.corruptions import CORRUPTIONS, EXTRAS
 from runtime.evaluate.counts import Counts
 from runtime.evaluate.labels import has_imagenet_classes
-from runtime.evaluate.metrics import summarize
+from runtime.evaluate.metrics import adapted_names, summarize
 from runtime.evaluate.models import Model
 from runtime.evaluate.suites import Suite
 from runtime.system.files import write_text
@@ -72,6 +72,7 @@ def describe(
         "settings": {
             "seed": suite.seed,
             "limit": config.limit,
+            **({"adapt": list(config.adapt)} if config.adapt else {}),
             "table": suite.table,
             "classes_asked": len(suite.classes or model.spec.classes),
             "imagenet_classes": has_imagenet_classes(model.spec),
@@ -146,6 +147,8 @@ def finished(result: Result) -> Result:
     whole = all(tuple(cell["parts"]) == _WHOLE for cell in cells.values())
     counts = {name: Counts.from_dict(cell["counts"]) for name, cell in cells.items()}
     metrics = summarize(counts, why_no_mce=_why_no_mce(result)) if whole else None
+    if metrics is not None and "field_images" in result["model"]:
+        metrics = adapted_names(metrics, int(result["model"]["field_images"]))
     return {
         **{key: result[key] for key in result if key not in ("cells", "metrics")},
         "cells": cells,

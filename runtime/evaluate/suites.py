@@ -83,6 +83,7 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
         cells = [cell if cell.id in kept else replace(cell, resize=config.resize) for cell in cells]
     if config.name not in _ANY_FOLDER:
         cells = [replace(cell, published=cell.id != CLEAN) for cell in cells]
+    cells = [_with_field(cell, config) for cell in cells]
     found = {cell.id for cell in cells} | {cell.id.split("/")[0] for cell in cells}
     missing = [name for name in config.only if name not in found]
     if missing or not cells:
@@ -105,6 +106,20 @@ def open_suite(config: SuiteConfig, spec: ModelSpec) -> Suite:
         skipped=tuple(sorted(opening.skipped)),
         named_by=opening.named_by,
     )
+
+
+def _with_field(cell: Cell, config: SuiteConfig) -> Cell:
+    """Divide the images of a cell into those that models are adapted to and test images."""
+    if not config.adapt:
+        return cell
+    count = max(config.adapt)
+    if len(cell.images) < 2 * count:
+        raise ConfigError(
+            f"{cell.id} has {len(cell.images)} images; adapting to {count} of them needs at least {2 * count}, because "
+            "the others are the test images. Use a smaller --adapt or a larger --limit"
+        )
+    field, images = cell.images.divided(count, config.seed)
+    return replace(cell, images=images, field=field)
 
 
 def _class_folders(resize: str) -> Layout:

@@ -44,7 +44,7 @@ def result_table(results: Sequence[Result]) -> Table:
 
     table = Table(box=None)
     columns = [_column(result) for result in results]
-    table.add_column(Text(str(results[0]["suite"])))
+    table.add_column(Text(str(results[0]["suite"])), no_wrap=True)
     for result in results:
         table.add_column(Text(str(result["model"]["name"])), justify="right", overflow="fold")
     for row in dict.fromkeys([*_ROWS, *(row for column in columns for row in column)]):
@@ -77,18 +77,18 @@ def _column(result: Result) -> dict[str, str]:
 
 def _corruption_rows(metrics: dict[str, Any]) -> dict[str, str]:
     rows = {}
-    mean = metrics.get("mean_error", {})
-    if mean.get("value") is not None:
-        rows["mean_error"] = _percent(mean["value"], mean["interval"])
-        if "difference" in mean:
-            rows["Δ mean_error"] = _points(mean["difference"], mean["difference_interval"])
-    for name in ("mce_alexnet", "relative_mce_alexnet"):
-        found = metrics.get(name, {})
-        if found.get("value") is not None:
+    for name, found in metrics.items():
+        if not isinstance(found, dict) or found.get("value") is None:
+            continue
+        if name.startswith("mean_error"):
+            rows[name] = _percent(found["value"], found["interval"])
+            if "difference" in found:
+                rows[f"Δ {name}"] = _points(found["difference"], found["difference_interval"])
+        elif name.startswith(("mce_alexnet", "mce_adapted", "relative_mce_alexnet")):
             rows[name] = f"{found['value']:.1f}{_brackets(found['interval'], '.1f', 1)}"
-            if name == "mce_alexnet" and "difference" in found:
+            if not name.startswith("relative") and "difference" in found:
                 interval = _brackets(found["difference_interval"], "+.1f", 1)
-                rows["Δ mce_alexnet"] = f"{found['difference']:+.1f}{interval}"
+                rows[f"Δ {name}"] = f"{found['difference']:+.1f}{interval}"
     return rows
 
 

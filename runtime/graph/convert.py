@@ -8,15 +8,25 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.errors import ConfigError, ModelFileError
 from runtime.graph.foreign import ForeignOptions, Layout, convert_command
 from runtime.graph.model import infer_shapes
+from runtime.graph.norms import NORMS_KEY, adaptable, find_norms, norms_to_json
 from runtime.graph.prepare import prepare_classifier
 from runtime.graph.read import load_onnx
-from runtime.graph.structure import describe_node, graph_inputs, initializers_of, int_attribute, shape_of, spec_of
+from runtime.graph.structure import (
+    describe_node,
+    graph_inputs,
+    initializers_of,
+    int_attribute,
+    set_metadata,
+    shape_of,
+    spec_of,
+)
 from runtime.spec import METADATA_KEY, ImageSizes, ModelSpec
 
 __all__ = ["Converted", "convert_classifier"]
@@ -46,7 +56,8 @@ class Converted(NamedTuple):
 def convert_classifier(path: Path, options: ForeignOptions) -> Converted:
     """Read a classifier of another tool, and return it as a graph like those that advprop exports.
 
-    BatchNorms are folded, all types and shapes are known, and nodes have unique names.
+    BatchNorms are folded and recorded (see `runtime.graph.norms`), all types and shapes are known,
+    and nodes have unique names.
 
     Args:
         path: a float32 ONNX classifier of images, without a spec.
@@ -67,6 +78,7 @@ def convert_classifier(path: Path, options: ForeignOptions) -> Converted:
     options = _with_normalization(path, model, image, options)
     layout = options.layout or _layout_of(path, image)
     height, width = _set_image_size(path, image, layout, options.image_sizes)
+    norms = find_norms(ir.from_proto(model).graph)
     prepared = prepare_classifier(model, output=options.output, layout=layout, size=(height, width))
     model = prepared.model
     if options.bgr:
@@ -74,7 +86,8 @@ def convert_classifier(path: Path, options: ForeignOptions) -> Converted:
     _rename(model, model.graph.input[0].name, "input")
     _rename(model, model.graph.output[0].name, prepared.spec_form)
     spec = options.spec(path.stem, options.preprocessing(height, width), prepared.classes, prepared.spec_form)
-    helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    kept = norms_to_json(adaptable(ir.from_proto(model).graph, norms)) if norms else ""
+    set_metadata(model, {METADATA_KEY: spec.to_json(), NORMS_KEY: kept})
     return Converted(model, spec, tuple(prepared.notes))
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "opset_of",
     "output_channel_axis",
     "rename_tensors",
+    "set_metadata",
     "shape_of",
     "spec_of",
     "tensor_names",
@@ -38,6 +39,15 @@ WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 def metadata(model: Any, key: str) -> str:
     """Return the value of `key` in `metadata_props`; empty if the model has no such entry."""
     return next((str(entry.value) for entry in model.metadata_props if entry.key == key), "")
+
+
+def set_metadata(model: Any, entries: Mapping[str, str]) -> None:
+    """Set entries of `metadata_props`; an empty value removes its entry, and other entries stay."""
+    kept = {entry.key: entry.value for entry in model.metadata_props} | dict(entries)
+    del model.metadata_props[:]
+    for key, value in kept.items():
+        if value:
+            model.metadata_props.add(key=key, value=value)
 
 
 def spec_of(model: Any, where: str) -> ModelSpec | None:

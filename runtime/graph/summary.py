@@ -23,10 +23,13 @@ from runtime.graph.structure import (
 )
 from runtime.spec import ModelSpec
 
-__all__ = ["CALIBRATION_KEY", "OnnxSummary", "summarize", "work_of"]
+__all__ = ["ADAPTATION_KEY", "CALIBRATION_KEY", "OnnxSummary", "summarize", "work_of"]
 
 CALIBRATION_KEY = "advprop.calibration"
 """Key of the calibration set's hash in an ONNX file's `metadata_props`."""
+
+ADAPTATION_KEY = "advprop.adaptation"
+"""Key of the record of an adaptation in an ONNX file's `metadata_props`, see `runtime.adapt`."""
 
 _INT8 = "int8"
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
@@ -51,6 +54,8 @@ class OnnxSummary:
     """The model's description; None if advprop did not write the file."""
     calibration_sha256: str
     """Hash of the INT8 calibration set; empty if the model is not calibrated."""
+    adaptation: str
+    """JSON record of the adaptation to field images; empty if the model is not adapted."""
     weights: dict[str, int]
     """Number of weights of convolutions and matrix products by the precision they are computed
     in: `fp32`, `fp16`, `bf16` or `int8`."""
@@ -105,6 +110,7 @@ def summarize(path: Path) -> OnnxSummary:
         outputs=tuple(value.name for value in graph.output),
         spec=spec,
         calibration_sha256=metadata(file.model, CALIBRATION_KEY),
+        adaptation=metadata(file.model, ADAPTATION_KEY),
         weights=_weights_by_precision(graph),
         ops=dict(Counter(node.op_type for node in graph.node)),
         engine_problems=tuple(unreadable_parts(file.model)),

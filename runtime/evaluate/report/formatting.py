@@ -205,6 +205,12 @@ _DEFINITIONS = {
         "compared with mCE values of papers, which divide by AlexNet's errors on ImageNet."
     ),
     Quantity.MEAN_ERROR: "Mean error: the plain share of wrong answers over all corruptions and severities.",
+    Quantity.MCE_ADAPTED: (
+        "mCE, adapted: the same division, but of a model whose BatchNorm statistics were estimated on images of each "
+        "corruption and severity, in the number that its name ends with. mCE forbids this, so the two cannot be "
+        "compared."
+    ),
+    Quantity.MEAN_ERROR_ADAPTED: "Mean error, adapted: the mean error of such a model.",
     Quantity.AGREEMENT: "Agreement: the share of images that get the same class as from the reference, right or wrong.",
 }
 """Quantity → what it means, for readers who do not know it."""

@@ -227,4 +227,4 @@ def _curve(content: Mapping[str, Any]) -> Curve:
 
 def _invalid(where: str, format_: str, error: Exception) -> DataError:
     what = f"missing {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
-    return DataError(f"{where}: expected format {format_!r}, which docs/evaluation.md describes ({what})")
+    return DataError(f"{where}: expected format {format_!r}, which docs/how-to/report.md describes ({what})")

@@ -50,6 +50,8 @@ class Quantity(Enum):
     MCE = ("mCE (AlexNet = 100)", Unit.MCE, False)
     MCE_REFERENCE = ("mCE (reference = 100)", Unit.MCE, False)
     MEAN_ERROR = ("mean error", Unit.SHARE, False)
+    MCE_ADAPTED = ("mCE, adapted to each corruption", Unit.MCE, False)
+    MEAN_ERROR_ADAPTED = ("mean error, adapted to each corruption", Unit.SHARE, False)
     LATENCY = ("p50 ms", Unit.MILLISECONDS, False)
     FILE_SIZE = ("size", Unit.BYTES, False)
 
@@ -250,14 +252,17 @@ _METRICS = {
     Quantity.MCE: "mce_alexnet",
     Quantity.MCE_REFERENCE: "mce_reference",
     Quantity.MEAN_ERROR: "mean_error",
+    Quantity.MCE_ADAPTED: "mce_adapted",
+    Quantity.MEAN_ERROR_ADAPTED: "mean_error_adapted",
 }
-"""Quantity → key in a result's metrics."""
+"""Quantity → key in a result's metrics. Those of adapted models end with their number of images."""
 
 
 def _corruption_metric(report: Report, suite: str, quantity: Quantity) -> Column:
-    key = _METRICS[quantity]
     values = []
+    adapted = quantity in (Quantity.MCE_ADAPTED, Quantity.MEAN_ERROR_ADAPTED)
     for entry in report.entries:
+        key = f"{_METRICS[quantity]}_{entry.facts.get('field_images', 0)}" if adapted else _METRICS[quantity]
         result = entry.results.get(suite)
         found = result["metrics"].get(key, {}) if result else {}
         if quantity is Quantity.MCE_REFERENCE and result is not None:

@@ -1,0 +1,1 @@
+"""Adapt a deployed classifier to the place where it runs, by its BatchNorm statistics."""
