@@ -12,16 +12,18 @@ from typing import Any
 
 from train.config import AttackConfig, DataConfig, OptimConfig, TrainConfig
 
-__all__ = ["LONG", "MAIN_RECIPES", "OTHER_RECIPES", "TUNED", "Cell", "Plan", "Settings", "cost", "trials"]
+__all__ = ["LONG", "MAIN_RECIPES", "OTHER_RECIPES", "REPEATED", "TUNED", "Cell", "Plan", "Settings", "cost", "trials"]
 
 TUNED = ("vanilla", "advprop")
 """Recipes that settings are chosen for."""
 MAIN_RECIPES = (*TUNED, "shared-bn", "adversarial", "finetune")
-"""Recipes of the slides' statements, trained with all seeds."""
+"""Recipes of the slides' statements."""
 LONG = "vanilla-long"
 """Vanilla with as many passes over the images as AdvProp makes."""
 OTHER_RECIPES = (LONG, "shared-statistics", "fast", "fine-grained")
-"""Recipes that are trained with the first seed."""
+"""Recipes that are trained later."""
+REPEATED = (*MAIN_RECIPES, LONG, "shared-statistics")
+"""Recipes that are trained with all seeds; the others are trained with the first one."""
 
 _LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 _WEIGHT_DECAYS = (0.02, 0.1, 0.5)
@@ -42,7 +44,7 @@ class Settings:
     """Strength of the training attack, in 1/255 of the pixel range."""
 
     def __str__(self) -> str:
-        return f"lr {self.lr:g}, weight decay {self.weight_decay:g}, ε {self.epsilon:g}"
+        return f"learning rate {self.lr:g}, weight decay {self.weight_decay:g}, ε {self.epsilon:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,8 @@ class Plan:
     def other_cells(self, chosen: dict[str, Settings]) -> Iterator[Cell]:
         """Yield the runs of other recipes, data sizes and widths."""
         yield from (self.cell(recipe, 0, chosen) for recipe in OTHER_RECIPES)
+        repeated = [recipe for recipe in OTHER_RECIPES if recipe in REPEATED]
+        yield from (self.cell(recipe, seed, chosen) for seed in range(1, self.seeds) for recipe in repeated)
         for seed in range(self.seeds):
             for images, epochs in self.sizes:
                 yield from (self.cell(recipe, seed, chosen, images=images, epochs=epochs) for recipe in TUNED)

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.fidelity.measure import PRECISIONS
 from benchmarks.fidelity.picture import draw
-from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, TUNED, Plan
+from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, REPEATED, TUNED, Plan, Settings
 from benchmarks.fidelity.results import METRICS, Difference, Results, Verdict, paired, spread
 from benchmarks.fidelity.verdict import STATEMENTS, advice
 from runtime.system.files import write_text
@@ -97,7 +97,7 @@ def _introduction(results: Results) -> str:
 def _missing(results: Results) -> list[str]:
     plan, missing = results.plan, []
     for recipe in (*MAIN_RECIPES, *OTHER_RECIPES):
-        seeds, expected = len(results.of(recipe)), plan.seeds if recipe in MAIN_RECIPES else 1
+        seeds, expected = len(results.of(recipe)), plan.seeds if recipe in REPEATED else 1
         if seeds < expected:
             missing.append(recipe if not seeds else f"{expected - seeds} of {expected} seeds of {recipe}")
     exported = sum(run.files is not None for recipe in TUNED for run in results.of(recipe))
@@ -277,7 +277,9 @@ def _chosen(results: Results) -> str:
     if results.chosen is None or len(best) < len(TUNED):
         return "not chosen yet."
     settings = " and ".join(
-        f"{recipe}: {results.chosen[recipe]} ({best[recipe]['top1']:.1%} held out)" for recipe in TUNED
+        f"{recipe}: {_settings(results.chosen[recipe], attacks=recipe != 'vanilla')} "
+        f"({100 * best[recipe]['top1']:.1f} % of the held-out images)"
+        for recipe in TUNED
     )
     spread_of = {
         recipe: statistics.stdev(trial["top1"] for trial in found) * 100 for recipe, found in results.tried.items()
@@ -288,6 +290,11 @@ def _chosen(results: Results) -> str:
         f"deviation of the trials is {spread_of['vanilla']:.1f} and {spread_of['advprop']:.1f} points. Clean recipes "
         "use the settings of vanilla, the others those of AdvProp; `fast` has its own attack."
     )
+
+
+def _settings(settings: Settings, *, attacks: bool) -> str:
+    strength = f", ε {settings.epsilon:g}" if attacks else ""
+    return f"learning rate {settings.lr:g}, weight decay {settings.weight_decay:g}{strength}"
 
 
 def _gpu() -> str:
