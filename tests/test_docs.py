@@ -138,4 +138,4 @@ def test_every_name_of_advprop_in_the_documents_exists() -> None:
     names = {name for text in texts for name in re.findall(r"(?<![\w./-])advprop\.([A-Za-z]\w+)(?![\w/-]|\.pt)", text)}
     assert {"load", "fit", "export", "TrainConfig"} <= names
     known = {*advprop.__all__, "checkpoints"}
-    assert names <= known | {"md", "norms", "spec"}  # a page, and two keys in model files
+    assert names <= known | {"md", "adaptation", "confidence", "norms", "spec"}  # a page, and keys in model files

@@ -90,12 +90,12 @@ def _engine_facts(file: Path) -> dict[str, Any]:
 
 def _onnx_facts(file: Path) -> dict[str, Any]:
     from advprop.support import onnx_support
+    if find_spec("onnx") is None:
+        return _session_facts(file)
     from export.record import verification
     from runtime.adapt.record import describe_adaptation
     from runtime.graph.summary import summarize, work_of
 
-    if find_spec("onnx") is None:
-        return _session_facts(file)
     summary = summarize(file)
     shape = ", ".join("any" if size < 0 else str(size) for size in summary.input_shape)
     facts = {

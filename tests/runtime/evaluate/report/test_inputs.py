@@ -154,7 +154,7 @@ def test_differences_by_corruption_follow_from_the_counts(made: list[Path]) -> N
 
 
 def test_the_examples_in_the_documentation_are_read() -> None:
-    text = (ROOT / "docs" / "evaluation.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "report.md").read_text()
     bench, attack = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.S))
     assert latency_of(bench, "docs").setting == "NVIDIA L4, batch 1"
     assert [curve.attack for curve in attack_of(attack, "docs").curves] == ["square", "noise"]
