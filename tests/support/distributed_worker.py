@@ -1,4 +1,4 @@
-"""Script of test_distributed.py, alone or under torchrun: 20 steps, their mean losses as JSON.
+"""Script of test_distributed.py, alone or under torchrun: some steps, their mean losses as JSON.
 
 Start points and targets of the attack are computed from the pixels of each image, so they do not
 depend on how many processes share a batch. The steps use float64: the attack takes the sign of a
@@ -29,6 +29,9 @@ class FromPixels(Randomness):
         return labels_N % (classes - 1) + 1
 
 
+STEPS = {"advprop": 20, "fast": 8, "shared-statistics": 8}
+
+
 def train(recipe: str, batch_size: int, out: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -48,7 +51,7 @@ def train(recipe: str, batch_size: int, out: Path) -> None:
         trainer.batches.start_at(0)
         losses = []
         for number, (images, labels) in enumerate(trainer.batches):
-            if number == 20:
+            if number == STEPS[recipe]:
                 break
             loss = trainer.step(images.double(), labels, group=1, update=True)
             losses.append(world_sum(loss).item() / world_size())

@@ -12,6 +12,7 @@ import timm
 import torch
 
 from tests.support import ROOT
+from tests.support.distributed_worker import STEPS
 from train.checkpoint import load_checkpoint
 from train.distributed import shuffled_across_processes, synchronize_batch_norms, world_size
 from train.dual_bn import add_auxiliary_bns
@@ -40,7 +41,7 @@ def losses(out: Path, recipe: str, processes: int) -> list[float]:
 def test_two_processes_train_like_one_with_twice_the_batch_size(tmp_path: Path, recipe: str) -> None:
     one = losses(tmp_path / "one", recipe, 1)
     two = losses(tmp_path / "two", recipe, 2)
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == STEPS[recipe]
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-4
     assert one[-1] != one[0]
 
