@@ -90,6 +90,7 @@ def _engine_facts(file: Path) -> dict[str, Any]:
 
 def _onnx_facts(file: Path) -> dict[str, Any]:
     from advprop.support import onnx_support
+
     if find_spec("onnx") is None:
         return _session_facts(file)
     from export.record import verification
