@@ -69,7 +69,7 @@ Whether AdvProp's advantage survives adaptation needs networks of equal training
 
 ## Time
 
-Adapting to 128 images, with the verdict, takes 3.6 to 3.9 times as long as running them on two cores
+Adapting to 128 images, with the verdict, takes 3.6 to 3.9 times as long as running them on one core
 (`python -m benchmarks.adapt imagenet_dev --out runs/adapt --time`). The goal of 3 is missed.
 
 ## Limits
