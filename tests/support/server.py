@@ -142,17 +142,36 @@ def binary_request(images_NCHW: NDArray[np.float32], **content: Any) -> tuple[by
 
 
 def damaged_request(random: np.random.Generator) -> tuple[bytes, dict[str, str]]:
-    """Return a binary request for the same models, with damaged bytes, lengths or fields."""
+    """Return a binary request for the same models, with one to three damages.
+
+    A single damage leaves the rest valid, and is therefore reached by the server's later checks.
+    """
     sizes = [-1, 0, 1, 191, 193, 2**31, 2**63, "192", None, 1.5]
-    tensor = {
-        "name": random.choice(["input", "image"]),
-        "datatype": random.choice(["FP32", "FP16", "INT8", "BYTES", "BOOL"]),
-        "shape": [int(size) for size in random.choice([0, 1, 2, 3, 4, 2**33], random.integers(0, 6))],
-        "parameters": {"binary_data_size": sizes[random.integers(len(sizes))]},
-    }
-    text = bytearray(json.dumps({"inputs": [tensor] * int(random.integers(0, 3))}).encode())
-    for _ in range(random.integers(0, 3)):
+    tensor: dict[str, Any] = {"name": "input", "datatype": "FP32", "shape": [1, 3, 4, 4]}
+    tensor["parameters"] = {"binary_data_size": 192}
+    content: dict[str, Any] = {"inputs": [tensor]}
+    data, header, flipped = random.normal(size=48).astype(np.float32).tobytes(), "", 0
+    for damage in random.choice(9, size=random.integers(1, 4), replace=False):
+        match int(damage):
+            case 0:
+                tensor["name"] = str(random.choice(["image", "", "logits"]))
+            case 1:
+                tensor["datatype"] = str(random.choice(["FP16", "INT8", "BYTES", "BOOL", "FP8"]))
+            case 2:
+                tensor["shape"] = [int(size) for size in random.choice([0, 1, 2, 3, 4, 2**33], random.integers(0, 6))]
+            case 3:
+                tensor["parameters"] = {"binary_data_size": sizes[random.integers(len(sizes))]}
+            case 4:
+                content["inputs"] = [tensor] * int(random.choice([0, 2]))
+            case 5:
+                data = random.bytes(int(random.integers(0, 400)))
+            case 6:
+                flipped = int(random.integers(1, 3))
+            case 7:
+                header = str(random.choice(["-1", "0", "1", "7x", "1000000", str(2**62)]))
+            case 8:
+                content["outputs"] = [{"name": str(random.choice(["x", "logits"])), "parameters": sizes}]
+    text = bytearray(json.dumps(content).encode())
+    for _ in range(flipped):
         text[random.integers(len(text))] = random.integers(256)
-    length = int(random.choice([len(text), 1, len(text) + 1, 10**6, 2**62]))
-    header = random.choice([str(length), f"-{length}", f" {length}x", ""])
-    return bytes(text) + random.bytes(int(random.integers(0, 400))), {"Inference-Header-Content-Length": header}
+    return bytes(text) + data, {"Inference-Header-Content-Length": header or str(len(text))}
