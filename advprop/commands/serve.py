@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _MIB = 2**20
 _WATCH_S = 2.0
 _LOAD, _LIMITS, _BATCHING = "Models", "Limits", "Batching"
-_BATCHES = Batching()
+_BATCHES, _ENGINE, _THREADS = Batching(), EngineOptions(), Threads()
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
@@ -104,14 +104,14 @@ def _settings(given: dict[str, Any]) -> ServeConfig:
     load = LoadSettings(
         backend=given["backend"],
         device=given["device"],
-        threads=Threads(intra=given["threads"], contexts=given["contexts"] or 1),
+        threads=Threads(intra=given["threads"], contexts=given["contexts"] or _THREADS.contexts),
         batching=Batching(
             max_batch=given["max_batch"],
             max_delay_us=given["max_delay_us"],
             max_queued_images=given["max_queued"],
             decode_threads=given["decode_threads"],
         ),
-        engine=EngineOptions(contexts=given["contexts"] or 2),
+        engine=EngineOptions(contexts=given["contexts"] or _ENGINE.contexts),
         max_pixels=given["max_pixels"],
     )
     ports = {0: None, -1: 0}
