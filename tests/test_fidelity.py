@@ -1,5 +1,7 @@
 """The fidelity study at toy size: trials, runs, measurements, exports and the report."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,15 @@ def toy_study(data: Path, out: Path, hours: float = float("inf")) -> Study:
             hours=hours,
             held_out=8,
             attacked=4,
+            corrupted=4,
             per_file=4,
             corruptions=("contrast", "pixelate"),
         )
     )
+
+
+def run_toy_study(data: Path, out: Path) -> bool:
+    return toy_study(data, out).run()
 
 
 @pytest.mark.slow
@@ -68,7 +75,11 @@ def test_a_whole_study_and_its_report(toy_data: Path, tmp_path: Path) -> None:
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith(("|", "!")))
 
     study = toy_study(toy_data, out)
-    assert study.run()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context) as processes:
+        assert list(processes.map(run_toy_study, [toy_data] * 2, [out] * 2)) == [True, True]
+    trained = [line.split()[2] for line in (out / "progress.log").read_text().splitlines() if "top-1" in line]
+    assert len(trained) == len(set(trained)) == 5 + 4 + 2  # no run was made by both processes
     results = write_report(out, page)
     text = page.read_text()
     assert results.recipes() == [*MAIN_RECIPES, *OTHER_RECIPES]

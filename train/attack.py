@@ -30,6 +30,7 @@ __all__ = [
     "Quality",
     "Randomness",
     "accuracy",
+    "at_least_float32",
     "eval_mode",
     "evaluation_attack",
     "frozen",
@@ -55,6 +56,14 @@ class Randomness:
 
 LOSS_SCALE = 1024.0
 """Factor of an attack's loss. It is a power of two, so float32 gradients scale exactly."""
+
+
+def at_least_float32(logits_NK: torch.Tensor) -> torch.Tensor:
+    """Return logits in float32, or unchanged if they are wider.
+
+    Losses need it. On a GPU, autocast computes them in float32; on a CPU, in the type of the logits.
+    """
+    return logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32))
 
 
 class Ball(NamedTuple):
@@ -117,7 +126,7 @@ class LinfPGD:
                     if goal_N is None:
                         goal_N = self.goal(labels_N, logits_NK.shape[1])
                     # The scale keeps small gradients from vanishing in float16; only signs matter.
-                    loss = F.cross_entropy(logits_NK, goal_N, reduction="sum") * LOSS_SCALE
+                    loss = F.cross_entropy(at_least_float32(logits_NK), goal_N, reduction="sum") * LOSS_SCALE
                 (gradient,) = torch.autograd.grad(loss, attacked)
                 attacked = self.step(ball, attacked.detach(), gradient)
         return attacked

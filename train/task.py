@@ -18,7 +18,7 @@ from timm.utils.model import unwrap_model
 from torch import nn
 
 from runtime.errors import ConfigError
-from train.attack import LOSS_SCALE, LinfPGD
+from train.attack import LOSS_SCALE, LinfPGD, at_least_float32
 from train.distributed import shuffled_across_processes
 from train.dual_bn import RoutedBatchNorm, add_auxiliary_bns, find_router, frozen_statistics, route
 from train.recipes import MAIN, Branch, Recipe
@@ -134,7 +134,7 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
             targets.append(labels)
         counts = [len(part) for part in parts]
         with route(self.trainable_module, *_route_plan(self.recipe, counts)):
-            logits = self.trainable_module(torch.cat(parts) if len(parts) > 1 else parts[0])
+            logits = at_least_float32(self.trainable_module(torch.cat(parts) if len(parts) > 1 else parts[0]))
         for branch, labels, logits_NK in zip(self.recipe.branches, targets, logits.split(counts), strict=True):
             loss = (self.soft_criterion if labels.is_floating_point() else self.criterion)(logits_NK, labels)
             total = total + branch.weight * loss
@@ -184,7 +184,7 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
         noisy = self.attack.start(ball).requires_grad_(True)
         scale = LOSS_SCALE if self.amp_dtype == torch.float16 else 1.0
         with frozen_statistics(model), route(model, branch.bn):
-            loss = branch.weight * self.criterion(model(noisy), labels)
+            loss = branch.weight * self.criterion(at_least_float32(model(noisy)), labels)
         gradients = torch.autograd.grad(loss * scale, [noisy, *parameters], allow_unused=True)
         attacked = self.attack.step(ball, noisy.detach(), gradients[0])
         known = {p: gradient for p, gradient in zip(parameters, gradients[1:], strict=True) if gradient is not None}

@@ -11,6 +11,7 @@ DATA is a folder with train/CLASS/IMAGE and val/CLASS/IMAGE. The study chooses l
 decay and ε for vanilla and AdvProp with nine trials each, on held-out training images. Then it trains
 every recipe, measures the last checkpoints on the test images, exports vanilla and AdvProp, and
 measures their files. It writes every result as soon as it exists: repeat the command to resume.
+Several processes with the same command share the work.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--epochs", type=int, default=40, help="epochs of a vanilla run (default: 40)")
     options.add_argument("--tuning-epochs", type=int, default=12, help="epochs of a trial (default: 12)")
     options.add_argument("--seeds", type=int, default=3, help="seeds of the main recipes (default: 3)")
+    options.add_argument(
+        "--corrupted", type=int, default=5_000, help="test images per corruption and severity (default: 5000)"
+    )
     options.add_argument("--arch", default="cifar_resnet20", help="architecture (default: cifar_resnet20)")
     options.add_argument("--amp", default="none", help="none, bf16 or fp16 (default: none)")
     options.add_argument("--device", default="cpu", help="torch device (default: cpu)")
@@ -102,7 +106,9 @@ def study_config(options: argparse.Namespace) -> StudyConfig:
         wide="" if options.main_only or not timm.is_model(wide) else wide,
     )
     hours = options.budget_hours or float("inf")
-    return StudyConfig(data=options.data, out=options.out, plan=plan, device=options.device, hours=hours)
+    return StudyConfig(
+        data=options.data, out=options.out, plan=plan, device=options.device, hours=hours, corrupted=options.corrupted
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class Measurements:
     """torch device for checkpoints."""
     attacked: int = 1_000
     """Test images that are attacked, evenly spaced."""
+    corrupted: int = 5_000
+    """Test images per corruption and severity for checkpoints, evenly spaced."""
     per_file: int = 1_000
     """Test images per corruption and severity for ONNX files, whose exact arithmetic is slow."""
     corruptions: tuple[str, ...] = ()
@@ -67,7 +70,7 @@ class Measurements:
 
         Returns:
             Route → top-1, calibration error, mean corruption error, error per corruption,
-            accuracy under PGD by ε, and the number of images.
+            accuracy under PGD by ε, and the numbers of images.
         """
         content = load_checkpoint(checkpoint)
         routes = [MAIN, *(auxiliary_routes(content["state_dict"]) if auxiliary else ())]
@@ -75,11 +78,14 @@ class Measurements:
             load_model(checkpoint, device=self.device, route=route, checkpoint_loader=load_predictor)
             for route in routes
         ]
-        suite = SuiteConfig(name="corruptions", data=self.test, only=self._cells(), table="cifar")
-        results = evaluate(models, suite, self._run(checkpoint, "cifar-c"))
+        whole = SuiteConfig(name="corruptions", data=self.test, only=("clean",), table="cifar")
+        clean = evaluate(models, whole, self._run(checkpoint, "clean"))
+        suite = dataclasses.replace(whole, only=self._cells(), limit=self.corrupted)
+        corrupted = evaluate(models, suite, self._run(checkpoint, "cifar-c"))
         attacked = self._attacked(content, checkpoint, routes)
         return {
-            route: _figures(result) | {"pgd": attacked[route]} for route, result in zip(routes, results, strict=True)
+            route: _figures(corrupted[i]) | _clean_figures(clean[i]) | {"pgd": attacked[route]}
+            for i, route in enumerate(routes)
         }
 
     def measure_files(self, checkpoint: Path, calibration: Path) -> dict[str, Any]:
@@ -135,11 +141,18 @@ def _figures(result: Result) -> dict[str, Any]:
         if slash:
             errors.setdefault(corruption, []).append(1 - values["top1"])
     means = {corruption: sum(values) / len(values) for corruption, values in errors.items()}
-    return {
-        "top1": metrics["cells"]["clean"]["top1"],
-        "calibration_error": metrics["cells"]["clean"]["calibration_error"],
+    return _clean_figures(result) | {
         "corruption_error": sum(means.values()) / len(means),
         "errors": means,
+        "corrupted_images": result["cells"]["clean"]["images"],
+    }
+
+
+def _clean_figures(result: Result) -> dict[str, Any]:
+    clean = result["metrics"]["cells"]["clean"]
+    return {
+        "top1": clean["top1"],
+        "calibration_error": clean["calibration_error"],
         "images": result["cells"]["clean"]["images"],
     }
 

@@ -142,7 +142,9 @@ class Plan:
         """Yield the runs of the main comparison, the most informative first."""
         seeds = range(self.seeds)
         yield from (self.cell(recipe, seed, chosen) for seed in seeds for recipe in TUNED)
-        yield from (self.cell(recipe, seed, chosen) for seed in seeds for recipe in MAIN_RECIPES if recipe not in TUNED)
+        rest = [recipe for recipe in MAIN_RECIPES if recipe not in TUNED and recipe != "finetune"]
+        yield from (self.cell(recipe, seed, chosen) for seed in seeds for recipe in rest)
+        yield from (self.cell("finetune", seed, chosen) for seed in seeds)  # after `adversarial`
 
     def other_cells(self, chosen: dict[str, Settings]) -> Iterator[Cell]:
         """Yield the runs of other recipes, data sizes and widths."""

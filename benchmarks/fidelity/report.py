@@ -245,7 +245,8 @@ def _method(results: Results) -> str:
     precision = "float32" if plan.amp == "none" else f"{plan.amp} autocast (evaluation in float32)"
     sizes = f"; {'; '.join(f'{epochs} for {images:,} images' for images, epochs in plan.sizes)}" if plan.sizes else ""
     lines = [
-        f"```sh\npython -m benchmarks.fidelity --data cifar10 {_options(plan)}\n"
+        f"```sh\npython -m benchmarks.fidelity --data cifar10 {_options(plan)} \\\n"
+        f"    --corrupted {description['corrupted']}\n"
         "python -m benchmarks.fidelity --report docs/results/fidelity.md\n```",
         f"Training took {results.cpu_s / 3600:.1f} hours of CPU time so far, in {precision} ({description['device']}; "
         f"{description['machine']}; {versions}). Measuring is not counted.",
@@ -256,8 +257,9 @@ def _method(results: Results) -> str:
         f"`finetune` adds half as many to `adversarial` at a third of the learning rate, and `{LONG}` makes as many "
         "passes as AdvProp. The last checkpoint is measured, not the best one.",
         f"- **Settings**: {_chosen(results)}",
-        "- **Test**: 5,000 images; fifteen corruptions at five severities with CIFAR's table of severities; untargeted "
-        "PGD-10 with a step of ε/4 on 1,000 images, ε in 1/255; ECE with 15 bins on clean images.",
+        f"- **Test**: 5,000 images; fifteen corruptions at five severities with CIFAR's table of severities, on "
+        f"{description['corrupted']:,} of them; untargeted PGD-10 with a step of ε/4 on 1,000 images, ε in 1/255; ECE "
+        "with 15 bins on clean images.",
         "- **Intervals**: a seed fixes initial weights, order, augmentation and attack, and is common to all recipes. "
         "An interval is Student's t of the differences between runs with the same seed. It covers the randomness of "
         "training, not that of the test images.",
@@ -281,6 +283,9 @@ def _chosen(results: Results) -> str:
         f"({100 * best[recipe]['top1']:.1f} % of the held-out images)"
         for recipe in TUNED
     )
+    amp = results.plan.amp
+    other = sum(trial["amp"] != amp for found in results.tried.values() for trial in found)
+    note = f" {other} of the trials ran in another precision than the plan's." if other else ""
     spread_of = {
         recipe: statistics.stdev(trial["top1"] for trial in found) * 100 for recipe, found in results.tried.items()
     }
@@ -288,7 +293,7 @@ def _chosen(results: Results) -> str:
         f"{results.plan.levels**2} trials of {results.plan.tuning_epochs} epochs per recipe, with one seed, on a grid "
         f"of learning rate and weight decay, and of ε for AdvProp (Taguchi's L9). Chosen for {settings}. The standard "
         f"deviation of the trials is {spread_of['vanilla']:.1f} and {spread_of['advprop']:.1f} points. Clean recipes "
-        "use the settings of vanilla, the others those of AdvProp; `fast` has its own attack."
+        "use the settings of vanilla, the others those of AdvProp; `fast` has its own attack." + note
     )
 
 

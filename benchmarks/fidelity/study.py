@@ -1,12 +1,18 @@
-"""`Study`: trains and measures the runs of a plan, and resumes after an interruption."""
+"""`Study`: trains and measures the runs of a plan, and resumes after an interruption.
+
+Several processes may work on one study: each takes runs that no other process has locked.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +35,7 @@ TRAINED, HELD, ROUTES, FILES = "trained.json", "held.json", "routes.json", "file
 """Results in the folder of a run: training, held-out accuracy, test images, exported files."""
 PLAN = "study.json"
 """Settings of the study and versions of the libraries, in the output folder."""
+_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,8 @@ class StudyConfig:
     """Training images that are held out to choose settings."""
     attacked: int = 1_000
     """Test images that are attacked."""
+    corrupted: int = 5_000
+    """Test images per corruption and severity."""
     per_file: int = 1_000
     """Test images per corruption and severity for ONNX files."""
     corruptions: tuple[str, ...] = ()
@@ -67,6 +76,7 @@ class Study:
             cache=self.out / "corrupted",
             device=config.device,
             attacked=config.attacked,
+            corrupted=config.corrupted,
             per_file=config.per_file,
             corruptions=config.corruptions,
         )
@@ -81,12 +91,7 @@ class Study:
         steps = [(self.measure, cell) for cell in main]
         steps += [(self.measure_files, cell) for cell in main if cell.recipe in TUNED]
         steps += [(self.measure, cell) for cell in self.plan.other_cells(chosen)]
-        for step, cell in steps:
-            if self._is_over():
-                return False
-            if cell.recipe in RECIPES or cell.recipe == LONG:
-                step(cell)
-        return True
+        return self._work([(step, cell) for step, cell in steps if cell.recipe in RECIPES or cell.recipe == LONG])
 
     def weights_of(self, recipe: str, seed: int) -> str:
         """Train one run of the main comparison, and return the hash of its weights."""
@@ -98,12 +103,28 @@ class Study:
     def _tune(self) -> bool:
         """Run all trials, and return whether the time was sufficient."""
         write_text(self.out / PLAN, json.dumps(_description(self.config), indent=1))
-        for recipe in TUNED:
-            for cell in trials(self.plan, recipe):
+        return self._work([(self.try_settings, cell) for recipe in TUNED for cell in trials(self.plan, recipe)])
+
+    def _work(self, steps: Sequence[tuple[Callable[[Cell], None], Cell]]) -> bool:
+        """Do every step, or wait until another process has done it; return whether the time was sufficient."""
+        while steps:
+            left = []
+            for step, cell in steps:
                 if self._is_over():
                     return False
-                self.try_settings(cell)
+                with _lock(self.out / "locks" / cell.name) as free:
+                    if free and self._can_start(cell):
+                        step(cell)
+                    else:
+                        left.append((step, cell))
+            if len(left) == len(steps):
+                time.sleep(_WAIT_S)
+            steps = left
         return True
+
+    def _can_start(self, cell: Cell) -> bool:
+        """Return whether the run that `finetune` starts from is finished."""
+        return cell.recipe != "finetune" or (self.folder(self._source(cell)) / TRAINED).exists()
 
     def train(self, cell: Cell) -> Path | None:
         """Train, or find the finished run; return its last checkpoint, or None if it diverged."""
@@ -117,7 +138,7 @@ class Study:
     def _train(self, cell: Cell, folder: Path) -> dict[str, Any]:
         start = None
         if cell.recipe == "finetune":
-            start = self.train(dataclasses.replace(self._source(cell), seed=cell.seed))
+            start = self.train(self._source(cell))
             if start is None:
                 return {"diverged": True}
         config = cell.config(self._images(cell), folder, device=self.config.device, start=start)
@@ -155,7 +176,8 @@ class Study:
         top1 = 0.0
         if checkpoint is not None:
             top1 = self._measurements.clean_accuracy(checkpoint, self._images(cell) / "held")
-        write_text(folder / HELD, json.dumps({"top1": top1, "settings": vars(cell.settings)}, indent=1))
+        held = {"top1": top1, "amp": cell.amp, "settings": vars(cell.settings)}
+        write_text(folder / HELD, json.dumps(held, indent=1))
         self._log(f"{cell.name}: {cell.settings}: {top1:.4f}")
 
     def chosen(self) -> dict[str, Settings]:
@@ -205,6 +227,19 @@ class Study:
             file.write(line + "\n")
 
 
+@contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Lock a file until the end of the block or of the process; the value says whether it was free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 class _Clock(SilentReporter):
     """Adds up the CPU time of a run, also over interruptions; it loses the unfinished epoch."""
 
@@ -229,6 +264,7 @@ def _description(config: StudyConfig) -> dict[str, Any]:
     return {
         "plan": dataclasses.asdict(config.plan),
         "device": config.device,
+        "corrupted": config.corrupted,
         "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "onnx")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}",
     }

@@ -237,6 +237,7 @@ def test_bf16_attack_and_step_run_under_autocast() -> None:
     model.fc.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
     result = task(*batch())
     assert kinds == [torch.bfloat16] * 2
+    assert {value.dtype for value in result.values()} == {torch.float32}  # sums of bfloat16 losses would stop growing
     result["loss"].backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
