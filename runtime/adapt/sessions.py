@@ -207,9 +207,11 @@ def _image_moments(values: NDArray[np.float32], images: int) -> tuple[NDArray[np
     """Return mean and mean square of the channels of each image, (N, C), of a tensor (N, C, …)."""
     rows = values.reshape(values.shape[0] * values.shape[1], -1)
     length = np.float32(rows.shape[1])
-    # Matrix products are three times as fast as mean() and einsum().
-    total = rows @ np.ones(rows.shape[1], np.float32)
-    squares = np.matmul(rows[:, None, :], rows[:, :, None])
+    # Products of one row each: three times as fast as mean() and einsum(), and small enough that BLAS
+    # starts no threads, which would take longer than the computation.
+    total, squares = (
+        np.matmul(rows[:, None, :], other) for other in (np.ones((rows.shape[1], 1), np.float32), rows[:, :, None])
+    )
     shape = values.shape[:2]
     return per_image((total / length).reshape(shape), images), per_image((squares / length).reshape(shape), images)
 
