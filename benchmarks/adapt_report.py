@@ -20,7 +20,7 @@ _WORSE = 0.01
 INTRO = """# Adapting a deployed file to corrupted images
 
 `advprop adapt` estimates the BatchNorm statistics of an exported file again, on unlabeled images of
-the place where the model runs ([guide](../adapt.md)). This page measures what that gains on corrupted
+the place where the model runs ([tutorial](../tutorials/adapt.md)). This page measures what that gains on corrupted
 photographs, what it costs on clean ones, and whether its verdict is right.
 
 EfficientNet-Lite0 with its real ImageNet weights (88 % top-1 without corruption; they are training

@@ -26,7 +26,7 @@ from tests.support.documents import Block, Shell, blocks_of
 TRAIN, DEPLOY, INT8, ROBUSTNESS, EMBED, SERVE = TUTORIALS = tuple(
     f"docs/tutorials/{name}.md" for name in ("train", "deploy", "int8", "robustness", "embed", "serve")
 )
-ADAPT = "docs/adapt.md"
+ADAPT = "docs/tutorials/adapt.md"
 PAGES = (*TUTORIALS, ADAPT, "README.md")
 """In the order in which they continue each other."""
 COLORS = {
