@@ -29,7 +29,7 @@ from train.loop import fit
 from train.recipes import RECIPES
 from train.reporting import EpochMetrics, SilentReporter
 
-__all__ = ["FILES", "HELD", "PLAN", "ROUTES", "TRAINED", "Study", "StudyConfig", "read"]
+__all__ = ["FILES", "HELD", "PLAN", "ROUTES", "TRAINED", "Study", "StudyConfig", "locked", "read"]
 
 TRAINED, HELD, ROUTES, FILES = "trained.json", "held.json", "routes.json", "files.json"
 """Results in the folder of a run: training, held-out accuracy, test images, exported files."""
@@ -112,7 +112,7 @@ class Study:
             for step, cell in steps:
                 if self._is_over():
                     return False
-                with _lock(self.out / "locks" / cell.name) as free:
+                with locked(self.out / "locks" / cell.name) as free:
                     if free and self._can_start(cell):
                         step(cell)
                     else:
@@ -228,12 +228,20 @@ class Study:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Lock a file until the end of the block or of the process; the value says whether it was free."""
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a file until the end of the block or of the process.
+
+    Args:
+        path: the file; it is created if necessary.
+        wait: wait until it is free.
+
+    Returns:
+        Whether it was free.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
