@@ -39,7 +39,8 @@ INTRO = (
 COMMANDS = """```sh
 python -m benchmarks.adapt_cifar runs/fidelity --data cifar10 --out runs/adapt-cifar
 python -m benchmarks.adapt_cifar runs/fidelity --data cifar10 --out runs/adapt-cifar --routes
-python -m benchmarks.adapt_cifar runs/fidelity --out runs/adapt-cifar --report docs/results/adapt_cifar.md
+python -m benchmarks.adapt_cifar runs/fidelity --out runs/adapt-cifar \\
+    --report docs/results/adapt_cifar.md
 ```"""
 
 
