@@ -193,10 +193,15 @@ def _mixtures(found: dict[str, Cells]) -> str:
 
     rows = []
     for share in shares:
+
+        def before(models: dict[int, Cells], cell: str, share: int = share) -> float:
+            return float(models[share][cell]["before"])
+
+        def after(models: dict[int, Cells], cell: str, share: int = share) -> float:
+            return float(models[share][cell][MIXED]["accuracy"])
+
         clean = spread({int(seed): 100 - 100 * by_seed[seed][share][CLEAN]["before"] for seed in seeds})
-        before = mean(lambda models, cell, share=share: models[share][cell]["before"])
-        after = mean(lambda models, cell, share=share: models[share][cell][MIXED]["accuracy"])
-        rows.append([f"{share} %", clean, before, after])
+        rows.append([f"{share} %", clean, mean(before), mean(after)])
 
     def chosen(key: Callable[[dict[str, Any]], float]) -> str:
         def accuracy(models: dict[int, Cells], cell: str) -> float:

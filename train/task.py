@@ -135,7 +135,7 @@ class AdvPropTask(ClassificationTask):  # type: ignore[misc]  # timm's classes a
         counts = [len(part) for part in parts]
         with route(self.trainable_module, *_route_plan(self.recipe, counts)):
             logits = at_least_float32(self.trainable_module(torch.cat(parts) if len(parts) > 1 else parts[0]))
-        for branch, labels, logits_NK in zip(self.recipe.branches, targets, logits.split(counts), strict=True):
+        for branch, labels, logits_NK in zip(self.recipe.branches, targets, torch.split(logits, counts), strict=True):
             loss = (self.soft_criterion if labels.is_floating_point() else self.criterion)(logits_NK, labels)
             total = total + branch.weight * loss
             result.setdefault("output", logits_NK)
