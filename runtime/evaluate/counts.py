@@ -80,21 +80,27 @@ class Counts:
     group_gap_nano: Row | None = None
     """Sum of correctness (0 or 1) minus confidence, in billionths, by group and confidence bin: GROUPS
     rows of BINS. It allows an interval of the calibration error. Only uncorrupted images have it."""
+    adapted: int | None = None
+    """Images that an adapted model predicted: all or none of a cell, as its verdict says. None for
+    models that are not adapted to each cell."""
 
     def __add__(self, other: Counts) -> Counts:
         if (self.pairs is None) != (other.pairs is None):
             raise InputError("cannot add counts with a reference model to counts without one")
         if (self.group_gap_nano is None) != (other.group_gap_nano is None):
             raise InputError("cannot add counts with calibration by group to counts without it; evaluate again")
+        if (self.adapted is None) != (other.adapted is None):
+            raise InputError("cannot add counts with verdicts on adaptation to counts without them; evaluate again")
         return Counts(**_sum(self, other))
 
     @classmethod
-    def none(cls, reference: bool = False, calibration: bool = False) -> Counts:
+    def none(cls, reference: bool = False, calibration: bool = False, adapted: bool = False) -> Counts:
         """Return the counts of no images.
 
         Args:
             reference: include a comparison with a reference.
             calibration: include the calibration by group.
+            adapted: include the number of images that an adapted model predicted.
         """
         bins, groups = (0,) * BINS, (0,) * GROUPS
         pairs = Pairs(agree=0, both=0, only_model=0, only_reference=0, reference_group_right=groups)
@@ -110,14 +116,14 @@ class Counts:
             group_right=groups,
             pairs=pairs if reference else None,
             group_gap_nano=(0,) * (GROUPS * BINS) if calibration else None,
+            adapted=0 if adapted else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         content = dataclasses.asdict(self)
-        if self.group_gap_nano is None:
-            del content["group_gap_nano"]
-        return content
+        optional = ("group_gap_nano", "adapted")
+        return {key: value for key, value in content.items() if value is not None or key not in optional}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
@@ -135,6 +141,8 @@ class Counts:
         for field in ("bin_images", "group_images"):
             if sum(getattr(counts, field)) != counts.images:
                 raise InputError(f"expected counts of an evaluation: {field} do not add up to {counts.images} images")
+        if (counts.adapted or 0) > counts.images:
+            raise InputError(f"expected counts of an evaluation: adapted is more than the {counts.images} images")
         return counts
 
 

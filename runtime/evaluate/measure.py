@@ -145,12 +145,14 @@ class Measurement:
             name, severity = cell.corruption
             corruption = Corruption(name=name, severity=severity, seed=self.suite.seed, table=self.suite.table)
             field_NHWC = corrupt_block(field_NHWC, cell.field.names, corruption, self.cache)
-        return [
-            replace(model, logits=model.adapt(field_NHWC[_spread(len(field_NHWC), model.field_images)]))
-            if model.adapt is not None and model.field_images
-            else model
-            for model in self.models
-        ]
+        models = []
+        for model in self.models:
+            if model.adapt is not None and model.field_images:
+                logits, adapts = model.adapt(field_NHWC[_spread(len(field_NHWC), model.field_images)])
+                models.append(replace(model, logits=logits, is_adapted=adapts))
+            else:
+                models.append(model)
+        return models
 
     def bases(self, units: Iterable[Unit]) -> Iterator[Base]:
         """Yield units grouped by the images that they need."""
@@ -187,7 +189,8 @@ class Measurement:
             answers = compared if is_reference else self._answers(model, images_NHWC, labels_N)
             assert answers is not None
             other = None if is_reference else compared
-            counts.append(count(answers, positions_N, other, calibration=cell.is_uncorrupted))
+            found = count(answers, positions_N, other, calibration=cell.is_uncorrupted)
+            counts.append(replace(found, adapted=found.images * model.is_adapted) if model.field_images else found)
         return counts
 
     def _answers(self, model: Model, images_NHWC: NDArray[np.uint8], labels_N: NDArray[Any]) -> Answers:

@@ -280,6 +280,8 @@ def _cell_metrics(counts: Counts) -> dict[str, Any]:
         "calibration_error": calibration_error(counts),
         "rms_calibration_error": rms_calibration_error(counts),
     }
+    if counts.adapted is not None:
+        summary["adapted"] = counts.adapted > 0
     if counts.pairs is not None:
         pairs, total = counts.pairs, counts.images
         neither = total - pairs.both - pairs.only_model - pairs.only_reference

@@ -45,8 +45,9 @@ Predict: TypeAlias = Callable[[NDArray[np.float32]], NDArray[Any]]
 Logits: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[Any]]
 """uint8 RGB at the network's input size, (N, H, W, 3) → logits or log-probabilities, (N, K)."""
 
-Adapt: TypeAlias = Callable[[NDArray[np.uint8]], Logits]
-"""Field images, (N, H, W, 3) → the logits of the model that is adapted to them."""
+Adapt: TypeAlias = Callable[[NDArray[np.uint8]], tuple[Logits, bool]]
+"""Field images, (N, H, W, 3) → the logits of the model that is adapted to them, and True; or those of
+the original model, and False, if the verdict is not to adapt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +65,11 @@ class Model:
     size_open: bool = False
     """Whether it accepts image sizes other than its spec's."""
     adapt: Adapt | None = None
-    """Returns the logits of the model adapted to images like those of `logits`; None for models that
-    cannot be adapted."""
+    """Adapts the model to images like those of `logits`; None for models that cannot be adapted."""
     field_images: int = 0
     """Number of images of each cell that it is adapted to before it is tested; 0 for none."""
+    is_adapted: bool = False
+    """Whether `logits` are those of an adapted model."""
 
 
 def model_of(
@@ -269,8 +271,8 @@ def _load_onnx(path: Path, device: str, threads: int, exact: bool) -> Model:
     return dataclasses.replace(model, adapt=partial(_adapted, path, threads)) if summary.precision == "fp32" else model
 
 
-def _adapted(path: Path, threads: int, field_NHWC: NDArray[np.uint8]) -> Logits:
-    """Adapt an ONNX file to field images, unless the verdict is not to, and return its logits."""
+def _adapted(path: Path, threads: int, field_NHWC: NDArray[np.uint8]) -> tuple[Logits, bool]:
+    """Adapt an ONNX file to field images, see `Adapt`."""
     import onnx
 
     from runtime.adapt.adapt import AdaptConfig, adapt
@@ -287,7 +289,7 @@ def _adapted(path: Path, threads: int, field_NHWC: NDArray[np.uint8]) -> Logits:
         outputs_NK: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: convert(images_NHWC)})[0]
         return _as_logits(outputs_NK, spec)
 
-    return logits
+    return logits, found.verdict.adapts
 
 
 def _as_logits(outputs_NK: NDArray[Any], spec: ModelSpec) -> NDArray[Any]:

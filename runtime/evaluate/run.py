@@ -204,9 +204,10 @@ class _Plan:
 
     def _result(self, place: int) -> Result:
         description = self._descriptions[place]
-        compared = description["reference"] is not None
+        compared, adapts = description["reference"] is not None, "field_images" in description["model"]
         cells = {}
         for name, cell in description["cells"].items():
-            counts = self._totals[name][place] if name in self._totals else Counts.none(compared, "/" not in name)
+            found = self._totals.get(name)
+            counts = found[place] if found else Counts.none(compared, "/" not in name, adapts)
             cells[name] = {**cell, "counts": counts.to_dict()}
         return finished(description | {"cells": cells})

@@ -72,6 +72,9 @@ def _column(result: Result) -> dict[str, str]:
         if against:
             column["agreement"] = f"{against['agreement']:.1%}"
             column["Δ top-1"] = _points(against["top1_difference"], against["top1_difference_interval"])
+    adapted = [cell["adapted"] for cell in cells.values() if "adapted" in cell]
+    if adapted:
+        column["adapted cells"] = f"{sum(adapted)} of {len(adapted)}"
     return column | _corruption_rows(metrics) | _error_rows(cells)
 
 

@@ -92,11 +92,25 @@ def test_metrics_of_adapted_models_have_names_of_their_own(results: list[Result]
     assert sixteen == {"mean_error_adapted_16", "mce_adapted_16", "relative_mce_alexnet_adapted_16"}
 
 
+def test_each_cell_records_the_verdict(results: list[Result]) -> None:
+    plain, _, sixteen = results
+    for cell, found in sixteen["cells"].items():
+        adapts = found["counts"]["adapted"] > 0
+        assert found["counts"]["adapted"] == found["counts"]["images"] * adapts
+        assert sixteen["metrics"]["cells"][cell]["adapted"] is adapts
+        if not adapts:
+            assert found["counts"] == {**plain["cells"][cell]["counts"], "adapted": 0}
+    assert sixteen["metrics"]["cells"][FOG]["adapted"]
+    assert not sixteen["metrics"]["cells"]["clean"]["adapted"]
+    assert "adapted" not in plain["cells"][FOG]["counts"]
+
+
 def test_tables_and_reports_show_both(
     results: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_up_logging().print(result_table(results))
     shown = capsys.readouterr().out
+    assert "adapted cells" in shown
     assert "mean_error " in shown and "mean_error_adapted_8" in shown and "mean_error_adapted_16" in shown
     paths = []
     for number, result in enumerate(results):
