@@ -51,7 +51,7 @@ class SegmentedGraph:
         self._weights = initializers_of(model.graph)
         self._prefix = unused_prefix(model.graph, _PREFIX)
         self.input = graph_inputs(model.graph)[0].name
-        self.batch_size = fixed_batch_size(model) or 4
+        self.batch_size = fixed_batch_size(model) or 2
         """Images per call: few, whose tensors stay in the CPU caches."""
         self.output = model.graph.output[0].name
         sizes = tensor_sizes(infer(model, 1, size).shapes)
