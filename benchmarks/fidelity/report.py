@@ -283,9 +283,10 @@ def _chosen(results: Results) -> str:
         f"({100 * best[recipe]['top1']:.1f} % of the held-out images)"
         for recipe in TUNED
     )
-    amp = results.plan.amp
-    other = sum(trial["amp"] != amp for found in results.tried.values() for trial in found)
-    note = f" {other} of the trials ran in another precision than the plan's." if other else ""
+    kinds = [trial["amp"] for found in results.tried.values() for trial in found]
+    other = [kind for kind in kinds if kind != results.plan.amp]
+    names = ", ".join("float32" if kind == "none" else kind for kind in sorted(set(other)))
+    note = f" {len(other)} of the {len(kinds)} trials ran in {names}." if other else ""
     spread_of = {
         recipe: statistics.stdev(trial["top1"] for trial in found) * 100 for recipe, found in results.tried.items()
     }

@@ -134,4 +134,6 @@ def _recommendation(clean: Difference, corrupted: Difference) -> str:
         return "Use it for clean accuracy; a change under corruptions was not found."
     if safe is Verdict.NOT_REPRODUCED:
         return "Do not use it with these settings: it costs clean accuracy, without a gain under corruptions."
+    if clean.mean > 0 > corrupted.mean:
+        return "Both means favor AdvProp, but neither change is larger than the variation between seeds."
     return "Neither change is larger than the variation between seeds: these runs give no reason to use it."
