@@ -139,8 +139,8 @@ def _headline(found: dict[str, Cells]) -> str:
     both = mean("vanilla", "") - mean("advprop", MIXED)
     return (
         f"Adapting to {MIXED} images lowers the corruption error of vanilla by {changes['vanilla']:.1f} points, and "
-        f"that of AdvProp by {changes['advprop']:.1f}. The mean gain of AdvProp is {gains[0]:.1f} points without adaptation "
-        f"and {gains[1]:.1f} with it. Both together lower the error by {both:.1f} points."
+        f"that of AdvProp by {changes['advprop']:.1f}. The mean gain of AdvProp is {gains[0]:.1f} points without "
+        f"adaptation and {gains[1]:.1f} with it. Both together lower the error by {both:.1f} points."
     )
 
 
