@@ -31,7 +31,7 @@ Cells = dict[str, dict[str, Any]]
 
 INTRO = (
     "This page adapts the exported files of the [fidelity study](fidelity.md) (`cifar_resnet20`, vanilla and AdvProp, "
-    "{seeds} seeds each) to corrupted images of CIFAR-10: fifteen corruptions at the severities {severities}. In each "
+    "{seeds} seeds each) to corrupted images of CIFAR-10: fifteen corruptions at {severities}. In each "
     "cell, `advprop adapt` sees 32, 128 or 512 field images without labels, and 1,024 other images test the result. If "
     "the verdict refuses, the original file counts."
 )
@@ -67,10 +67,10 @@ def write_page(out: Path, page: Path) -> None:
     """
     found = read_cells(out)
     seeds = [name for name in found if name.startswith("advprop-")]
-    severities = sorted({cell.rpartition("-")[2] for cell in found[seeds[0]] if cell != CLEAN})
+    severities = _severities(cell for cell in found[seeds[0]] if cell != CLEAN)
     parts = [
         "# Does AdvProp's gain survive adaptation?",
-        INTRO.format(seeds=len(seeds), severities=", ".join(severities)),
+        INTRO.format(seeds=len(seeds), severities=severities),
         COMMANDS,
         "## Vanilla and AdvProp",
         _recipes(found),
@@ -82,6 +82,11 @@ def write_page(out: Path, page: Path) -> None:
     if any(name.startswith("mixture") for name in found):
         parts += ["## The auxiliary route as the prior", _mixtures(found)]
     write_text(page, "\n\n".join(map(_wrapped, parts)) + "\n")
+
+
+def _severities(cells: Iterable[str]) -> str:
+    found = sorted({cell.rpartition("-")[2] for cell in cells})
+    return ("severity " if len(found) == 1 else "severities ") + ", ".join(found)
 
 
 def _wrapped(block: str) -> str:
@@ -231,6 +236,7 @@ def _mixtures(found: dict[str, Cells]) -> str:
     ]
     return (
         "The prior of an adaptation need not be the main BatchNorm: these files have statistics and affine parameters "
-        "of (1 − share) · main + share · auxiliary. Each is adapted to 128 images; error in percent.\n\n"
-        + table(["share of the auxiliary route", "clean", "corruptions", "corruptions, 128 images"], rows)
+        "of (1 − share) · main + share · auxiliary. Each is adapted to 128 images. Error in percent, at "
+        f"{_severities(cells)}. `advprop adapt` starts from the main BatchNorm only: a choice without labels gains "
+        "little.\n\n" + table(["share of the auxiliary route", "clean", "corruptions", "corruptions, 128 images"], rows)
     )
