@@ -92,7 +92,7 @@ def _severities(cells: Iterable[str]) -> str:
 def _wrapped(block: str) -> str:
     prose = not block.startswith(("|", "#", "```"))
     return "\n\n".join(
-        textwrap.fill(part, 100) if prose and not part.startswith(("|", "```")) else part
+        textwrap.fill(part, 100, break_on_hyphens=False) if prose and not part.startswith(("|", "```")) else part
         for part in block.split("\n\n")
     )
 

@@ -157,8 +157,8 @@ def make_task(
     """
     if config.amp != "none" and device.type == "cpu":
         log.warning(
-            "--amp %s is usually slower than FP32 on a CPU, and torch's bfloat16 convolutions can return gradients "
-            "that are not finite there; remove --amp to train in FP32",
+            "--amp %s is slower than FP32 on most CPUs, except with AVX512-BF16 or AMX, and torch's bfloat16 "
+            "convolutions can return gradients that are not finite there; remove --amp to train in FP32",
             config.amp,
         )
     mixup = None

@@ -61,7 +61,8 @@ def _wrapped(section: str) -> str:
         if not block.startswith(("|", "#", "!", "```")):
             lines = block.split("\n") if block.startswith("- ") else [block]
             block = "\n".join(
-                textwrap.fill(line, 100, subsequent_indent="  " if line[0] == "-" else "") for line in lines
+                textwrap.fill(line, 100, subsequent_indent="  " if line[0] == "-" else "", break_on_hyphens=False)
+                for line in lines
             )
         blocks.append(block)
     return "\n\n".join(blocks)
