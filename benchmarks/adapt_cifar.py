@@ -28,7 +28,7 @@ from benchmarks.adapt_cifar_report import write_page
 from benchmarks.fidelity import network  # noqa: F401  # registers the architectures
 from benchmarks.fidelity.plan import TUNED
 from benchmarks.fidelity.results import Results
-from benchmarks.fidelity.study import Study, StudyConfig, locked
+from benchmarks.fidelity.study import Study, StudyConfig
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from runtime.adapt.adapt import AdaptConfig, adapt
@@ -39,6 +39,7 @@ from runtime.preprocessing import normalize
 from runtime.spec import Preprocessing
 from runtime.system.files import write_text
 from runtime.system.image_sources import FolderSource
+from runtime.system.locks import file_lock
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.dual_bn import select_route, strip_auxiliary
 
@@ -49,6 +50,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the auxiliary BatchNorms in mixtures."""
 AUXILIARY = "adv"
 CLEAN = ("clean", 0)
+_EXPORT_S = 600.0
+"""How long to wait for another process's export."""
 CELLS = (CLEAN, *((name, severity) for severity in (5, 3, 1) for name in CORRUPTIONS))
 
 
@@ -132,7 +135,8 @@ def _checkpoints(study: Path) -> Iterable[tuple[str, int, Path]]:
 
 def _exported(checkpoint: Path, study: Path, folder: Path) -> Path:
     path = folder / "model.onnx"
-    with locked(folder / "lock", wait=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder / "lock", timeout_s=_EXPORT_S):
         if not path.exists():
             images = next((study / "data").glob("train-*/held"))  # their statistics are those of clean images
             export_checkpoint(checkpoint, ExportConfig(out=folder, data=images))
@@ -180,10 +184,12 @@ def main() -> None:
     use_one_core()
     images = Images.read(arguments.data / "val")
     models = (mixtures if arguments.routes else networks)(arguments.study, arguments.out)
+    locks = arguments.out / "locks"
+    locks.mkdir(exist_ok=True)
     for cell in CELLS:
         for name, path in models.items():
             result = arguments.out / "cells" / name / f"{cell[0]}-{cell[1]}.json"
-            with locked(arguments.out / "locks" / f"{name}-{cell[0]}-{cell[1]}") as free:
+            with file_lock(locks / f"{name}-{cell[0]}-{cell[1]}", timeout_s=0) as free:
                 if not free or result.exists():
                     continue
                 found = measure(

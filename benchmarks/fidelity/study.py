@@ -6,13 +6,11 @@ Several processes may work on one study: each takes runs that no other process h
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,11 +23,12 @@ from benchmarks.fidelity.measure import Measurements, weights_hash
 from benchmarks.fidelity.plan import LONG, TUNED, Cell, Plan, Settings, trials
 from runtime.errors import TrainingDiverged
 from runtime.system.files import write_text
+from runtime.system.locks import file_lock
 from train.loop import fit
 from train.recipes import RECIPES
 from train.reporting import EpochMetrics, SilentReporter
 
-__all__ = ["FILES", "HELD", "PLAN", "ROUTES", "TRAINED", "Study", "StudyConfig", "locked", "read"]
+__all__ = ["FILES", "HELD", "PLAN", "ROUTES", "TRAINED", "Study", "StudyConfig", "read"]
 
 TRAINED, HELD, ROUTES, FILES = "trained.json", "held.json", "routes.json", "files.json"
 """Results in the folder of a run: training, held-out accuracy, test images, exported files."""
@@ -69,7 +68,7 @@ class Study:
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.plan, self.out = config, config.plan, config.out
-        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "locks").mkdir(parents=True, exist_ok=True)
         self._deadline = time.monotonic() + 3600 * config.hours
         self._measurements = Measurements(
             test=config.data / "val",
@@ -112,7 +111,7 @@ class Study:
             for step, cell in steps:
                 if self._is_over():
                     return False
-                with locked(self.out / "locks" / cell.name) as free:
+                with file_lock(self.out / "locks" / cell.name, timeout_s=0) as free:
                     if free and self._can_start(cell):
                         step(cell)
                     else:
@@ -225,27 +224,6 @@ class Study:
         print(line, flush=True)
         with (self.out / "progress.log").open("a") as file:
             file.write(line + "\n")
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Lock a file until the end of the block or of the process.
-
-    Args:
-        path: the file; it is created if necessary.
-        wait: wait until it is free.
-
-    Returns:
-        Whether it was free.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 class _Clock(SilentReporter):

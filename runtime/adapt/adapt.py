@@ -6,7 +6,7 @@ Shape suffixes: N images, H height, W width, K classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,10 +209,7 @@ def _with_clean(
     if all(norm.clean is not None for norm in norms.values()):
         return norms
     if clean is not None:
-        inputs = convert(clean.images_NHWC)
-        size = fixed_batch_size(model) or _BATCH
-        batches = (inputs[start : start + size] for start in range(0, len(inputs), size))
-        found = measure_moments(model, norms, batches)
+        found = measure_moments(model, norms, _batches(model, convert(clean.images_NHWC)))
         return {name: dataclasses.replace(norm, clean=found[name]) for name, norm in norms.items()}
     if config.prior is None:
         raise ConfigError(
@@ -282,7 +279,9 @@ def _outputs(model: onnx.ModelProto, inputs: NDArray[Any], threads: int) -> NDAr
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = session_of(model, options)
+    return np.concatenate([first_output(session, batch) for batch in _batches(model, inputs)])
+
+
+def _batches(model: onnx.ModelProto, inputs: NDArray[Any]) -> Iterator[NDArray[Any]]:
     size = fixed_batch_size(model) or _BATCH
-    return np.concatenate(
-        [first_output(session, inputs[start : start + size]) for start in range(0, len(inputs), size)]
-    )
+    return (inputs[start : start + size] for start in range(0, len(inputs), size))

@@ -25,6 +25,8 @@ from runtime.evaluate.image_workers import Corruption, Workers, corrupt_block, i
 from runtime.evaluate.models import Model
 from runtime.evaluate.results import describe
 from runtime.evaluate.suites import Suite
+from runtime.spec import Preprocessing
+from runtime.system.image_sources import spread
 
 __all__ = ["Base", "Counted", "Measurement", "Unit"]
 
@@ -114,8 +116,9 @@ class Measurement:
 
         def load(base: Base) -> Future[NDArray[np.uint8]]:
             cell = base.cells[0]
-            read_as = replace(preprocessing, exif="ignore") if cell.published else preprocessing
-            return workers.submit(load_block, cell.images.source, base.names, read_as, cell.resize)
+            return workers.submit(
+                load_block, cell.images.source, base.names, _read_as(preprocessing, cell), cell.resize
+            )
 
         def variants() -> Iterator[tuple[Base, Cell, NDArray[np.uint8]]]:
             for base, images_NHWC in in_order(load, self.bases(units), workers.ahead):
@@ -124,11 +127,9 @@ class Measurement:
 
         def make(variant: tuple[Base, Cell, NDArray[np.uint8]]) -> Future[NDArray[np.uint8]]:
             base, cell, images_NHWC = variant
-            if cell.corruption is None:
+            corruption = self._corruption(cell)
+            if corruption is None:
                 return workers.completed(images_NHWC)
-            assert self.suite.table is not None
-            name, severity = cell.corruption
-            corruption = Corruption(name=name, severity=severity, seed=self.suite.seed, table=self.suite.table)
             return workers.submit(corrupt_block, images_NHWC, base.names, corruption, self.cache)
 
         for (base, cell, _), images_NHWC in in_order(make, variants(), workers.ahead):
@@ -138,21 +139,26 @@ class Measurement:
         """Return the models, adapted to the field images of a cell."""
         assert cell.field is not None
         preprocessing = self.models[0].spec.preprocessing
-        read_as = replace(preprocessing, exif="ignore") if cell.published else preprocessing
-        field_NHWC = load_block(cell.field.source, cell.field.names, read_as, cell.resize)
-        if cell.corruption is not None:
-            assert self.suite.table is not None
-            name, severity = cell.corruption
-            corruption = Corruption(name=name, severity=severity, seed=self.suite.seed, table=self.suite.table)
+        field_NHWC = load_block(cell.field.source, cell.field.names, _read_as(preprocessing, cell), cell.resize)
+        corruption = self._corruption(cell)
+        if corruption is not None:
             field_NHWC = corrupt_block(field_NHWC, cell.field.names, corruption, self.cache)
         models = []
         for model in self.models:
             if model.adapt is not None and model.field_images:
-                logits, adapts = model.adapt(field_NHWC[_spread(len(field_NHWC), model.field_images)])
+                logits, adapts = model.adapt(field_NHWC[spread(range(len(field_NHWC)), model.field_images)])
                 models.append(replace(model, logits=logits, is_adapted=adapts))
             else:
                 models.append(model)
         return models
+
+    def _corruption(self, cell: Cell) -> Corruption | None:
+        """Return the corruption that a cell computes, if any."""
+        if cell.corruption is None:
+            return None
+        assert self.suite.table is not None
+        name, severity = cell.corruption
+        return Corruption(name=name, severity=severity, seed=self.suite.seed, table=self.suite.table)
 
     def bases(self, units: Iterable[Unit]) -> Iterator[Base]:
         """Yield units grouped by the images that they need."""
@@ -203,6 +209,6 @@ class Measurement:
         return answers_of(logits_NK, labels_N, self.suite.classes)
 
 
-def _spread(length: int, count: int) -> NDArray[np.int64]:
-    """Return `count` positions below `length`, evenly spaced."""
-    return np.linspace(0, length - 1, count).round().astype(np.int64)
+def _read_as(preprocessing: Preprocessing, cell: Cell) -> Preprocessing:
+    """Return how a cell's images are read: published sets as in their authors' code."""
+    return replace(preprocessing, exif="ignore") if cell.published else preprocessing
