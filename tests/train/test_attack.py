@@ -287,3 +287,26 @@ def test_start_points_stay_in_the_pixel_range(noise: float) -> None:
     start = attack.start(attack.ball(flat_images(-1.0, 1.0)))  # black and white
     assert start.min() >= -1
     assert start.max() <= 1
+
+
+def test_bfloat16_logits_are_attacked_like_their_float32_values() -> None:
+    """On a CPU, autocast leaves the cross-entropy in the type of the logits."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+
+    class Rounded(nn.Module):
+        def __init__(self, widen: bool) -> None:
+            super().__init__()
+            self.network, self.widen = network, widen
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = self.network(images).bfloat16()
+            return logits.float() if self.widen else logits
+
+    images, labels = torch.rand(64, 3, 8, 8) * 2 - 1, torch.randint(0, 10, (64,))
+    attack = LinfPGD(AttackConfig(epsilon=8.0), *INCEPTION)
+    attacked = []
+    for widen in (False, True):
+        torch.manual_seed(1)
+        attacked.append(attack(Rounded(widen), images, labels, "main"))
+    assert torch.equal(*attacked)
