@@ -157,6 +157,9 @@ def test_equal_computing_time_and_the_attack_of_each_recipe(tmp_path: Path) -> N
         "vanilla-long": 160,
         "finetune": 20,
     }
+    assert {config.data.workers for config in configs.values()} == {0}
+    assert cell("fast").config(tmp_path, tmp_path, device="cuda").data.workers is None  # the trainer's default
+    assert cell("fast").config(tmp_path, tmp_path, device="cuda", workers=2).data.workers == 2
     assert configs["fast"].resolved_attack(RECIPES["fast"]).epsilon == 1
     assert configs["advprop"].resolved_attack(RECIPES["advprop"]).epsilon == 2
 
@@ -179,8 +182,13 @@ def test_the_command_for_a_gpu_trains_the_main_comparison_on_all_images() -> Non
     config = study_config(parser().parse_args(words.split()))
     assert (config.device, config.plan.images, config.plan.sizes, config.plan.wide) == ("cuda", 50_000, (), "")
     assert {cell.images for cell in trials(config.plan, "advprop")} == {45_000}  # without the held-out images
+    words = "--data cifar10 --images 50000 --tuning-images 10000 --device cuda --workers 2"
+    config = study_config(parser().parse_args(words.split()))
+    assert {cell.images for cell in trials(config.plan, "vanilla")} == {10_000}
+    assert config.workers == 2
     on_cpu = study_config(parser().parse_args(["--data", "cifar10", "--images", "5000"]))
-    assert (len(on_cpu.plan.sizes), on_cpu.plan.wide) == (3, "cifar_resnet20_x2")
+    assert on_cpu.plan.sizes == ((2_500, 80), (10_000, 40), (45_000, 40))
+    assert on_cpu.plan.wide == "cifar_resnet20_x2"
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ from benchmarks.fidelity.study import Study, StudyConfig
 from runtime.errors import AdvPropError, ConfigError
 from runtime.system.console import set_up_logging
 
-SIZES = ((2_500, 80), (10_000, 40), (45_000, 20))
-"""(training images, epochs) of the comparison over data size."""
+SIZES = (2_500, 5_000, 10_000, 45_000)
+"""Training images of the comparison over data size."""
 _AFFORDABLE = ((2_500, 40), (5_000, 40), (10_000, 40), (45_000, 60))
 """(training images, epochs) that a budget chooses from."""
 _MEASURING_H = 10.0
@@ -59,6 +59,11 @@ def affordable(hours: float, arch: str, tuning_epochs: int, seeds: int) -> tuple
     return _AFFORDABLE[0]
 
 
+def other_sizes(images: int, epochs: int) -> tuple[tuple[int, int], ...]:
+    """Return (training images, epochs): as many epochs as the main size, or as many updates if images are fewer."""
+    return tuple((size, max(epochs, epochs * images // size)) for size in SIZES if size != images)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the options of the command."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,10 +71,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="folder of runs and results")
     options.add_argument("--report", type=Path, help="Markdown file; only writes the results so far")
     options.add_argument("--run", help="RECIPE:SEED; only trains this run of the plan, after its trials")
+    options.add_argument("--tune", action="store_true", help="only runs the trials")
     options.add_argument("--budget-hours", type=float, help="hours after which no run starts; chooses the size")
     options.add_argument("--images", type=int, help="training images (default: what the budget allows)")
     options.add_argument("--epochs", type=int, default=40, help="epochs of a vanilla run (default: 40)")
     options.add_argument("--tuning-epochs", type=int, default=12, help="epochs of a trial (default: 12)")
+    options.add_argument("--tuning-images", type=int, help="training images of a trial (default: --images)")
     options.add_argument("--seeds", type=int, default=3, help="seeds of the main recipes (default: 3)")
     options.add_argument(
         "--corrupted", type=int, default=5_000, help="test images per corruption and severity (default: 5000)"
@@ -77,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--arch", default="cifar_resnet20", help="architecture (default: cifar_resnet20)")
     options.add_argument("--amp", default="none", help="none, bf16 or fp16 (default: none)")
     options.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    options.add_argument("--workers", type=int, help="loader processes (default: 0 on a CPU, up to 16 on a GPU)")
     options.add_argument("--main-only", action="store_true", help="no comparison over data size and width")
     return options
 
@@ -99,15 +107,22 @@ def study_config(options: argparse.Namespace) -> StudyConfig:
         images=images,
         epochs=epochs,
         tuning_epochs=options.tuning_epochs,
+        tuning_images=options.tuning_images,
         arch=options.arch,
         amp=options.amp,
         seeds=options.seeds,
-        sizes=() if options.main_only else tuple(size for size in SIZES if size[0] != images),
+        sizes=() if options.main_only else other_sizes(images, epochs),
         wide="" if options.main_only or not timm.is_model(wide) else wide,
     )
     hours = options.budget_hours or float("inf")
     return StudyConfig(
-        data=options.data, out=options.out, plan=plan, device=options.device, hours=hours, corrupted=options.corrupted
+        data=options.data,
+        out=options.out,
+        plan=plan,
+        device=options.device,
+        workers=options.workers,
+        hours=hours,
+        corrupted=options.corrupted,
     )
 
 
@@ -122,6 +137,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {options.report}")
         return
     study = Study(study_config(options))
+    if options.tune:
+        study.tune()
+        return
     if options.run is None:
         study.run()
         return

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from runtime.errors import DataError
 from runtime.system.image_sources import class_folders, find_images
+from runtime.system.locks import file_lock
 
 __all__ = ["HELD_OUT", "prepare"]
 
 HELD_OUT = 5_000
 """Training images that are held out to choose settings."""
+_WAIT_S = 600.0
 _CURVE = 0.2
 """Share of the held-out images that the trainer measures after every epoch."""
 
@@ -35,9 +37,14 @@ def prepare(cifar: Path, out: Path, images: int, held_out: int = HELD_OUT) -> Pa
         DataError: there are not enough training images.
     """
     folder = out / f"train-{images}"
-    done = folder / "complete"
-    if done.exists():
-        return folder
+    out.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder.with_suffix(".lock"), timeout_s=_WAIT_S):
+        if not (folder / "complete").exists():
+            _link(cifar, folder, images, held_out)
+    return folder
+
+
+def _link(cifar: Path, folder: Path, images: int, held_out: int) -> None:
     classes = class_folders(cifar / "train")
     found = find_images(cifar / "train", classes)
     for name, files in found.items():
@@ -59,5 +66,4 @@ def prepare(cifar: Path, out: Path, images: int, held_out: int = HELD_OUT) -> Pa
                 link = target / source.name
                 if not link.is_symlink():
                     link.symlink_to(source)
-    done.touch()
-    return folder
+    (folder / "complete").touch()

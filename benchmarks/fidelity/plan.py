@@ -74,13 +74,16 @@ class Cell:
         key = hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:6]
         return f"{self.purpose}-{self.recipe}-{self.arch}-{self.images}-seed{self.seed}-{key}"
 
-    def config(self, root: Path, out: Path, *, device: str, start: Path | None = None) -> TrainConfig:
+    def config(
+        self, root: Path, out: Path, *, device: str, workers: int | None = None, start: Path | None = None
+    ) -> TrainConfig:
         """Return the trainer's configuration, which does not rely on defaults that depend on the data.
 
         Args:
             root: folder with train/CLASS and val/CLASS.
             out: folder of the run.
             device: torch device.
+            workers: loader processes (default: none on a CPU, otherwise the trainer's default).
             start: checkpoint that `finetune` starts from.
         """
         epochs, lr = self.epochs, self.settings.lr
@@ -105,7 +108,7 @@ class Cell:
             attack=AttackConfig() if self.recipe == "fast" else AttackConfig(epsilon=self.settings.epsilon),
             data=DataConfig(
                 root=root,
-                workers=0 if device == "cpu" else None,
+                workers=0 if workers is None and device == "cpu" else workers,
                 img_size=32,
                 crop_scale=(0.5, 1.0),
                 hflip=0.5,
@@ -133,6 +136,8 @@ class Plan:
     """Seeds of the main comparison."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(training images, epochs) of the comparison of vanilla and AdvProp over data size."""
+    tuning_images: int | None = None
+    """Training images of each trial (default: `images`)."""
     levels: int = 3
     """Values of learning rate, weight decay and ε that the trials combine, at most 3."""
     wide: str = ""
@@ -147,11 +152,10 @@ class Plan:
         yield from (self.cell("finetune", seed, chosen) for seed in seeds)  # after `adversarial`
 
     def other_cells(self, chosen: dict[str, Settings]) -> Iterator[Cell]:
-        """Yield the runs of other recipes, data sizes and widths."""
-        yield from (self.cell(recipe, 0, chosen) for recipe in OTHER_RECIPES)
-        repeated = [recipe for recipe in OTHER_RECIPES if recipe in REPEATED]
-        yield from (self.cell(recipe, seed, chosen) for seed in range(1, self.seeds) for recipe in repeated)
+        """Yield the runs of other recipes, data sizes and widths: first one seed of each, then the other seeds."""
         for seed in range(self.seeds):
+            recipes = [recipe for recipe in OTHER_RECIPES if seed == 0 or recipe in REPEATED]
+            yield from (self.cell(recipe, seed, chosen) for recipe in recipes)
             for images, epochs in self.sizes:
                 yield from (self.cell(recipe, seed, chosen, images=images, epochs=epochs) for recipe in TUNED)
             if self.wide and seed == 0:
@@ -198,7 +202,7 @@ def trials(plan: Plan, recipe: str) -> list[Cell]:
         Cell(
             recipe=recipe,
             seed=0,
-            images=min(plan.images, 45_000),
+            images=min(plan.tuning_images or plan.images, 45_000),
             arch=plan.arch,
             epochs=plan.tuning_epochs,
             amp=plan.amp,

@@ -49,6 +49,8 @@ class StudyConfig:
     """Size of the study."""
     device: str = "cpu"
     """torch device."""
+    workers: int | None = None
+    """Loader processes of each training run (see `Cell.config`)."""
     hours: float = float("inf")
     """Time after which no new run starts."""
     held_out: int = HELD_OUT
@@ -82,7 +84,7 @@ class Study:
 
     def run(self) -> bool:
         """Train and measure everything, and return whether the time was sufficient."""
-        if not self._tune():
+        if not self.tune():
             return False
         chosen = self.chosen()
         self._log(f"chosen: {'; '.join(f'{recipe}: {settings}' for recipe, settings in chosen.items())}")
@@ -94,12 +96,12 @@ class Study:
 
     def weights_of(self, recipe: str, seed: int) -> str:
         """Train one run of the main comparison, and return the hash of its weights."""
-        self._tune()
+        self.tune()
         cell = self.plan.cell(recipe, seed, self.chosen())
         self.train(cell)
         return str(read(self.folder(cell) / TRAINED).get("weights_sha256", "the training diverged"))
 
-    def _tune(self) -> bool:
+    def tune(self) -> bool:
         """Run all trials, and return whether the time was sufficient."""
         write_text(self.out / PLAN, json.dumps(_description(self.config), indent=1))
         return self._work([(self.try_settings, cell) for recipe in TUNED for cell in trials(self.plan, recipe)])
@@ -140,7 +142,8 @@ class Study:
             start = self.train(self._source(cell))
             if start is None:
                 return {"diverged": True}
-        config = cell.config(self._images(cell), folder, device=self.config.device, start=start)
+        device, workers = self.config.device, self.config.workers
+        config = cell.config(self._images(cell), folder, device=device, workers=workers, start=start)
         clock = _Clock(folder / "cpu_s.json")
         try:
             result = fit(config, clock)
