@@ -14,8 +14,8 @@ The script has not been run yet. It has six parts. A part that cannot run report
 - graphs: engines with and without CUDA graphs.
 - zero-copy: input on the GPU from torch (DLPack), `__cuda_array_interface__` and pycuda; outputs
   stay on the GPU.
-- threads: eight threads on one engine with 1, 2, 4 and 8 contexts; each result is compared with
-  that of one thread.
+- threads: eight threads on one session, engines with 1, 2, 4 and 8 contexts; each result is
+  compared with that of one thread.
 
 With random weights all logits are nearly equal, so the agreement of the classes is not meaningful.
 """
@@ -145,7 +145,7 @@ def numerics(rows: Rows, files: dict[str, Path], sessions: dict[str, runtime.Ses
         )
 
 
-def torch_calls(arch: str, batch: np.ndarray) -> Calls:
+def torch_calls(arch: str, batch: np.ndarray, compiled: bool) -> Calls:
     """Return calls of the network in torch, from and to host memory through pinned memory."""
     import timm
     import torch
@@ -159,18 +159,19 @@ def torch_calls(arch: str, batch: np.ndarray) -> Calls:
     def run(network: Any, dtype: Any) -> Any:
         return network(pinned.to("cuda", non_blocking=True).to(dtype)).float().cpu()
 
-    calls: Calls = {"torch eager fp32": partial(run, model, torch.float32)}
-    calls["torch compiled fp32"] = partial(run, torch.compile(model, mode="reduce-overhead"), torch.float32)
     half = timm.create_model(arch).eval().cuda().half()
-    calls["torch eager fp16"] = partial(run, half, torch.float16)
-    calls["torch compiled fp16"] = partial(run, torch.compile(half, mode="reduce-overhead"), torch.float16)
+    calls: Calls = {}
+    for name, network, dtype in (("fp32", model, torch.float32), ("fp16", half, torch.float16)):
+        calls[f"torch eager {name}"] = partial(run, network, dtype)
+        if compiled:
+            calls[f"torch compiled {name}"] = partial(run, torch.compile(network, mode="reduce-overhead"), dtype)
     return calls
 
 
 def latency(rows: Rows, arch: str, sessions: dict[str, runtime.Session], images: np.ndarray, options: Any) -> None:
     for size in options.batches:
         batch = images[:size]
-        calls = torch_calls(arch, batch)
+        calls = torch_calls(arch, batch, not options.eager)
         calls |= {name: partial(session.run, batch) for name, session in sessions.items()}
         report_times(rows, "latency", size, calls, options.seconds)
 
@@ -221,24 +222,29 @@ def zero_copy(rows: Rows, sessions: dict[str, runtime.Session], images: np.ndarr
         report_times(rows, "zero-copy", len(batch), calls, options.seconds)
 
 
-def threads(rows: Rows, engines: dict[str, Path], images: np.ndarray, options: Any) -> None:
+def threads(rows: Rows, engines: dict[str, Path], sessions: dict[str, runtime.Session], images: np.ndarray) -> None:
     for name, path in engines.items():
         for contexts in (1, 2, 4, 8):
             with runtime.load(path, engine=runtime.EngineOptions(contexts=contexts)) as session:
-                batches = [images[start : start + 1 + start % 4] for start in range(16)]
-                expected = [session.run(batch) for batch in batches]
+                share(rows, f"{name}, {contexts} contexts", session, images)
+    for name in sessions.keys() - engines.keys():
+        share(rows, name, sessions[name], images)
 
-                def count_wrong(
-                    first: int, session: Any = session, batches: Any = batches, expected: Any = expected
-                ) -> int:
-                    places = [(first + number) % len(batches) for number in range(200)]
-                    return sum(not np.array_equal(session.run(batches[place]), expected[place]) for place in places)
 
-                with ThreadPoolExecutor(THREADS) as pool:
-                    began = time.perf_counter()
-                    wrong = sum(pool.map(count_wrong, range(THREADS)))
-                    seconds = time.perf_counter() - began
-                rows.add("threads", f"{name}, {contexts} contexts", wrong=wrong, batches_per_s=THREADS * 200 / seconds)
+def share(rows: Rows, name: str, session: runtime.Session, images: np.ndarray) -> None:
+    """Call a session from several threads, and count the results that differ from those of one thread."""
+    batches = [images[start : start + 1 + start % 4] for start in range(16)]
+    expected = [session.run(batch) for batch in batches]
+
+    def count_wrong(first: int) -> int:
+        places = [(first + number) % len(batches) for number in range(200)]
+        return sum(not np.array_equal(session.run(batches[place]), expected[place]) for place in places)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        began = time.perf_counter()
+        wrong = sum(pool.map(count_wrong, range(THREADS)))
+        seconds = time.perf_counter() - began
+    rows.add("threads", name, wrong=wrong, batches_per_s=THREADS * 200 / seconds)
 
 
 def main() -> int:
@@ -247,6 +253,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds per measurement")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--eager", action="store_true", help="no comparison with compiled torch, which takes minutes")
     parser.add_argument("--json", type=Path, help="JSON file for the measurements")
     options = parser.parse_args()
     options.batches.sort()
@@ -268,7 +275,7 @@ def main() -> int:
             "latency": partial(latency, rows, options.arch, sessions, images, options),
             "graphs": partial(graphs, rows, engines, images, options),
             "zero-copy": partial(zero_copy, rows, sessions, images, options),
-            "threads": partial(threads, rows, engines, images, options),
+            "threads": partial(threads, rows, engines, sessions, images),
         }
         for name, part in parts.items():
             if name in options.parts:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.train_speed    efficientnet_b3 at 300 px, resnet50 at 224 px, bf16
     python -m benchmarks.gpu.train_speed --batch 64 --steps 30
+    python -m benchmarks.gpu.train_speed --archs resnet50 --modes eager
 
 Each row shows clean images per second, the ratio to vanilla with the same network and mode, and the
 peak memory. "reference" is the step of benchmarks/train_step.py, with PGD-1 like
@@ -21,6 +22,7 @@ from benchmarks.train_step import CLASSES, our_step, reference_step
 from train.recipes import RECIPES
 
 NETS = {"efficientnet_b3": 300, "resnet50": 224}
+MODES = ("eager", "compiled")
 ROWS = ("vanilla", "advprop", "reference", "shared-bn", "fine-grained", "fast")
 
 
@@ -53,21 +55,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64, help="clean images per step")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--archs", nargs="+", choices=NETS, default=list(NETS), help="architectures")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="eager, compiled or both")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("this benchmark needs an NVIDIA GPU, and torch finds none", file=sys.stderr)
         return 2
     print(torch.cuda.get_device_name(), f"torch {torch.__version__}")
-    for arch in NETS:
-        for compiled in (False, True):
+    for arch in arguments.archs:
+        for mode in arguments.modes:
             vanilla = 0.0
             for row in ROWS:
-                if compiled and row == "reference":
+                if mode == "compiled" and row == "reference":
                     continue  # the reference is not compiled
-                speed, memory = measure(arch, row, compiled, arguments.batch, arguments.steps)
+                speed, memory = measure(arch, row, mode == "compiled", arguments.batch, arguments.steps)
                 vanilla = vanilla or speed
-                mode = "compiled" if compiled else "eager"
-                print(f"{arch:16} {mode:9} {row:13} {speed:8.0f} img/s  {vanilla / speed:5.2f}x  {memory:5.1f} GB")
+                print(
+                    f"{arch:16} {mode:9} {row:13} {speed:8.0f} img/s  {vanilla / speed:5.2f}x  {memory:5.1f} GB",
+                    flush=True,
+                )
     return 0
 
 
