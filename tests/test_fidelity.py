@@ -1,7 +1,9 @@
 """The fidelity study at toy size: trials, runs, measurements, exports and the report."""
 
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import shutil
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,20 @@ def test_subsets_are_stratified_nested_and_without_held_out_images(toy_data: Pat
     assert all(len(files) == 12 for files in names(whole, "train").values())
     with pytest.raises(DataError, match=r"has 12 images of the class circle; expected 13$"):
         prepare(toy_data, tmp_path, 52, held_out=8)
+
+
+def test_several_processes_may_prepare_the_same_subset(toy_data: Path, tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+
+    def call(_: int) -> Path:
+        start.wait()
+        return prepare(toy_data, tmp_path, 40, held_out=8)
+
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            (folder,) = set(pool.map(call, range(8)))
+        assert len(list((folder / "train").glob("*/*"))) == 40
+        shutil.rmtree(folder)
 
 
 def test_every_pair_of_levels_occurs_once_in_the_trials_of_advprop() -> None:
