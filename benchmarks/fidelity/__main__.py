@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--data", type=Path, help="folder with train/CLASS and val/CLASS")
     options.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="folder of runs and results")
     options.add_argument("--report", type=Path, help="Markdown file; only writes the results so far")
+    options.add_argument("--note", default="", help="paragraph for the introduction of the report")
     options.add_argument("--run", help="RECIPE:SEED; only trains this run of the plan, after its trials")
     options.add_argument("--tune", action="store_true", help="only runs the trials")
     options.add_argument("--budget-hours", type=float, help="hours after which no run starts; chooses the size")
@@ -133,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
         AdvPropError: see `Study` and `write_report`.
     """
     if options.report is not None:
-        write_report(options.out, options.report)
+        write_report(options.out, options.report, options.note)
         print(f"wrote {options.report}")
         return
     study = Study(study_config(options))

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.fidelity.measure import PRECISIONS
 from benchmarks.fidelity.picture import draw
-from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, REPEATED, TUNED, Plan, Settings
+from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, REPEATED, TUNED, Plan, Settings, trials
 from benchmarks.fidelity.results import METRICS, Difference, Results, Verdict, paired, spread
 from benchmarks.fidelity.verdict import STATEMENTS, advice
 from runtime.system.files import write_text
@@ -23,12 +23,13 @@ GPU_COMMAND = """python -m benchmarks.fidelity --data cifar10 --device cuda --ar
 python -m benchmarks.fidelity --out runs/fidelity-gpu --report runs/fidelity-gpu/fidelity.md"""
 
 
-def write_report(out: Path, page: Path) -> Results:
+def write_report(out: Path, page: Path, note: str = "") -> Results:
     """Write the page and its picture, which has the same name with the suffix `.svg`.
 
     Args:
         out: output folder of a study.
         page: Markdown file.
+        note: paragraph for the introduction.
 
     Raises:
         DataError: `out` holds no study.
@@ -36,7 +37,7 @@ def write_report(out: Path, page: Path) -> Results:
     results = Results.read(out)
     picture = draw(results, page.with_suffix(".svg"))
     sections = [
-        _introduction(results),
+        _introduction(results, note),
         "## Should you use it?\n\n" + "\n\n".join(advice(results)),
         f"![Clean accuracy against corruption error by recipe, and AdvProp's gain by data size]({page.stem}.svg)"
         if picture
@@ -47,8 +48,8 @@ def write_report(out: Path, page: Path) -> Results:
         "## BatchNorm routes\n\n" + _routes(results),
         "## Exported files\n\n" + _files(results),
         "## Data size and width\n\n" + _sizes(results),
-        "## How it was measured\n\n" + _method(results),
-        "## Full size on a GPU\n\n" + _gpu(),
+        "## How it was measured\n\n" + _method(results, page),
+        "## Full size on a GPU\n\n" + _gpu(results),
     ]
     write_text(page, "\n\n".join(map(_wrapped, filter(None, sections))) + "\n")
     return results
@@ -74,10 +75,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _introduction(results: Results) -> str:
+def _introduction(results: Results, note: str) -> str:
     plan = results.plan
     lines = [
-        "# AdvProp at CIFAR scale",
+        "# AdvProp at CIFAR scale" + (", on a GPU" if _on_gpu(results) else ""),
         f"This page trains `{plan.arch}` on {plan.images:,} images of CIFAR-10 with every recipe, and follows the "
         "difference that AdvProp makes through export, FP16 and INT8. The paper reports ImageNet only; no published "
         "figure for CIFAR was found.",
@@ -90,9 +91,15 @@ def _introduction(results: Results) -> str:
         )
     elif missing := _missing(results):
         lines.append(f"**Unfinished.** Not run yet: {', '.join(missing)}.")
+    if note:
+        lines.append(note)
     if diverged := results.diverged():
         lines.append(f"The training of {', '.join(diverged)} diverged; it is not in the tables.")
     return "\n\n".join(lines)
+
+
+def _on_gpu(results: Results) -> bool:
+    return bool(results.description["device"] != "cpu")
 
 
 def _missing(results: Results) -> list[str]:
@@ -186,6 +193,7 @@ def _files(results: Results) -> str:
         precision: {recipe: results.file_values(recipe, precision, metric) for recipe in TUNED}
         for precision in PRECISIONS
     }
+    by_seed = {name: _subtract(found["vanilla"], found["advprop"]) for name, found in by_precision.items()}
     gains = {name: paired(found["vanilla"], found["advprop"]) for name, found in by_precision.items()}
     full = gains["fp32"]
     if full is None:
@@ -195,21 +203,21 @@ def _files(results: Results) -> str:
         gain = gains[precision]
         clean = [spread(results.file_values(recipe, precision, "clean accuracy")) for recipe in TUNED]
         errors = [spread(found[recipe]) for recipe in TUNED]
-        rows.append([precision.upper(), *clean, *errors, _shown(gain), _share(gain, full)])
+        share = f"{100 * gain.mean / full.mean:.0f} %" if gain is not None and full.mean > 0 else "–"
+        change = "" if precision == "fp32" else _shown(paired(by_seed[precision], by_seed["fp32"]))
+        rows.append([precision.upper(), *clean, *errors, _shown(gain), share, change])
     header = ["file", *(f"{recipe}, clean" for recipe in TUNED), *(f"{recipe}, corruption error" for recipe in TUNED)]
     images = next(run.files["fp32"]["images"] for run in results.of("vanilla") if run.files)
     return (
         f"Percent on {images:,} test images per corruption and severity, computed on a CPU with every rounding of a "
-        "GPU. The gain is the corruption error of vanilla minus that of AdvProp, in points.\n\n"
-        + table([*header, "gain", "share left"], rows)
+        "GPU. The gain is the corruption error of vanilla minus that of AdvProp, in points; its change is the "
+        "difference from FP32.\n\n" + table([*header, "gain", "share of FP32's", "change of the gain"], rows)
     )
 
 
-def _share(gain: Difference | None, full: Difference) -> str:
-    """Return which share of the FP32 gain is left, if FP32 has one."""
-    if gain is None or full.mean <= 0 or (full.half or 0.0) >= full.mean:
-        return "–"
-    return f"{100 * gain.mean / full.mean:.0f} %"
+def _subtract(values: dict[int, float], others: dict[int, float]) -> dict[int, float]:
+    """Return the differences of the seeds that both have."""
+    return {seed: value - others[seed] for seed, value in values.items() if seed in others}
 
 
 def _sizes(results: Results) -> str:
@@ -240,16 +248,17 @@ def _shown(difference: Difference | None) -> str:
     return "–" if difference is None else str(difference)
 
 
-def _method(results: Results) -> str:
+def _method(results: Results, page: Path) -> str:
     plan, description = results.plan, results.description
     versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     precision = "float32" if plan.amp == "none" else f"{plan.amp} autocast (evaluation in float32)"
     sizes = f"; {'; '.join(f'{epochs} for {images:,} images' for images, epochs in plan.sizes)}" if plan.sizes else ""
+    options = _options(plan, description)
+    hours = f"Training took {results.cpu_s / 3600:.1f} hours of CPU time so far"
     lines = [
-        f"```sh\npython -m benchmarks.fidelity --data cifar10 {_options(plan)} \\\n"
-        f"    --corrupted {description['corrupted']}\n"
-        "python -m benchmarks.fidelity --report docs/results/fidelity.md\n```",
-        f"Training took {results.cpu_s / 3600:.1f} hours of CPU time so far, in {precision} ({description['device']}; "
+        f"```sh\npython -m benchmarks.fidelity --data cifar10 {options}\n"
+        f"python -m benchmarks.fidelity --report docs/results/{page.name}\n```",
+        f"{'Training ran' if _on_gpu(results) else hours + ','} in {precision} ({description['device']}; "
         f"{description['machine']}; {versions}). Measuring is not counted.",
         "- **Data**: CIFAR-10 as JPEG files. 5,000 training images are held out to choose settings. Subsets are "
         "stratified, and smaller ones are parts of larger ones.",
@@ -270,9 +279,24 @@ def _method(results: Results) -> str:
     return "\n\n".join([*lines[:2], "\n".join(lines[2:])])
 
 
-def _options(plan: Plan) -> str:
-    size = f"--images {plan.images} --epochs {plan.epochs} --tuning-epochs {plan.tuning_epochs} --seeds {plan.seeds}"
-    return f"\\\n    {size} --arch {plan.arch} --amp {plan.amp}{'' if plan.sizes else ' --main-only'}"
+def _options(plan: Plan, description: dict[str, Any]) -> str:
+    """Return the options of the command, four per line."""
+    tuning_images = f"--tuning-images {plan.tuning_images}" if plan.tuning_images else ""
+    words = [
+        f"--images {plan.images}",
+        f"--epochs {plan.epochs}",
+        f"--tuning-epochs {plan.tuning_epochs}",
+        tuning_images,
+        f"--seeds {plan.seeds}",
+        f"--arch {plan.arch}",
+        f"--amp {plan.amp}",
+        "" if plan.sizes else "--main-only",
+        f"--corrupted {description['corrupted']}",
+        "" if description["device"] == "cpu" else f"--device {description['device']}",
+    ]
+    words = list(filter(None, words))
+    lines = [" ".join(words[start : start + 4]) for start in range(0, len(words), 4)]
+    return "".join(f" \\\n    {line}" for line in lines).lstrip()
 
 
 def _chosen(results: Results) -> str:
@@ -288,14 +312,16 @@ def _chosen(results: Results) -> str:
     other = [kind for kind in kinds if kind != results.plan.amp]
     names = ", ".join("float32" if kind == "none" else kind for kind in sorted(set(other)))
     note = f" {len(other)} of the {len(kinds)} trials ran in {names}." if other else ""
+    images = trials(results.plan, "vanilla")[0].images
     spread_of = {
         recipe: statistics.stdev(trial["top1"] for trial in found) * 100 for recipe, found in results.tried.items()
     }
     return (
-        f"{results.plan.levels**2} trials of {results.plan.tuning_epochs} epochs per recipe, with one seed, on a grid "
-        f"of learning rate and weight decay, and of ε for AdvProp (Taguchi's L9). Chosen for {settings}. The standard "
-        f"deviation of the trials is {spread_of['vanilla']:.1f} and {spread_of['advprop']:.1f} points. Clean recipes "
-        "use the settings of vanilla, the others those of AdvProp; `fast` has its own attack." + note
+        f"{results.plan.levels**2} trials of {results.plan.tuning_epochs} epochs on {images:,} images per recipe, with "
+        "one seed, on a grid of learning rate and weight decay, and of ε for AdvProp (Taguchi's L9). Chosen for "
+        f"{settings}. The standard deviation of the trials is {spread_of['vanilla']:.1f} and "
+        f"{spread_of['advprop']:.1f} points. Clean recipes use the settings of vanilla, the others those of AdvProp; "
+        "`fast` has its own attack." + note
     )
 
 
@@ -304,8 +330,9 @@ def _settings(settings: Settings, *, attacks: bool) -> str:
     return f"learning rate {settings.lr:g}, weight decay {settings.weight_decay:g}{strength}"
 
 
-def _gpu() -> str:
+def _gpu(results: Results) -> str:
+    done = "" if _on_gpu(results) else " `docs/results/fidelity_gpu.md` shows a run of 8 epochs."
     return (
-        "The same program trains ResNet-18 with a stem for 32 px on all 50,000 images, with three seeds. **This was "
-        "not run**: no GPU was available.\n\n```sh\n" + GPU_COMMAND + "\n```"
+        "The same program trains ResNet-18 with a stem for 32 px on all 50,000 images, with three seeds. **Training "
+        f"for 100 epochs was not run.**{done}\n\n```sh\n{GPU_COMMAND}\n```"
     )

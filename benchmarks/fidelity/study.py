@@ -250,10 +250,11 @@ def read(path: Path) -> Any:
 
 def _description(config: StudyConfig) -> dict[str, Any]:
     threads = torch.get_num_threads()
+    gpu = f"{torch.cuda.get_device_name(config.device)}, " if torch.device(config.device).type == "cuda" else ""
     return {
         "plan": dataclasses.asdict(config.plan),
         "device": config.device,
         "corrupted": config.corrupted,
         "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "onnx")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}",
+        "machine": f"{gpu}{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}",
     }
