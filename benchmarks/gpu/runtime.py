@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.runtime    efficientnet_b0 with random weights, about ten minutes
     python -m benchmarks.gpu.runtime --arch resnet50 --batches 1 32 --seconds 1 --json result.json
 
-The script has not been run yet. It has six parts. A part that cannot run reports the reason.
+docs/results/gpu.md holds what was run: numerics and zero-copy of ONNX Runtime, no engines. The script
+has six parts. A part that cannot run reports the reason.
 `engines` always runs; `--parts` selects the others.
 
 - engines: build, load and run FP32 and FP16 engines with each installed TensorRT.

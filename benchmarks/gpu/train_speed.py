@@ -6,7 +6,7 @@
 
 Each row shows clean images per second, the ratio to vanilla with the same network and mode, and the
 peak memory. "reference" is the step of benchmarks/train_step.py, with PGD-1 like
-advprop. This script has not been run yet. For accuracy on a GPU, run benchmarks/recipes.py with
+advprop. docs/results/gpu.md holds what was run. For accuracy on a GPU, run benchmarks/recipes.py with
 --epochs 100 --seeds 0 1 2 --amp bf16.
 """
 
