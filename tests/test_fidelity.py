@@ -18,9 +18,9 @@ from benchmarks.fidelity.__main__ import parser, study_config
 from benchmarks.fidelity.data import prepare
 from benchmarks.fidelity.plan import MAIN_RECIPES, OTHER_RECIPES, TUNED, Cell, Plan, Settings, cost, trials
 from benchmarks.fidelity.report import write_report
-from benchmarks.fidelity.results import Difference, Verdict, paired
+from benchmarks.fidelity.results import Difference, Results, Run, Verdict, paired
 from benchmarks.fidelity.study import TRAINED, Study, StudyConfig, read
-from benchmarks.fidelity.verdict import STATEMENTS
+from benchmarks.fidelity.verdict import STATEMENTS, advice
 from runtime.errors import ConfigError, DataError
 from train.recipes import RECIPES
 
@@ -231,3 +231,26 @@ def test_paired_differences_and_their_verdict() -> None:
     assert Difference(2.0, None, 1).verdict(1) is Verdict.UNDECIDED
     assert paired({0: 1.0}, {1: 1.0}) is None
     assert [statement.sign for statement in STATEMENTS] == [-1, 1, -1, 1, -1]
+
+
+def test_advice_names_recipes_that_are_better_than_advprop() -> None:
+    settings = Settings(lr=1e-3, weight_decay=0.1)
+
+    def run(recipe: str, seed: int, top1: float, error: float) -> Run:
+        measured = {"top1": top1, "corruption_error": error, "pgd": {"4": 0.1}}
+        cell = Cell(recipe=recipe, seed=seed, images=100, arch="resnet", epochs=1, settings=settings)
+        return Run(cell=cell, trained={"diverged": False}, routes={"main": measured}, files=None)
+
+    rows = {
+        "vanilla": [(0.60, 0.45), (0.62, 0.43)],
+        "advprop": [(0.64, 0.40), (0.65, 0.40)],
+        "finetune": [(0.66, 0.39), (0.68, 0.37)],
+        "shared-bn": [(0.66, 0.41), (0.68, 0.42)],  # better on clean images only
+    }
+    runs = [run(recipe, seed, *values) for recipe, found in rows.items() for seed, values in enumerate(found)]
+    plan = Plan(images=100, epochs=1, tuning_epochs=1, arch="resnet", amp="none")
+    results = Results(description={}, plan=plan, tried={}, chosen=None, runs=runs, cpu_s=0.0)
+    sentences = [paragraph for paragraph in advice(results) if paragraph.startswith("The means of")]
+    assert [sentence.split(",")[0] for sentence in sentences] == [
+        "The means of `finetune` are better than those of AdvProp: clean accuracy by +2.5 points [−3.9"
+    ]

@@ -83,6 +83,7 @@ def advice(results: Results) -> list[str]:
         f"At this size, AdvProp changes the corruption error by {_points(corrupted)} and the clean accuracy by "
         f"{_points(clean)}, compared with vanilla training of as many epochs. {_recommendation(clean, corrupted)}",
         _at_equal_time(results),
+        *_better_recipes(results),
     ]
     attacked = paired(results.values("advprop", "PGD ε = 4"), results.values("vanilla", "PGD ε = 4"))
     if attacked is not None:
@@ -115,6 +116,21 @@ def _at_equal_time(results: Results) -> str:
             else "So a gain under corruptions at equal computing time is not established."
         )
     )
+
+
+def _better_recipes(results: Results) -> list[str]:
+    """Return a sentence for each recipe whose means are better than AdvProp's in both metrics."""
+    sentences = []
+    for recipe in results.recipes():
+        clean, corrupted = (
+            paired(results.values(recipe, metric), results.values("advprop", metric)) for metric in (_CLEAN, _CORRUPTED)
+        )
+        if recipe != LONG and clean is not None and corrupted is not None and clean.mean > 0 > corrupted.mean:
+            sentences.append(
+                f"The means of `{recipe}` are better than those of AdvProp: clean accuracy by {_points(clean)}, "
+                f"corruption error by {_points(corrupted)}."
+            )
+    return sentences
 
 
 def _recommendation(clean: Difference, corrupted: Difference) -> str:
