@@ -42,7 +42,7 @@ def test_batches_run_at_the_same_time_if_requested(tmp_path: Path) -> None:
 
 def test_an_idle_model_on_a_cpu_runs_at_once(tmp_path: Path) -> None:
     with open_session(tmp_path) as session:
-        assert session.batching.max_delay_us == (1000 if session.backend.device == "cuda" else 0)
+        assert session.batching.max_delay_us == 0
 
 
 def test_requests_are_joined_into_batches(tmp_path: Path) -> None:
