@@ -68,7 +68,7 @@ def test_batches_are_padded_and_split_to_a_fixed_batch_size(tmp_path: Path, coun
 
 
 def test_errors_of_the_library_become_run_failed(tmp_path: Path) -> None:
-    with load(tmp_path, serving_model(FRAGILE)) as session:
+    with load(tmp_path, serving_model(FRAGILE), device="cpu") as session:
         with pytest.raises(RunFailed, match=r"onnxruntime on cpu failed on a batch of shape \(1, 3, 4, 4\): .*Gather"):
             session.run(images_of(2.0))
         assert session.run(images_of(0.5)).tolist() == [[0.5] * 3]
