@@ -105,16 +105,19 @@ def _at_equal_time(results: Results) -> str:
     )
     if clean is None or corrupted is None:
         return "Vanilla training with the same computing time is not measured yet."
-    better = corrupted.verdict(-1) is Verdict.REPRODUCED
+    if corrupted.verdict(-1) is Verdict.REPRODUCED:
+        conclusion = "So it is better under corruptions at equal computing time, too."
+    elif clean.mean < 0 < corrupted.mean:
+        conclusion = (
+            "So longer vanilla training was the better use of the time. Train vanilla until it stops improving before "
+            "you spend time on AdvProp."
+        )
+    else:
+        conclusion = "So a gain under corruptions at equal computing time is not established."
     return (
         "An AdvProp epoch costs several vanilla epochs. Compared with vanilla training of as many passes over the "
         f"images (`{LONG}`), AdvProp changes the corruption error by {_points(corrupted)} and the clean accuracy by "
-        f"{_points(clean)}. "
-        + (
-            "So it is better under corruptions at equal computing time, too."
-            if better
-            else "So a gain under corruptions at equal computing time is not established."
-        )
+        f"{_points(clean)}. {conclusion}"
     )
 
 
