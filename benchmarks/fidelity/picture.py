@@ -24,10 +24,10 @@ def draw(results: Results, path: Path) -> bool:
 
     if not results.recipes():
         return False
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    recipes, sizes = figure.subplots(1, 2)
-    _draw_recipes(recipes, results)
-    _draw_sizes(sizes, results)
+    panels = [_draw_recipes, _draw_sizes] if results.plan.sizes else [_draw_recipes]
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes, results)
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "fidelity", "svg.fonttype": "path"}):
         figure.savefig(content, format="svg", metadata={"Date": None})
@@ -40,12 +40,12 @@ def _draw_recipes(axes: Axes, results: Results) -> None:
         values = [list(results.values(recipe, metric).values()) for metric in ("clean accuracy", "corruption error")]
         x, y = map(statistics.mean, values)
         deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
-        axes.errorbar(x, y, xerr=deviations[0], yerr=deviations[1], fmt="o", capsize=3)
-        axes.annotate(recipe, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        axes.errorbar(x, y, xerr=deviations[0], yerr=deviations[1], fmt="o", capsize=3, label=recipe)
     axes.set_xlabel("clean accuracy, %")
     axes.set_ylabel("mean corruption error, %")
     axes.set_title(f"{results.plan.images:,} training images, mean ± standard deviation over seeds", fontsize=10)
-    axes.margins(0.2)
+    axes.margins(0.1)
+    axes.legend(fontsize=9)
     axes.grid(alpha=0.3)
 
 
