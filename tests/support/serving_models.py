@@ -59,10 +59,11 @@ def images_of(*values: float) -> NDArray[np.float32]:
     return np.repeat(np.asarray(values, np.float32), 48).reshape(-1, 3, 4, 4)
 
 
-def open_session(folder: Path, body: str = MEAN, **batching: int) -> runtime.Session:
-    """Open a session on a CPU on a model with the given body, with the given settings of the batcher."""
+def open_session(folder: Path, body: str = MEAN, device: str = "auto", **batching: int) -> runtime.Session:
+    """Open a session on a model with the given body, with the given settings of the batcher."""
     onnx.save(serving_model(body), folder / "m.onnx")
-    return runtime.load(folder / "m.onnx", device="cpu", threads=1, warm_up=(1,), batching=runtime.Batching(**batching))
+    settings = runtime.Batching(**batching)
+    return runtime.load(folder / "m.onnx", device=device, threads=1, warm_up=(1,), batching=settings)
 
 
 def busy(session: runtime.Session) -> Future[Any]:

@@ -42,7 +42,7 @@ def test_batches_run_at_the_same_time_if_requested(tmp_path: Path) -> None:
 
 def test_an_idle_model_on_a_cpu_runs_at_once(tmp_path: Path) -> None:
     with open_session(tmp_path) as session:
-        assert session.batching.max_delay_us == 0
+        assert session.batching.max_delay_us == (1000 if session.backend.device == "cuda" else 0)
 
 
 def test_requests_are_joined_into_batches(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_waiting_and_running_requests_can_be_cancelled(slow: runtime.Session) ->
 
 
 def test_an_error_of_the_model_fails_the_requests_in_its_batch(tmp_path: Path) -> None:
-    with open_session(tmp_path, FRAGILE, max_batch=2, max_delay_us=10_000_000) as session:
+    with open_session(tmp_path, FRAGILE, device="cpu", max_batch=2, max_delay_us=10_000_000) as session:
         values = ([0.5], [9.0], [0.1], [0.2], [0.3, 0.4, 9.0, 0.5], [0.6, 0.7])
         futures = [session.submit(images_of(*value)) for value in values]
         errors = [future.exception(5) for future in futures]

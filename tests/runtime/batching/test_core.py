@@ -114,7 +114,7 @@ def test_the_last_requests_of_a_closed_batcher_do_not_wait_for_others(tmp_path: 
 
 
 def test_a_failed_batch_frees_its_room(tmp_path: Path) -> None:
-    with open_session(tmp_path, FRAGILE, max_batch=2, max_queued_images=2) as session:
+    with open_session(tmp_path, FRAGILE, device="cpu", max_batch=2, max_queued_images=2) as session:
         for _ in range(3):
             assert isinstance(session.submit(images_of(9, 9)).exception(5), RunFailed)
         assert session.submit(images_of(0.5, 0.25)).result(5)[:, 0].tolist() == [0.5, 0.25]
