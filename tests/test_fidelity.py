@@ -18,7 +18,7 @@ from benchmarks.fidelity.__main__ import parser, study_config
 from benchmarks.fidelity.data import prepare
 from benchmarks.fidelity.plan import MAIN_RECIPES, OTHER_RECIPES, TUNED, Cell, Plan, Settings, cost, trials
 from benchmarks.fidelity.report import write_report
-from benchmarks.fidelity.results import Difference, Results, Run, Verdict, paired
+from benchmarks.fidelity.results import Difference, Results, Run, Verdict, paired, subtract
 from benchmarks.fidelity.study import TRAINED, Study, StudyConfig, read
 from benchmarks.fidelity.verdict import STATEMENTS, advice
 from runtime.errors import ConfigError, DataError
@@ -230,6 +230,7 @@ def test_paired_differences_and_their_verdict() -> None:
     assert Difference(2.0, 1.0, 3).verdict(-1) is Verdict.NOT_REPRODUCED
     assert Difference(2.0, None, 1).verdict(1) is Verdict.UNDECIDED
     assert paired({0: 1.0}, {1: 1.0}) is None
+    assert subtract({0: 3.0, 1: 5.0}, {1: 2.0, 2: 1.0}) == {1: 3.0}
     assert [statement.sign for statement in STATEMENTS] == [-1, 1, -1, 1, -1]
 
 

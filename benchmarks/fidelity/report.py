@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.fidelity.measure import PRECISIONS
 from benchmarks.fidelity.picture import draw
 from benchmarks.fidelity.plan import LONG, MAIN_RECIPES, OTHER_RECIPES, REPEATED, TUNED, Plan, Settings, trials
-from benchmarks.fidelity.results import METRICS, Difference, Results, Verdict, paired, spread
+from benchmarks.fidelity.results import METRICS, Difference, Results, Verdict, paired, spread, subtract
 from benchmarks.fidelity.verdict import STATEMENTS, advice
 from runtime.system.files import write_text
 from train.recipes import MAIN
@@ -193,7 +193,7 @@ def _files(results: Results) -> str:
         precision: {recipe: results.file_values(recipe, precision, metric) for recipe in TUNED}
         for precision in PRECISIONS
     }
-    by_seed = {name: _subtract(found["vanilla"], found["advprop"]) for name, found in by_precision.items()}
+    by_seed = {name: subtract(found["vanilla"], found["advprop"]) for name, found in by_precision.items()}
     gains = {name: paired(found["vanilla"], found["advprop"]) for name, found in by_precision.items()}
     full = gains["fp32"]
     if full is None:
@@ -213,11 +213,6 @@ def _files(results: Results) -> str:
         "GPU. The gain is the corruption error of vanilla minus that of AdvProp, in points; its change is the "
         "difference from FP32.\n\n" + table([*header, "gain", "share of FP32's", "change of the gain"], rows)
     )
-
-
-def _subtract(values: dict[int, float], others: dict[int, float]) -> dict[int, float]:
-    """Return the differences of the seeds that both have."""
-    return {seed: value - others[seed] for seed, value in values.items() if seed in others}
 
 
 def _sizes(results: Results) -> str:

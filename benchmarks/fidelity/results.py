@@ -16,7 +16,7 @@ from benchmarks.fidelity.study import FILES, HELD, PLAN, ROUTES, TRAINED, Study,
 from runtime.errors import DataError
 from train.recipes import MAIN
 
-__all__ = ["METRICS", "Difference", "Results", "Run", "Verdict", "paired", "spread"]
+__all__ = ["METRICS", "Difference", "Results", "Run", "Verdict", "paired", "spread", "subtract"]
 
 BySeed = Mapping[int, float]
 
@@ -61,9 +61,14 @@ class Difference(NamedTuple):
         return Verdict.REPRODUCED if self.mean * sign > 0 else Verdict.NOT_REPRODUCED
 
 
+def subtract(values: BySeed, reference: BySeed) -> dict[int, float]:
+    """Return the differences of the common seeds."""
+    return {seed: values[seed] - reference[seed] for seed in sorted(set(values) & set(reference))}
+
+
 def paired(values: BySeed, reference: BySeed) -> Difference | None:
     """Return the mean difference over common seeds with Student's t interval, or None without one."""
-    found = [values[seed] - reference[seed] for seed in sorted(set(values) & set(reference))]
+    found = list(subtract(values, reference).values())
     if not found:
         return None
     if len(found) == 1:
